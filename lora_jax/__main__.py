@@ -1,0 +1,3 @@
+from lora_jax.cli import console_script
+
+console_script()

@@ -1,0 +1,205 @@
+"""The command line: `lora-jax train|export|generate`, and `python train.py`, which is `lora-jax train`.
+
+A user's mistake ends with status 2 and its message; `--verbose` adds the traceback.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_jax import config as configs
+from lora_jax.config import UserError
+
+_TRAIN_HELP = """examples:
+  python train.py --config configs/quickstart.yaml
+  python train.py --config configs/quickstart.yaml adapter.rank=8 train.learning_rate=5e-4 output_dir=runs/r8
+  python train.py --config configs/quickstart.yaml model=org/name data.train=rows.jsonl mesh.fsdp=4
+  python train.py --config configs/quickstart.yaml --dry-run
+
+Any setting of the YAML file can be overridden as key.sub=value. lora_jax/config.py lists every setting
+with its default. Rows are {"prompt": .., "completion": ..} or {"messages": [..]}, one JSON object per line.
+"""
+_EXPORT_HELP = """examples:
+  lora-jax export --run runs/quickstart --format peft --output my-adapter
+  lora-jax export --run runs/quickstart --format hf --output my-model
+
+peft: an adapter directory for PEFT, vLLM and others.  hf: the base with the adapter merged in, for transformers.
+"""
+_GENERATE_HELP = """examples:
+  lora-jax generate --model org/name --prompt "Hello"
+  lora-jax generate --model demo:smollm2-135m-instruct --adapter runs/quickstart/adapter \\
+      --system-prompt "Parse address as JSON." --prompt "71 S. Wacker Drive, Chicago, IL 60606"
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="lora-jax", description="LoRA fine-tuning of language models in JAX."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|export|generate")
+    add_train(
+        commands.add_parser("train", help="fine-tune as a YAML file says", **_style(_TRAIN_HELP))
+    )
+    add_export(
+        commands.add_parser(
+            "export", help="write the result of a run for other tools", **_style(_EXPORT_HELP)
+        )
+    )
+    add_generate(
+        commands.add_parser(
+            "generate",
+            help="text from a model, with or without an adapter",
+            **_style(_GENERATE_HELP),
+        )
+    )
+    return _run(parser.parse_args(arguments))
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """`python train.py`: the same as `lora-jax train`."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Fine-tune as a YAML file says.", **_style(_TRAIN_HELP)
+    )
+    add_train(parser)
+    return _run(parser.parse_args(arguments))
+
+
+def _style(epilog: str) -> dict:
+    return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        options.function(options)
+    except UserError as error:
+        if options.verbose:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be trained, from shapes alone, and stop",
+    )
+    _add_verbose(parser)
+    parser.set_defaults(function=train)
+
+
+def train(options: argparse.Namespace) -> None:
+    config = configs.load(options.config, options.overrides)
+    if options.dry_run:
+        from lora_jax.train.dry_run import print_targets
+
+        return print_targets(config)
+    print(
+        f"starting {config.output_dir}: {config.model} on {config.data.train}",
+        file=sys.stderr,
+        flush=True,
+    )
+    from lora_jax.train.loop import run  # seconds of imports: after the config is known to be right
+
+    run(config)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="DIR", help="the output directory of a run")
+    parser.add_argument(
+        "--format", required=True, choices=("peft", "hf"), help="adapter directory or merged model"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="where to write; must be empty or absent"
+    )
+    _add_verbose(parser)
+    parser.set_defaults(function=export)
+
+
+def export(options: argparse.Namespace) -> None:
+    from lora_jax.train.export import export_run
+
+    export_run(Path(options.run), options.format, Path(options.output))
+    print(f"written to {options.output}")
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="a model directory, a .gguf file, org/name, or demo:NAME"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="a PEFT adapter directory, such as OUTPUT_DIR/adapter"
+    )
+    parser.add_argument(
+        "--prompt", required=True, action="append", help="a user turn; may be given several times"
+    )
+    parser.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as in training")
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE|none",
+        help="as data.chat_template in training; the adapter's own comes first",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=200, metavar="N", help="(default: 200)"
+    )
+    parser.add_argument(
+        "--temperature", type=_not_negative, default=0.0, help="0 is greedy (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    _add_verbose(parser)
+    parser.set_defaults(function=generate)
+
+
+def generate(options: argparse.Namespace) -> None:
+    from lora_jax.generate.answer import answer
+
+    texts = answer(
+        options.model,
+        options.prompt,
+        adapter=options.adapter,
+        system_prompt=options.system_prompt,
+        chat_template=options.chat_template,
+        compute_dtype=options.compute_dtype,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    print(*texts, sep="\n\n")
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must not be negative")
+    return value
+
+
+def console_script() -> None:
+    """The `lora-jax` command."""
+    sys.exit(main())

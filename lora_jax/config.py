@@ -1,0 +1,315 @@
+"""One YAML file, one dataclass: every setting, its default and its meaning stand here and nowhere else.
+
+    config = load("configs/quickstart.yaml", ["train.steps=10", "adapter.rank=8"])
+
+Unknown keys, wrong types and impossible values are collected and raised together as one `UserError`.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """A mistake in the input (config, data, files), not in the program: what was given, what exists, what to do."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    method: str = "lora"  # lora
+    rank: int = 8  # r: inner size of the update a @ b (PEFT: r)
+    alpha: float = 16.0  # the update is scaled by alpha / rank (PEFT: lora_alpha)
+    target_modules: Any = "all-linear"  # all-linear | a list of module names | a regex that matches whole module paths
+    exclude_modules: Any = None  # names or regex, as target_modules; wins over it
+    layers_to_transform: Any = None  # a layer index or a list of them; null adapts all layers
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict
+    )  # module name or regex -> rank, first match wins
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict
+    )  # module name or regex -> alpha, first match wins
+    dropout: float = 0.0  # on the input of lora_a, in training only (PEFT: lora_dropout)
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (arXiv 2312.03732)
+    path: str | None = (
+        None  # a PEFT adapter directory to continue from; its rank, alpha and targets hold
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | None = None  # a .json or .jsonl file, a directory of them, or demo:NAME
+    eval: str | None = None  # held-out rows of the task: loss and exact match, before and after
+    regression: str | None = (
+        None  # general text the task must not damage: loss before and after; no system prompt
+    )
+    system_prompt: str | None = None  # put before rows that have no system turn of their own
+    chat_template: str | None = (
+        None  # null: the tokenizer's | a Jinja file | none: prompt and completion as they stand
+    )
+    max_length: int = 512  # tokens per row
+    too_long: str = (
+        "truncate"  # truncate | drop | error, for examples above max_length; what is cut is counted
+    )
+    packing: bool = True  # several examples per row; attention and positions stay inside each
+    shuffle: bool = True  # a new order every epoch, from `seed`
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100  # optimizer steps
+    batch_size: int = 8  # rows per step over all devices (packed rows when packing)
+    micro_batch_size: int | None = (
+        None  # rows per forward; null: the whole batch at once. Gradients are the same
+    )
+    learning_rate: float = 1e-3  # peak rate
+    schedule: str = "linear"  # constant | linear | cosine, after the warm-up
+    warmup_steps: int = 0  # steps of linear warm-up
+    final_rate: float = 0.0  # where linear and cosine end, as a fraction of learning_rate
+    weight_decay: float = 0.0  # AdamW's, on the adapters
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.999  # AdamW's
+    epsilon: float = 1e-8  # AdamW's
+    grad_clip: float | None = 1.0  # one global norm over all trainable leaves; null: none
+    eval_every: int | None = None  # steps between held-out losses; null: only before and after
+    save_every: int | None = None  # steps between checkpoints; null: only at the end
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    compute_dtype: str = (
+        "float32"  # float32 | bfloat16: activations and matmuls; adapters stay float32
+    )
+    remat: str = (
+        "full"  # none | full | dots | offload: what the backward pass recomputes instead of storing
+    )
+    loss_chunk: int = 1024  # tokens whose logits stand in memory at once
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    batch_size: int = 16  # rows per evaluation batch
+    generate: bool = True  # exact match of greedy generation on data.eval
+    generate_examples: int | None = None  # how many rows of data.eval are generated; null: all
+    max_new_tokens: int = 200  # per generated answer
+    samples: int = 3  # answers shown at the end
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = -1  # replicas of the model; -1: the devices that are left
+    fsdp: int = 1  # weights and batch split
+    tensor: int = 1  # heads and hidden features split
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    peft: bool = True  # OUTPUT/adapter, a PEFT adapter directory
+    merged: bool = False  # OUTPUT/merged, a Hugging Face model directory
+    max_shard_size: str = "5GB"  # of the merged safetensors files
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
+    output_dir: str = "runs/default"  # must be empty or absent
+    seed: int = 0  # of the adapter's init, the data order and dropout
+    base_dtype: str | None = (
+        None  # float32 | bfloat16: how the frozen weights are stored; null: as in the files
+    )
+    ignore_config_fields: list[str] = field(
+        default_factory=list
+    )  # config.json fields known to be harmless
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the candidate closest to `name`, or the empty string."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise every problem of a kind in one `UserError`; nothing happens without any."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides, and check everything.
+
+    Raises:
+        UserError: the file is missing or is no YAML mapping; unknown keys; values of a wrong type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
+    return parse(content, overrides, source=str(path))
+
+
+def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") -> Config:
+    """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win)."""
+    layers = [(source, content)]
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(
+                f"override {override!r} is not of the form key.sub=value, as in train.steps=10"
+            )
+        try:
+            layers.append(
+                (
+                    f"override {override!r}",
+                    OmegaConf.to_container(OmegaConf.from_dotlist([override])),
+                )
+            )
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(
+                f"override {override!r} cannot be read: {_first_line(error)}"
+            ) from error
+    merged = OmegaConf.structured(Config)
+    _unlock(merged)
+    problems = []
+    for origin, layer in layers:
+        unknown = list(_unknown_keys(layer, Config, ""))
+        problems += [f"{origin}: {problem}" for problem in unknown]
+        if not unknown:
+            try:
+                merged = OmegaConf.merge(merged, layer)
+            except (OmegaConfBaseException, ValueError) as error:
+                problems.append(f"{origin}: {_type_problem(error)}")
+    raise_all(problems)
+    config = typing.cast(Config, OmegaConf.to_object(merged))
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, readable by `load`."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+_CHOICES = {
+    "base_dtype": (None, "float32", "bfloat16"),
+    "adapter.method": ("lora",),
+    "data.too_long": ("truncate", "drop", "error"),
+    "train.schedule": ("constant", "linear", "cosine"),
+    "train.compute_dtype": ("float32", "bfloat16"),
+    "train.remat": ("none", "full", "dots", "offload"),
+}
+_AT_LEAST = {
+    "adapter.rank": 1, "data.max_length": 2, "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 1,
+    "train.warmup_steps": 0, "train.eval_every": 1, "train.save_every": 1, "train.log_every": 1, "train.loss_chunk": 1,
+    "train.weight_decay": 0, "train.epsilon": 0, "eval.batch_size": 1, "eval.generate_examples": 1,
+    "eval.max_new_tokens": 1, "eval.samples": 0, "seed": 0,
+}  # fmt: skip
+_ABOVE_ZERO = ("adapter.alpha", "train.learning_rate", "train.grad_clip")
+
+
+def check(config: Config) -> None:
+    """Raise one `UserError` with every value that is out of range. What needs the model is checked with the model."""
+    problems = []
+
+    def value(key: str):
+        node = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        return node
+
+    for key, choices in _CHOICES.items():
+        if value(key) not in choices:
+            names = ", ".join(str(choice) for choice in choices if choice is not None)
+            problems.append(
+                f"{key}={value(key)!r} is not one of: {names}.{nearest(str(value(key)), filter(None, choices))}"
+            )
+    for key, least in _AT_LEAST.items():
+        if value(key) is not None and not value(key) >= least:
+            problems.append(f"{key}={value(key)} must be at least {least}")
+    for key in _ABOVE_ZERO:
+        if value(key) is not None and not 0 < value(key) < float("inf"):
+            problems.append(f"{key}={value(key)} must be above 0")
+    for key in ("adapter.dropout", "train.beta1", "train.beta2"):
+        if not 0 <= value(key) < 1:
+            problems.append(f"{key}={value(key)} must be at least 0 and below 1")
+    for name, alpha in config.adapter.alpha_pattern.items():
+        if not 0 < alpha < float("inf"):
+            problems.append(f"adapter.alpha_pattern[{name!r}]={alpha} must be above 0")
+    for name, rank in config.adapter.rank_pattern.items():
+        if rank < 1:
+            problems.append(f"adapter.rank_pattern[{name!r}]={rank} must be at least 1")
+    if not 0 <= config.train.final_rate <= 1:
+        problems.append(f"train.final_rate={config.train.final_rate} must be between 0 and 1")
+    micro = config.train.micro_batch_size
+    if micro and config.train.batch_size % micro:
+        problems.append(
+            f"train.batch_size={config.train.batch_size} is not a multiple of train.micro_batch_size={micro}"
+        )
+    axes = dataclasses.asdict(config.mesh)
+    if any(size < 1 and size != -1 for size in axes.values()) or list(axes.values()).count(-1) > 1:
+        problems.append(
+            f"mesh={axes}: every axis is at least 1, and one of them may be -1 for the devices that are left"
+        )
+    if not config.model:
+        problems.append(
+            "model is not set: a Hugging Face directory, a .gguf file, org/name, or demo:smollm2-135m-instruct"
+        )
+    raise_all(problems)
+
+
+def _unlock(node: DictConfig) -> None:
+    """OmegaConf locks what it reads from frozen dataclasses; the merge happens before they exist."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _unlock(child)
+
+
+def _unknown_keys(content: Any, kind: type, prefix: str) -> Iterable[str]:
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    if not isinstance(content, dict):
+        return
+    for key, inner in content.items():
+        if key not in fields:
+            everywhere = [
+                *fields,
+                *(path for path in _all_keys(Config, "") if path.endswith(f".{key}")),
+            ]
+            moved = [path for path in everywhere if path.endswith(f".{key}")]
+            hint = f" Did you mean {moved[0]!r}?" if moved else nearest(str(key), fields)
+            yield f"unknown key {prefix + str(key)!r}; {prefix.rstrip('.') or 'the config'} has: {', '.join(fields)}.{hint}"
+        elif dataclasses.is_dataclass(fields[key]):
+            yield from _unknown_keys(inner, typing.cast(type, fields[key]), f"{prefix}{key}.")
+
+
+def _all_keys(kind: type, prefix: str) -> Iterable[str]:
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.type):
+            yield from _all_keys(typing.cast(type, f.type), f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _type_problem(error: Exception) -> str:
+    """`train.steps: Value 'ten' of type 'str' could not be converted to Integer`, from OmegaConf's three lines."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: {_first_line(error)}" if key else _first_line(error)

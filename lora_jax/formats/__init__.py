@@ -1,0 +1,80 @@
+"""Files in and out: Hugging Face directories, GGUF, the hub, PEFT adapters.
+
+model = load("path-or-hub-name")     # static structure + frozen params, placed on the devices
+"""
+
+import json
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lora_jax import models
+from lora_jax.config import MeshConfig, UserError
+from lora_jax.formats.hub import resolve as resolve
+from lora_jax.formats.peft import read_adapter as read_adapter
+from lora_jax.formats.peft import write_adapter as write_adapter
+from lora_jax.formats.safetensors import read_params as read_params
+from lora_jax.formats.safetensors import write_model as write_model
+from lora_jax.models.common import Model
+from lora_jax.sharding import make_mesh
+
+
+def describe(directory: Path, ignore: Container[str] = ()) -> Model:
+    """The model of a Hugging Face directory with shapes in place of weights; reads config.json only."""
+    file = directory / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return models.describe(content, ignore)
+
+
+def load(
+    spec: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, ignore: Container[str] = ()
+) -> Model:
+    """A model with its weights on the mesh (all devices, data-parallel, if none is given).
+
+    Args:
+        spec: a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME.
+        mesh: where the weights go.
+        dtype: how they are stored; None keeps the dtype of the files.
+        ignore: fields of config.json known not to matter.
+
+    Raises:
+        UserError: the model cannot be found, is not supported, or its files do not hold what config.json describes.
+    """
+    directory = resolve(str(spec))
+    model = describe(directory, ignore)
+    params = read_params(directory, model, mesh or make_mesh(MeshConfig()), dtype)
+    return model.replace(params=params)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Hugging Face directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds for missing and damaged files
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise UserError(
+            f"{directory} has no tokenizer that transformers can load: {reason}"
+        ) from error
+
+
+def stop_tokens(directory: Path) -> list[int]:
+    """The EOS ids that generation_config.json and config.json name."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        try:
+            value = json.loads((directory / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue  # optional files; the tokenizer's own EOS is known besides
+        found |= set(value) if isinstance(value, list) else {value} if value is not None else set()
+    return sorted(found)

@@ -1,0 +1,77 @@
+"""From what a user names as a model to a local Hugging Face directory."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from lora_jax import demo
+from lora_jax.config import UserError
+from lora_jax.formats import gguf
+
+_SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # config, tokenizer, chat template
+
+
+def resolve(spec: str, weights: bool = True) -> Path:
+    """The local directory of a model: a directory, a .gguf file (converted once), `org/name`, or `demo:NAME`.
+
+    With `weights=False` only the small files of a hub model are fetched.
+
+    Raises:
+        UserError: nothing of that name exists, or the hub cannot be reached.
+    """
+    if spec.startswith("demo:"):
+        return _converted(demo.path(spec.removeprefix("demo:")))
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model={spec!r} is a directory without config.json; give a Hugging Face model directory"
+            )
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted(path)
+    if path.is_file():
+        raise UserError(
+            f"model={spec!r} is a file; give a model directory, a .gguf file, or org/name on the hub"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith((".", "~")):
+        return _download(spec, weights)
+    raise UserError(
+        f"model={spec!r} does not exist; give a Hugging Face model directory, a .gguf file, org/name on the hub, "
+        "or demo:smollm2-135m-instruct"
+    )
+
+
+def _converted(source: Path) -> Path:
+    """Convert a GGUF file into the cache, once for each state of the file."""
+    state = source.stat()
+    mark = hashlib.sha256(
+        f"{source.name} {state.st_size} {state.st_mtime_ns}".encode()
+    ).hexdigest()[:12]
+    return gguf.convert(source, demo.cache_directory() / "converted" / f"{source.stem}-{mark}")
+
+
+def _download(repository: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_SMALL, "*.safetensors"] if weights else _SMALL
+    try:
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+            )
+        )
+    except Exception as error:  # httpx, hub and OS errors alike: offline, unknown, gated, full disk
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        offline = (
+            " (HF_HUB_OFFLINE is set)"
+            if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+            else ""
+        )
+        raise UserError(
+            f"model={repository!r} is no local directory and could not be fetched from the Hugging Face hub{offline}: "
+            f"{reason}\nGive a local directory, check the name, or log in with `hf auth login` if it is gated"
+        ) from error

@@ -1,0 +1,309 @@
+"""Hugging Face model directories: safetensors <-> parameter trees.
+
+tree   model/layers/self_attn/q_proj/kernel    (layers, in, out)
+file   model.layers.3.self_attn.q_proj.weight  (out, in), one tensor per layer
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lora_jax import tree
+from lora_jax.config import UserError
+from lora_jax.models import Model
+from lora_jax.sharding import param_specs
+
+# Leaf name -> (name in the file, stored transposed).
+_LEAVES = {
+    "kernel": ("weight", True),
+    "embedding": ("weight", False),
+    "scale": ("weight", False),
+    "bias": ("bias", False),
+}
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_SIDE_FILES = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "chat_template*", "LICENSE*",
+)  # fmt: skip
+
+
+def tensor_names(path: tree.Path, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Names in the file of every slice of a leaf."""
+    suffix = _LEAVES[path[-1]][0]
+    return tuple(f"{name}.{suffix}" for name in tree.slice_names(path[:-1], shape))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies and what it is, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def list_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a model directory by name; reads headers only.
+
+    Raises:
+        UserError: no safetensors, a shard that the index names is missing, a damaged file, or an unknown dtype.
+    """
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.is_file():
+        try:
+            files = sorted(
+                {directory / name for name in json.loads(index.read_text())["weight_map"].values()}
+            )
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is damaged: {error!r}") from error
+    elif single.is_file():
+        files = [single]
+    else:
+        found = (
+            ", ".join(sorted(path.name for path in directory.iterdir() if path.is_file()))
+            or "no files"
+        )
+        raise UserError(
+            f"{directory} has no model.safetensors and no index of shards, only: {found}. "
+            "Convert other formats with transformers' save_pretrained"
+        )
+    tensors = {}
+    for file in files:
+        with open_tensors(file) as handle:
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{file}: {name} has dtype {part.get_dtype()}; supported are: {', '.join(_DTYPES)}"
+                    )
+                tensors[name] = Tensor(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+    return tensors
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """`safe_open` whose failures name the file."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a readable safetensors file (damaged or cut short?): {error}"
+        ) from error
+
+
+def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) -> dict:
+    """The parameters of `model`, read slice by slice straight to their place on the mesh.
+
+    `dtype` None keeps the dtype of the files. No more than one device's share of one leaf stands in host memory.
+
+    Raises:
+        UserError: tensors that are missing, unexpected or mis-shaped, all of them listed.
+    """
+    tensors = list_tensors(directory)
+    leaves = tree.flatten(model.params)
+    _check_tensors(directory, tensors, leaves, model)
+    specs = tree.flatten(param_specs(model.params, model.rules, mesh))
+    handles: dict[Path, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for file in sorted({tensor.file for tensor in tensors.values()}):
+            handles[file] = stack.enter_context(open_tensors(file))
+        params = {}
+        for path, leaf in leaves.items():
+            names = tensor_names(path, leaf.shape)
+            stored = np.dtype(dtype) if dtype is not None else tensors[names[0]].dtype
+            sources = [handles[tensors[name].file].get_slice(name) for name in names]
+
+            def read(
+                index: tuple[slice, ...],
+                path=path,
+                shape=leaf.shape,
+                sources=sources,
+                stored=stored,
+            ) -> np.ndarray:
+                ranges = [slice(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
+                stacked = tree.stack_position(path) is not None
+                inner = ranges[1:] if stacked else ranges
+                order = inner[::-1] if _LEAVES[path[-1]][1] else inner
+                wanted = range(len(sources))[ranges[0]] if stacked else range(1)
+                out = np.empty((len(wanted), *(part.stop - part.start for part in inner)), stored)
+                for row, i in enumerate(wanted):
+                    part = sources[i][tuple(order)]
+                    out[row] = part.T if _LEAVES[path[-1]][1] else part
+                return out if stacked else out[0]
+
+            sharding = NamedSharding(mesh, specs[path])
+            params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+    return tree.unflatten(params)
+
+
+def _check_tensors(
+    directory: Path, tensors: Mapping[str, Tensor], leaves: Mapping[tree.Path, Any], model: Model
+) -> None:
+    expected = {}
+    for path, leaf in leaves.items():
+        shape = leaf.shape if tree.stack_position(path) is None else leaf.shape[1:]
+        for name in tensor_names(path, leaf.shape):
+            expected[name] = tuple(shape[::-1] if _LEAVES[path[-1]][1] else shape)
+    problems = [
+        f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors
+    ]
+    for name, tensor in tensors.items():
+        if name in expected and tensor.shape != expected[name]:
+            problems.append(
+                f"{name} has shape {tensor.shape}, config.json asks for {expected[name]}"
+            )
+        tied_copy = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if name not in expected and not tied_copy and not name.endswith("rotary_emb.inv_freq"):
+            problems.append(f"unexpected {name} {tensor.shape}")
+    if problems:
+        raise UserError(
+            f"{directory} does not hold the weights that its config.json describes:\n  "
+            + tree.summarize(problems)
+        )
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` when the block ends well and vanishes when it does not.
+
+    Raises:
+        UserError: `target` exists and is not an empty directory (nothing is ever removed), or cannot be made.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(
+            f"{target} already exists and is not empty; choose another directory or remove it"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "200MB" (decimal, as Hugging Face counts) or a plain number.
+
+    Raises:
+        UserError: not a positive size.
+    """
+    units = {
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "B": 1,
+        "": 1,
+    }
+    digits = text.strip().rstrip("BbIiKkMmGgTt ")
+    try:
+        size = int(float(digits) * units[text.strip()[len(digits) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"size {text!r} is not understood; write it as 5GB or 200MB")
+    return size
+
+
+def write_model(
+    target: Path,
+    model: Model,
+    params: Mapping,
+    source: Path,
+    max_shard_size: str = "5GB",
+    chat_template: str | None = None,
+) -> None:
+    """Write a Hugging Face directory: safetensors (sharded with an index above the limit), config.json, side files.
+
+    `source` is the directory that the model came from; its tokenizer, chat template and generation config are copied.
+    One shard at a time is brought to the host.
+    """
+    limit = parse_size(max_shard_size)
+    pieces: dict[str, tuple[tree.Path, int | None, int]] = {}
+    leaves = tree.flatten(params)
+    for path, leaf in leaves.items():
+        names = tensor_names(path, leaf.shape)
+        stacked = tree.stack_position(path) is not None
+        size = leaf.size * leaf.dtype.itemsize // len(names)
+        pieces |= {name: (path, i if stacked else None, size) for i, name in enumerate(names)}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(pieces):
+        if shards[-1] and filled + pieces[name][2] > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += pieces[name][2]
+    with new_directory(target) as temporary:
+        weight_map = {}
+        for number, names in enumerate(shards, 1):
+            file = (
+                f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                if len(shards) > 1
+                else "model.safetensors"
+            )
+            content = {}
+            for name in names:
+                path, i, _ = pieces[name]
+                array = np.asarray(leaves[path] if i is None else leaves[path][i])
+                content[name] = np.ascontiguousarray(array.T if _LEAVES[path[-1]][1] else array)
+                weight_map[name] = file
+            save_file(content, temporary / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            total = sum(size for _, _, size in pieces.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(temporary / "model.safetensors.index.json", index)
+        dtypes = {str(leaf.dtype) for leaf in leaves.values()}
+        config = dict(model.hf_config)
+        if len(dtypes) == 1:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtypes.pop()
+        write_json(temporary / "config.json", config)
+        copy_side_files(source, temporary, chat_template)
+
+
+def copy_side_files(source: Path, target: Path, chat_template: str | None = None) -> None:
+    """Copy tokenizer, chat template and generation config; `chat_template` (Jinja text) replaces the model's own."""
+    for pattern in _SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+    if chat_template is not None:
+        (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Sorted keys and a closing newline, so that equal content gives equal bytes."""
+    file.write_text(
+        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

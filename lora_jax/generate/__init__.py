@@ -1,0 +1,114 @@
+"""Text from a model: greedy or sampled, batched, with a key-value cache.
+
+generate = make_generate(model)
+answers  = generate(bound, prompts, max_new_tokens=64, stop_tokens={2})     # lists of token ids
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models.common import Model
+
+_BUCKET = (
+    32  # prompt lengths and answer lengths are rounded up to it, so that few shapes are compiled
+)
+
+
+def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Token ids (b,) from logits (b, vocab): the largest at temperature 0, a draw from softmax(logits / temperature)
+    above."""
+    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:
+    """A function (bound, prompts, max_new_tokens, stop_tokens, temperature=0, seed=0) -> answers, which ends an answer
+    before its stop token. Prompts are rows of one batch; the function compiles once per bucket of lengths."""
+
+    @partial(jax.jit, static_argnames="slots")
+    def decode(bound, tokens, segment_ids, limit, stops, temperature, key, slots: int):
+        module = model.module(bound)
+        rows, time = tokens.shape
+
+        def advance(cache, tokens, positions, segment_ids):
+            hidden, cache = module.hidden(
+                tokens,
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                compute_dtype=compute_dtype,
+            )
+            return module.logits(hidden[:, -1]).astype(jnp.float32), cache
+
+        def pick(logits, step):
+            return sample(logits, jax.random.fold_in(key, step), temperature)
+
+        positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+        logits, cache = advance(
+            model.empty_cache(rows, time + slots, compute_dtype), tokens, positions, segment_ids
+        )
+        lengths = segment_ids.sum(axis=1)
+        first = pick(logits, 0)
+        answers = jnp.zeros((rows, slots), jnp.int32).at[:, 0].set(first)
+        done = jnp.isin(first, stops) | (lengths == 0)
+
+        def unfinished(state):
+            step, _, _, done, _ = state
+            return (step < limit) & ~done.all()
+
+        def next_token(state):
+            step, answers, token, done, cache = state
+            logits, cache = advance(
+                cache, token[:, None], (lengths + step - 1)[:, None], jnp.ones((rows, 1), jnp.int32)
+            )
+            token = pick(logits, step)
+            answers = jax.lax.dynamic_update_slice(answers, token[:, None], (0, step))
+            return step + 1, answers, token, done | jnp.isin(token, stops), cache
+
+        return jax.lax.while_loop(
+            unfinished, next_token, (jnp.int32(1), answers, first, done, cache)
+        )[1]
+
+    def generate(
+        bound: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Collection[int],
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        time = -(-max(map(len, prompts)) // _BUCKET) * _BUCKET
+        tokens, segment_ids = (np.zeros((len(prompts), time), np.int32) for _ in range(2))
+        for row, prompt in enumerate(
+            prompts
+        ):  # padded on the left: all rows write the same slot next
+            if len(prompt):
+                tokens[row, -len(prompt) :] = prompt
+                segment_ids[row, -len(prompt) :] = 1
+        stops = np.asarray(sorted(stop_tokens) or [-1], np.int32)
+        slots = -(-max_new_tokens // _BUCKET) * _BUCKET
+        answers = np.asarray(
+            decode(
+                bound,
+                tokens,
+                segment_ids,
+                max_new_tokens,
+                stops,
+                float(temperature),
+                jax.random.key(seed),
+                slots,
+            )
+        )
+        return [_until_stop(answer[:max_new_tokens].tolist(), stop_tokens) for answer in answers]
+
+    return generate
+
+
+def _until_stop(answer: list[int], stops: Collection[int]) -> list[int]:
+    return next((answer[:i] for i, token in enumerate(answer) if token in stops), answer)

@@ -1,0 +1,62 @@
+"""Answers to prompts, from files: what `lora-jax generate` does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from lora_jax import adapters as methods
+from lora_jax import data, formats
+from lora_jax.config import UserError
+from lora_jax.generate import make_generate
+
+
+def answer(
+    spec: str,
+    prompts: Sequence[str],
+    *,
+    adapter: str | None = None,
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+    compute_dtype: str = "float32",
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """One answer per prompt, each prompt a user turn of its own conversation.
+
+    Raises:
+        UserError: the model or adapter cannot be found or do not fit, or the template refuses the conversation.
+    """
+    source = formats.resolve(spec)
+    if adapter is not None and not Path(adapter).expanduser().is_dir():
+        raise UserError(
+            f"adapter={adapter!r} does not exist; give a PEFT adapter directory, such as OUTPUT_DIR/adapter"
+        )
+    described = formats.describe(source)
+    found = formats.read_adapter(Path(adapter).expanduser(), described.params) if adapter else None
+    own_tokenizer = (
+        adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
+    )
+    tokenizer = formats.load_tokenizer(Path(adapter).expanduser() if own_tokenizer else source)
+    options = {"system_prompt": system_prompt, "chat_template": chat_template}
+    rows = [
+        data.Row(
+            ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}), "--prompt"
+        )
+        for prompt in prompts
+    ]
+    tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
+    stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source))
+    model = formats.load(source)
+    bound = model.params if found is None else methods.bind(model.params, found[0], found[1])
+    generate = make_generate(model, jnp.dtype(compute_dtype))
+    answers = generate(
+        bound,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stops,
+        temperature=temperature,
+        seed=seed,
+    )
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)

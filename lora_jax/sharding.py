@@ -1,0 +1,135 @@
+"""A mesh over whatever devices there are, and path rules that say how every parameter lies on it.
+
+Axes: `data` (replicas), `fsdp` (weights and batch split), `tensor` (heads and hidden features split). A rule is
+(regex for the dotted tree path, PartitionSpec of one slice); the `layers` axis of stacked leaves is never split.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.config import MeshConfig, UserError
+from lora_jax.tree import dotted, flatten, stack_position, summarize, unflatten
+
+Rules = Sequence[tuple[str, P]]
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))  # rows of a batch
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (or the given ones) with axes data, fsdp, tensor; an axis of -1 takes what is left.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = _axis_sizes(config, len(devices))
+    if math.prod(shape) != len(devices):
+        raise UserError(
+            f"mesh={dataclasses.asdict(config)} does not fit {len(devices)} devices; "
+            "the axes must multiply to their number, and -1 takes what is left"
+        )
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The shape of the mesh without its devices, to plan for machines that are not here."""
+    return AbstractMesh(
+        _axis_sizes(config, len(jax.devices())), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def _axis_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    sizes = dataclasses.astuple(config)
+    left = max(1, devices // math.prod(size for size in sizes if size != -1))
+    return tuple(left if size == -1 else size for size in sizes)
+
+
+def check_batch(rows: int, mesh: Mesh, what: str) -> None:
+    """Raise if `rows` cannot be split evenly over the data and fsdp axes."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise UserError(
+            f"{what}={rows} rows cannot be split over {parts} devices (data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']}); use a multiple of {parts}"
+        )
+
+
+def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dict:
+    """A PartitionSpec per parameter. An axis that a dimension does not divide is left out for that leaf.
+
+    Raises:
+        UserError: parameters that no rule covers, all of them listed.
+    """
+    specs, uncovered = {}, []
+    for path, leaf in flatten(params).items():
+        spec = next((spec for rule, spec in rules if re.fullmatch(rule, dotted(path))), None)
+        if spec is None:
+            uncovered.append(dotted(path))
+        else:
+            stack = () if stack_position(path) is None else (None,)
+            specs[path] = _fit(P(*stack, *spec), leaf.shape, mesh)
+    if uncovered:
+        raise UserError("no partition rule covers these parameters:\n  " + summarize(uncovered))
+    return unflatten(specs)
+
+
+def adapter_specs(
+    adapters: Mapping, params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh
+) -> dict:
+    """`lora_a` takes the input axis of its weight, `lora_b` the output axis; the rank is never split."""
+    weights = flatten(param_specs(params, rules, mesh))
+    specs = {}
+    for path, leaf in flatten(adapters).items():
+        spec = weights[(*path[:-1], "kernel")]
+        full = (*spec, *(None,) * (len(leaf.shape) - len(spec)))
+        split = (*full[:-1], None) if path[-1] == "lora_a" else (*full[:-2], None, full[-1])
+        specs[path] = _fit(P(*split), leaf.shape, mesh)
+    return unflatten(specs)
+
+
+def _fit(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    def size(axis: Any) -> int:
+        return math.prod(
+            mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))
+        )
+
+    return P(
+        *(
+            axis if axis is None or n % size(axis) == 0 else None
+            for axis, n in zip(spec, shape, strict=False)
+        )
+    )
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of PartitionSpecs."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P)
+    )
+
+
+def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """Put a tree on the mesh."""
+    return jax.tree.map(jax.device_put, tree, shardings(specs, mesh))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Put a batch of (rows, ...) arrays on the mesh, rows split over data and fsdp."""
+    return {
+        name: jax.device_put(array, NamedSharding(mesh, BATCH)) for name, array in batch.items()
+    }
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+    """Fix how an activation lies on the mesh that `jax.set_mesh` made current; nothing without one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*spec))

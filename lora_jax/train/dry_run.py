@@ -1,0 +1,95 @@
+"""What a config would train, from shapes alone: no weights, no data, no tokenizer."""
+
+from collections.abc import Sequence
+
+import jax
+
+from lora_jax import adapters as methods
+from lora_jax import formats, sharding, tree
+from lora_jax.config import Config
+
+
+def print_targets(config: Config) -> None:
+    """Print a row per target (layers that agree share one) and the totals."""
+    model = formats.describe(
+        formats.resolve(config.model, weights=False), config.ignore_config_fields
+    )
+    if config.adapter.path is not None:
+        from lora_jax.train.setup import continue_adapter
+
+        config, _ = continue_adapter(config, model)
+    targets = tree.find_targets(model.params, config.adapter)
+    mesh = sharding.abstract_mesh(config.mesh)
+    shapes = jax.eval_shape(
+        lambda: methods.init(jax.random.key(0), model.params, config.adapter)[1]
+    )
+    specs = tree.flatten(sharding.adapter_specs(shapes, model.params, model.rules, mesh))
+    rows = [
+        (
+            "module",
+            "shape (in, out)",
+            "rank",
+            "alpha",
+            "scale",
+            "parameters",
+            "partition of lora_a; lora_b",
+        )
+    ]
+    for target in targets:
+        partition = "; ".join(str(specs[(*target.path, part)]) for part in ("lora_a", "lora_b"))
+        scales = target.scales(config.adapter.use_rslora).reshape(-1)
+        for (rank, alpha), layers in group_slices(target).items():
+            count = rank * sum(target.shape) * len(layers)
+            name = layer_range(target, layers)
+            rows.append(
+                (
+                    name,
+                    str(target.shape),
+                    str(rank),
+                    f"{alpha:g}",
+                    f"{scales[layers[0]]:g}",
+                    f"{count:,}",
+                    partition,
+                )
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        )
+    trainable, frozen = sum(target.parameters for target in targets), tree.count(model.params)
+    print(
+        f"\n{trainable:,} trainable parameters || {frozen:,} frozen || {100 * trainable / (trainable + frozen):.4f} % "
+        f"trainable || adapter {4 * trainable:,} bytes in float32\nmesh: "
+        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    )
+
+
+def group_slices(target: tree.Target) -> dict[tuple[int, float], list[int]]:
+    """Slices of a target by their (rank, alpha); those that are not adapted are left out."""
+    groups: dict[tuple[int, float], list[int]] = {}
+    for i, pair in enumerate(zip(target.ranks, target.alphas, strict=True)):
+        if pair[0]:
+            groups.setdefault(pair, []).append(i)
+    return groups
+
+
+def layer_range(target: tree.Target, layers: Sequence[int]) -> str:
+    """`model.layers.{0-3,7}.self_attn.q_proj` for slices of a stack; the plain path for a single matrix."""
+    if not target.stacked:
+        return target.names[0]
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    position = tree.stack_position((*target.path, target.leaf))
+    return tree.dotted(
+        (
+            *target.path[:position],
+            f"{{{text}}}" if len(layers) > 1 else text,
+            *target.path[position:],
+        )
+    )

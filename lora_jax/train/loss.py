@@ -1,0 +1,126 @@
+"""Weighted next-token cross-entropy whose logits never stand in memory whole.
+
+    loss = sum_i w_i * -log p(token_i | tokens before it in its segment) / sum_i w_i
+
+The sum is computed here; the caller divides by the weights of the whole effective batch, so that micro-batches and
+devices add up exactly. Weight i belongs to token i and is predicted from position i - 1.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def next_token_sums(
+    module: Any, hidden: jax.Array, batch: dict[str, jax.Array], chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over a batch: weighted negative log-likelihood (nats) and weights.
+
+    Args:
+        module: the model; `module.logits` maps (n, d) to (n, vocab).
+        hidden: (b, t, d), final hidden states.
+        batch: tokens (b, t) int32 and loss_weights (b, t) float32.
+        chunk: tokens whose logits stand in memory at once.
+    """
+    targets = jnp.roll(batch["tokens"], -1, axis=1)
+    weights = jnp.roll(batch["loss_weights"], -1, axis=1).at[:, -1].set(0.0)
+    # Supervised positions first in every row: chunks without any come last and are skipped.
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    targets, weights = (jnp.take_along_axis(x, order, axis=1) for x in (targets, weights))
+    hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
+    rows, time = targets.shape
+    width = max(1, min(time, chunk // rows))
+    padding = -time % width
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(rows, (time + padding) // width, width, *x.shape[2:])
+        return x.swapaxes(0, 1)  # (chunks, rows, width, ...)
+
+    graphdef, state = nnx.split(module)
+    leaves, structure = jax.tree.flatten(state)
+
+    def head(leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)).logits(hidden)
+
+    total = _chunked_nll(head, leaves, split(hidden), split(targets), split(weights))
+    return total, weights.sum()
+
+
+def _chunk_nll(
+    head: Any, leaves: list, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    logits = head(leaves, hidden).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
+
+
+def _skip_unsupervised(
+    compute: Callable, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Any:
+    """`compute` of a chunk, or zeros of the same shapes where the chunk has no weight."""
+
+    def zeros(*chunk: jax.Array) -> Any:
+        return jax.tree.map(
+            lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(compute, *chunk)
+        )
+
+    return jax.lax.cond(jnp.any(weights != 0), compute, zeros, hidden, targets, weights)
+
+
+def _nll(
+    head: Callable, leaves: list, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The sum over all chunks; hidden (chunks, rows, width, d), targets and weights (chunks, rows, width)."""
+
+    def body(total, chunk):
+        return total + _skip_unsupervised(
+            lambda *chunk: _chunk_nll(head, leaves, *chunk), *chunk
+        ), None
+
+    return jax.lax.scan(body, jnp.float32(0), (hidden, targets, weights))[0]
+
+
+_chunked_nll = jax.custom_vjp(_nll, nondiff_argnums=(0,))
+
+
+def _forward(
+    head: Callable, leaves: list, hidden: Any, targets: Any, weights: Any
+) -> tuple[jax.Array, Any]:
+    """Value and gradients in one pass: both are taken while a chunk's logits are there, then the logits are dropped.
+
+    Recomputing them in the backward pass instead costs a third product with the vocabulary. Which leaves train is
+    known at trace time (`perturbed`); the others get no gradient and cost nothing.
+    """
+    trained = [leaf.value for leaf in leaves if leaf.perturbed]
+
+    def nll(trained, *chunk):
+        own = iter(trained)
+        return _chunk_nll(
+            head, [next(own) if leaf.perturbed else leaf.value for leaf in leaves], *chunk
+        )
+
+    def body(sums, chunk):
+        compute = functools.partial(jax.value_and_grad(nll, argnums=(0, 1)), trained)
+        value, (of_leaves, of_hidden) = _skip_unsupervised(compute, *chunk)
+        return jax.tree.map(jnp.add, sums, (value, of_leaves)), of_hidden
+
+    start = (jnp.float32(0), [jnp.zeros_like(leaf) for leaf in trained])
+    (total, sums), of_hidden = jax.lax.scan(
+        body, start, (hidden.value, targets.value, weights.value)
+    )
+    own = iter(sums)
+    return total, ([next(own) if leaf.perturbed else None for leaf in leaves], of_hidden)
+
+
+def _backward(head: Callable, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    of_leaves, of_hidden = gradients
+    scaled = [None if leaf is None else (cotangent * leaf).astype(leaf.dtype) for leaf in of_leaves]
+    return scaled, (cotangent * of_hidden).astype(of_hidden.dtype), None, None
+
+
+_chunked_nll.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,175 @@
+"""What a run tells about itself: metrics.jsonl, the progress bar, the closing table, the loss plot, summary.json."""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+
+class Clock:
+    """Training time by laps. The first lap, which compiles, and pauses do not count towards the speed."""
+
+    def __init__(self) -> None:
+        self._mark = time.monotonic()
+        self._laps, self._seconds, self._tokens = 0, 0.0, 0
+        self._first = (0.0, 0)
+
+    def lap(self, tokens: int) -> None:
+        """A step over `tokens` tokens has ended."""
+        now = time.monotonic()
+        self._laps += 1
+        if self._laps == 1:
+            self._first = (now - self._mark, tokens)
+        else:
+            self._seconds += now - self._mark
+            self._tokens += tokens
+        self._mark = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        spent = time.monotonic() - self._mark
+        yield
+        self._mark = time.monotonic() - spent
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all laps but the first, or of the first if there is no other."""
+        seconds, tokens = (self._seconds, self._tokens) if self._laps > 1 else self._first
+        return tokens / seconds if seconds else 0.0
+
+    def remaining(self, steps: int) -> float:
+        """Seconds that `steps` more laps take."""
+        return steps * (self._seconds / (self._laps - 1) if self._laps > 1 else self._first[0])
+
+
+class Journal:
+    """metrics.jsonl, one object per line written at once, and the progress bar (plain lines without a terminal)."""
+
+    def __init__(self, file: Path, steps: int, console: Console):
+        self._file = file.open("a", encoding="utf-8")
+        self._console, self._steps = console, steps
+        self._next_line = 0.0
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("compiling", total=steps)
+
+    def __enter__(self) -> "Journal":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+        self._file.close()
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self._file.write(json.dumps(content) + "\n")
+        self._file.flush()
+
+    def show(self, step: int, loss: float, rate: float, clock: Clock) -> None:
+        """Move the bar; without a terminal, print a line every ten seconds and at the end."""
+        left = format_seconds(clock.remaining(self._steps - step))
+        text = (
+            f"loss {loss:.4f}  rate {rate:.2e}  {clock.tokens_per_second:,.0f} tokens/s  ETA {left}"
+        )
+        self._bar.update(self._task, completed=step, description=text)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now >= self._next_line or step == self._steps):
+            self._next_line = now + 10
+            self._console.print(f"step {step}/{self._steps}  {text}")
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """The closing table: before and after, then size, speed and memory."""
+    table = Table(title="before and after")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    labels = {"task": "held-out task", "regression": "regression set"}
+    for name, label in labels.items():
+        if summary[name]:
+            for key, unit in (("loss", "loss (nats per token)"), ("exact_match", "exact match")):
+                if summary[name].get(f"{key}_before") is not None:
+                    values = (summary[name][f"{key}_before"], summary[name][f"{key}_after"])
+                    table.add_row(f"{label}: {unit}", *(f"{value:.4f}" for value in values))
+    if table.row_count:
+        console.print(table)
+    console.print(
+        f"{summary['steps']} steps, {summary['supervised_tokens']:,} supervised tokens, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {format_seconds(summary['seconds'])} in all, "
+        f"peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB\n"
+        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained, "
+        f"adapter {summary['adapter_bytes'] / 1e6:.2f} MB, checkpoint {summary['checkpoint_bytes'] / 1e6:.2f} MB"
+    )
+
+
+def print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> None:
+    """A few prompts with what was expected and what came."""
+    for sample in samples:
+        table = Table(show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for key, value in sample.items():
+            table.add_row(key, escape(value))
+        console.print(table)
+
+
+def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Points (step, loss) by curve: `train` with a running mean, held-out sets as they were measured."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = zip(*curves["train"], strict=True)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    means, mean = [], losses[0]
+    for loss in losses:
+        mean = 0.9 * mean + 0.1 * loss
+        means.append(mean)
+    axes.plot(steps, means, color="tab:blue", label="training (running mean)")
+    colors = {"task": "tab:orange", "regression": "tab:green"}
+    for name, color in colors.items():
+        if name in curves:
+            axes.plot(
+                *zip(*curves[name], strict=True), color=color, marker="o", label=f"held-out {name}"
+            )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title="loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def write_summary(file: Path, summary: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -1,0 +1,135 @@
+"""What a run checks and reads before anything slow starts."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from lora_jax import data, demo, formats, sharding
+from lora_jax.config import AdapterConfig, Config, UserError, raise_all
+from lora_jax.models.common import Model
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows as they were read and as the model sees them."""
+
+    rows: list[data.Row]
+    examples: list[data.Example]
+    system_prompt: str | None
+
+
+def prepare(config: Config) -> tuple[Path, Mesh]:
+    """The output directory, made and writable, and the mesh.
+
+    Raises:
+        UserError: no training data named; a mesh that does not fit the devices or the batch; an output directory that
+            holds something or cannot be written.
+    """
+    if config.data.train is None:
+        raise UserError(
+            "data.train is not set: a .json or .jsonl file, a directory of them, or demo:usaddress"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    micro = config.train.micro_batch_size
+    sharding.check_batch(
+        micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
+    )
+    sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    output = Path(config.output_dir).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir={str(output)!r} is a file; choose a directory")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(
+            f"output_dir={str(output)!r} already holds a run or other files; choose another or remove it"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={str(output)!r} cannot be made: {error.strerror}") from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir={str(output)!r} is not writable")
+    return output, mesh
+
+
+def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | None]:
+    """With `adapter.path`, the config with that adapter's settings, and its weights; otherwise the config as it is.
+
+    Raises:
+        UserError: files that do not fit the model, or settings that contradict the adapter's.
+    """
+    if config.adapter.path is None:
+        return config, None
+    adapters, found = formats.read_adapter(Path(config.adapter.path).expanduser(), model.params)
+    given, default = config.adapter, AdapterConfig()
+    free = {"path", "dropout"}
+    problems, kept = [], {"path": given.path, "dropout": given.dropout}
+    for field in dataclasses.fields(AdapterConfig):
+        mine, theirs = getattr(given, field.name), getattr(found, field.name)
+        if field.name not in free and mine != getattr(default, field.name) and mine != theirs:
+            if not field.name.endswith("_modules"):  # compared by what they select, below
+                problems.append(
+                    f"adapter.{field.name}={mine!r} contradicts {given.path}, which has {theirs!r}; leave it out"
+                )
+    raise_all(problems)
+    return dataclasses.replace(config, adapter=dataclasses.replace(found, **kept)), adapters
+
+
+def read_set(
+    name: str, config: Config, system_prompt: str | None, tokenizer: Any, console: Console
+) -> DataSet | None:
+    """Rows and examples of data.NAME, None if it is not set. What was cut or dropped is printed."""
+    spec = getattr(config.data, name)
+    if spec is None:
+        return None
+    path = (
+        demo.path(spec.removeprefix("demo:"))
+        if spec.startswith("demo:")
+        else Path(spec).expanduser()
+    )
+    rows = data.read_rows(path)
+    examples, counts = data.encode_all(
+        rows,
+        tokenizer,
+        system_prompt=system_prompt,
+        chat_template=config.data.chat_template,
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+    )
+    notes = [
+        f"{counts.truncated} cut to {config.data.max_length} tokens (the longest has {counts.longest})"
+        * bool(counts.truncated),
+        f"{counts.dropped} dropped as too long" * bool(counts.dropped),
+        f"{counts.unaligned} whose prompt alone is split into other tokens"
+        * bool(counts.unaligned),
+    ]
+    share = counts.supervised_tokens / counts.total_tokens
+    console.print(
+        "; ".join(
+            [
+                f"data.{name}: {counts.examples:,} examples, {counts.total_tokens:,} tokens, {share:.0%} supervised",
+                *filter(None, notes),
+            ]
+        )
+    )
+    return DataSet(rows, examples, system_prompt)
+
+
+def check_sizes(config: Config, model: Model, tokenizer: Any) -> None:
+    """Raise if the tokenizer or the row length do not fit the model."""
+    problems = []
+    if len(tokenizer) > model.config.vocab_size:
+        problems.append(
+            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size={model.config.vocab_size}"
+        )
+    if config.data.max_length > model.config.max_position_embeddings:
+        problems.append(
+            f"data.max_length={config.data.max_length} is above the model's "
+            f"max_position_embeddings={model.config.max_position_embeddings}"
+        )
+    raise_all(problems)

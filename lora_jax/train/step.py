@@ -1,0 +1,89 @@
+"""The compiled functions of a run. No I/O here.
+
+    train_step(adapters, opt_state, params, batch, step_key) -> (adapters, opt_state, metrics)
+
+`params` is an input only: never returned, never copied. `adapters` and `opt_state` are donated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.adapters import bind
+from lora_jax.config import Config
+from lora_jax.models.common import Model
+from lora_jax.train.loss import next_token_sums
+
+Batch = dict[
+    str, jax.Array
+]  # tokens, segment_ids, positions (b, t) int32; loss_weights (b, t) float32
+
+
+def batch_sums(
+    model: Model, bound: Any, batch: Batch, config: Config, remat: str = "none"
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted negative log-likelihood (nats) and weights of a batch, summed."""
+    module = model.module(bound)
+    hidden, _ = module.hidden(
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        compute_dtype=jnp.dtype(config.train.compute_dtype),
+        remat=remat,
+    )
+    return next_token_sums(module, hidden, batch, config.train.loss_chunk)
+
+
+def make_train_step(
+    model: Model, config: Config, optimizer: optax.GradientTransformation
+) -> Callable:
+    """The jitted step. Metrics are float32 scalars: loss (nats per supervised token), grad_norm (before clipping),
+    supervised_tokens (sum of the weights)."""
+    rows = config.train.batch_size
+    pieces = rows // (config.train.micro_batch_size or rows)
+
+    def micro_loss(adapters, params, micro, key):
+        bound = bind(params, adapters, config.adapter, key)
+        return batch_sums(model, bound, micro, config, config.train.remat)
+
+    def train_step(adapters, opt_state, params, batch, step_key):
+        value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+        if pieces == 1:
+            (nll, weight), grads = value_and_grad(adapters, params, batch, step_key)
+        else:
+            # Every micro-batch takes rows from all over the batch, so that each device keeps its own.
+            micros = jax.tree.map(
+                lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+
+            def accumulate(sums, micro_and_key):
+                micro, key = micro_and_key
+                return jax.tree.map(
+                    jnp.add, sums, value_and_grad(adapters, params, micro, key)
+                ), None
+
+            zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, adapters))
+            keys = jax.random.split(step_key, pieces)
+            ((nll, weight), grads), _ = jax.lax.scan(accumulate, zeros, (micros, keys))
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, opt_state, adapters)
+        metrics = {
+            "loss": nll / weight,
+            "grad_norm": optax.global_norm(grads),
+            "supervised_tokens": weight,
+        }
+        return optax.apply_updates(adapters, updates), opt_state, metrics
+
+    return jax.jit(train_step, donate_argnums=(0, 1))
+
+
+def make_eval_step(model: Model, config: Config) -> Callable:
+    """`eval_step(adapters, params, batch)` -> summed negative log-likelihood and weights, dropout off."""
+
+    def eval_step(adapters, params, batch):
+        return batch_sums(model, bind(params, adapters, config.adapter), batch, config)
+
+    return jax.jit(eval_step)
