@@ -92,9 +92,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    batch_size: int = 16  # rows per evaluation batch
+    batch_size: int = 16  # rows per batch of held-out loss
     generate: bool = True  # exact match of greedy generation on data.eval
     generate_examples: int | None = None  # how many rows of data.eval are generated; null: all
+    generate_batch_size: int = 64  # prompts generated together
     max_new_tokens: int = 200  # per generated answer
     samples: int = 3  # answers shown at the end
 
@@ -164,7 +165,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") -> Config:
     """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win)."""
-    layers = [(source, content)]
+    layers: list[tuple[str, Any]] = [(source, content)]
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not key:
@@ -225,8 +226,8 @@ def check(config: Config) -> None:
     """Raise one `UserError` with every value that is out of range. What needs the model is checked with the model."""
     problems = []
 
-    def value(key: str):
-        node = config
+    def value(key: str) -> Any:
+        node: Any = config
         for part in key.split("."):
             node = getattr(node, part)
         return node

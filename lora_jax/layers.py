@@ -189,11 +189,12 @@ def attention(
         scores.append(jnp.where(mask[:, None, None], block, -1e30))
     probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
     probabilities = probabilities.reshape(b, kv_heads, group * t, -1)
-    start, mixed = 0, 0
-    for _, values in keys_values:
-        end = start + values.shape[1]
-        mixed += jnp.einsum(
-            "bkqs,bskh->bkqh", probabilities[..., start:end], values.astype(queries.dtype)
+    ends = np.cumsum([keys.shape[1] for keys, _ in keys_values])
+    mixed = sum(
+        jnp.einsum("bkqs,bskh->bkqh", part, values.astype(queries.dtype))
+        for part, (_, values) in zip(
+            jnp.split(probabilities, ends[:-1], axis=-1), keys_values, strict=True
         )
-        start = end
+    )
+    mixed = jnp.asarray(mixed)
     return mixed.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.config import MeshConfig, UserError
 from lora_jax.tree import dotted, flatten, stack_position, summarize, unflatten
 
-Rules = Sequence[tuple[str, P]]
+Rules = Sequence[tuple[str, Any]]  # (regex, PartitionSpec)
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # rows of a batch
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices (or the given ones) with axes data, fsdp, tensor; an axis of -1 takes what is left.
 
     Raises:

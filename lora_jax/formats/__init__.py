@@ -30,7 +30,7 @@ def describe(directory: Path, ignore: Container[str] = ()) -> Model:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object")
-    return models.describe(content, ignore)
+    return models.describe(content, ignore).replace(directory=directory)
 
 
 def load(

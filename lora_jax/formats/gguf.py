@@ -249,6 +249,7 @@ def _plan(
     d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     n, k = config["num_attention_heads"], config["num_key_value_heads"]
     h = config["head_dim"]
+    plan: list[tuple[str, str, tuple[int, ...], int]]
     plan = [("model.embed_tokens.weight", "token_embd.weight", (v, d), 0)]
     for i in range(config["num_hidden_layers"]):
         plan += [

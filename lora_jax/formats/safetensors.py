@@ -134,7 +134,7 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
             sources = [handles[tensors[name].file].get_slice(name) for name in names]
 
             def read(
-                index: tuple[slice, ...],
+                index: Any,
                 path=path,
                 shape=leaf.shape,
                 sources=sources,

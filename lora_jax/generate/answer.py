@@ -29,16 +29,17 @@ def answer(
         UserError: the model or adapter cannot be found or do not fit, or the template refuses the conversation.
     """
     source = formats.resolve(spec)
-    if adapter is not None and not Path(adapter).expanduser().is_dir():
-        raise UserError(
-            f"adapter={adapter!r} does not exist; give a PEFT adapter directory, such as OUTPUT_DIR/adapter"
-        )
-    described = formats.describe(source)
-    found = formats.read_adapter(Path(adapter).expanduser(), described.params) if adapter else None
-    own_tokenizer = (
-        adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
-    )
-    tokenizer = formats.load_tokenizer(Path(adapter).expanduser() if own_tokenizer else source)
+    described, found, home = formats.describe(source), None, source
+    if adapter is not None:
+        directory = Path(adapter).expanduser()
+        if not directory.is_dir():
+            raise UserError(
+                f"adapter={adapter!r} does not exist; give a PEFT adapter directory, "
+                "such as OUTPUT_DIR/adapter"
+            )
+        found = formats.read_adapter(directory, described.params)
+        home = directory if (directory / "tokenizer_config.json").is_file() else source
+    tokenizer = formats.load_tokenizer(home)
     options = {"system_prompt": system_prompt, "chat_template": chat_template}
     rows = [
         data.Row(

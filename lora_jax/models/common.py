@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.config import UserError, raise_all
+from lora_jax.config import raise_all
 from lora_jax.layers import Cache
 from lora_jax.sharding import Rules
 
@@ -189,6 +190,7 @@ class Model:
     config: Any  # the family's Config
     hf_config: dict[str, Any]  # config.json as it was read
     rules: Rules
+    directory: Path = Path()  # where its files are
 
     def module(self, params: Mapping) -> Any:
         """The NNX module over `params` (plain, bound or merged), with methods `hidden` and `logits`."""

@@ -16,8 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.layers import ACTIVATIONS, Cache, Embed, Linear, RMSNorm
-from lora_jax.layers import attention, attention_masks, rope, rope_frequencies, rotate
+from lora_jax.layers import (
+    ACTIVATIONS,
+    Cache,
+    Embed,
+    Linear,
+    RMSNorm,
+    attention,
+    attention_masks,
+    rope,
+    rope_frequencies,
+    rotate,
+)
 from lora_jax.models.common import ConfigReader, scan_layers
 from lora_jax.sharding import BATCH, constrain
 
@@ -166,7 +176,9 @@ class Model(nnx.Module):
             return x, None if cache is None else new
 
         x, new = scan_layers(block, self.model.layers, x, cached, remat)
-        return self.model.norm(x), None if cache is None else cache.write(*new, segment_ids)
+        return self.model.norm(x), None if cache is None else cache.write(
+            new[0], new[1], segment_ids
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(..., d) -> (..., vocab) in the dtype of `hidden`."""

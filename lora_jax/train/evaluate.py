@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax import adapters as methods
-from lora_jax import data
+from lora_jax import data, formats
 from lora_jax.config import Config
+from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
 from lora_jax.sharding import place_batch
 from lora_jax.train.setup import DataSet
+from lora_jax.train.step import make_eval_step
 
 Answers = Sequence[Mapping[str, str]]  # prompt, expected, answer
 
@@ -55,6 +58,7 @@ def generate_all(
     **options: Any,
 ) -> list[list[int]]:
     """Answers to all prompts, in their order. Prompts of like length share a batch; the last batch is filled up."""
+    batch_size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     for first in range(0, len(order), batch_size):
@@ -65,6 +69,20 @@ def generate_all(
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a set of adapters reaches on the held-out data."""
+
+    losses: dict[str, float]  # nats per supervised token: task, regression
+    answers: Answers  # to the prompts of the task; empty if none are generated
+
+    def describe(self) -> str:
+        parts = [f"{name} loss {loss:.4f}" for name, loss in self.losses.items()]
+        if self.answers:
+            parts.append(f"exact match {exact_match(self.answers):.3f}")
+        return ", ".join(parts) or "nothing held out"
+
+
+@dataclass(frozen=True)
 class Judge:
     """Everything that scoring needs but the adapters."""
 
@@ -72,37 +90,42 @@ class Judge:
     model: Model
     tokenizer: Any
     stop_tokens: frozenset[int]
-    sets: dict[str, DataSet | None]  # task, regression
+    held_out: dict[str, DataSet]  # task, regression: those that the config names
     mesh: Mesh
     eval_step: Callable
     generate: Callable
 
+    def score(self, adapters: Any) -> Scores:
+        """Losses and answers."""
+        return Scores(self.losses(adapters), self.answers(adapters))
+
     def losses(self, adapters: Any) -> dict[str, float]:
         """Nats per supervised token on each held-out set."""
         size, length = self.config.eval.batch_size, self.config.data.max_length
-        return {
-            name: mean_loss(
-                self.eval_step,
-                adapters,
-                self.model.params,
-                data.eval_batches(held_out.examples, size, length),
-                self.mesh,
-            )
-            for name, held_out in self.sets.items()
-            if held_out
-        }
+        found = {}
+        for name, held_out in self.held_out.items():
+            batches = data.eval_batches(held_out.examples, size, length)
+            params = self.model.params
+            found[name] = mean_loss(self.eval_step, adapters, params, batches, self.mesh)
+        return found
 
-    def answers(self, adapters: Any) -> list[dict[str, str]]:
-        """Greedy answers to the prompts of the task: prompt, expected, answer."""
-        task, config = self.sets["task"], self.config
-        if task is None or not config.eval.generate:
+    def answers(self, adapters: Any) -> Answers:
+        """Greedy answers to the prompts of the task."""
+        config = self.config
+        if "task" not in self.held_out or not config.eval.generate:
             return []
+        task = self.held_out["task"]
         rows = task.rows[: config.eval.generate_examples]
-        options = {"system_prompt": task.system_prompt, "chat_template": config.data.chat_template}
-        prompts = [data.prompt_tokens(row, self.tokenizer, **options) for row in rows]
-        bound = methods.bind(self.model.params, adapters, config.adapter)
-        limits = {"max_new_tokens": config.eval.max_new_tokens, "stop_tokens": self.stop_tokens}
-        answers = generate_all(self.generate, bound, prompts, config.eval.batch_size, **limits)
+        template = {"system_prompt": task.system_prompt, "chat_template": config.data.chat_template}
+        prompts = [data.prompt_tokens(row, self.tokenizer, **template) for row in rows]
+        answers = generate_all(
+            self.generate,
+            methods.bind(self.model.params, adapters, config.adapter),
+            prompts,
+            config.eval.generate_batch_size,
+            max_new_tokens=config.eval.max_new_tokens,
+            stop_tokens=self.stop_tokens,
+        )
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [
             {
@@ -119,27 +142,34 @@ def exact_match(answers: Answers) -> float:
     return sum(same_answer(row["answer"], row["expected"]) for row in answers) / len(answers)
 
 
-def describe_scores(losses: Mapping[str, float], answers: Answers) -> str:
-    parts = [f"{name} loss {loss:.4f}" for name, loss in losses.items()]
-    return (
-        ", ".join(parts + [f"exact match {exact_match(answers):.3f}"] * bool(answers))
-        or "nothing held out"
+def make_judge(
+    config: Config,
+    model: Model,
+    tokenizer: Any,
+    held_out: dict[str, DataSet],
+    mesh: Mesh,
+) -> Judge:
+    """A `Judge` with its compiled functions over the held-out data."""
+    stops = formats.stop_tokens(model.directory)
+    return Judge(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        stop_tokens=data.stop_tokens(tokenizer, config.data.chat_template, stops),
+        held_out=held_out,
+        mesh=mesh,
+        eval_step=make_eval_step(model, config),
+        generate=make_generate(model, jnp.dtype(config.train.compute_dtype)),
     )
 
 
-def score_pair(
-    name: str,
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    answers_before: Answers = (),
-    answers_after: Answers = (),
-) -> dict[str, Any] | None:
+def score_pair(name: str, before: Scores, after: Scores) -> dict[str, Any] | None:
     """The summary's entry for a held-out set, None if there is none."""
-    if name not in before:
+    if name not in before.losses:
         return None
-    scores: dict[str, Any] = {"loss_before": before[name], "loss_after": after[name]}
-    if answers_before:
-        scores["exact_match_before"] = exact_match(answers_before)
-        scores["exact_match_after"] = exact_match(answers_after)
-        scores["examples"] = len(answers_after)
-    return scores
+    pair: dict[str, Any] = {"loss_before": before.losses[name], "loss_after": after.losses[name]}
+    if name == "task" and before.answers:
+        pair["exact_match_before"] = exact_match(before.answers)
+        pair["exact_match_after"] = exact_match(after.answers)
+        pair["examples"] = len(after.answers)
+    return pair

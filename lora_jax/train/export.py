@@ -23,9 +23,7 @@ def own_template(config: Config) -> str | None:
     return None if chosen in (None, "none") else resolve_template(None, chosen)
 
 
-def export_peft(
-    target: Path, config: Config, model: Model, adapters: Mapping, source: Path
-) -> None:
+def export_peft(target: Path, config: Config, model: Model, adapters: Mapping) -> None:
     """Write a PEFT adapter directory with the tokenizer and template that the run used."""
     formats.write_adapter(
         target,
@@ -33,7 +31,7 @@ def export_peft(
         model.params,
         config.adapter,
         base_model=config.model,
-        source=source,
+        source=model.directory,
         chat_template=own_template(config),
         extra={
             "versions": {name: version(name) for name in ("lora_jax", "jax", "flax")},
@@ -42,15 +40,13 @@ def export_peft(
     )
 
 
-def export_merged(
-    target: Path, config: Config, model: Model, adapters: Mapping, source: Path
-) -> None:
+def export_merged(target: Path, config: Config, model: Model, adapters: Mapping) -> None:
     """Write a Hugging Face model directory with the adapters merged in, in the dtype of the base."""
     formats.write_model(
         target,
         model,
         merge(bind(model.params, adapters, config.adapter)),
-        source,
+        model.directory,
         max_shard_size=config.export.max_shard_size,
         chat_template=own_template(config),
     )
@@ -83,8 +79,8 @@ def export_run(run: Path, kind: str, output: Path) -> None:
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), model.params, config.adapter)[1])
     adapters, _, _ = checkpoint.restore(run / "checkpoints", shapes)
     if kind == "peft":
-        return export_peft(output, config, model, adapters, source)
+        return export_peft(output, config, model, adapters)
     mesh = make_mesh(config.mesh)
     dtype = None if config.base_dtype is None else jnp.dtype(config.base_dtype)
     params = formats.read_params(source, model, mesh, dtype)
-    export_merged(output, config, model.replace(params=params), adapters, source)
+    export_merged(output, config, model.replace(params=params), adapters)

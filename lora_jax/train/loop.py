@@ -15,15 +15,14 @@ from lora_jax import adapters as methods
 from lora_jax import config as configs
 from lora_jax import data, formats, sharding, tree
 from lora_jax.config import Config, UserError
-from lora_jax.generate import make_generate
 from lora_jax.train import checkpoint, export, metrics, setup
-from lora_jax.train.evaluate import Judge, describe_scores, score_pair
+from lora_jax.train.evaluate import Judge, make_judge, score_pair
 from lora_jax.train.optimizer import make_optimizer, make_schedule
-from lora_jax.train.step import make_eval_step, make_train_step
+from lora_jax.train.step import make_train_step
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Fine-tune as `config` says, write everything to `config.output_dir`, and return the summary.
+    """Fine-tune as `config` says, write it all to `config.output_dir`, and return the summary.
 
     Raises:
         UserError: a mistake in config, model, data or adapter files; found before training starts.
@@ -31,19 +30,14 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     started = time.monotonic()
     console = console or Console(stderr=True, highlight=False)
     output, mesh = setup.prepare(config)
-    console.print(
-        f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {jax.devices()[0].device_kind}"
-    )
+    device = jax.devices()[0].device_kind
+    console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
     source = formats.resolve(config.model)
     model = formats.describe(source, config.ignore_config_fields)
     config, loaded = setup.continue_adapter(config, model)
     targets = tree.find_targets(model.params, config.adapter)
     tokenizer = formats.load_tokenizer(source)
-    train_set = setup.read_set("train", config, config.data.system_prompt, tokenizer, console)
-    held_out = {
-        "task": setup.read_set("eval", config, config.data.system_prompt, tokenizer, console),
-        "regression": setup.read_set("regression", config, None, tokenizer, console),
-    }
+    train_set, held_out = setup.read_sets(config, tokenizer, console)
     setup.check_sizes(config, model, tokenizer)
 
     console.print(f"loading {config.model}")
@@ -54,57 +48,44 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     specs = sharding.adapter_specs(adapters, params, model.rules, mesh)
     adapters = sharding.place(loaded or adapters, specs, mesh)
     model = model.replace(params=params)
-    trainable = sum(target.parameters for target in targets)
-    console.print(f"training {trainable:,} parameters beside {tree.count(params):,} frozen ones")
+    frozen, trained = tree.count(params), sum(target.parameters for target in targets)
+    console.print(f"training {trained:,} parameters beside {frozen:,} frozen ones")
     (output / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
 
-    stops = data.stop_tokens(tokenizer, config.data.chat_template, formats.stop_tokens(source))
-    compute_dtype = jnp.dtype(config.train.compute_dtype)
-    judge = Judge(
-        config,
-        model,
-        tokenizer,
-        stops,
-        held_out,
-        mesh,
-        make_eval_step(model, config),
-        make_generate(model, compute_dtype),
-    )
+    judge = make_judge(config, model, tokenizer, held_out, mesh)
     with jax.set_mesh(mesh):
-        before, answers_before = judge.losses(adapters), judge.answers(adapters)
-        console.print(f"before: {describe_scores(before, answers_before)}")
+        before = judge.score(adapters)
+        console.print(f"before: {before.describe()}")
         adapters, curves, totals = train_steps(
             judge, adapters, train_set, dropout_key, output, console
         )
-        after, answers_after = judge.losses(adapters), judge.answers(adapters)
+        after = judge.score(adapters)
 
     if config.export.peft:
-        export.export_peft(output / "adapter", config, model, adapters, source)
+        export.export_peft(output / "adapter", config, model, adapters)
     if config.export.merged:
-        export.export_merged(output / "merged", config, model, adapters, source)
-    for name in before:
-        curves[name] = [(0, before[name]), *curves.get(name, []), (config.train.steps, after[name])]
+        export.export_merged(output / "merged", config, model, adapters)
+    last = config.train.steps
+    for name, loss in before.losses.items():
+        curves[name] = [(0, loss), *curves.get(name, []), (last, after.losses[name])]
     metrics.plot_losses(output / "plots" / "loss.png", curves)
     summary = {
-        "steps": config.train.steps,
+        "steps": last,
         **totals,
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": metrics.peak_rss_bytes(),
-        "total_parameters": tree.count(params) + trainable,
-        "trainable_parameters": trainable,
-        "adapter_bytes": 4 * trainable,
-        "checkpoint_bytes": metrics.directory_bytes(
-            output / "checkpoints" / str(config.train.steps)
-        ),
-        "task": score_pair("task", before, after, answers_before, answers_after),
+        "total_parameters": frozen + trained,
+        "trainable_parameters": trained,
+        "adapter_bytes": 4 * trained,
+        "checkpoint_bytes": metrics.directory_bytes(output / "checkpoints" / str(last)),
+        "task": score_pair("task", before, after),
         "regression": score_pair("regression", before, after),
     }
     metrics.write_summary(output / "summary.json", summary)
-    metrics.print_samples(console, answers_after[: config.eval.samples])
+    metrics.print_samples(console, after.answers[: config.eval.samples])
     metrics.print_summary(console, summary)
-    console.print(
-        f"written to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}"
-    )
+    written = ", ".join(sorted(path.name for path in output.iterdir()))
+    console.print(f"written to {output}: {written}")
     return summary
 
 
@@ -157,7 +138,7 @@ def train_steps(
             clock.lap(int(np.count_nonzero(batch["segment_ids"])))
             supervised += measured["supervised_tokens"]
             curves["train"].append((step, measured["loss"]))
-            rate = float(schedule(step - 1))
+            rate = schedule(step - 1)
             journal.show(step, measured["loss"], rate, clock)
             if step % settings.log_every == 0 or step == settings.steps:
                 speed = {"learning_rate": rate, "tokens_per_second": clock.tokens_per_second}

@@ -7,7 +7,8 @@ The train step differentiates and updates the adapters alone; the same transform
 same update, because labels depend on paths only and frozen leaves get neither gradient, norm nor state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -31,7 +32,7 @@ def label_tree(parameters: Mapping) -> dict:
     return tree.unflatten(labels)
 
 
-def make_schedule(config: TrainConfig) -> optax.Schedule:
+def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     """Learning rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to `final_rate`.
 
     The first step already moves: step i of a warm-up over n steps has rate (i + 1) / n of the peak. The last step has
@@ -65,7 +66,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         config.epsilon,
         weight_decay=config.weight_decay,
     )
-    by_label = {label: adamw for label in TRAINABLE} | {"frozen": optax.set_to_zero()}
+    by_label: dict[Any, Any] = {label: adamw for label in TRAINABLE}
+    by_label["frozen"] = optax.set_to_zero()
     update = optax.multi_transform(by_label, label_tree)
     if config.grad_clip is None:
         return update

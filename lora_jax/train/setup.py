@@ -80,44 +80,48 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
     return dataclasses.replace(config, adapter=dataclasses.replace(found, **kept)), adapters
 
 
-def read_set(
-    name: str, config: Config, system_prompt: str | None, tokenizer: Any, console: Console
-) -> DataSet | None:
-    """Rows and examples of data.NAME, None if it is not set. What was cut or dropped is printed."""
-    spec = getattr(config.data, name)
-    if spec is None:
-        return None
-    path = (
-        demo.path(spec.removeprefix("demo:"))
-        if spec.startswith("demo:")
-        else Path(spec).expanduser()
-    )
+def read_sets(
+    config: Config, tokenizer: Any, console: Console
+) -> tuple[DataSet, dict[str, DataSet]]:
+    """The training set, and the held-out sets (`task`, `regression`) that the config names."""
+    names = {"train": "train", "task": "eval", "regression": "regression"}
+    sets = {
+        name: _read_set(field, config, tokenizer, console)
+        for name, field in names.items()
+        if getattr(config.data, field) is not None
+    }
+    return sets.pop("train"), sets
+
+
+def _read_set(field: str, config: Config, tokenizer: Any, console: Console) -> DataSet:
+    """Rows and examples of data.FIELD. What was cut or dropped is printed, not silent."""
+    spec, limit = getattr(config.data, field), config.data.max_length
+    is_demo = spec.startswith("demo:")
+    path = demo.path(spec.removeprefix("demo:")) if is_demo else Path(spec).expanduser()
     rows = data.read_rows(path)
+    system_prompt = None if field == "regression" else config.data.system_prompt
     examples, counts = data.encode_all(
         rows,
         tokenizer,
         system_prompt=system_prompt,
         chat_template=config.data.chat_template,
-        max_length=config.data.max_length,
+        max_length=limit,
         too_long=config.data.too_long,
     )
-    notes = [
-        f"{counts.truncated} cut to {config.data.max_length} tokens (the longest has {counts.longest})"
-        * bool(counts.truncated),
-        f"{counts.dropped} dropped as too long" * bool(counts.dropped),
-        f"{counts.unaligned} whose prompt alone is split into other tokens"
-        * bool(counts.unaligned),
-    ]
     share = counts.supervised_tokens / counts.total_tokens
-    console.print(
-        "; ".join(
-            [
-                f"data.{name}: {counts.examples:,} examples, {counts.total_tokens:,} tokens, {share:.0%} supervised",
-                *filter(None, notes),
-            ]
-        )
-    )
-    return DataSet(rows, examples, system_prompt)
+    notes = [
+        f"data.{field}: {counts.examples:,} examples",
+        f"{counts.total_tokens:,} tokens, {share:.0%} supervised",
+    ]
+    if counts.truncated:
+        notes.append(f"{counts.truncated} cut to {limit} tokens (the longest has {counts.longest})")
+    if counts.dropped:
+        notes.append(f"{counts.dropped} dropped as longer than {limit} tokens")
+    if counts.unaligned:
+        notes.append(f"{counts.unaligned} whose prompt alone splits into other tokens")
+    console.print("; ".join(notes))
+    kept = {example.where for example in examples}
+    return DataSet([row for row in rows if row.where in kept], examples, system_prompt)
 
 
 def check_sizes(config: Config, model: Model, tokenizer: Any) -> None:

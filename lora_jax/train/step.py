@@ -72,7 +72,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, opt_state, adapters)
         metrics = {
             "loss": nll / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "supervised_tokens": weight,
         }
         return optax.apply_updates(adapters, updates), opt_state, metrics

@@ -1,0 +1,127 @@
+"""Run on eight virtual devices: the same training on several meshes, as one JSON object on stdout."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import distance, make_config, random_adapters, random_batch, tiny_model
+
+from lora_jax import adapters as methods
+from lora_jax import sharding, tree
+from lora_jax.config import MeshConfig, UserError
+from lora_jax.train.optimizer import make_optimizer
+from lora_jax.train.setup import prepare
+from lora_jax.train.step import make_eval_step, make_train_step
+
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+FIELDS = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
+OVERRIDES = ("adapter.rank=4", "train.batch_size=16", "train.learning_rate=1e-2", "train.steps=5")
+
+
+def train(mesh, micro):
+    """Losses of five steps, the first gradient's norm, final adapters, and how things lie."""
+    config = make_config(*OVERRIDES, *([f"train.micro_batch_size={micro}"] if micro else []))
+    model = tiny_model(**FIELDS)
+    params = sharding.place(
+        model.params, sharding.param_specs(model.params, model.rules, mesh), mesh
+    )
+    _, adapters = methods.init(jax.random.key(0), params, config.adapter)
+    adapters = random_adapters(adapters)
+    adapters = sharding.place(
+        adapters, sharding.adapter_specs(adapters, params, model.rules, mesh), mesh
+    )
+    optimizer = make_optimizer(config.train)
+    state = optimizer.init(adapters)
+    step, evaluate = make_train_step(model, config, optimizer), make_eval_step(model, config)
+    placed = {path: leaf.sharding for path, leaf in tree.flatten(adapters).items()}
+    losses, norms, first_moments = [], [], None
+    with jax.set_mesh(mesh):
+        for i in range(5):
+            batch = random_batch(16, 12, seed=i)
+            for row in range(16):
+                batch["loss_weights"][row, : row // 2] = 0  # ragged
+            batch = sharding.place_batch(batch, mesh)
+            if i == 0:
+                nll, weight = evaluate(adapters, params, batch)
+            adapters, state, metrics = step(adapters, state, params, batch, jax.random.key(i))
+            if i == 0:
+                first_moments = jax.tree.map(np.asarray, state)
+            losses.append(float(metrics["loss"]))
+            norms.append(float(metrics["grad_norm"]))
+    kept = {path: leaf.sharding for path, leaf in tree.flatten(adapters).items()}
+    moments = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.ndim:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            moments[name] = leaf.sharding
+    return {
+        "evaluated": float(nll / weight),
+        "losses": losses,
+        "norms": norms,
+        "first_moments": first_moments,  # (1 - beta1) times the clipped gradient
+        "adapters": jax.tree.map(np.asarray, adapters),
+        "stays": all(kept[path].is_equivalent_to(placed[path], 3) for path in placed),
+        "moments_follow": len(moments) == 2 * len(placed)
+        and all(
+            any(name.endswith(tree.dotted(p)) and where.is_equivalent_to(placed[p], 3) for p in placed)
+            for name, where in moments.items()
+        ),
+        "split_adapters": sum(not where.is_fully_replicated for where in placed.values()),
+        "compiled": step._cache_size(),
+    }
+
+
+def message(call):
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def main():
+    result = {}
+    for micro in (None, 8):
+        alone = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        expected = train(alone, micro)
+        for shape in MESHES:
+            found = train(sharding.make_mesh(MeshConfig(*shape)), micro)
+            name = "x".join(map(str, shape)) + (f" micro {micro}" if micro else "")
+            numbers = ("evaluated", "losses", "norms", "first_moments", "adapters")
+            result[name] = {key: distance(found[key], expected[key]) for key in numbers}
+            result[name] |= {
+                key: found[key] for key in ("stays", "moments_follow", "split_adapters", "compiled")
+            }
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    shapes = tiny_model(**FIELDS, tie_word_embeddings=False, attention_bias=True).params
+    rules = tiny_model(**FIELDS).rules
+    specs = tree.flatten(sharding.param_specs(shapes, rules, mesh))
+    result["specs"] = {tree.dotted(path): str(tuple(spec)) for path, spec in specs.items()}
+    odd = tree.flatten(sharding.param_specs({"lm_head": {"kernel": np.ones((32, 17))}}, rules, mesh))
+    result["odd"] = str(tuple(odd["lm_head", "kernel"]))
+    config = {"data.train": "rows.jsonl", "output_dir": "/dev/null/never"}
+
+    def start(**changes):
+        prepare(make_config(*(f"{key}={value}" for key, value in (config | changes).items())))
+
+    result["errors"] = {
+        "no rule": message(
+            lambda: sharding.param_specs(
+                {"model": {"extra": {"kernel": np.ones(3)}, "other": np.ones(2)}}, rules, mesh
+            )
+        ),
+        "mesh": message(lambda: start(**{"mesh.data": 3})),
+        "mesh left": message(lambda: start(**{"mesh.data": -1, "mesh.tensor": 3})),
+        "batch": message(lambda: start(**{"train.batch_size": 12})),
+        "micro": message(lambda: start(**{"train.batch_size": 16, "train.micro_batch_size": 4})),
+        "eval": message(lambda: start(**{"eval.batch_size": 12})),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
