@@ -1,9 +1,11 @@
-"""One LoRA step here and in PEFT (torch), on the same model, shapes and machine; prints one JSON line.
+"""One LoRA step here and in PEFT (torch), on the same model, shapes and machine; prints one JSON
+line.
 
     python benchmarks/step_time.py --model demo:smollm2-135m-instruct --rows 4 --length 256
 
-Each side runs in a process of its own, in turns, on an otherwise idle machine; the figure to read is the ratio.
-Rows are full (no padding) and every token is supervised. Both use float32, AdamW and clipping at 1.0.
+Each side runs in a process of its own, in turns, on an otherwise idle machine; the figure to read
+is the ratio. Rows are full (no padding) and every token is supervised. Both use float32, AdamW and
+clipping at 1.0.
 """
 
 import argparse
@@ -106,7 +108,9 @@ def run_peft(options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", default="demo:smollm2-135m-instruct")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -114,7 +118,9 @@ def main() -> None:
     parser.add_argument("--remat", default="dots", help="of our side; PEFT keeps all activations")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--side", choices=("jax", "peft"), help="run one side only, in this process")
+    parser.add_argument(
+        "--side", choices=("jax", "peft"), help="run one side only, in this process"
+    )
     options = parser.parse_args()
     if options.side:
         print(json.dumps({"jax": run_jax, "peft": run_peft}[options.side](options)))

@@ -18,7 +18,9 @@ _MODULES = {"lora": "lora_jax.adapters", "formats": "lora_jax.formats"}
 
 
 def __getattr__(name: str) -> Any:
-    """`lora` and `formats` on first use: they import jax, which takes seconds that `--help` need not spend."""
+    """`lora` and `formats` on first use: they import jax, which takes seconds that `--help` need
+    not spend.
+    """
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")

@@ -1,4 +1,5 @@
-"""The command line: `lora-jax train|export|generate`, and `python train.py`, which is `lora-jax train`.
+"""The command line: `lora-jax train|export|generate`, and `python train.py`, which is `lora-jax
+train`.
 
 A user's mistake ends with status 2 and its message; `--verbose` adds the traceback.
 """
@@ -14,18 +15,19 @@ from lora_jax.config import UserError
 
 _TRAIN_HELP = """examples:
   python train.py --config configs/quickstart.yaml
-  python train.py --config configs/quickstart.yaml adapter.rank=8 train.learning_rate=5e-4 output_dir=runs/r8
+  python train.py --config configs/quickstart.yaml adapter.rank=8 output_dir=runs/r8
   python train.py --config configs/quickstart.yaml model=org/name data.train=rows.jsonl mesh.fsdp=4
   python train.py --config configs/quickstart.yaml --dry-run
 
-Any setting of the YAML file can be overridden as key.sub=value. lora_jax/config.py lists every setting
-with its default. Rows are {"prompt": .., "completion": ..} or {"messages": [..]}, one JSON object per line.
+Any setting of the YAML file can be overridden as key.sub=value; lora_jax/config.py lists them all
+with their defaults. Rows are {"prompt": .., "completion": ..} or {"messages": [..]}, one a line.
 """
 _EXPORT_HELP = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter
   lora-jax export --run runs/quickstart --format hf --output my-model
 
-peft: an adapter directory for PEFT, vLLM and others.  hf: the base with the adapter merged in, for transformers.
+peft: an adapter directory for PEFT, vLLM and others.
+hf: the base with the adapter merged in, for transformers.
 """
 _GENERATE_HELP = """examples:
   lora-jax generate --model org/name --prompt "Hello"

@@ -1,12 +1,15 @@
-"""One YAML file, one dataclass: every setting, its default and its meaning stand here and nowhere else.
+"""One YAML file, one dataclass: every setting, its default and its meaning stand here and nowhere
+else.
 
     config = load("configs/quickstart.yaml", ["train.steps=10", "adapter.rank=8"])
 
-Unknown keys, wrong types and impossible values are collected and raised together as one `UserError`.
+Unknown keys, wrong types and impossible values are collected and raised together as one
+`UserError`.
 """
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 class UserError(ValueError):
-    """A mistake in the input (config, data, files), not in the program: what was given, what exists, what to do."""
+    """A mistake in the input (config, data, files), not in the program: what was given, what
+    exists, what to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -27,37 +32,25 @@ class AdapterConfig:
     method: str = "lora"  # lora
     rank: int = 8  # r: inner size of the update a @ b (PEFT: r)
     alpha: float = 16.0  # the update is scaled by alpha / rank (PEFT: lora_alpha)
-    target_modules: Any = "all-linear"  # all-linear | a list of module names | a regex that matches whole module paths
+    target_modules: Any = "all-linear"  # all-linear | list of names | regex for whole module paths
     exclude_modules: Any = None  # names or regex, as target_modules; wins over it
     layers_to_transform: Any = None  # a layer index or a list of them; null adapts all layers
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict
-    )  # module name or regex -> rank, first match wins
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict
-    )  # module name or regex -> alpha, first match wins
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # name or regex -> rank
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # name or regex -> alpha
     dropout: float = 0.0  # on the input of lora_a, in training only (PEFT: lora_dropout)
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (arXiv 2312.03732)
-    path: str | None = (
-        None  # a PEFT adapter directory to continue from; its rank, alpha and targets hold
-    )
+    path: str | None = None  # a PEFT adapter directory to continue from; its settings hold
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = None  # a .json or .jsonl file, a directory of them, or demo:NAME
+    train: str | None = None  # .json or .jsonl file, directory, org/name[:split], or demo:NAME
     eval: str | None = None  # held-out rows of the task: loss and exact match, before and after
-    regression: str | None = (
-        None  # general text the task must not damage: loss before and after; no system prompt
-    )
+    regression: str | None = None  # general text that the task must not damage; no system prompt
     system_prompt: str | None = None  # put before rows that have no system turn of their own
-    chat_template: str | None = (
-        None  # null: the tokenizer's | a Jinja file | none: prompt and completion as they stand
-    )
+    chat_template: str | None = None  # null: the tokenizer's | a Jinja file | none: plain text
     max_length: int = 512  # tokens per row
-    too_long: str = (
-        "truncate"  # truncate | drop | error, for examples above max_length; what is cut is counted
-    )
+    too_long: str = "truncate"  # truncate | drop | error, for examples above max_length
     packing: bool = True  # several examples per row; attention and positions stay inside each
     shuffle: bool = True  # a new order every epoch, from `seed`
 
@@ -66,9 +59,7 @@ class DataConfig:
 class TrainConfig:
     steps: int = 100  # optimizer steps
     batch_size: int = 8  # rows per step over all devices (packed rows when packing)
-    micro_batch_size: int | None = (
-        None  # rows per forward; null: the whole batch at once. Gradients are the same
-    )
+    micro_batch_size: int | None = None  # rows per forward; null: all. Gradients are the same
     learning_rate: float = 1e-3  # peak rate
     schedule: str = "linear"  # constant | linear | cosine, after the warm-up
     warmup_steps: int = 0  # steps of linear warm-up
@@ -81,12 +72,8 @@ class TrainConfig:
     eval_every: int | None = None  # steps between held-out losses; null: only before and after
     save_every: int | None = None  # steps between checkpoints; null: only at the end
     log_every: int = 1  # steps between lines of metrics.jsonl
-    compute_dtype: str = (
-        "float32"  # float32 | bfloat16: activations and matmuls; adapters stay float32
-    )
-    remat: str = (
-        "full"  # none | full | dots | offload: what the backward pass recomputes instead of storing
-    )
+    compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
+    remat: str = "full"  # none | full | dots | offload: what the backward pass recomputes
     loss_chunk: int = 1024  # tokens whose logits stand in memory at once
 
 
@@ -119,12 +106,8 @@ class Config:
     model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
     output_dir: str = "runs/default"  # must be empty or absent
     seed: int = 0  # of the adapter's init, the data order and dropout
-    base_dtype: str | None = (
-        None  # float32 | bfloat16: how the frozen weights are stored; null: as in the files
-    )
-    ignore_config_fields: list[str] = field(
-        default_factory=list
-    )  # config.json fields known to be harmless
+    base_dtype: str | None = None  # float32 | bfloat16: of the frozen weights; null: as in files
+    ignore_config_fields: list[str] = field(default_factory=list)  # harmless ones of config.json
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -149,7 +132,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides, and check everything.
 
     Raises:
-        UserError: the file is missing or is no YAML mapping; unknown keys; values of a wrong type or out of range.
+        UserError: the file is missing or is no YAML mapping; unknown keys; values of a wrong type
+            or out of range.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,6 +142,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
     return parse(content, overrides, source=str(path))
@@ -167,22 +153,22 @@ def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") 
     """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win)."""
     layers: list[tuple[str, Any]] = [(source, content)]
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(
                 f"override {override!r} is not of the form key.sub=value, as in train.steps=10"
             )
         try:
-            layers.append(
-                (
-                    f"override {override!r}",
-                    OmegaConf.to_container(OmegaConf.from_dotlist([override])),
-                )
+            layer = (
+                _nest(key.split("."), _plain_text(text))
+                if _holds_text(key)
+                else OmegaConf.to_container(OmegaConf.from_dotlist([override]))
             )
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(
                 f"override {override!r} cannot be read: {_first_line(error)}"
             ) from error
+        layers.append((f"override {override!r}", layer))
     merged = OmegaConf.structured(Config)
     _unlock(merged)
     problems = []
@@ -191,11 +177,14 @@ def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") 
         problems += [f"{origin}: {problem}" for problem in unknown]
         if not unknown:
             try:
-                merged = OmegaConf.merge(merged, layer)
+                merged = OmegaConf.merge(merged, _without_interpolation(layer))
             except (OmegaConfBaseException, ValueError) as error:
                 problems.append(f"{origin}: {_type_problem(error)}")
     raise_all(problems)
-    config = typing.cast(Config, OmegaConf.to_object(merged))
+    try:
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{source}: {_type_problem(error)}") from error
     check(config)
     return config
 
@@ -214,16 +203,32 @@ _CHOICES = {
     "train.remat": ("none", "full", "dots", "offload"),
 }
 _AT_LEAST = {
-    "adapter.rank": 1, "data.max_length": 2, "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 1,
-    "train.warmup_steps": 0, "train.eval_every": 1, "train.save_every": 1, "train.log_every": 1, "train.loss_chunk": 1,
-    "train.weight_decay": 0, "train.epsilon": 0, "eval.batch_size": 1, "eval.generate_examples": 1,
-    "eval.max_new_tokens": 1, "eval.samples": 0, "seed": 0,
-}  # fmt: skip
+    "adapter.rank": 1,
+    "data.max_length": 2,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.warmup_steps": 0,
+    "train.eval_every": 1,
+    "train.save_every": 1,
+    "train.log_every": 1,
+    "train.loss_chunk": 1,
+    "train.weight_decay": 0,
+    "train.epsilon": 0,
+    "eval.batch_size": 1,
+    "eval.generate_examples": 1,
+    "eval.generate_batch_size": 1,
+    "eval.max_new_tokens": 1,
+    "eval.samples": 0,
+    "seed": 0,
+}
 _ABOVE_ZERO = ("adapter.alpha", "train.learning_rate", "train.grad_clip")
 
 
 def check(config: Config) -> None:
-    """Raise one `UserError` with every value that is out of range. What needs the model is checked with the model."""
+    """Raise one `UserError` with every value that is out of range. What needs the model is checked
+    with the model.
+    """
     problems = []
 
     def value(key: str) -> Any:
@@ -236,7 +241,8 @@ def check(config: Config) -> None:
         if value(key) not in choices:
             names = ", ".join(str(choice) for choice in choices if choice is not None)
             problems.append(
-                f"{key}={value(key)!r} is not one of: {names}.{nearest(str(value(key)), filter(None, choices))}"
+                f"{key}={value(key)!r} is not one of: "
+                f"{names}.{nearest(str(value(key)), filter(None, choices))}"
             )
     for key, least in _AT_LEAST.items():
         if value(key) is not None and not value(key) >= least:
@@ -258,27 +264,75 @@ def check(config: Config) -> None:
     micro = config.train.micro_batch_size
     if micro and config.train.batch_size % micro:
         problems.append(
-            f"train.batch_size={config.train.batch_size} is not a multiple of train.micro_batch_size={micro}"
+            f"train.batch_size={config.train.batch_size} is not a multiple of "
+            f"train.micro_batch_size={micro}"
         )
     axes = dataclasses.asdict(config.mesh)
     if any(size < 1 and size != -1 for size in axes.values()) or list(axes.values()).count(-1) > 1:
         problems.append(
-            f"mesh={axes}: every axis is at least 1, and one of them may be -1 for the devices that are left"
+            f"mesh={axes}: every axis is at least 1, and one of them may be -1 for the devices "
+            "that are left"
         )
     if not config.model:
         problems.append(
-            "model is not set: a Hugging Face directory, a .gguf file, org/name, or demo:smollm2-135m-instruct"
+            "model is not set: a Hugging Face directory, a .gguf file, org/name, or "
+            "demo:smollm2-135m-instruct"
         )
     raise_all(problems)
 
 
 def _unlock(node: DictConfig) -> None:
-    """OmegaConf locks what it reads from frozen dataclasses; the merge happens before they exist."""
+    """OmegaConf locks what it reads from frozen dataclasses; the merge happens before they
+    exist.
+    """
     OmegaConf.set_readonly(node, None)
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
             _unlock(child)
+
+
+def _holds_text(key: str) -> bool:
+    """Whether the setting is a string, whose override is no YAML: `data.system_prompt=Parse: {x} #
+    y`.
+    """
+    kind: Any = Config
+    for part in key.split("."):
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        kind = {f.name: f.type for f in fields}.get(part)
+    return kind in (str, str | None)
+
+
+def _plain_text(text: str) -> str | None:
+    """The value as it stands; null or nothing is None, and quotes around the whole are taken
+    off.
+    """
+    if text in ("", "null", "~"):
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        try:
+            inner = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+        return inner if isinstance(inner, str) else text
+    return text
+
+
+def _nest(path: Sequence[str], value: Any) -> Any:
+    return {path[0]: _nest(path[1:], value)} if path else value
+
+
+def _without_interpolation(value: Any) -> Any:
+    """`${` is text here: escaped, OmegaConf gives it back as it was written."""
+    if isinstance(value, dict):
+        return {key: _without_interpolation(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_interpolation(inner) for inner in value]
+    if value == "???":  # OmegaConf's mark for nothing given: the default would stand in silence
+        raise ValueError("the value '???' is reserved; write what you mean")
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    return value
 
 
 def _unknown_keys(content: Any, kind: type, prefix: str) -> Iterable[str]:
@@ -293,7 +347,12 @@ def _unknown_keys(content: Any, kind: type, prefix: str) -> Iterable[str]:
             ]
             moved = [path for path in everywhere if path.endswith(f".{key}")]
             hint = f" Did you mean {moved[0]!r}?" if moved else nearest(str(key), fields)
-            yield f"unknown key {prefix + str(key)!r}; {prefix.rstrip('.') or 'the config'} has: {', '.join(fields)}.{hint}"
+            yield (
+                f"unknown key {prefix + str(key)!r}; {prefix.rstrip('.') or 'the config'} has: "
+                f"{', '.join(fields)}.{hint}"
+            )
+        elif dataclasses.is_dataclass(fields[key]) and not isinstance(inner, dict):
+            yield f"{prefix}{key}={inner!r} must be a mapping of settings"
         elif dataclasses.is_dataclass(fields[key]):
             yield from _unknown_keys(inner, typing.cast(type, fields[key]), f"{prefix}{key}.")
 
@@ -311,6 +370,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _type_problem(error: Exception) -> str:
-    """`train.steps: Value 'ten' of type 'str' could not be converted to Integer`, from OmegaConf's three lines."""
+    """`train.steps: Value 'ten' of type 'str' could not be converted to Integer`, from OmegaConf's
+    three lines.
+    """
     key = getattr(error, "full_key", None)
     return f"{key}: {_first_line(error)}" if key else _first_line(error)

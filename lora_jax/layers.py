@@ -1,6 +1,8 @@
-"""What decoder models are built from: Linear, Embed, RMSNorm, rotary positions, attention with an optional cache.
+"""What decoder models are built from: Linear, Embed, RMSNorm, rotary positions, attention with an
+optional cache.
 
-Shape letters: b batch, t time (queries), s source time (keys), d model, n heads, k kv heads, g = n / k, h head size.
+Shape letters: b batch, t time (queries), s source time (keys), d model, n heads, k kv heads, g = n
+/ k, h head size.
 """
 
 from collections.abc import Callable
@@ -66,10 +68,11 @@ class RMSNorm(nnx.Module):
 
 
 def rope_frequencies(head_dim: int, parameters: dict) -> np.ndarray:
-    """Inverse frequencies (head_dim / 2,) of rotary positions (arXiv 2104.09864), as transformers computes them.
+    """Inverse frequencies (head_dim / 2,) of rotary positions (arXiv 2104.09864), as transformers
+    computes them.
 
-    `parameters` is the `rope_parameters` mapping of a Hugging Face config: rope_theta, rope_type default, linear
-    (arXiv 2306.15595) or llama3 with their fields.
+    `parameters` is the `rope_parameters` mapping of a Hugging Face config: rope_theta, rope_type
+    default, linear (arXiv 2306.15595) or llama3 with their fields.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1.0) / np.float32(parameters["rope_theta"]) ** exponents
@@ -95,7 +98,9 @@ def rope(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.
 
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate queries or keys (b, t, heads, h) by their positions; halves are paired as in Hugging Face models."""
+    """Rotate queries or keys (b, t, heads, h) by their positions; halves are paired as in Hugging
+    Face models.
+    """
     cos, sin = (part.astype(x.dtype) for part in cos_sin)
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
@@ -104,7 +109,9 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far. A model reads it and returns it with the new tokens written."""
+    """Keys and values of the tokens seen so far. A model reads it and returns it with the new
+    tokens written.
+    """
 
     keys: jax.Array  # (layers, b, s, k, h), already rotated
     values: jax.Array  # (layers, b, s, k, h)
@@ -136,10 +143,12 @@ def empty_cache(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int
 def attention_masks(
     segment_ids: jax.Array, cache: Cache | None, window: int | None
 ) -> tuple[jax.Array, ...]:
-    """What each query may see: (b, t, t) among the new tokens and, with a cache, (b, t, s) in it before them.
+    """What each query may see: (b, t, t) among the new tokens and, with a cache, (b, t, s) in it
+    before them.
 
-    A query sees keys of its own segment, not after itself, and within `window` tokens (itself included) if given.
-    Inside a segment tokens stand next to each other, so distance in slots is distance in positions.
+    A query sees keys of its own segment, not after itself, and within `window` tokens (itself
+    included) if given. Inside a segment tokens stand next to each other, so distance in slots is
+    distance in positions.
     """
     time = jnp.arange(segment_ids.shape[1])
 
@@ -165,8 +174,9 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention (arXiv 2305.13245) over one or more blocks of keys and values.
 
-    queries (b, t, n, h); each block is keys and values (b, s, k, h) with a mask (b, t, s). Returns (b, t, n, h).
-    Scores and softmax are in float32. Blocks are joined at the scores, so a cache is read and never copied.
+    queries (b, t, n, h); each block is keys and values (b, s, k, h) with a mask (b, t, s). Returns
+    (b, t, n, h). Scores and softmax are in float32. Blocks are joined at the scores, so a cache is
+    read and never copied.
     """
     b, t, n, h = queries.shape
     kv_heads = keys_values[0][0].shape[2]

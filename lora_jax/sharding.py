@@ -1,7 +1,8 @@
 """A mesh over whatever devices there are, and path rules that say how every parameter lies on it.
 
-Axes: `data` (replicas), `fsdp` (weights and batch split), `tensor` (heads and hidden features split). A rule is
-(regex for the dotted tree path, PartitionSpec of one slice); the `layers` axis of stacked leaves is never split.
+Axes: `data` (replicas), `fsdp` (weights and batch split), `tensor` (heads and hidden features
+split). A rule is (regex for the dotted tree path, PartitionSpec of one slice); the `layers` axis of
+stacked leaves is never split.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ BATCH = P(("data", "fsdp"))  # rows of a batch
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices (or the given ones) with axes data, fsdp, tensor; an axis of -1 takes what is left.
+    """A mesh of all devices (or the given ones) with axes data, fsdp, tensor; an axis of -1 takes
+    what is left.
 
     Raises:
         UserError: the axes do not multiply to the number of devices.
@@ -63,7 +65,8 @@ def check_batch(rows: int, mesh: Mesh, what: str) -> None:
 
 
 def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dict:
-    """A PartitionSpec per parameter. An axis that a dimension does not divide is left out for that leaf.
+    """A PartitionSpec per parameter. An axis that a dimension does not divide is left out for that
+    leaf.
 
     Raises:
         UserError: parameters that no rule covers, all of them listed.
@@ -84,7 +87,9 @@ def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dic
 def adapter_specs(
     adapters: Mapping, params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh
 ) -> dict:
-    """`lora_a` takes the input axis of its weight, `lora_b` the output axis; the rank is never split."""
+    """`lora_a` takes the input axis of its weight, `lora_b` the output axis; the rank is never
+    split.
+    """
     weights = flatten(param_specs(params, rules, mesh))
     specs = {}
     for path, leaf in flatten(adapters).items():
@@ -121,6 +126,15 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(jax.device_put, tree, shardings(specs, mesh))
 
 
+def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
+    """Put the scalars of a tree (step counts) on every device of the mesh; its arrays stay where
+    they are.
+    """
+    return jax.tree.map(
+        lambda x: x if x.ndim else jax.device_put(x, NamedSharding(mesh, P())), tree
+    )
+
+
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Put a batch of (rows, ...) arrays on the mesh, rows split over data and fsdp."""
     return {
@@ -129,7 +143,9 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Fix how an activation lies on the mesh that `jax.set_mesh` made current; nothing without one."""
+    """Fix how an activation lies on the mesh that `jax.set_mesh` made current; nothing without
+    one.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -1,12 +1,13 @@
 """Parameter trees by path: which weights an adapter targets, and what structures must agree.
 
-A parameter tree is nested dicts. Its key path follows the Hugging Face module path, except that the layers of a
-model may be stacked along a leading axis, in which case the layer index is left out:
+A parameter tree is nested dicts. Its key path follows the Hugging Face module path, except that the
+layers of a model may be stacked along a leading axis, in which case the layer index is left out:
 
     tree path      model / layers / self_attn / q_proj / kernel      (layers, in, out)
     module paths   model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj, ...
 
-Users name modules by the second form, with the rules of PEFT; `find_targets` is the only place that translates.
+Users name modules by the second form, with the rules of PEFT; `find_targets` is the only place that
+translates.
 """
 
 import math
@@ -34,7 +35,9 @@ OUTPUT_HEADS = ("lm_head", "score", "classifier")  # linears that `all-linear` l
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that takes an adapter: one matrix, or a stack of them with a rank and an alpha for each slice."""
+    """A weight that takes an adapter: one matrix, or a stack of them with a rank and an alpha for
+    each slice.
+    """
 
     path: Path  # of the module in the tree
     leaf: str  # name of the weight in it
@@ -55,7 +58,9 @@ class Target:
         return sum(self.ranks) * sum(self.shape)
 
     def scales(self, use_rslora: bool) -> np.ndarray:
-        """alpha / rank (rsLoRA: alpha / sqrt(rank)) per slice, broadcastable to lora_b; 0 where not adapted."""
+        """alpha / rank (rsLoRA: alpha / sqrt(rank)) per slice, broadcastable to lora_b; 0 where not
+        adapted.
+        """
         values = [
             alpha / (math.sqrt(rank) if use_rslora else rank) if rank else 0.0
             for rank, alpha in zip(self.ranks, self.alphas, strict=True)
@@ -63,7 +68,9 @@ class Target:
         return np.asarray(values, np.float32).reshape((-1, 1, 1) if self.stacked else ())
 
     def rank_mask(self) -> np.ndarray:
-        """1 where a column of lora_a is real, 0 where it is padding: (layers, 1, rank), or (1, rank) if not stacked."""
+        """1 where a column of lora_a is real, 0 where it is padding: (layers, 1, rank), or (1,
+        rank) if not stacked.
+        """
         mask = np.arange(self.rank) < np.asarray(self.ranks)[:, None]
         return mask.astype(np.float32)[:, None, :] if self.stacked else mask.astype(np.float32)
 
@@ -83,7 +90,9 @@ def dotted(path: Iterable[Any]) -> str:
 
 
 def stack_position(path: Path) -> int | None:
-    """Where the layer index belongs in the module path of a stacked leaf; None if the leaf is not stacked."""
+    """Where the layer index belongs in the module path of a stacked leaf; None if the leaf is not
+    stacked.
+    """
     for position, key in enumerate(path[:-1]):
         if key in STACKS and not path[position + 1].isdigit():
             return position + 1
@@ -99,14 +108,18 @@ def slice_names(path: Path, shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def matches(name: str, spec: str | Sequence[str]) -> bool:
-    """PEFT's rule: a string must match the whole module path as a regex, a list entry is the path or a suffix of it."""
+    """PEFT's rule: a string must match the whole module path as a regex, a list entry is the path
+    or a suffix of it.
+    """
     if isinstance(spec, str):
         return re.fullmatch(spec, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in spec)
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that ends the module path (PEFT's rank_pattern and alpha_pattern)."""
+    """The value of the first pattern that ends the module path (PEFT's rank_pattern and
+    alpha_pattern).
+    """
     for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return value
@@ -114,11 +127,14 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def find_targets(params: Mapping, config: AdapterConfig) -> list[Target]:
-    """The weights that `config` adapts, in the order of the tree; `params` may hold arrays or only shapes.
+    """The weights that `config` adapts, in the order of the tree; `params` may hold arrays or only
+    shapes.
 
     Raises:
-        UserError: an entry of target_modules, exclude_modules, rank_pattern or alpha_pattern that matches nothing, an
-            invalid regex, a layer index that does not exist, a rank above min(in, out); all problems at once.
+        UserError: an entry of target_modules, exclude_modules, rank_pattern or alpha_pattern that
+            matches nothing, an
+            invalid regex, a layer index that does not exist, a rank above min(in, out); all
+            problems at once.
     """
     linears: dict[Path, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for path, leaf in flatten(params).items():
@@ -129,6 +145,8 @@ def find_targets(params: Mapping, config: AdapterConfig) -> list[Target]:
     raise_all(problems)
     selected = {name for name in names if _is_selected(name, config)}
     problems = list(_pattern_problems(config, selected))
+    if any("is not a valid regex" in problem for problem in problems):
+        raise_all(problems)  # ranks cannot be looked up
     targets = []
     for path, (shape, slices) in linears.items():
         ranks = tuple(
@@ -160,7 +178,9 @@ def _layers_to_transform(config: AdapterConfig) -> list[int] | None:
 
 
 def layer_index(name: str) -> int | None:
-    """The first number in a module path: `model.layers.3.mlp.up_proj` is in layer 3, `lm_head` in none."""
+    """The first number in a module path: `model.layers.3.mlp.up_proj` is in layer 3, `lm_head` in
+    none.
+    """
     return next((int(key) for key in name.split(".") if key.isdigit()), None)
 
 
@@ -171,7 +191,10 @@ def _is_selected(name: str, config: AdapterConfig) -> bool:
         wanted = matches(name, config.target_modules)
     layers = _layers_to_transform(config)
     if layers is not None:
-        wanted = wanted and layer_index(name) in layers
+        whole = not isinstance(config.target_modules, str) and name in config.target_modules
+        wanted = wanted and (
+            whole or layer_index(name) in layers
+        )  # PEFT: a whole path holds in any layer
     return wanted and not (config.exclude_modules and matches(name, config.exclude_modules))
 
 
@@ -182,8 +205,10 @@ def _entry_problems(field: str, spec: Any, names: Sequence[str]) -> Iterable[str
             if not any(matches(name, spec) for name in names):
                 hint = nearest(spec, short).replace("'", "['", 1).replace("'?", "']?")
                 yield (
-                    f"{field}={spec!r} matches no weight. A string is a regex for the whole module path, such as "
-                    f"{names[0]!r}; a list holds names; the model has: {', '.join(short)}.{hint}"
+                    f"{field}={spec!r} matches no weight. A string is a regex for the whole "
+                    "module path, such as "
+                    f"{max(names, key=len)!r}; a list holds names; the model has: "
+                    f"{', '.join(short)}.{hint}"
                 )
         except re.error as error:
             yield f"{field}={spec!r} is not a valid regex: {error}"
@@ -193,7 +218,10 @@ def _entry_problems(field: str, spec: Any, names: Sequence[str]) -> Iterable[str
         or not spec
         or not all(isinstance(entry, str) for entry in spec)
     ):
-        yield f"{field}={spec!r} must be a string or a non-empty list of strings; the model has: {', '.join(short)}."
+        yield (
+            f"{field}={spec!r} must be a string or a non-empty list of strings; the model has: "
+            f"{', '.join(short)}."
+        )
         return
     for entry in spec:
         if not any(matches(name, [entry]) for name in names):
@@ -220,15 +248,21 @@ def _selection_problems(config: AdapterConfig, names: Sequence[str]) -> Iterable
             or not layers
             or any(type(i) is not int for i in layers)
         ):
-            yield f"layers_to_transform={layers!r} must be a layer index or a non-empty list of them"
+            yield (
+                f"layers_to_transform={layers!r} must be a layer index or a non-empty list of them"
+            )
         elif missing := sorted(set(layers) - set(known)):
-            yield f"layers_to_transform={missing} does not exist; the model has layers {known[0]} to {known[-1]}"
+            yield (
+                f"layers_to_transform={missing} does not exist; the model has layers {known[0]} "
+                f"to {known[-1]}"
+            )
 
 
 def _pattern_problems(config: AdapterConfig, selected: set[str]) -> Iterable[str]:
     if not selected:
         yield (
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} and "
+            f"target_modules={config.target_modules!r} with "
+            f"exclude_modules={config.exclude_modules!r} and "
             f"layers_to_transform={config.layers_to_transform!r} leaves no weight to adapt"
         )
     short = sorted({name.rpartition(".")[2] for name in selected})
@@ -240,7 +274,8 @@ def _pattern_problems(config: AdapterConfig, selected: set[str]) -> Iterable[str
             try:
                 if not any(pattern_value({pattern: True}, name, False) for name in selected):
                     yield (
-                        f"{field}[{pattern!r}] matches no adapted module; they are: {', '.join(short)}."
+                        f"{field}[{pattern!r}] matches no adapted module; they are: "
+                        f"{', '.join(short)}."
                         f"{nearest(pattern, short)}"
                     )
             except re.error as error:
@@ -268,7 +303,7 @@ def check_same_structure(given: Mapping, expected: Mapping, what: str) -> None:
 def summarize(problems: Sequence[str], most: int = 8) -> str:
     """The first problems and a count of the rest, so that an error stays on one screen."""
     more = f"\n  ... and {len(problems) - most} more" if len(problems) > most else ""
-    return "\n  ".join(["", *problems[:most]]).lstrip("\n") + more
+    return "\n  ".join(problems[:most]) + more
 
 
 def count(tree: Any) -> int:

@@ -3,8 +3,8 @@
     Array                                    a plain kernel (in, out) or embedding (vocab, d)
     LoraWeight(base, a, b, gain)             y = gain * (x @ base + (x @ a) @ b)
 
-A model calls `linear`, `embed` and `unembed` on whatever leaf it finds and never mentions adapters. Leaves may carry a
-leading `layers` axis; inside a scanned stack the functions see one slice.
+A model calls `linear`, `embed` and `unembed` on whatever leaf it finds and never mentions adapters.
+Leaves may carry a leading `layers` axis; inside a scanned stack the functions see one slice.
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +16,12 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraWeight:
-    """A frozen weight with a low-rank update, every scale folded into `a`, `b` and `gain` (arXiv 2106.09685).
+    """A frozen weight with a low-rank update, every scale folded into `a`, `b` and `gain` (arXiv
+    2106.09685).
 
-    With `key`, dropout at the static rate `dropout` acts on the input of `a`; without one the leaf is deterministic.
-    It also passes for an array (`shape`, `dtype`, indexing, conversion), so that modules that know nothing of it work.
+    With `key`, dropout at the static rate `dropout` acts on the input of `a`; without one the leaf
+    is deterministic. It also passes for an array (`shape`, `dtype`, indexing, conversion), so that
+    modules that know nothing of it work.
     """
 
     base: jax.Array  # (..., in, out)
@@ -54,7 +56,8 @@ Weight = jax.Array | LoraWeight
 def linear(x: jax.Array, w: Weight) -> jax.Array:
     """x @ W for any weight leaf, in the dtype of `x`: (..., in) -> (..., out).
 
-    Leading axes are flattened first: one contraction over one row axis is what every backend does best.
+    Leading axes are flattened first: one contraction over one row axis is what every backend does
+    best.
     """
     rows = x.reshape(-1, x.shape[-1])
     return _matmul(rows, w).reshape(*x.shape[:-1], w.shape[-1])
@@ -85,14 +88,17 @@ def embed(ids: jax.Array, w: Weight) -> jax.Array:
 
 
 def unembed(x: jax.Array, w: Weight) -> jax.Array:
-    """Logits from a tied embedding: x (..., d), w (vocab, d) -> (..., vocab), in the dtype of `x`."""
+    """Logits from a tied embedding: x (..., d), w (vocab, d) -> (..., vocab), in the dtype of
+    `x`.
+    """
     rows = x.reshape(-1, x.shape[-1])
     logits = jax.lax.dot_general(rows, materialize(w).astype(x.dtype), (((1,), (1,)), ((), ())))
     return logits.reshape(*x.shape[:-1], w.shape[0])
 
 
 def materialize(w: Weight) -> jax.Array:
-    """The plain array that a leaf stands for, W' = gain * (W + a @ b), added in float32 and rounded once.
+    """The plain array that a leaf stands for, W' = gain * (W + a @ b), added in float32 and rounded
+    once.
 
     Entries that the update does not move keep their bits, the sign of zero included.
     """

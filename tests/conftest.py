@@ -1,4 +1,6 @@
-"""Tiny random models of transformers as files, and the one measure of distance. Torch is imported only when asked for."""
+"""Tiny random models of transformers as files, and the one measure of distance. Torch is imported
+only when asked for.
+"""
 
 import copy
 import json
@@ -25,7 +27,9 @@ TINY = dict(
 
 @pytest.fixture(scope="session")
 def error():
-    """`error(x, y)`: max|x - y| / max(1, max|y|), y being the oracle; infinite where a number is not finite."""
+    """`error(x, y)`: max|x - y| / max(1, max|y|), y being the oracle; infinite where a number is
+    not finite.
+    """
 
     def measure(x, y) -> float:
         x, y = (np.asarray(value, np.float64) for value in (x, y))
@@ -39,8 +43,10 @@ def error():
 
 @pytest.fixture
 def tiny_llama(tmp_path):
-    """`tiny_llama(seed=0, family="llama", dtype="float32", **config)`: a directory of transformers with every
-    parameter random (norms and biases too), and the torch model in float32 with those very weights."""
+    """`tiny_llama(seed=0, family="llama", dtype="float32", **config)`: a directory of transformers
+    with every parameter random (norms and biases too), and the torch model in float32 with those
+    very weights.
+    """
     import torch
     import transformers
 
@@ -61,7 +67,9 @@ def tiny_llama(tmp_path):
                 elif name.endswith("bias"):
                     parameter.copy_(0.3 * noise)
                 else:
-                    parameter.copy_(noise * (1.0 if "embed" in name else parameter.shape[1] ** -0.5))
+                    parameter.copy_(
+                        noise * (0.3 if "embed" in name else parameter.shape[1] ** -0.5)
+                    )
         count = len(list(tmp_path.glob("model*")))
         directory = tmp_path / f"model{count}"
         stored = copy.deepcopy(model).to(getattr(torch, dtype))

@@ -1,4 +1,6 @@
-"""Which weights an adapter targets, the errors when it targets none, and the counts of known models."""
+"""Which weights an adapter targets, the errors when it targets none, and the counts of known
+models.
+"""
 
 import dataclasses
 
@@ -102,7 +104,9 @@ def test_counts_of_known_models(model, config, expected):
 
 
 def test_counts_leave_the_padding_out(shapes):
-    config = AdapterConfig(rank=4, target_modules=["q_proj"], rank_pattern={"1.self_attn.q_proj": 2})
+    config = AdapterConfig(
+        rank=4, target_modules=["q_proj"], rank_pattern={"1.self_attn.q_proj": 2}
+    )
     assert sum(t.parameters for t in find_targets(shapes, config)) == (4 + 2 + 4) * (36 + 48)
     one_layer = dataclasses.replace(config, layers_to_transform=1)
     assert sum(t.parameters for t in find_targets(shapes, one_layer)) == 2 * (36 + 48)
@@ -126,7 +130,11 @@ LAYER_1 = "model.layers.1.self_attn."
         (dict(target_modules=r".*\.1\.self_attn\.[kq]_proj"), [f"{LAYER_1}{x}_proj" for x in "kq"]),
         (dict(target_modules=["k_proj"], layers_to_transform=1), [f"{LAYER_1}k_proj"]),
         (
-            dict(target_modules=["q_proj", "k_proj"], layers_to_transform=[1], exclude_modules=["q_proj"]),
+            dict(
+                target_modules=["q_proj", "k_proj"],
+                layers_to_transform=[1],
+                exclude_modules=["q_proj"],
+            ),
             [f"{LAYER_1}k_proj"],
         ),
         (
@@ -223,7 +231,7 @@ ERRORS = {
     "a name where a regex belongs": (
         dict(target_modules="q_proj"),
         "target_modules='q_proj' matches no weight. A string is a regex for the whole module path, "
-        "such as 'model.layers.0.mlp.down_proj'; a list holds names; "
+        "such as 'model.layers.0.self_attn.k_proj'; a list holds names; "
         f"the model has: {EVERY_LINEAR}. Did you mean ['q_proj']?",
     ),
     "empty list": (
@@ -265,7 +273,9 @@ def test_all_problems_are_raised_together(shapes):
 
 def test_names_match_by_whole_parts():
     name = "model.layers.11.self_attn.q_proj"
-    assert matches(name, ["q_proj"]) and matches(name, ["self_attn.q_proj"]) and matches(name, [name])
+    assert (
+        matches(name, ["q_proj"]) and matches(name, ["self_attn.q_proj"]) and matches(name, [name])
+    )
     assert not matches(name, ["proj"]) and not matches(name, ["1.self_attn.q_proj"])
     assert matches(name, r".*q_proj") and not matches(name, "q_proj")
     assert pattern_value({"1.self_attn.q_proj": 1, "q_proj": 2}, name, 3) == 2

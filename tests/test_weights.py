@@ -1,4 +1,6 @@
-"""The leaf types: what each function computes on each of them, against the plain matrix they stand for."""
+"""The leaf types: what each function computes on each of them, against the plain matrix they stand
+for.
+"""
 
 import flax.linen as nn
 import jax
@@ -172,7 +174,9 @@ def test_merge_equals_the_bound_tree_and_leaves_the_rest_alone(error):
 
 
 def test_modules_that_know_nothing_of_it_work(error):
-    """Through `materialize`, and, where a module takes anything that passes for an array, directly."""
+    """Through `materialize`, and, where a module takes anything that passes for an array,
+    directly.
+    """
     w, x, bias = lora_weight(gain=True), normal(4, ROWS, IN), normal(5, OUT)
     expected = np.asarray(x, np.float64) @ dense(w) + np.asarray(bias)
     module = nn.Dense(OUT)

@@ -45,5 +45,7 @@ def bind(
 
 
 def merge(bound: Mapping) -> dict:
-    """Plain arrays again: every adapted leaf becomes W + update, added in float32 and rounded once."""
+    """Plain arrays again: every adapted leaf becomes W + update, added in float32 and rounded
+    once.
+    """
     return jax.tree.map(materialize, bound, is_leaf=lambda leaf: isinstance(leaf, LoraWeight))

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732) as trees.
 
 params    model/layers/self_attn/q_proj/kernel                     (layers, in, out)
-adapters  model/layers/self_attn/q_proj/{lora_a, lora_b}           (layers, in, rank), (layers, rank, out)
-bound     model/layers/self_attn/q_proj/kernel = LoraWeight(base, a, scale * b)
+adapters  model/layers/self_attn/q_proj/{lora_a, lora_b}           (layers, in, rank), (layers,
+rank, out) bound     model/layers/self_attn/q_proj/kernel = LoraWeight(base, a, scale * b)
 """
 
 import zlib
@@ -17,9 +17,11 @@ from lora_jax.weights import LoraWeight
 
 
 def init(key: jax.Array, params: Mapping, config: AdapterConfig) -> dict:
-    """Fresh adapters in float32: A uniform in +-1/sqrt(in) (PEFT's Kaiming with a = sqrt(5)), B zero.
+    """Fresh adapters in float32: A uniform in +-1/sqrt(in) (PEFT's Kaiming with a = sqrt(5)), B
+    zero.
 
-    The draw for a weight depends on the key and its own path, not on which other weights are adapted.
+    The draw for a weight depends on the key and its own path, not on which other weights are
+    adapted.
     """
     adapters = {}
     for target in find_targets(params, config):

@@ -9,6 +9,7 @@ from .loader import order as order
 from .packing import pack as pack
 from .packing import to_row as to_row
 from .sources import Row as Row
+from .sources import read_hub_rows as read_hub_rows
 from .sources import read_rows as read_rows
 from .templates import Counts as Counts
 from .templates import Example as Example

@@ -74,6 +74,34 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def read_hub_rows(name: str) -> list[Row]:
+    """The rows of a hub data set, `org/name` or `org/name:split` (the split is `train` unless
+    named).
+
+    Raises:
+        UserError: it cannot be fetched; malformed rows, as `read_rows`.
+    """
+    from datasets import load_dataset  # seconds of imports, for this source only
+
+    repository, _, split = name.partition(":")
+    try:
+        records = load_dataset(repository, split=split or "train")
+    except Exception as error:  # hub, network, parsing and script errors have no common base
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise UserError(
+            f"{name!r} is no local file, and not to be had from the Hugging Face hub: {reason}"
+        ) from error
+    rows, problems = [], []
+    for index, record in enumerate(records):
+        where = f"{name}[{index}]"
+        try:
+            rows.append(Row(_messages(record), where))
+        except _BadRow as error:
+            problems.append(f"{where}: {error}")
+    raise_first(problems)
+    return rows
+
+
 def raise_first(problems: Sequence[str], limit: int = 10) -> None:
     """Raise the first `limit` problems, if any, in one `UserError` that counts the others."""
     if problems:

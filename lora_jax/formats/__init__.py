@@ -15,6 +15,7 @@ from lora_jax.config import MeshConfig, UserError
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.peft import read_adapter as read_adapter
 from lora_jax.formats.peft import write_adapter as write_adapter
+from lora_jax.formats.safetensors import parse_size as parse_size
 from lora_jax.formats.safetensors import read_params as read_params
 from lora_jax.formats.safetensors import write_model as write_model
 from lora_jax.models.common import Model
@@ -22,7 +23,9 @@ from lora_jax.sharding import make_mesh
 
 
 def describe(directory: Path, ignore: Container[str] = ()) -> Model:
-    """The model of a Hugging Face directory with shapes in place of weights; reads config.json only."""
+    """The model of a Hugging Face directory with shapes in place of weights; reads config.json
+    only.
+    """
     file = directory / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -45,7 +48,8 @@ def load(
         ignore: fields of config.json known not to matter.
 
     Raises:
-        UserError: the model cannot be found, is not supported, or its files do not hold what config.json describes.
+        UserError: the model cannot be found, is not supported, or its files do not hold what
+            config.json describes.
     """
     directory = resolve(str(spec))
     model = describe(directory, ignore)

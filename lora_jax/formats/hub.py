@@ -13,7 +13,8 @@ _SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # config, tokenizer, chat te
 
 
 def resolve(spec: str, weights: bool = True) -> Path:
-    """The local directory of a model: a directory, a .gguf file (converted once), `org/name`, or `demo:NAME`.
+    """The local directory of a model: a directory, a .gguf file (converted once), `org/name`, or
+    `demo:NAME`.
 
     With `weights=False` only the small files of a hub model are fetched.
 
@@ -26,19 +27,22 @@ def resolve(spec: str, weights: bool = True) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
-                f"model={spec!r} is a directory without config.json; give a Hugging Face model directory"
+                f"model={spec!r} is a directory without config.json; give a Hugging Face model "
+                "directory"
             )
         return path
     if path.is_file() and path.suffix == ".gguf":
         return _converted(path)
     if path.is_file():
         raise UserError(
-            f"model={spec!r} is a file; give a model directory, a .gguf file, or org/name on the hub"
+            f"model={spec!r} is a file; give a model directory, a .gguf file, or org/name on the "
+            "hub"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith((".", "~")):
         return _download(spec, weights)
     raise UserError(
-        f"model={spec!r} does not exist; give a Hugging Face model directory, a .gguf file, org/name on the hub, "
+        f"model={spec!r} does not exist; give a Hugging Face model directory, a .gguf file, "
+        "org/name on the hub, "
         "or demo:smollm2-135m-instruct"
     )
 
@@ -72,6 +76,8 @@ def _download(repository: str, weights: bool) -> Path:
             else ""
         )
         raise UserError(
-            f"model={repository!r} is no local directory and could not be fetched from the Hugging Face hub{offline}: "
-            f"{reason}\nGive a local directory, check the name, or log in with `hf auth login` if it is gated"
+            f"model={repository!r} is no local directory and could not be fetched from the "
+            f"Hugging Face hub{offline}: "
+            f"{reason}\nGive a local directory, check the name, or log in with `hf auth login` if "
+            "it is gated"
         ) from error

@@ -3,7 +3,8 @@
     tree   model/layers/self_attn/q_proj/lora_a                              (layers, in, rank)
     file   base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight    (rank, in)
 
-`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `lora_jax.json` holds what PEFT has no field for.
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `lora_jax.json` holds what PEFT
+has no field for.
 """
 
 import json
@@ -24,13 +25,20 @@ _PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 # Fields of adapter_config.json that are read, and those that say nothing about the numbers.
 _READ = frozenset(
-    """peft_type r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform rank_pattern
-    alpha_pattern""".split()
+    """
+    peft_type r lora_alpha lora_dropout use_rslora target_modules exclude_modules
+    layers_to_transform rank_pattern alpha_pattern
+    """.split()
 )
 _INERT = frozenset(
-    """base_model_name_or_path revision task_type inference_mode auto_mapping peft_version init_lora_weights
-    layers_pattern ensure_weight_tying runtime_config""".split()
+    """
+    base_model_name_or_path revision task_type inference_mode auto_mapping peft_version
+    megatron_core qalora_group_size layers_pattern ensure_weight_tying runtime_config
+    """.split()
 )
+# Inits after which PEFT adapts the base as it stands; the others (pissa, olora, ...) change it
+# again at every load.
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 _HARMLESS_VALUES = (None, False, [], {}, 0, "", "none")
 
 
@@ -47,8 +55,8 @@ def write_adapter(
 ) -> None:
     """Write a PEFT adapter directory; equal adapters give equal bytes.
 
-    `params` may hold arrays or shapes. `source` is the base model's directory, whose tokenizer is copied;
-    `chat_template` replaces its template; `extra` joins lora_jax.json.
+    `params` may hold arrays or shapes. `source` is the base model's directory, whose tokenizer is
+    copied; `chat_template` replaces its template; `extra` joins lora_jax.json.
     """
     targets = tree.find_targets(params, config)
     flat = tree.flatten(jax.device_get(adapters))
@@ -78,7 +86,9 @@ def write_adapter(
 def _to_peft_config(
     targets: Sequence[tree.Target], params: Mapping, config: AdapterConfig, base_model: str
 ) -> dict:
-    """Patterns are written out per module: PEFT takes the first pattern that matches, and sorting would reorder them."""
+    """Patterns are written out per module: PEFT takes the first pattern that matches, and sorting
+    would reorder them.
+    """
     adapted = {
         name: (rank, alpha)
         for found in targets
@@ -107,7 +117,9 @@ def _to_peft_config(
 
 
 def _shortest_target_list(adapted: set[str], params: Mapping) -> list[str]:
-    """Module names such as q_proj when they select exactly the adapted modules, full paths otherwise."""
+    """Module names such as q_proj when they select exactly the adapted modules, full paths
+    otherwise.
+    """
     everything = {
         name
         for path, leaf in tree.flatten(params).items()
@@ -126,11 +138,12 @@ def _integral(value: float) -> int | float:
 
 
 def read_config(directory: Path, params: Mapping) -> AdapterConfig:
-    """The `AdapterConfig` of a PEFT directory. Entries of target_modules that match nothing have no effect in PEFT
-    and are left out.
+    """The `AdapterConfig` of a PEFT directory. Entries of target_modules that match nothing have no
+    effect in PEFT and are left out.
 
     Raises:
-        UserError: missing or damaged files, an adapter that is not LoRA, or active fields that are not supported.
+        UserError: missing or damaged files, an adapter that is not LoRA, or active fields that are
+            not supported.
     """
     file = directory / "adapter_config.json"
     if not file.is_file():
@@ -145,7 +158,8 @@ def read_config(directory: Path, params: Mapping) -> AdapterConfig:
     active = [
         f"{name}={value!r}"
         for name, value in content.items()
-        if name not in _READ | _INERT and value not in _HARMLESS_VALUES
+        if name not in _READ | _INERT
+        and value not in (_PLAIN_INITS if name == "init_lora_weights" else _HARMLESS_VALUES)
     ]
     active += [f"{name}={content[name]!r}" for name in ("layers_pattern",) if content.get(name)]
     missing = [name for name in ("r", "target_modules") if content.get(name) is None]
@@ -191,10 +205,12 @@ def _effective(spec: Any, names: Sequence[str]) -> Any:
 
 
 def read_adapter(directory: Path, params: Mapping) -> tuple[dict, AdapterConfig]:
-    """Adapters (float32) and their config from a PEFT directory, checked against the model that they shall adapt.
+    """Adapters (float32) and their config from a PEFT directory, checked against the model that
+    they shall adapt.
 
     Raises:
-        UserError: as `read_config`; and tensors that are missing, unexpected or mis-shaped, all of them listed.
+        UserError: as `read_config`; and tensors that are missing, unexpected or mis-shaped, all of
+            them listed.
     """
     config = read_config(directory, params)
     targets = tree.find_targets(params, config)

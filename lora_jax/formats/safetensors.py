@@ -38,9 +38,16 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _SIDE_FILES = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "chat_template*", "LICENSE*",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+)
 
 
 def tensor_names(path: tree.Path, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -62,7 +69,8 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a model directory by name; reads headers only.
 
     Raises:
-        UserError: no safetensors, a shard that the index names is missing, a damaged file, or an unknown dtype.
+        UserError: no safetensors, a shard that the index names is missing, a damaged file, or an
+            unknown dtype.
     """
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
@@ -91,7 +99,8 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
                 part = handle.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
                     raise UserError(
-                        f"{file}: {name} has dtype {part.get_dtype()}; supported are: {', '.join(_DTYPES)}"
+                        f"{file}: {name} has dtype {part.get_dtype()}; supported are: "
+                        f"{', '.join(_DTYPES)}"
                     )
                 tensors[name] = Tensor(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
     return tensors
@@ -114,7 +123,8 @@ def open_tensors(file: Path) -> Iterator[Any]:
 def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) -> dict:
     """The parameters of `model`, read slice by slice straight to their place on the mesh.
 
-    `dtype` None keeps the dtype of the files. No more than one device's share of one leaf stands in host memory.
+    `dtype` None keeps the dtype of the files. No more than one device's share of one leaf stands in
+    host memory.
 
     Raises:
         UserError: tensors that are missing, unexpected or mis-shaped, all of them listed.
@@ -184,10 +194,12 @@ def _check_tensors(
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the block ends well and vanishes when it does not.
+    """A temporary sibling that becomes `target` when the block ends well and vanishes when it does
+    not.
 
     Raises:
-        UserError: `target` exists and is not an empty directory (nothing is ever removed), or cannot be made.
+        UserError: `target` exists and is not an empty directory (nothing is ever removed), or
+            cannot be made.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
@@ -243,10 +255,11 @@ def write_model(
     max_shard_size: str = "5GB",
     chat_template: str | None = None,
 ) -> None:
-    """Write a Hugging Face directory: safetensors (sharded with an index above the limit), config.json, side files.
+    """Write a Hugging Face directory: safetensors (sharded with an index above the limit),
+    config.json, side files.
 
-    `source` is the directory that the model came from; its tokenizer, chat template and generation config are copied.
-    One shard at a time is brought to the host.
+    `source` is the directory that the model came from; its tokenizer, chat template and generation
+    config are copied. One shard at a time is brought to the host.
     """
     limit = parse_size(max_shard_size)
     pieces: dict[str, tuple[tree.Path, int | None, int]] = {}
@@ -293,7 +306,9 @@ def write_model(
 
 
 def copy_side_files(source: Path, target: Path, chat_template: str | None = None) -> None:
-    """Copy tokenizer, chat template and generation config; `chat_template` (Jinja text) replaces the model's own."""
+    """Copy tokenizer, chat template and generation config; `chat_template` (Jinja text) replaces
+    the model's own.
+    """
     for pattern in _SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file():

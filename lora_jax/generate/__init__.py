@@ -20,15 +20,18 @@ _BUCKET = (
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Token ids (b,) from logits (b, vocab): the largest at temperature 0, a draw from softmax(logits / temperature)
-    above."""
+    """Token ids (b,) from logits (b, vocab): the largest at temperature 0, a draw from
+    softmax(logits / temperature) above.
+    """
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
 def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:
-    """A function (bound, prompts, max_new_tokens, stop_tokens, temperature=0, seed=0) -> answers, which ends an answer
-    before its stop token. Prompts are rows of one batch; the function compiles once per bucket of lengths."""
+    """A function (bound, prompts, max_new_tokens, stop_tokens, temperature=0, seed=0) -> answers,
+    which ends an answer before its stop token. Prompts are rows of one batch; the function compiles
+    once per bucket of lengths.
+    """
 
     @partial(jax.jit, static_argnames="slots")
     def decode(bound, tokens, segment_ids, limit, stops, temperature, key, slots: int):

@@ -26,7 +26,8 @@ def answer(
     """One answer per prompt, each prompt a user turn of its own conversation.
 
     Raises:
-        UserError: the model or adapter cannot be found or do not fit, or the template refuses the conversation.
+        UserError: the model or adapter cannot be found or do not fit, or the template refuses the
+            conversation.
     """
     source = formats.resolve(spec)
     described, found, home = formats.describe(source), None, source

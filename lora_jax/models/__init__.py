@@ -7,9 +7,8 @@ from flax import nnx
 
 from lora_jax.config import UserError
 from lora_jax.models import llama
-from lora_jax.models.common import ConfigReader, Model
-from lora_jax.models.common import storage_dtype as storage_dtype
-from lora_jax.sharding import Rules as Rules
+from lora_jax.models.common import Model
+from lora_jax.models.reader import ConfigReader
 
 FAMILIES = {"llama": llama, "mistral": llama}
 
@@ -18,7 +17,8 @@ def describe(hf_config: Mapping[str, Any], ignore: Container[str] = ()) -> Model
     """The model of a config.json with shapes (float32) in place of weights; allocates nothing.
 
     Raises:
-        UserError: a family that is not supported, or fields that are missing, mistyped or not understood.
+        UserError: a family that is not supported, or fields that are missing, mistyped or not
+            understood.
     """
     reader = ConfigReader(hf_config, ignore)
     family = FAMILIES.get(str(reader.model_type))

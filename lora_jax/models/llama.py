@@ -28,7 +28,8 @@ from lora_jax.layers import (
     rope_frequencies,
     rotate,
 )
-from lora_jax.models.common import ConfigReader, scan_layers
+from lora_jax.models.common import scan_layers
+from lora_jax.models.reader import ConfigReader
 from lora_jax.sharding import BATCH, constrain
 
 RULES = (
@@ -100,7 +101,9 @@ class Attention(nnx.Module):
         self.head_dim = h
 
     def __call__(self, x, cos_sin, masks, cached):
-        """x (b, t, d); cached: keys and values (b, s, k, h) of earlier tokens, or None. Returns y and the new ones."""
+        """x (b, t, d); cached: keys and values (b, s, k, h) of earlier tokens, or None. Returns y
+        and the new ones.
+        """
         b, t, _ = x.shape
         q, k, v = (
             proj(x).reshape(b, t, -1, self.head_dim)
@@ -164,7 +167,9 @@ class Model(nnx.Module):
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
     ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is given."""
+        """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
+        given.
+        """
         config = self.config
         x = self.model.embed_tokens(tokens).astype(compute_dtype)
         cos_sin = rope(positions, rope_frequencies(config.head_dim, config.rope_parameters))

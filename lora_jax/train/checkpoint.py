@@ -1,4 +1,5 @@
-"""Checkpoints of a run: adapters, optimizer state and a JSON record, one Orbax item each, written in the background.
+"""Checkpoints of a run: adapters, optimizer state and a JSON record, one Orbax item each, written
+in the background.
 
     checkpoints/<step>/adapters    the adapter tree
     checkpoints/<step>/optimizer   the optimizer's arrays, by path
@@ -60,9 +61,11 @@ def save(
 def restore(
     directory: Path, adapters: Any, opt_state: Any = None, step: int | None = None
 ) -> tuple[Any, Any, dict]:
-    """Adapters, optimizer state (if its structure is given) and record of a step, the latest if none is named.
+    """Adapters, optimizer state (if its structure is given) and record of a step, the latest if
+    none is named.
 
-    `adapters` and `opt_state` give structure, shapes, dtypes and shardings, as arrays or `jax.ShapeDtypeStruct`s.
+    `adapters` and `opt_state` give structure, shapes, dtypes and shardings, as arrays or
+    `jax.ShapeDtypeStruct`s.
 
     Raises:
         UserError: no checkpoint is there, or it cannot be read.
@@ -73,7 +76,8 @@ def restore(
         found = manager.latest_step() if step is None else step
         if found is None or found not in manager.all_steps():
             raise UserError(
-                f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; it has: {manager.all_steps()}"
+                f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; it "
+                f"has: {manager.all_steps()}"
             )
         wanted = {"adapters": ocp.args.StandardRestore(adapters), "record": ocp.args.JsonRestore()}
         if opt_state is not None:

@@ -59,7 +59,8 @@ def print_targets(config: Config) -> None:
         )
     trainable, frozen = sum(target.parameters for target in targets), tree.count(model.params)
     print(
-        f"\n{trainable:,} trainable parameters || {frozen:,} frozen || {100 * trainable / (trainable + frozen):.4f} % "
+        f"\n{trainable:,} trainable parameters || {frozen:,} frozen || "
+        f"{100 * trainable / (trainable + frozen):.4f} % "
         f"trainable || adapter {4 * trainable:,} bytes in float32\nmesh: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
@@ -75,7 +76,9 @@ def group_slices(target: tree.Target) -> dict[tuple[int, float], list[int]]:
 
 
 def layer_range(target: tree.Target, layers: Sequence[int]) -> str:
-    """`model.layers.{0-3,7}.self_attn.q_proj` for slices of a stack; the plain path for a single matrix."""
+    """`model.layers.{0-3,7}.self_attn.q_proj` for slices of a stack; the plain path for a single
+    matrix.
+    """
     if not target.stacked:
         return target.names[0]
     runs: list[list[int]] = []

@@ -24,7 +24,9 @@ Answers = Sequence[Mapping[str, str]]  # prompt, expected, answer
 def mean_loss(
     eval_step: Callable, adapters: Any, params: Any, batches: Iterable[dict], mesh: Mesh
 ) -> float:
-    """Nats per supervised token over all batches (every token counts the same, whatever batch it is in)."""
+    """Nats per supervised token over all batches (every token counts the same, whatever batch it is
+    in).
+    """
     total, weight = 0.0, 0.0
     for batch in batches:
         nll, weights = eval_step(adapters, params, place_batch(batch, mesh))
@@ -34,7 +36,8 @@ def mean_loss(
 
 
 def same_answer(output: str, expected: str) -> bool:
-    """Equal parsed JSON where the expected answer is a JSON object or list, equal text (outer spaces aside) elsewhere.
+    """Equal parsed JSON where the expected answer is a JSON object or list, equal text (outer
+    spaces aside) elsewhere.
 
     An output that is no JSON is a miss; key order and spacing do not count.
     """
@@ -57,7 +60,9 @@ def generate_all(
     batch_size: int,
     **options: Any,
 ) -> list[list[int]]:
-    """Answers to all prompts, in their order. Prompts of like length share a batch; the last batch is filled up."""
+    """Answers to all prompts, in their order. Prompts of like length share a batch; the last batch
+    is filled up.
+    """
     batch_size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}

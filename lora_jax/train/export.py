@@ -41,7 +41,9 @@ def export_peft(target: Path, config: Config, model: Model, adapters: Mapping) -
 
 
 def export_merged(target: Path, config: Config, model: Model, adapters: Mapping) -> None:
-    """Write a Hugging Face model directory with the adapters merged in, in the dtype of the base."""
+    """Write a Hugging Face model directory with the adapters merged in, in the dtype of the
+    base.
+    """
     formats.write_model(
         target,
         model,

@@ -28,7 +28,7 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
         UserError: a mistake in config, model, data or adapter files; found before training starts.
     """
     started = time.monotonic()
-    console = console or Console(stderr=True, highlight=False)
+    console = console or metrics.make_console()
     output, mesh = setup.prepare(config)
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
@@ -38,7 +38,7 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     targets = tree.find_targets(model.params, config.adapter)
     tokenizer = formats.load_tokenizer(source)
     train_set, held_out = setup.read_sets(config, tokenizer, console)
-    setup.check_sizes(config, model, tokenizer)
+    setup.check_sizes(config, model, [train_set, *held_out.values()], console)
 
     console.print(f"loading {config.model}")
     dtype = None if config.base_dtype is None else jnp.dtype(config.base_dtype)
@@ -50,12 +50,13 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     model = model.replace(params=params)
     frozen, trained = tree.count(params), sum(target.parameters for target in targets)
     console.print(f"training {trained:,} parameters beside {frozen:,} frozen ones")
-    (output / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
 
     judge = make_judge(config, model, tokenizer, held_out, mesh)
     with jax.set_mesh(mesh):
         before = judge.score(adapters)
         console.print(f"before: {before.describe()}")
+        # The first thing written: whatever failed before, the same output_dir can be used again.
+        (output / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
         adapters, curves, totals = train_steps(
             judge, adapters, train_set, dropout_key, output, console
         )
@@ -103,8 +104,10 @@ def train_steps(
     """
     config, settings, mesh = judge.config, judge.config.train, judge.mesh
     optimizer = make_optimizer(settings)
-    opt_state = optimizer.init(adapters)
-    step_fn, schedule = make_train_step(judge.model, config, optimizer), make_schedule(settings)
+    opt_state = sharding.replicate_scalars(optimizer.init(adapters), mesh)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, (adapters, opt_state))
+    step_fn = make_train_step(judge.model, config, optimizer, placement)
+    schedule = make_schedule(settings)
     loader = data.Loader(
         train_set.examples,
         settings.batch_size,
@@ -133,12 +136,13 @@ def train_steps(
             measured = {name: float(value) for name, value in measured.items()}
             if not np.isfinite(measured["loss"]):
                 raise UserError(
-                    f"the loss of step {step} is {measured['loss']}; lower train.learning_rate or check the data"
+                    f"the loss of step {step} is {measured['loss']}; lower train.learning_rate or "
+                    "check the data"
                 )
             clock.lap(int(np.count_nonzero(batch["segment_ids"])))
             supervised += measured["supervised_tokens"]
             curves["train"].append((step, measured["loss"]))
-            rate = schedule(step - 1)
+            rate = float(schedule(step - 1))
             journal.show(step, measured["loss"], rate, clock)
             if step % settings.log_every == 0 or step == settings.steps:
                 speed = {"learning_rate": rate, "tokens_per_second": clock.tokens_per_second}

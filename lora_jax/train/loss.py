@@ -2,8 +2,9 @@
 
     loss = sum_i w_i * -log p(token_i | tokens before it in its segment) / sum_i w_i
 
-The sum is computed here; the caller divides by the weights of the whole effective batch, so that micro-batches and
-devices add up exactly. Weight i belongs to token i and is predicted from position i - 1.
+The sum is computed here; the caller divides by the weights of the whole effective batch, so that
+micro-batches and devices add up exactly. Weight i belongs to token i and is predicted from position
+i - 1.
 """
 
 import functools
@@ -75,7 +76,9 @@ def _skip_unsupervised(
 def _nll(
     head: Callable, leaves: list, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """The sum over all chunks; hidden (chunks, rows, width, d), targets and weights (chunks, rows, width)."""
+    """The sum over all chunks; hidden (chunks, rows, width, d), targets and weights (chunks, rows,
+    width).
+    """
 
     def body(total, chunk):
         return total + _skip_unsupervised(
@@ -91,10 +94,11 @@ _chunked_nll = jax.custom_vjp(_nll, nondiff_argnums=(0,))
 def _forward(
     head: Callable, leaves: list, hidden: Any, targets: Any, weights: Any
 ) -> tuple[jax.Array, Any]:
-    """Value and gradients in one pass: both are taken while a chunk's logits are there, then the logits are dropped.
+    """Value and gradients in one pass: both are taken while a chunk's logits are there, then the
+    logits are dropped.
 
-    Recomputing them in the backward pass instead costs a third product with the vocabulary. Which leaves train is
-    known at trace time (`perturbed`); the others get no gradient and cost nothing.
+    Recomputing them in the backward pass instead costs a third product with the vocabulary. Which
+    leaves train is known at trace time (`perturbed`); the others get no gradient and cost nothing.
     """
     trained = [leaf.value for leaf in leaves if leaf.perturbed]
 

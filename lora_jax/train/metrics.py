@@ -1,4 +1,6 @@
-"""What a run tells about itself: metrics.jsonl, the progress bar, the closing table, the loss plot, summary.json."""
+"""What a run tells about itself: metrics.jsonl, the progress bar, the closing table, the loss plot,
+summary.json.
+"""
 
 import contextlib
 import json
@@ -11,13 +13,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 
+def make_console() -> Console:
+    """Messages go to stderr as they are: brackets and colons in names and answers are no markup."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 class Clock:
-    """Training time by laps. The first lap, which compiles, and pauses do not count towards the speed."""
+    """Training time by laps. The first lap, which compiles, and pauses do not count towards the
+    speed.
+    """
 
     def __init__(self) -> None:
         self._mark = time.monotonic()
@@ -54,7 +62,9 @@ class Clock:
 
 
 class Journal:
-    """metrics.jsonl, one object per line written at once, and the progress bar (plain lines without a terminal)."""
+    """metrics.jsonl, one object per line written at once, and the progress bar (plain lines without
+    a terminal).
+    """
 
     def __init__(self, file: Path, steps: int, console: Console):
         self._file = file.open("a", encoding="utf-8")
@@ -123,10 +133,13 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(table)
     console.print(
         f"{summary['steps']} steps, {summary['supervised_tokens']:,} supervised tokens, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, {format_seconds(summary['seconds'])} in all, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {format_seconds(summary['seconds'])} in "
+        "all, "
         f"peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB\n"
-        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters trained, "
-        f"adapter {summary['adapter_bytes'] / 1e6:.2f} MB, checkpoint {summary['checkpoint_bytes'] / 1e6:.2f} MB"
+        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters "
+        "trained, "
+        f"adapter {summary['adapter_bytes'] / 1e6:.2f} MB, checkpoint "
+        f"{summary['checkpoint_bytes'] / 1e6:.2f} MB"
     )
 
 
@@ -137,12 +150,14 @@ def print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> Non
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         for key, value in sample.items():
-            table.add_row(key, escape(value))
+            table.add_row(key, value)
         console.print(table)
 
 
 def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Points (step, loss) by curve: `train` with a running mean, held-out sets as they were measured."""
+    """Points (step, loss) by curve: `train` with a running mean, held-out sets as they were
+    measured.
+    """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     steps, losses = zip(*curves["train"], strict=True)

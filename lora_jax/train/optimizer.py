@@ -3,8 +3,9 @@
     joint tree  model/layers/self_attn/q_proj/{kernel, lora_a, lora_b}
     labels                                    frozen,  lora_a, lora_b
 
-The train step differentiates and updates the adapters alone; the same transformation over the joint tree gives the
-same update, because labels depend on paths only and frozen leaves get neither gradient, norm nor state.
+The train step differentiates and updates the adapters alone; the same transformation over the joint
+tree gives the same update, because labels depend on paths only and frozen leaves get neither
+gradient, norm nor state.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,10 +34,11 @@ def label_tree(parameters: Mapping) -> dict:
 
 
 def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
-    """Learning rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to `final_rate`.
+    """Learning rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to
+    `final_rate`.
 
-    The first step already moves: step i of a warm-up over n steps has rate (i + 1) / n of the peak. The last step has
-    the rate just above the end of the decay, so no step has rate zero.
+    The first step already moves: step i of a warm-up over n steps has rate (i + 1) / n of the peak.
+    The last step has the rate just above the end of the decay, so no step has rate zero.
     """
     peak, warm = config.learning_rate, config.warmup_steps
     rest = max(1, config.steps - warm)
@@ -58,7 +60,9 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW on the trainable labels, nothing on frozen leaves, one global clip over all trainable leaves before it."""
+    """AdamW on the trainable labels, nothing on frozen leaves, one global clip over all trainable
+    leaves before it.
+    """
     adamw = optax.adamw(
         make_schedule(config),
         config.beta1,

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from rich.console import Console
 from lora_jax import data, demo, formats, sharding
 from lora_jax.config import AdapterConfig, Config, UserError, raise_all
 from lora_jax.models.common import Model
+
+# org/name or org/name:split; a path to a missing .json or .jsonl file is no such name.
+_HUB_NAME = re.compile(r"(?!.*\.jsonl?$)[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ def prepare(config: Config) -> tuple[Path, Mesh]:
     """The output directory, made and writable, and the mesh.
 
     Raises:
-        UserError: no training data named; a mesh that does not fit the devices or the batch; an output directory that
-            holds something or cannot be written.
+        UserError: no training data named; a mesh that does not fit the devices or the batch; a
+            shard size that is none; an output directory that holds something or cannot be written.
     """
     if config.data.train is None:
         raise UserError(
@@ -41,12 +45,14 @@ def prepare(config: Config) -> tuple[Path, Mesh]:
         micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
     )
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    formats.parse_size(config.export.max_shard_size)
     output = Path(config.output_dir).expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={str(output)!r} is a file; choose a directory")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(
-            f"output_dir={str(output)!r} already holds a run or other files; choose another or remove it"
+            f"output_dir={str(output)!r} already holds a run or other files; choose another or "
+            "remove it"
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,8 @@ def prepare(config: Config) -> tuple[Path, Mesh]:
 
 
 def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | None]:
-    """With `adapter.path`, the config with that adapter's settings, and its weights; otherwise the config as it is.
+    """With `adapter.path`, the config with that adapter's settings, and its weights; otherwise the
+    config as it is.
 
     Raises:
         UserError: files that do not fit the model, or settings that contradict the adapter's.
@@ -74,7 +81,8 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
         if field.name not in free and mine != getattr(default, field.name) and mine != theirs:
             if not field.name.endswith("_modules"):  # compared by what they select, below
                 problems.append(
-                    f"adapter.{field.name}={mine!r} contradicts {given.path}, which has {theirs!r}; leave it out"
+                    f"adapter.{field.name}={mine!r} contradicts {given.path}, which has "
+                    f"{theirs!r}; leave it out"
                 )
     raise_all(problems)
     return dataclasses.replace(config, adapter=dataclasses.replace(found, **kept)), adapters
@@ -96,9 +104,12 @@ def read_sets(
 def _read_set(field: str, config: Config, tokenizer: Any, console: Console) -> DataSet:
     """Rows and examples of data.FIELD. What was cut or dropped is printed, not silent."""
     spec, limit = getattr(config.data, field), config.data.max_length
-    is_demo = spec.startswith("demo:")
-    path = demo.path(spec.removeprefix("demo:")) if is_demo else Path(spec).expanduser()
-    rows = data.read_rows(path)
+    if spec.startswith("demo:"):
+        rows = data.read_rows(demo.path(spec.removeprefix("demo:")))
+    elif _HUB_NAME.fullmatch(spec) and not Path(spec).exists():
+        rows = data.read_hub_rows(spec)
+    else:
+        rows = data.read_rows(Path(spec).expanduser())
     system_prompt = None if field == "regression" else config.data.system_prompt
     examples, counts = data.encode_all(
         rows,
@@ -124,16 +135,17 @@ def _read_set(field: str, config: Config, tokenizer: Any, console: Console) -> D
     return DataSet([row for row in rows if row.where in kept], examples, system_prompt)
 
 
-def check_sizes(config: Config, model: Model, tokenizer: Any) -> None:
-    """Raise if the tokenizer or the row length do not fit the model."""
-    problems = []
-    if len(tokenizer) > model.config.vocab_size:
-        problems.append(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size={model.config.vocab_size}"
+def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:
+    """Raise if the tokenizer makes tokens that the model has no embedding for."""
+    largest = max(int(example.tokens.max()) for one in sets for example in one.examples)
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {config.model} makes token {largest}, "
+            f"and the model's vocab_size is {model.config.vocab_size}: they do not belong together"
         )
-    if config.data.max_length > model.config.max_position_embeddings:
-        problems.append(
-            f"data.max_length={config.data.max_length} is above the model's "
-            f"max_position_embeddings={model.config.max_position_embeddings}"
+    positions = model.config.max_position_embeddings
+    if config.data.max_length > positions:
+        console.print(
+            f"note: data.max_length={config.data.max_length} is above the "
+            f"max_position_embeddings={positions} that the model was made for"
         )
-    raise_all(problems)

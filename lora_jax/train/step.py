@@ -38,10 +38,14 @@ def batch_sums(
 
 
 def make_train_step(
-    model: Model, config: Config, optimizer: optax.GradientTransformation
+    model: Model, config: Config, optimizer: optax.GradientTransformation, placement: Any = None
 ) -> Callable:
-    """The jitted step. Metrics are float32 scalars: loss (nats per supervised token), grad_norm (before clipping),
-    supervised_tokens (sum of the weights)."""
+    """The jitted step. Metrics are float32 scalars: loss (nats per supervised token), grad_norm
+    (before clipping), supervised_tokens (sum of the weights).
+
+    `placement` holds the shardings of (adapters, opt_state): they come out as they went in, and the
+    second step runs the program of the first. Without it the compiler chooses.
+    """
     rows = config.train.batch_size
     pieces = rows // (config.train.micro_batch_size or rows)
 
@@ -54,7 +58,8 @@ def make_train_step(
         if pieces == 1:
             (nll, weight), grads = value_and_grad(adapters, params, batch, step_key)
         else:
-            # Every micro-batch takes rows from all over the batch, so that each device keeps its own.
+            # Every micro-batch takes rows from all over the batch, so that each device keeps its
+            # own.
             micros = jax.tree.map(
                 lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch
             )
@@ -77,11 +82,14 @@ def make_train_step(
         }
         return optax.apply_updates(adapters, updates), opt_state, metrics
 
-    return jax.jit(train_step, donate_argnums=(0, 1))
+    out_shardings = None if placement is None else (*placement, None)
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
 
 def make_eval_step(model: Model, config: Config) -> Callable:
-    """`eval_step(adapters, params, batch)` -> summed negative log-likelihood and weights, dropout off."""
+    """`eval_step(adapters, params, batch)` -> summed negative log-likelihood and weights, dropout
+    off.
+    """
 
     def eval_step(adapters, params, batch):
         return batch_sums(model, bind(params, adapters, config.adapter), batch, config)

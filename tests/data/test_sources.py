@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_jax.config import UserError
-from lora_jax.data import read_rows, reference
+from lora_jax.data import read_hub_rows, read_rows, reference
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -236,3 +237,32 @@ def test_the_packaged_data_reads_whole():
     expected = {"usaddress_train": 1288, "usaddress_test": 200, "restaurant8k_train": 8198}
     for name, count in (expected | {"general_64": 64, "seed_tasks": 175}).items():
         assert len(read_rows(folder / f"{name}.jsonl")) == count
+
+
+def test_hub_rows_come_with_name_and_index(monkeypatch):
+    records = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    asked = []
+    monkeypatch.setattr(
+        "datasets.load_dataset",
+        lambda name, split: asked.append((name, split)) or datasets.Dataset.from_list(records),
+    )
+    rows = read_hub_rows("org/name:validation")
+    assert asked == [("org/name", "validation")]
+    assert [row.where for row in rows] == ["org/name:validation[0]", "org/name:validation[1]"]
+    assert rows[1].messages[1]["content"] == "d"
+
+
+def test_hub_failure_is_one_clear_error(monkeypatch):
+    def fail(name, split):
+        raise ConnectionError("Couldn't reach 'org/name' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(UserError, match="'org/name' is no local file.*Couldn't reach"):
+        read_hub_rows("org/name")
+
+
+def test_hub_rows_of_the_wrong_form_are_named(monkeypatch):
+    records = datasets.Dataset.from_list([{"text": "a"}])
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: records)
+    with pytest.raises(UserError, match=r"org/name\[0\]: a row needs 'prompt' and 'completion'"):
+        read_hub_rows("org/name")

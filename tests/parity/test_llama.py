@@ -1,4 +1,6 @@
-"""Llama and Mistral against transformers, on tiny random models: forward, padding, packing, cache, files."""
+"""Llama and Mistral against transformers, on tiny random models: forward, padding, packing, cache,
+files.
+"""
 
 import json
 
@@ -161,9 +163,7 @@ def test_padding_equals_attention_mask(tiny_llama, error, name, side):
         real = slots < lengths[:, None] if side == "right" else slots >= 20 - lengths[:, None]
         positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
         expected = torch_logits(oracle, tokens, attention_mask=real, position_ids=positions)
-        logits = apply(
-            model.params, tokens, positions=positions, segment_ids=real.astype(np.int32)
-        )
+        logits = apply(model.params, tokens, positions=positions, segment_ids=real.astype(np.int32))
         assert error(np.asarray(logits)[real], expected[real]) < TOLERANCE
         if side == "left":  # on the right the pads come after everything that is compared
             everything = np.ones_like(real)

@@ -1,4 +1,6 @@
-"""LoRA and rsLoRA against PEFT: its files in, our files out, logits, gradients, training curves, A's distribution."""
+"""LoRA and rsLoRA against PEFT: its files in, our files out, logits, gradients, training curves,
+A's distribution.
+"""
 
 import copy
 import json
@@ -28,7 +30,8 @@ SEEDS = (0, 1)
 UNTIED = dict(tie_word_embeddings=False)
 TIED = dict(tie_word_embeddings=True)
 
-# name -> (base, fields of AdapterConfig); PEFT takes the same fields, but for the names of rank and alpha.
+# name -> (base, fields of AdapterConfig); PEFT takes the same fields, but for the names of rank and
+# alpha.
 TARGETING = {
     "names": (UNTIED, dict(rank=4, alpha=6.0, target_modules=["q_proj", "v_proj"])),
     "names, rsLoRA, tied": (
@@ -45,7 +48,9 @@ TARGETING = {
     ),
     "regex": (
         UNTIED,
-        dict(rank=3, alpha=8.0, target_modules=r"model\.layers\.\d+\.(self_attn\.[ko]|mlp\.up)_proj"),
+        dict(
+            rank=3, alpha=8.0, target_modules=r"model\.layers\.\d+\.(self_attn\.[ko]|mlp\.up)_proj"
+        ),
     ),
     "all-linear": (UNTIED, dict(rank=4, alpha=2.0, target_modules="all-linear")),
     "all-linear, tied, rsLoRA": (
@@ -54,7 +59,12 @@ TARGETING = {
     ),
     "exclude names": (
         UNTIED,
-        dict(rank=2, alpha=5.0, target_modules=["k_proj", "o_proj"], exclude_modules=["0.self_attn.k_proj"]),
+        dict(
+            rank=2,
+            alpha=5.0,
+            target_modules=["k_proj", "o_proj"],
+            exclude_modules=["0.self_attn.k_proj"],
+        ),
     ),
     "exclude regex": (
         TIED,
@@ -137,7 +147,7 @@ def random_peft_model(oracle, fields, seed):
     generator = torch.Generator().manual_seed(100 + seed)
     with torch.no_grad():
         for parameter in adapter_parameters(peft_model).values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return peft_model
 
 
@@ -164,8 +174,8 @@ def random_adapters(params, config, seed) -> dict:
     for target in find_targets(params, config):
         lead = (len(target.ranks),) if target.stacked else ()
         mask = target.rank_mask()
-        a = 0.3 * rng.standard_normal((*lead, target.shape[0], target.rank))
-        b = 0.3 * rng.standard_normal((*lead, target.rank, target.shape[1]))
+        a = 0.1 * rng.standard_normal((*lead, target.shape[0], target.rank))
+        b = 0.1 * rng.standard_normal((*lead, target.rank, target.shape[1]))
         leaves[(*target.path, "lora_a")] = jnp.asarray(a * mask, jnp.float32)
         leaves[(*target.path, "lora_b")] = jnp.asarray(b * np.swapaxes(mask, -1, -2), jnp.float32)
     return unflatten(leaves)
@@ -196,12 +206,14 @@ def torch_logits(module, tokens) -> np.ndarray:
 
 
 @CASES
-def test_files_of_peft_give_its_logits_losses_and_gradients(tiny_llama, tmp_path, error, base, fields):
+def test_files_of_peft_give_its_logits_losses_and_gradients(
+    tiny_llama, tmp_path, error, base, fields
+):
     compiled = None
     for seed in SEEDS:
         directory, oracle = tiny_llama(seed, num_hidden_layers=3, **base)
         peft_model = random_peft_model(oracle, fields, seed)
-        peft_model.save_pretrained(tmp_path / f"adapter{seed}")
+        peft_model.save_pretrained(tmp_path / f"adapter{seed}", save_embedding_layers=False)
         model = formats.load(directory)
         adapters, config = formats.read_adapter(tmp_path / f"adapter{seed}", model.params)
         targets = find_targets(model.params, config)
@@ -231,20 +243,23 @@ def test_files_of_peft_give_its_logits_losses_and_gradients(tiny_llama, tmp_path
             assert error(gradient, parameters[name].grad.numpy()) < TOLERANCE, name
 
 
-CURVES = ["names", "all-linear, tied, rsLoRA", "both patterns, rsLoRA, tied", "head"]
-
-
-@pytest.mark.parametrize("micro_batch_size", [None, 2])
-@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size"),
+    [
+        ("names", None),
+        ("names", 2),
+        ("all-linear, tied, rsLoRA", None),
+        ("both patterns, rsLoRA, tied", None),
+        ("head", None),
+    ],
+)
 def test_five_steps_of_adamw(tiny_llama, tmp_path, error, name, micro_batch_size):
-    if micro_batch_size and name != CURVES[0]:
-        pytest.skip("accumulation does not depend on the targets")
     base, fields = TARGETING[name]
     train = TrainConfig(
         steps=5,
         batch_size=4,
         micro_batch_size=micro_batch_size,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         schedule="constant",
         weight_decay=0.1,
         beta1=0.8,
@@ -256,7 +271,7 @@ def test_five_steps_of_adamw(tiny_llama, tmp_path, error, name, micro_batch_size
     for seed in SEEDS:
         directory, oracle = tiny_llama(seed, num_hidden_layers=3, **base)
         peft_model = random_peft_model(oracle, fields, seed)
-        peft_model.save_pretrained(tmp_path / f"adapter{seed}")
+        peft_model.save_pretrained(tmp_path / f"adapter{seed}", save_embedding_layers=False)
         model = formats.load(directory)
         adapters, config = formats.read_adapter(tmp_path / f"adapter{seed}", model.params)
         targets = find_targets(model.params, config)
@@ -266,7 +281,7 @@ def test_five_steps_of_adamw(tiny_llama, tmp_path, error, name, micro_batch_size
         parameters = adapter_parameters(peft_model)
         start = {name: value.detach().numpy().copy() for name, value in parameters.items()}
         adamw = torch.optim.AdamW(
-            parameters.values(), lr=5e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1
+            parameters.values(), lr=2e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1
         )
         losses = []
         for number in range(5):
@@ -286,7 +301,7 @@ def test_five_steps_of_adamw(tiny_llama, tmp_path, error, name, micro_batch_size
         for name, value in by_name(adapters, targets).items():
             expected = parameters[name].detach().numpy()
             assert error(value, expected) < TOLERANCE, name
-            assert np.abs(expected - start[name]).max() > 5e-3, name
+            assert np.abs(expected - start[name]).max() > 2e-3, name
 
 
 def test_a_is_distributed_as_in_peft_and_nothing_changes_at_first(tiny_llama):
@@ -365,7 +380,8 @@ from pathlib import Path
 from lora_jax import AdapterConfig, formats, lora
 model = formats.describe(Path(sys.argv[1]))
 config = AdapterConfig(rank=4, target_modules=["v_proj", "q_proj", "up_proj", "lm_head"],
-                       rank_pattern={"q_proj": 2, "v_proj": 3}, alpha_pattern={"up_proj": 3.5, "lm_head": 1.0})
+                       rank_pattern={"q_proj": 2, "v_proj": 3},
+                       alpha_pattern={"up_proj": 3.5, "lm_head": 1.0})
 adapters = lora.init(jax.random.key(3), model.params, config)[1]
 formats.write_adapter(Path(sys.argv[2]), adapters, model.params, config, base_model="org/base",
                       source=Path(sys.argv[1]), extra={"b": 1, "a": {"d": 2, "c": 3}})
@@ -415,11 +431,12 @@ def test_live_peft_and_merged_agree(tiny_llama, tmp_path, error, name):
     )
     assert not any(info.values()), info
     tokens = make_batch(0)[0]["tokens"]
-    live = model.apply(bound, tokens)
+    apply = jax.jit(model.apply)
+    live = apply(bound, tokens)
     assert error(live, torch_logits(oracle, tokens)) > 1e-2
     assert error(live, torch_logits(in_peft, tokens)) < TOLERANCE
     assert error(live, torch_logits(in_transformers, tokens)) < TOLERANCE
-    assert error(model.apply(merged, tokens), live) < TOLERANCE
+    assert error(apply(merged, tokens), live) < TOLERANCE
 
     prompts = [tokens[0, :9].tolist(), tokens[1, :9].tolist()]
     generate = make_generate(model)
@@ -528,6 +545,7 @@ def test_tensors_that_do_not_fit_are_named(adapter_directory, change, text):
         (dict(bias="all"), "not supported: bias='all'"),
         (dict(modules_to_save=["lm_head"]), "not supported: modules_to_save=['lm_head']"),
         (dict(lora_bias=True), "not supported: lora_bias=True"),
+        (dict(init_lora_weights="olora"), "not supported: init_lora_weights='olora'"),
         (dict(init_lora_weights="pissa"), "not supported: init_lora_weights='pissa'"),
         (dict(layers_pattern="h"), "not supported: layers_pattern='h'"),
         (dict(some_new_field=3), "not supported: some_new_field=3"),
@@ -551,7 +569,11 @@ def test_settings_that_are_not_supported_are_named(adapter_directory, edit_json,
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("adapter_config.json", None, "is no PEFT adapter directory: it has no adapter_config.json"),
+        (
+            "adapter_config.json",
+            None,
+            "is no PEFT adapter directory: it has no adapter_config.json",
+        ),
         ("adapter_config.json", b'{"peft_type": "LORA",', "adapter_config.json is damaged"),
         ("adapter_config.json", b"\xff\xfe", "adapter_config.json is damaged"),
         ("adapter_config.json", b"[]", "peft_type=[] is not supported"),

@@ -15,9 +15,12 @@ from lora_jax.generate import make_generate
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[2]
 
-SUBJECTS = """the capital of France; a haiku about rain; three primes above 50; why the sky is blue; 17 * 23;
-a synonym of quick; the boiling point of water; a recipe for tea; the author of Hamlet; a JSON object with two keys;
-how to say good morning in Spanish; the largest ocean; a palindrome; what 2^10 is; a name for a cat; the colour of grass"""
+SUBJECTS = """
+the capital of France; a haiku about rain; three primes above 50; why the sky is blue; 17 * 23;
+a synonym of quick; the boiling point of water; a recipe for tea; the author of Hamlet;
+a JSON object with two keys; how to say good morning in Spanish; the largest ocean; a palindrome;
+what 2^10 is; a name for a cat; the colour of grass
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +89,16 @@ def test_greedy_continuations_equal_transformers(model, oracle, prompts):
 
 def test_loss_weights_cover_the_completion_and_its_end_of_turn(tokenizer):
     row = data.Row(
-        ({"role": "user", "content": "71 S. Wacker"}, {"role": "assistant", "content": '{"a": "71"}'}),
+        (
+            {"role": "user", "content": "71 S. Wacker"},
+            {"role": "assistant", "content": '{"a": "71"}'},
+        ),
         "row",
     )
     example = data.encode(row, tokenizer, system_prompt="Parse address as JSON.", max_length=256)
     assert tokenizer.decode(example.tokens) == (
-        "<|im_start|>system\nParse address as JSON.<|im_end|>\n<|im_start|>user\n71 S. Wacker<|im_end|>\n"
+        "<|im_start|>system\nParse address as JSON.<|im_end|>\n<|im_start|>user\n71 S. "
+        "Wacker<|im_end|>\n"
         '<|im_start|>assistant\n{"a": "71"}<|im_end|>'
     )
     supervised = example.tokens[example.loss_weights > 0]

@@ -41,6 +41,14 @@ ROWS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Less work for the compiler; the numbers and its counts are those of the same program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def random_params(shapes, seed=0):
     """Arrays for a tree of shapes: norms near one, other leaves about 1 / sqrt(inputs)."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,87 @@
+"""The same training on eight virtual devices, whatever the mesh: one process of its own, read
+here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MESHES = ("8x1x1", "1x8x1", "1x1x8", "2x2x2", "2x2x2 micro 8")
+
+
+@pytest.fixture(scope="module")
+def result():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    script = Path(__file__).with_name("sharded.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_computes_what_one_device_does(result, mesh):
+    names = ("evaluated", "losses", "norms", "first_moments", "adapters")
+    worst = {name: result[mesh][name] for name in names}
+    assert max(worst.values()) <= 1e-5, worst
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_adapters_stay_where_they_are_and_their_moments_with_them(result, mesh):
+    assert result[mesh]["stays"] and result[mesh]["moments_follow"]
+    # Two halves of seven linears: `fsdp` or `tensor` alone splits one of each, both split both.
+    splits = {"8x1x1": 0, "1x8x1": 7, "1x1x8": 7}
+    assert result[mesh]["split_adapters"] == splits.get(mesh, 14)
+
+
+@pytest.mark.parametrize("mesh", ["one device", *MESHES])
+def test_five_steps_compile_once(result, mesh):
+    assert result[mesh]["compiled"] == 1
+
+
+def test_where_every_parameter_lies(result):
+    inward, outward = "(None, 'fsdp', 'tensor')", "(None, 'tensor', 'fsdp')"
+    names = {
+        **{f"self_attn.{name}_proj.kernel": inward for name in "qkv"},
+        **{f"self_attn.{name}_proj.bias": "(None, 'tensor')" for name in "qkv"},
+        "self_attn.o_proj.kernel": outward,
+        "self_attn.o_proj.bias": "(None, None)",
+        "mlp.gate_proj.kernel": inward,
+        "mlp.up_proj.kernel": inward,
+        "mlp.down_proj.kernel": outward,
+        "input_layernorm.scale": "(None, None)",
+        "post_attention_layernorm.scale": "(None, None)",
+    }
+    assert result["specs"] == {
+        **{f"model.layers.{name}": spec for name, spec in names.items()},
+        "model.embed_tokens.embedding": "('tensor', 'fsdp')",
+        "model.norm.scale": "(None,)",
+        "lm_head.kernel": "('fsdp', 'tensor')",
+    }
+    # An axis that does not divide a dimension is left out: 17 columns over two devices.
+    assert result["odd"] == "('fsdp', None)"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "expected"),
+    [
+        ("no rule", "no partition rule covers these parameters:"),
+        ("no rule", "model.extra.kernel"),
+        ("no rule", "model.other"),
+        ("mesh", "mesh={'data': 3, 'fsdp': 1, 'tensor': 1} does not fit 8 devices"),
+        ("mesh left", "does not fit 8 devices"),
+        ("batch", "train.batch_size=12 rows cannot be split over 8 devices"),
+        ("micro", "train.micro_batch_size=4 rows cannot be split over 8 devices"),
+        ("eval", "eval.batch_size=12 rows cannot be split over 8 devices"),
+    ],
+)
+def test_mistakes_are_told(result, mistake, expected):
+    assert expected in result["errors"][mistake]
