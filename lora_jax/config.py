@@ -116,6 +116,22 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader for which a key that stands twice is an error; PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                mark = key_node.start_mark
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the candidate closest to `name`, or the empty string."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
@@ -139,7 +155,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     except OSError as error:
@@ -203,7 +219,6 @@ _CHOICES = {
     "train.remat": ("none", "full", "dots", "offload"),
 }
 _AT_LEAST = {
-    "adapter.rank": 1,
     "data.max_length": 2,
     "train.steps": 1,
     "train.batch_size": 1,
@@ -222,7 +237,7 @@ _AT_LEAST = {
     "eval.samples": 0,
     "seed": 0,
 }
-_ABOVE_ZERO = ("adapter.alpha", "train.learning_rate", "train.grad_clip")
+_ABOVE_ZERO = ("train.learning_rate", "train.grad_clip")
 
 
 def check(config: Config) -> None:
@@ -250,15 +265,10 @@ def check(config: Config) -> None:
     for key in _ABOVE_ZERO:
         if value(key) is not None and not 0 < value(key) < float("inf"):
             problems.append(f"{key}={value(key)} must be above 0")
-    for key in ("adapter.dropout", "train.beta1", "train.beta2"):
+    for key in ("train.beta1", "train.beta2"):
         if not 0 <= value(key) < 1:
             problems.append(f"{key}={value(key)} must be at least 0 and below 1")
-    for name, alpha in config.adapter.alpha_pattern.items():
-        if not 0 < alpha < float("inf"):
-            problems.append(f"adapter.alpha_pattern[{name!r}]={alpha} must be above 0")
-    for name, rank in config.adapter.rank_pattern.items():
-        if rank < 1:
-            problems.append(f"adapter.rank_pattern[{name!r}]={rank} must be at least 1")
+    problems += [f"adapter.{problem}" for problem in adapter_problems(config.adapter)]
     if not 0 <= config.train.final_rate <= 1:
         problems.append(f"train.final_rate={config.train.final_rate} must be between 0 and 1")
     micro = config.train.micro_batch_size
@@ -279,6 +289,23 @@ def check(config: Config) -> None:
             "demo:smollm2-135m-instruct"
         )
     raise_all(problems)
+
+
+def adapter_problems(adapter: AdapterConfig) -> list[str]:
+    """The values that no model can take; also asked where an `AdapterConfig` is made in Python."""
+    ranks = {"rank": adapter.rank}
+    ranks |= {f"rank_pattern[{name!r}]": rank for name, rank in adapter.rank_pattern.items()}
+    alphas = {"alpha": adapter.alpha}
+    alphas |= {f"alpha_pattern[{name!r}]": alpha for name, alpha in adapter.alpha_pattern.items()}
+    problems = [f"{name}={rank} must be at least 1" for name, rank in ranks.items() if rank < 1]
+    problems += [
+        f"{name}={alpha} must be above 0"
+        for name, alpha in alphas.items()
+        if not 0 < alpha < float("inf")
+    ]
+    if not 0 <= adapter.dropout < 1:
+        problems.append(f"dropout={adapter.dropout} must be at least 0 and below 1")
+    return problems
 
 
 def _unlock(node: DictConfig) -> None:

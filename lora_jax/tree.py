@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lora_jax.config import AdapterConfig, UserError, nearest, raise_all
+from lora_jax.config import AdapterConfig, UserError, adapter_problems, nearest, raise_all
 
 Path = tuple[str, ...]
 
@@ -141,7 +141,7 @@ def find_targets(params: Mapping, config: AdapterConfig) -> list[Target]:
         if path[-1] == "kernel" and len(leaf.shape) == (2 if stack_position(path) is None else 3):
             linears[path] = (tuple(leaf.shape), slice_names(path[:-1], leaf.shape))
     names = [name for _, slices in linears.values() for name in slices]
-    problems = list(_selection_problems(config, names))
+    problems = adapter_problems(config) + list(_selection_problems(config, names))
     raise_all(problems)
     selected = {name for name in names if _is_selected(name, config)}
     problems = list(_pattern_problems(config, selected))

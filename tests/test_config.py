@@ -158,3 +158,10 @@ def test_a_config_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(configs.Path, "read_text", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         load(file)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: a\nseed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match=r"'seed' stands there twice(?s:.*)line 3"):
+        load(file)

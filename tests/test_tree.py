@@ -362,3 +362,18 @@ def test_padding_stays_zero_under_adamw():
         assert not np.asarray(leaf)[~real].any(), path
         assert np.asarray(leaf)[real].all(), path
     assert sum(int((masks[path] == 0).sum()) for path in masks) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alpha": 0}, "alpha=0 must be above 0"),
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"alpha_pattern": {"q_proj": -1.0}}, r"alpha_pattern\['q_proj'\]=-1.0 must be above 0"),
+    ],
+)
+def test_impossible_values_are_refused_in_python_too(fields, message):
+    model = describe(TINY)
+    with pytest.raises(UserError, match=message):
+        find_targets(model.params, AdapterConfig(**fields))
