@@ -132,9 +132,8 @@ def find_targets(params: Mapping, config: AdapterConfig) -> list[Target]:
 
     Raises:
         UserError: an entry of target_modules, exclude_modules, rank_pattern or alpha_pattern that
-            matches nothing, an
-            invalid regex, a layer index that does not exist, a rank above min(in, out); all
-            problems at once.
+            matches nothing, an invalid regex, a layer index that does not exist, a rank above
+            min(in, out), an impossible value; all problems at once.
     """
     linears: dict[Path, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for path, leaf in flatten(params).items():

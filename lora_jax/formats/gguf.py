@@ -19,9 +19,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lora_jax.config import UserError
+from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
 
 # The llama.* settings that are read here, or change nothing; any other that is not zero is refused.
 KNOWN = {
@@ -34,25 +34,6 @@ KNOWN = {
         " rope.scaling.finetuned tensor_data_layout"
     ).split()
 }
-
-GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How text is cut before the merges, by tokenizer.ggml.pre. A wrong guess would change token ids in
-# silence: transformers' own conversion does not know `smollm` and gives "  5" other tokens.
-PRE_TOKENIZERS = {
-    "gpt-2": GPT2_SPLIT,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2_SPLIT]),
-    "llama-bpe": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-}
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 def convert(source: Path, target: Path) -> Path:
@@ -79,7 +60,7 @@ def convert(source: Path, target: Path) -> Path:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(metadata, tensors, source)
     plan = _plan(config, tensors, source)
-    tokenizer, tokenizer_config = _tokenizer(metadata, config, source)
+    tokenizer, tokenizer_config = read_tokenizer(metadata, config, source)
     generation = {
         k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config
     }
@@ -115,22 +96,9 @@ def _open(source: Path) -> gguf.GGUFReader:
         raise UserError(f"{source} is no GGUF file, or damaged or truncated: {error}") from error
 
 
-def _get(metadata: dict[str, Any], key: str, kind: type, source: Path) -> Any:
-    if key not in metadata:
-        raise UserError(f"{source} has no metadata {key!r}, which a conversion needs")
-    value = metadata[key]
-    if not isinstance(value, (int, float) if kind is float else kind) or (
-        kind is int and value < 1
-    ):
-        raise UserError(
-            f"{source}: metadata {key}={value!r} is not supported, one positive {kind.__name__} is"
-        )
-    return value
-
-
 def _config(metadata: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
     """config.json of a `LlamaForCausalLM`."""
-    architecture = _get(metadata, "general.architecture", str, source)
+    architecture = metadata_value(metadata, "general.architecture", str, source)
     if architecture != "llama":
         raise UserError(f"{source} has architecture {architecture!r}; supported: llama")
     unknown = [
@@ -142,7 +110,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any], source: Path) -> 
         raise UserError(f"{source} has settings that are not supported: {', '.join(unknown)}")
 
     def integer(key: str) -> int:
-        return _get(metadata, f"llama.{key}", int, source)
+        return metadata_value(metadata, f"llama.{key}", int, source)
 
     heads = integer("attention.head_count")
     kv_heads = heads
@@ -163,7 +131,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any], source: Path) -> 
     if "token_embd.weight" not in tensors:
         raise UserError(f"{source} has no tensor token_embd.weight")
     # float32 in the file: 1e-5 reads as 9.999999747378752e-06. Seven digits are all that it holds.
-    epsilon = _get(metadata, "llama.attention.layer_norm_rms_epsilon", float, source)
+    epsilon = metadata_value(metadata, "llama.attention.layer_norm_rms_epsilon", float, source)
     ids = {
         f"{name}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -327,77 +295,3 @@ def _supported_types() -> list[gguf.GGMLQuantizationType]:
             continue
         kinds.append(kind)
     return kinds
-
-
-def _tokenizer(
-    metadata: dict[str, Any], config: dict[str, Any], source: Path
-) -> tuple[Tokenizer, dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE tokenizer."""
-    kind = _get(metadata, "tokenizer.ggml.model", str, source)
-    if kind != "gpt2":
-        raise UserError(f"{source} has tokenizer {kind!r}; supported: gpt2 (byte-level BPE)")
-    pre = _get(metadata, "tokenizer.ggml.pre", str, source)
-    if pre not in PRE_TOKENIZERS:
-        raise UserError(
-            f"{source} has pre-tokenizer {pre!r}; supported: {', '.join(PRE_TOKENIZERS)}"
-        )
-    tokens = _get(metadata, "tokenizer.ggml.tokens", list, source)
-    types = _get(metadata, "tokenizer.ggml.token_type", list, source)
-    merges = [tuple(m.split(" ", 1)) for m in _get(metadata, "tokenizer.ggml.merges", list, source)]
-    if (
-        len(set(tokens)) != len(tokens)
-        or len(types) != len(tokens)
-        or len(tokens) > config["vocab_size"]
-    ):
-        raise UserError(
-            f"{source} has {len(tokens)} tokens ({len(set(tokens))} distinct), {len(types)} types"
-            f" and {config['vocab_size']} embeddings: damaged or not supported"
-        )
-    names: dict[str, str] = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None:
-            if not 0 <= index < len(tokens):
-                raise UserError(
-                    f"{source}: {key}_token_id={index} is outside of the {len(tokens)} tokens"
-                )
-            names[f"{name}_token"] = tokens[index]
-    try:
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        # Llama 3 takes a word that is a token as it stands, also where no merges lead to it.
-        model = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{source}: its tokens and merges do not fit together: {error}") from error
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    for special, mark in ((True, CONTROL), (False, USER_DEFINED)):
-        added = [token for token, type_ in zip(tokens, types, strict=True) if type_ == mark]
-        tokenizer.add_tokens(
-            [AddedToken(token, normalized=False, special=special) for token in added]
-        )
-    around = [
-        names.get(f"{side}_token")
-        if metadata.get(f"tokenizer.ggml.add_{side}_token", side == "bos" and pre == "llama-bpe")
-        else None
-        for side in ("bos", "eos")
-    ]
-    if any(around):
-        bos, eos = ([token] if token else [] for token in around)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*bos, "$A", *eos],
-            special_tokens=[(token, vocabulary[token]) for token in {*bos, *eos}],
-        )
-    extra = (
-        {"chat_template": metadata["tokenizer.chat_template"]}
-        if "tokenizer.chat_template" in metadata
-        else {}
-    )
-    return tokenizer, {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        **names,
-        **extra,
-    }
