@@ -2,7 +2,8 @@
 
 import sys
 
-from lora_jax.cli import train_main
+from lora_jax.cli import train_main, use_huge_pages
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(train_main())

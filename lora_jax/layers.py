@@ -113,15 +113,15 @@ class Cache:
     tokens written.
     """
 
-    keys: jax.Array  # (layers, b, s, k, h), already rotated
-    values: jax.Array  # (layers, b, s, k, h)
+    keys: jax.Array  # (layers, b, k, s, h), already rotated
+    values: jax.Array  # (layers, b, k, s, h)
     segment_ids: jax.Array  # (b, s); 0: nothing there
     length: jax.Array  # () how many slots are used
 
     def write(self, keys: jax.Array, values: jax.Array, segment_ids: jax.Array) -> "Cache":
-        """Put the keys and values (layers, b, t, k, h) of new tokens behind the used slots."""
+        """Put the keys and values (layers, b, k, t, h) of new tokens behind the used slots."""
         zero = jnp.zeros_like(self.length)
-        start = (zero, zero, self.length, zero, zero)
+        start = (zero, zero, zero, self.length, zero)
         return Cache(
             jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), start),
             jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), start),
@@ -131,7 +131,7 @@ class Cache:
 
 
 def empty_cache(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype) -> Cache:
-    shape = (layers, rows, slots, kv_heads, head_dim)
+    shape = (layers, rows, kv_heads, slots, head_dim)
     return Cache(
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
@@ -174,12 +174,12 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention (arXiv 2305.13245) over one or more blocks of keys and values.
 
-    queries (b, t, n, h); each block is keys and values (b, s, k, h) with a mask (b, t, s). Returns
+    queries (b, t, n, h); each block is keys and values (b, k, s, h) with a mask (b, t, s). Returns
     (b, t, n, h). Scores and softmax are in float32. Blocks are joined at the scores, so a cache is
     read and never copied.
     """
     b, t, n, h = queries.shape
-    kv_heads = keys_values[0][0].shape[2]
+    kv_heads = keys_values[0][0].shape[1]
     group = n // kv_heads
     # One batched product over kv heads: (b, k, g * t, h) x (b, k, s, h).
     grouped = (
@@ -190,7 +190,7 @@ def attention(
     scores = []
     for (keys, _), mask in zip(keys_values, masks, strict=True):
         block = jnp.einsum(
-            "bkqh,bskh->bkqs",
+            "bkqh,bksh->bkqs",
             grouped,
             keys.astype(queries.dtype),
             preferred_element_type=jnp.float32,
@@ -199,9 +199,9 @@ def attention(
         scores.append(jnp.where(mask[:, None, None], block, -1e30))
     probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
     probabilities = probabilities.reshape(b, kv_heads, group * t, -1)
-    ends = np.cumsum([keys.shape[1] for keys, _ in keys_values])
+    ends = np.cumsum([keys.shape[2] for keys, _ in keys_values])
     mixed = sum(
-        jnp.einsum("bkqs,bskh->bkqh", part, values.astype(queries.dtype))
+        jnp.einsum("bkqs,bksh->bkqh", part, values.astype(queries.dtype))
         for part, (_, values) in zip(
             jnp.split(probabilities, ends[:-1], axis=-1), keys_values, strict=True
         )

@@ -217,6 +217,9 @@ def read_adapter(directory: Path, params: Mapping) -> tuple[dict, AdapterConfig]
     file = directory / "adapter_model.safetensors"
     with open_tensors(file) as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+    # PEFT saves the frozen weight of an adapted head beside its adapter; it is the base's own.
+    for name in (name for found in targets for name in found.names):
+        tensors.pop(f"{_PREFIX}{name}.base_layer.weight", None)
     expected = {}
     for found in targets:
         for name, rank in zip(found.names, found.ranks, strict=True):

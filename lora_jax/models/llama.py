@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         self.head_dim = h
 
     def __call__(self, x, cos_sin, masks, cached):
-        """x (b, t, d); cached: keys and values (b, s, k, h) of earlier tokens, or None. Returns y
+        """x (b, t, d); cached: keys and values (b, k, s, h) of earlier tokens, or None. Returns y
         and the new ones.
         """
         b, t, _ = x.shape
@@ -110,6 +110,7 @@ class Attention(nnx.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         blocks = [(k, v)] if cached is None else [(k, v), cached]
         mixed = attention(q, blocks, masks, self.head_dim**-0.5)
         return self.o_proj(mixed.reshape(b, t, -1)), (k, v)

@@ -605,3 +605,15 @@ def test_a_tied_head_is_no_target(tiny_llama):
     params = formats.describe(directory).params
     with pytest.raises(UserError, match=r"target_modules=\['lm_head'\] matches no weight"):
         find_targets(params, AdapterConfig(target_modules=["lm_head", "q_proj"]))
+
+
+def test_the_frozen_weight_that_peft_saves_beside_an_adapted_head_is_left_out(tiny_llama, tmp_path):
+    directory, oracle = tiny_llama(**UNTIED)
+    fields = dict(rank=3, alpha=8.0, target_modules=["q_proj", "lm_head"])
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        random_peft_model(oracle, fields, 0).save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in tensors
+    adapters, _ = formats.read_adapter(tmp_path / "adapter", formats.describe(directory).params)
+    expected = tensors["base_model.model.lm_head.lora_A.weight"].T
+    np.testing.assert_array_equal(adapters["lm_head"]["lora_a"], expected)
