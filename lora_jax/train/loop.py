@@ -13,10 +13,10 @@ from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import data, formats, sharding, tree
+from lora_jax import formats, sharding, tree
 from lora_jax.config import Config, UserError
 from lora_jax.train import checkpoint, export, metrics, setup
-from lora_jax.train.evaluate import Judge, make_judge, score_pair
+from lora_jax.train.evaluate import Answers, Judge, make_judge, score_pair
 from lora_jax.train.optimizer import make_optimizer, make_schedule
 from lora_jax.train.step import make_train_step
 
@@ -69,7 +69,6 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     last = config.train.steps
     for name, loss in before.losses.items():
         curves[name] = [(0, loss), *curves.get(name, []), (last, after.losses[name])]
-    metrics.plot_losses(output / "plots" / "loss.png", curves)
     summary = {
         "steps": last,
         **totals,
@@ -82,12 +81,25 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
         "task": score_pair("task", before, after),
         "regression": score_pair("regression", before, after),
     }
+    report(output, console, summary, curves, after.answers[: config.eval.samples])
+    return summary
+
+
+def report(
+    output: Path, console: Console, summary: dict[str, Any], curves: dict, samples: Answers
+) -> None:
+    """The plot, summary.json, and the same for the eye."""
+    metrics.plot_losses(output / "plots" / "loss.png", curves)
     metrics.write_summary(output / "summary.json", summary)
-    metrics.print_samples(console, after.answers[: config.eval.samples])
+    metrics.print_samples(console, samples)
     metrics.print_summary(console, summary)
     written = ", ".join(sorted(path.name for path in output.iterdir()))
     console.print(f"written to {output}: {written}")
-    return summary
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens at every so many steps happens at this one."""
+    return every is not None and step % every == 0
 
 
 def train_steps(
@@ -108,18 +120,7 @@ def train_steps(
     placement = jax.tree.map(lambda leaf: leaf.sharding, (adapters, opt_state))
     step_fn = make_train_step(judge.model, config, optimizer, placement)
     schedule = make_schedule(settings)
-    loader = data.Loader(
-        train_set.examples,
-        settings.batch_size,
-        config.data.max_length,
-        config.data.packing,
-        config.data.shuffle,
-        config.seed,
-    )
-    console.print(
-        f"{settings.steps} steps of {settings.batch_size} rows x {loader.row_length} tokens, "
-        f"{loader.efficiency:.0%} filled, {loader.rows_per_epoch} rows an epoch"
-    )
+    loader = setup.make_loader(config, train_set, console)
     curves: dict[str, list[tuple[int, float]]] = {"train": []}
     supervised, clock = 0.0, metrics.Clock()
     checkpoints = checkpoint.open_checkpoints(output / "checkpoints")
@@ -144,15 +145,17 @@ def train_steps(
             curves["train"].append((step, measured["loss"]))
             rate = float(schedule(step - 1))
             journal.show(step, measured["loss"], rate, clock)
-            if step % settings.log_every == 0 or step == settings.steps:
-                speed = {"learning_rate": rate, "tokens_per_second": clock.tokens_per_second}
-                journal.write({"step": step, **measured, **speed})
-            if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
+            speed = {"learning_rate": rate, "tokens_per_second": clock.tokens_per_second}
+            held_out = {}
+            if is_due(step, settings.eval_every) and step < settings.steps:
                 with clock.paused():
                     for name, loss in judge.losses(adapters).items():
                         curves.setdefault(name, []).append((step, loss))
-                        journal.write({"step": step, f"{name}_loss": loss})
-            if step == settings.steps or (settings.save_every and step % settings.save_every == 0):
+                        held_out[f"{name}_loss"] = loss
+                    console.print(f"step {step}: {held_out}")
+            if is_due(step, settings.log_every) or held_out or step == settings.steps:
+                journal.write({"step": step, **measured, **speed, **held_out})
+            if is_due(step, settings.save_every) or step == settings.steps:
                 with clock.paused():
                     checkpoint.save(
                         manager, step, adapters, opt_state, {"config": dataclasses.asdict(config)}

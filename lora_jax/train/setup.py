@@ -135,6 +135,24 @@ def _read_set(field: str, config: Config, tokenizer: Any, console: Console) -> D
     return DataSet([row for row in rows if row.where in kept], examples, system_prompt)
 
 
+def make_loader(config: Config, train_set: DataSet, console: Console) -> data.Loader:
+    """The batches of the run."""
+    rows, settings = config.train.batch_size, config.data
+    loader = data.Loader(
+        train_set.examples,
+        rows,
+        settings.max_length,
+        settings.packing,
+        settings.shuffle,
+        config.seed,
+    )
+    console.print(
+        f"{config.train.steps} steps of {rows} rows x {loader.row_length} tokens, "
+        f"{loader.efficiency:.0%} filled, {loader.rows_per_epoch} rows an epoch"
+    )
+    return loader
+
+
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:
     """Raise if the tokenizer makes tokens that the model has no embedding for."""
     largest = max(int(example.tokens.max()) for one in sets for example in one.examples)
