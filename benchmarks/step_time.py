@@ -18,6 +18,8 @@ import time
 
 import numpy as np
 
+from lora_jax.cli import use_huge_pages
+
 
 def batch_of(options: argparse.Namespace, vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (options.rows, options.length))
@@ -145,4 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as train.py does; both sides get it
     main()
