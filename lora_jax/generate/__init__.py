@@ -27,11 +27,8 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Arr
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
-def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:
-    """A function (bound, prompts, max_new_tokens, stop_tokens, temperature=0, seed=0) -> answers,
-    which ends an answer before its stop token. Prompts are rows of one batch; the function compiles
-    once per bucket of lengths.
-    """
+def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
+    """The compiled part: prompts (b, t), padded on the left, to answers (b, slots)."""
 
     @partial(jax.jit, static_argnames="slots")
     def decode(bound, tokens, segment_ids, limit, stops, temperature, key, slots: int):
@@ -76,6 +73,17 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         return jax.lax.while_loop(
             unfinished, next_token, (jnp.int32(1), answers, first, done, cache)
         )[1]
+
+    return decode
+
+
+def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:
+    """A function (bound, prompts, max_new_tokens, stop_tokens, temperature=0, seed=0) -> answers,
+    which ends an answer before its stop token. Prompts are rows of one batch; the function compiles
+    once per bucket of lengths.
+    """
+
+    decode = _make_decode(model, compute_dtype)
 
     def generate(
         bound: Any,

@@ -70,7 +70,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         config.epsilon,
         weight_decay=config.weight_decay,
     )
-    by_label: dict[Any, Any] = {label: adamw for label in TRAINABLE}
+    by_label: dict[Any, Any] = dict.fromkeys(TRAINABLE, adamw)
     by_label["frozen"] = optax.set_to_zero()
     update = optax.multi_transform(by_label, label_tree)
     if config.grad_clip is None:
