@@ -8,7 +8,10 @@ from .loader import eval_batches as eval_batches
 from .loader import order as order
 from .packing import pack as pack
 from .packing import to_row as to_row
-from .sources import Row as Row
+from .rows import AnyRow as AnyRow
+from .rows import Row as Row
+from .rows import TextRow as TextRow
+from .rows import TokenRow as TokenRow
 from .sources import read_hub_rows as read_hub_rows
 from .sources import read_rows as read_rows
 from .templates import Counts as Counts

@@ -14,33 +14,13 @@ A message is {"role": ..., "content": ...}; "train": false on an assistant turn 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_jax.config import UserError, nearest
+from lora_jax.data.rows import ROLES, SYSTEM_ROLES, Row
 
-SYSTEM_ROLES = ("system", "developer")
-ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 SUFFIXES = (".json", ".jsonl")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation: checked messages, an assistant turn among them, and where it was read."""
-
-    messages: tuple[dict[str, Any], ...]  # {role, content, ...}; train: false is unsupervised
-    where: str  # "file.jsonl:12", or "file.json[3]" counted from 0
-
-    @property
-    def answer_index(self) -> int:
-        """The index of the last assistant turn."""
-        return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
-
-    @property
-    def prompt(self) -> tuple[dict[str, Any], ...]:
-        """Everything before the last assistant turn: what a generation answers."""
-        return self.messages[: self.answer_index]
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config import UserError
-from lora_jax.data.sources import SYSTEM_ROLES, Row, raise_first
+from lora_jax.data.rows import SYSTEM_ROLES, Row
+from lora_jax.data.sources import raise_first
 
 PLAIN = "none"
 _OPTIONS = (

@@ -1,0 +1,46 @@
+"""What a row of data can be: a conversation, a text, or tokens with weights of their own."""
+
+from dataclasses import dataclass
+from typing import Any
+
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation: checked messages, an assistant turn among them, and where it was read."""
+
+    messages: tuple[dict[str, Any], ...]  # {role, content, ...}; train: false is unsupervised
+    where: str  # "file.jsonl:12", or "file.json[3]" counted from 0
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas for the chat template
+
+    @property
+    def answer_index(self) -> int:
+        """The index of the last assistant turn."""
+        return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+
+    @property
+    def prompt(self) -> tuple[dict[str, Any], ...]:
+        """Everything before the last assistant turn: what a generation answers."""
+        return self.messages[: self.answer_index]
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A plain text, every token of it supervised; no chat template touches it."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Tokens as somebody else's tokenisation made them, with a weight for each as a target."""
+
+    tokens: tuple[int, ...]
+    loss_weights: tuple[float, ...]  # finite, not negative, as many as there are tokens
+    where: str
+
+
+AnyRow = Row | TextRow | TokenRow
