@@ -1,10 +1,12 @@
-"""The command line: `lora-jax train|export|generate`, and `python train.py`, which is `lora-jax
-train`.
+"""The command line: `lora-jax train|eval|inspect|export|generate`, and `python train.py`, which is
+`lora-jax train`.
 
 A user's mistake ends with status 2 and its message; `--verbose` adds the traceback.
 """
 
 import argparse
+import errno
+import json
 import os
 import sys
 import traceback
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from lora_jax import config as configs
 from lora_jax.config import UserError
+from lora_jax.train.interrupt import Interrupted
 
 _TRAIN_HELP = """examples:
   python train.py --config configs/quickstart.yaml
@@ -22,6 +25,23 @@ _TRAIN_HELP = """examples:
 
 Any setting of the YAML file can be overridden as key.sub=value; lora_jax/config.py lists them all
 with their defaults. Rows are {"prompt": .., "completion": ..} or {"messages": [..]}, one a line.
+"""
+_EVAL_HELP = """examples:
+  lora-jax eval --config configs/quickstart.yaml --adapter runs/quickstart/adapter
+  lora-jax eval --config runs/a/config.yaml --adapter runs/a/adapter --adapter runs/b/adapter
+  lora-jax eval --config configs/e2e.yaml data.eval=mine.jsonl eval.metrics=[bleu,rouge_l]
+
+One table: held-out losses and the metrics of greedy answers, for the base and for every adapter.
+The config says which model, which data (data.eval, data.regression) and which metrics.
+"""
+_INSPECT_HELP = """examples:
+  lora-jax inspect --config configs/quickstart.yaml
+  lora-jax inspect --config configs/quickstart.yaml data.max_length=256 --examples 1
+  lora-jax inspect --config configs/e2e.yaml data.train=mine.jsonl --plot lengths.png
+
+What a run would train on: examples as the model sees them, lengths, drops, overlaps, packing.
+Supervised text is green, or between « and » where nothing can be coloured. No weights are loaded;
+of a stream only the first data.stream_rows records are read.
 """
 _EXPORT_HELP = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter
@@ -42,9 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lora-jax", description="LoRA fine-tuning of language models in JAX."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|export|generate")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train|eval|inspect|export|generate"
+    )
     add_train(
         commands.add_parser("train", help="fine-tune as a YAML file says", **_style(_TRAIN_HELP))
+    )
+    add_eval(
+        commands.add_parser(
+            "eval", help="adapters beside their base on held-out data", **_style(_EVAL_HELP)
+        )
+    )
+    add_inspect(
+        commands.add_parser(
+            "inspect", help="what a run would train on, and how", **_style(_INSPECT_HELP)
+        )
     )
     add_export(
         commands.add_parser(
@@ -85,17 +117,19 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        print(f"error: cannot write: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"ended by {stop}", file=sys.stderr)
+        return stop.status
     return 0
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings that replace those of the file",
-    )
+    _add_config(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -121,6 +155,63 @@ def train(options: argparse.Namespace) -> None:
     run(config)
 
 
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a PEFT adapter directory; may be given several times",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the numbers there, as JSON, too")
+    _add_allow_change(parser)
+    _add_verbose(parser)
+    parser.set_defaults(function=evaluate)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    config = configs.load(options.config, options.overrides)
+    from rich.console import Console
+
+    from lora_jax.train.compare import compare, print_table
+    from lora_jax.train.metrics import make_console
+
+    rows = compare(config, options.adapter, make_console(), options.allow_change)
+    print_table(rows, Console())
+    if options.output:
+        text = json.dumps(rows, indent=2) + "\n"
+        Path(options.output).write_text(text, encoding="utf-8")
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="shown of every training source (default: 3)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="write histograms of the lengths there")
+    _add_verbose(parser)
+    parser.set_defaults(function=inspect)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    config = configs.load(options.config, options.overrides)
+    from rich.console import Console
+
+    from lora_jax.train import inspect as inspection
+    from lora_jax.train.metrics import make_console
+
+    report = inspection.inspect(config, make_console(), options.examples)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    inspection.print_report(report, console)
+    if options.plot:
+        inspection.plot(report, Path(options.plot))
+
+
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="DIR", help="the output directory of a run")
     parser.add_argument(
@@ -129,6 +220,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="where to write; must be empty or absent"
     )
+    _add_allow_change(parser)
     _add_verbose(parser)
     parser.set_defaults(function=export)
 
@@ -136,7 +228,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 def export(options: argparse.Namespace) -> None:
     from lora_jax.train.export import export_run
 
-    export_run(Path(options.run), options.format, Path(options.output))
+    export_run(Path(options.run), options.format, Path(options.output), options.allow_change)
     print(f"written to {options.output}")
 
 
@@ -164,6 +256,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    _add_allow_change(parser)
     _add_verbose(parser)
     parser.set_defaults(function=generate)
 
@@ -181,8 +274,29 @@ def generate(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        allow_change=options.allow_change,
     )
     print(*texts, sep="\n\n")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file",
+    )
+
+
+def _add_allow_change(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        choices=configs.PRINTS[:3],
+        help="go on although this is not what the adapter was trained with",
+    )
 
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:

@@ -44,15 +44,23 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = None  # .json or .jsonl file, directory, org/name[:split], or demo:NAME
-    eval: str | None = None  # held-out rows of the task: loss and exact match, before and after
+    train: Any = None  # file, directory, org/name[:split], demo:NAME, or {source: weight, ..}
+    eval: str | None = None  # held-out rows of the task: loss and metrics, before and after
+    eval_size: float | None = None  # without `eval`: rows held out of `train`; below 1 a share
     regression: str | None = None  # general text that the task must not damage; no system prompt
+    drop_overlap: bool = False  # leave held-out rows out that stand in `train` too
+    prompt: str | None = None  # user turn from columns, "{question}"; null: as the row says
+    completion: str | None = None  # assistant turn from columns, "{answer}"; null: as the row says
     system_prompt: str | None = None  # put before rows that have no system turn of their own
     chat_template: str | None = None  # null: the tokenizer's | a Jinja file | none: plain text
     max_length: int = 512  # tokens per row
     too_long: str = "truncate"  # truncate | drop | error, for examples above max_length
     packing: bool = True  # several examples per row; attention and positions stay inside each
     shuffle: bool = True  # a new order every epoch, from `seed`
+    streaming: bool = False  # read `train` as it is needed, never whole
+    stream_rows: int = 4096  # rows that are shuffled and packed together when streaming
+    on_bad_row: str = "error"  # error | drop, for rows that cannot be used; drops are counted
+    cache: bool = True  # keep tokenised examples in LORA_JAX_CACHE, for the next run
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,12 @@ class TrainConfig:
     grad_clip: float | None = 1.0  # one global norm over all trainable leaves; null: none
     eval_every: int | None = None  # steps between held-out losses; null: only before and after
     save_every: int | None = None  # steps between checkpoints; null: only at the end
+    save_total_limit: int | None = 2  # latest checkpoints kept, beside the best; null: all
+    early_stopping_patience: int | None = None  # evaluations without a better task loss; null: off
+    load_best_model_at_end: bool = False  # export the best task loss, not the last step
+    divergence: float | None = 3.0  # stop where the loss is so many times its best; null: never
     log_every: int = 1  # steps between lines of metrics.jsonl
+    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio
     compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
     remat: str = "full"  # none | full | dots | offload: what the backward pass recomputes
     loss_chunk: int = 1024  # tokens whose logits stand in memory at once
@@ -80,7 +93,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     batch_size: int = 16  # rows per batch of held-out loss
-    generate: bool = True  # exact match of greedy generation on data.eval
+    generate: bool = True  # answers to data.eval, greedy, scored by `metrics`
+    metrics: list[str] = field(default_factory=lambda: ["exact_match"])  # slot_f1, bleu, rouge_l
     generate_examples: int | None = None  # how many rows of data.eval are generated; null: all
     generate_batch_size: int = 64  # prompts generated together
     max_new_tokens: int = 200  # per generated answer
@@ -104,7 +118,9 @@ class ExportConfig:
 @dataclass(frozen=True)
 class Config:
     model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
-    output_dir: str = "runs/default"  # must be empty or absent
+    output_dir: str = "runs/default"  # must be empty or absent, unless resume is set
+    resume: Any = False  # false | true: go on from the last checkpoint | auto: if there is one
+    allow_change: list[str] = field(default_factory=list)  # what may differ from the checkpoint
     seed: int = 0  # of the adapter's init, the data order and dropout
     base_dtype: str | None = None  # float32 | bfloat16: of the frozen weights; null: as in files
     ignore_config_fields: list[str] = field(default_factory=list)  # harmless ones of config.json
@@ -177,7 +193,7 @@ def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") 
         try:
             layer = (
                 _nest(key.split("."), _plain_text(text))
-                if _holds_text(key)
+                if _holds_text(key, text)
                 else OmegaConf.to_container(OmegaConf.from_dotlist([override]))
             )
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -214,18 +230,22 @@ _CHOICES = {
     "base_dtype": (None, "float32", "bfloat16"),
     "adapter.method": ("lora",),
     "data.too_long": ("truncate", "drop", "error"),
+    "data.on_bad_row": ("error", "drop"),
     "train.schedule": ("constant", "linear", "cosine"),
     "train.compute_dtype": ("float32", "bfloat16"),
     "train.remat": ("none", "full", "dots", "offload"),
 }
 _AT_LEAST = {
     "data.max_length": 2,
+    "data.stream_rows": 1,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.micro_batch_size": 1,
     "train.warmup_steps": 0,
     "train.eval_every": 1,
     "train.save_every": 1,
+    "train.save_total_limit": 1,
+    "train.early_stopping_patience": 1,
     "train.log_every": 1,
     "train.loss_chunk": 1,
     "train.weight_decay": 0,
@@ -237,7 +257,9 @@ _AT_LEAST = {
     "eval.samples": 0,
     "seed": 0,
 }
-_ABOVE_ZERO = ("train.learning_rate", "train.grad_clip")
+_ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size")
+_SINKS = ("tensorboard", "wandb", "trackio")
+PRINTS = ("base", "tokenizer", "template", "data")  # of a fingerprint: what a run was made with
 
 
 def check(config: Config) -> None:
@@ -283,12 +305,73 @@ def check(config: Config) -> None:
             f"mesh={axes}: every axis is at least 1, and one of them may be -1 for the devices "
             "that are left"
         )
+    problems += _data_problems(config.data)
+    problems += _run_problems(config)
     if not config.model:
         problems.append(
             "model is not set: a Hugging Face directory, a .gguf file, org/name, or "
             "demo:smollm2-135m-instruct"
         )
     raise_all(problems)
+
+
+def _data_problems(data: DataConfig) -> Iterable[str]:
+    sources = data.train
+    if isinstance(sources, dict):
+        wrong = {
+            name: weight
+            for name, weight in sources.items()
+            if isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not 0 < weight < float("inf")
+        }
+        if wrong or not sources:
+            yield f"data.train: weights must be numbers above 0, not {wrong}"
+    elif not isinstance(sources, str | None):
+        yield (
+            f"data.train={sources!r} is neither a source nor a mapping of sources to weights, as "
+            "in {a.jsonl: 0.7, b.jsonl: 0.3}"
+        )
+    if data.eval_size is not None and data.eval is not None:
+        yield "data.eval and data.eval_size are both set; choose one"
+    if data.eval_size is not None and data.eval_size >= 1 and data.eval_size % 1:
+        yield f"data.eval_size={data.eval_size} must be a share below 1 or a whole number"
+    for name in ("eval_size", "drop_overlap"):
+        if getattr(data, name) and sources is None:
+            yield f"data.{name} needs data.train, which is not set"
+    if data.streaming:
+        if isinstance(sources, dict) and len(sources) != 1:
+            yield "data.streaming takes one source, and data.train names several"
+        if data.eval_size is not None:
+            yield "data.eval_size cannot hold rows out of a stream; name them in data.eval"
+        if data.drop_overlap:
+            yield "data.drop_overlap needs all of data.train, which data.streaming does not read"
+
+
+def _run_problems(config: Config) -> Iterable[str]:
+    train = config.train
+    if not (isinstance(config.resume, bool) or config.resume == "auto"):
+        yield f"resume={config.resume!r} is not one of: false, true, auto."
+    for name in train.report_to:
+        if name not in _SINKS:
+            yield (
+                f"train.report_to: {name!r} is not one of: {', '.join(_SINKS)}."
+                f"{nearest(name, _SINKS)}"
+            )
+    keys = [*_all_keys(Config, ""), *PRINTS]
+    sections = {key.partition(".")[0] for key in keys}
+    for name in config.allow_change:
+        if name not in keys and name not in sections:
+            yield (
+                f"allow_change: {name!r} is neither a setting nor one of: {', '.join(PRINTS)}."
+                f"{nearest(name, keys)}"
+            )
+    held_out = config.data.eval is not None or config.data.eval_size is not None
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(train, name) and not (held_out and train.eval_every):
+            yield f"train.{name} needs data.eval (or data.eval_size) and train.eval_every"
+    if train.divergence is not None and not train.divergence > 1:
+        yield f"train.divergence={train.divergence} must be above 1; null never stops"
 
 
 def adapter_problems(adapter: AdapterConfig) -> list[str]:
@@ -319,10 +402,12 @@ def _unlock(node: DictConfig) -> None:
             _unlock(child)
 
 
-def _holds_text(key: str) -> bool:
+def _holds_text(key: str, text: str) -> bool:
     """Whether the setting is a string, whose override is no YAML: `data.system_prompt=Parse: {x} #
     y`.
     """
+    if key == "data.train":
+        return not text.lstrip().startswith("{")  # a mapping of sources to weights is YAML
     kind: Any = Config
     for part in key.split("."):
         fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()

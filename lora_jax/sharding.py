@@ -135,11 +135,36 @@ def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Put a batch of (rows, ...) arrays on the mesh, rows split over data and fsdp."""
-    return {
-        name: jax.device_put(array, NamedSharding(mesh, BATCH)) for name, array in batch.items()
-    }
+def local_rows(rows: int, mesh: Mesh) -> range:
+    """Of the rows of a batch, those that lie on devices of this process: all of them on one host.
+
+    Hosts whose devices hold rows that are far apart also build those between.
+    """
+    placed = NamedSharding(mesh, BATCH).addressable_devices_indices_map((rows,)).values()
+    bounds = [index[0].indices(rows) for index in placed if index is not None]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def place_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, rows: int | None = None
+) -> dict[str, jax.Array]:
+    """Put a batch of (rows, ...) arrays on the mesh, rows split over data and fsdp.
+
+    With `rows` the arrays hold the `local_rows` of a batch of so many rows; without it all rows.
+    """
+    first = 0 if rows is None else local_rows(rows, mesh).start
+    split = NamedSharding(mesh, BATCH)
+
+    def put(array: np.ndarray) -> jax.Array:
+        total = len(array) if rows is None else rows
+
+        def piece(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(total)
+            return array[start - first : stop - first]
+
+        return jax.make_array_from_callback((total, *array.shape[1:]), split, piece)
+
+    return {name: put(array) for name, array in batch.items()}
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:

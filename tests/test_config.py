@@ -110,6 +110,78 @@ def test_later_overrides_win():
         ({}, ["mesh.data=-1", "mesh.fsdp=-1"], ["one of them may be -1"]),
         ({}, ["mesh.tensor=0"], ["mesh="]),
         ({}, ["adapter.rank_pattern={q_proj: 0}"], ["rank_pattern['q_proj']=0"]),
+        ({}, ["resume=maybe"], ["resume='maybe' is not one of: false, true, auto."]),
+        ({}, ["resume=1"], ["resume=1 is not one of"]),
+        ({}, ["allow_change=[bass]"], ["allow_change: 'bass' is neither", "Did you mean 'base'?"]),
+        ({}, ["allow_change=[train.step]"], ["base, tokenizer, template, data", "'train.steps'?"]),
+        (
+            {},
+            ["train.report_to=[tensorbord]"],
+            ["'tensorbord' is not one of: tensorboard, wandb, trackio.", "Did you mean"],
+        ),
+        ({}, ["train.report_to=wandb"], ["train.report_to"]),
+        ({"data": {"train": ["a", "b"]}}, [], ["data.train=['a', 'b'] is neither", "{a.jsonl: 0."]),
+        ({}, ["data.train={}"], ["data.train: weights must be numbers above 0"]),
+        ({}, ["data.train={a: 1, b: 0}"], ["weights must be numbers above 0, not {'b': 0}"]),
+        ({}, ["data.train={a: -1}"], ["not {'a': -1}"]),
+        ({}, ["data.train={a: x}"], ["not {'a': 'x'}"]),
+        ({}, ["data.train={a: true}"], ["not {'a': True}"]),
+        ({}, ["data.train={a: .inf}"], ["not {'a': inf}"]),
+        ({}, ["data.train={a: .nan}"], ["not {'a': nan}"]),
+        ({}, ["data.train={a: null}"], ["not {'a': None}"]),
+        ({}, ["data.train=a", "data.eval_size=0"], ["data.eval_size=0.0 must be above 0"]),
+        ({}, ["data.train=a", "data.eval_size=nan"], ["data.eval_size=nan must be above 0"]),
+        (
+            {},
+            ["data.train=a", "data.eval_size=2.5"],
+            ["data.eval_size=2.5 must be a share below 1 or a whole number"],
+        ),
+        (
+            {},
+            ["data.train=a", "data.eval=b", "data.eval_size=2"],
+            ["data.eval and data.eval_size are both set"],
+        ),
+        ({}, ["data.eval_size=2"], ["data.eval_size needs data.train, which is not set"]),
+        ({}, ["data.drop_overlap=true"], ["data.drop_overlap needs data.train, which is not set"]),
+        (
+            {},
+            ["data.train={a: 1, b: 1}", "data.streaming=true"],
+            ["data.streaming takes one source"],
+        ),
+        (
+            {},
+            ["data.train=a", "data.streaming=true", "data.eval_size=2", "data.drop_overlap=true"],
+            ["cannot hold rows out of a stream", "data.drop_overlap needs all of data.train"],
+        ),
+        ({}, ["data.stream_rows=0"], ["data.stream_rows=0 must be at least 1"]),
+        ({}, ["data.on_bad_row=skip"], ["data.on_bad_row='skip' is not one of: error, drop."]),
+        (
+            {},
+            ["train.early_stopping_patience=2"],
+            ["train.early_stopping_patience needs data.eval (or data.eval_size) and"],
+        ),
+        (
+            {},
+            ["train.early_stopping_patience=2", "data.eval=b"],
+            ["train.early_stopping_patience needs", "train.eval_every"],
+        ),
+        (
+            {},
+            ["train.load_best_model_at_end=true", "train.eval_every=2", "data.regression=b"],
+            ["train.load_best_model_at_end needs data.eval"],
+        ),
+        (
+            {},
+            ["data.eval=b", "train.eval_every=2", "train.early_stopping_patience=0"],
+            ["train.early_stopping_patience=0 must be at least 1"],
+        ),
+        ({}, ["train.divergence=1"], ["train.divergence=1.0 must be above 1; null never stops"]),
+        ({}, ["train.divergence=nan"], ["train.divergence=nan must be above 1"]),
+        ({}, ["train.eval_every=0"], ["train.eval_every=0 must be at least 1"]),
+        ({}, ["train.save_every=0"], ["train.save_every=0 must be at least 1"]),
+        ({}, ["train.save_total_limit=0"], ["train.save_total_limit=0 must be at least 1"]),
+        ({}, ["train.log_every=0"], ["train.log_every=0 must be at least 1"]),
+        ({}, ["eval.generate_examples=0"], ["eval.generate_examples=0 must be at least 1"]),
         ({"model": ""}, [], ["model is not set"]),
     ],
 )
@@ -118,6 +190,42 @@ def test_mistakes_are_named(content, overrides, expected):
         parse({"model": "m"} | content, overrides)
     assert all(text in str(raised.value) for text in expected), str(raised.value)
     assert len(str(raised.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "expected"),
+    [
+        (["resume=auto"], "resume", "auto"),
+        (["resume=true"], "resume", True),
+        (["allow_change=[base, train]"], "allow_change", ["base", "train"]),
+        (["train.report_to=[wandb, trackio]"], "train.report_to", ["wandb", "trackio"]),
+        (["data.train={a.jsonl: 3, org/name: 0.5}"], "data.train", {"a.jsonl": 3, "org/name": 0.5}),
+        (["data.train={a: 1}", "data.streaming=true"], "data.streaming", True),
+        (["data.train=a", "data.eval_size=0.25"], "data.eval_size", 0.25),
+        (["data.train=a", "data.eval_size=30"], "data.eval_size", 30.0),
+        (["train.divergence=null"], "train.divergence", None),
+        (
+            ["data.eval=b", "train.eval_every=2", "train.early_stopping_patience=3"],
+            "train.early_stopping_patience",
+            3,
+        ),
+        (
+            ["data.train=a", "data.eval_size=2", "train.eval_every=2"]
+            + ["train.load_best_model_at_end=true"],
+            "train.load_best_model_at_end",
+            True,
+        ),
+    ],
+)
+def test_what_is_right_is_taken_and_comes_back_from_a_dump(tmp_path, overrides, key, expected):
+    config = parse({"model": "m"}, overrides)
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    assert value == expected
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(file) == config
 
 
 def test_problems_of_a_kind_are_told_together():

@@ -7,7 +7,7 @@ import lora_jax
 
 ROOT = Path(lora_jax.__file__).parent
 LAYERS = (
-    ("config", "tree", "demo"),
+    ("config", "reference", "tree", "demo"),
     ("weights", "sharding"),
     ("layers",),
     ("models", "adapters", "data"),
@@ -17,11 +17,16 @@ LAYERS = (
         "train.optimizer",
         "train.step",
         "train.checkpoint",
-        "train.metrics",
-        "train.setup",
+        "train.interrupt",
+        "train.norms",
+        "train.scores",
+        "train.sinks",
+        "train.watch",
         "generate",
     ),
-    ("train.evaluate", "train.export", "train.dry_run"),
+    ("train.metrics", "train.resume", "train.sets"),
+    ("train.setup", "train.evaluate", "train.export"),
+    ("train.compare", "train.dry_run", "train.inspect", "train.trainer"),
     ("train.loop",),
     ("cli",),
     ("__main__",),

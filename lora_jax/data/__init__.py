@@ -1,24 +1,41 @@
 """Rows of conversations to batches of tokens, loss weights, segments and positions.
 
-files -> `read_rows` -> rows -> `encode_all` -> examples -> `Loader` or `eval_batches` -> batches
+source -> `read` -> rows -> `encode_all` -> examples -> `Loader`, `Mixture` or `eval_batches`
+source -> `records` -> blocks of them -> `StreamLoader`
 """
 
+from .cache import Cached as Cached
+from .cache import cached_examples as cached_examples
+from .cache import code_version as code_version
+from .cache import digest_files as digest_files
 from .loader import Loader as Loader
+from .loader import Mixture as Mixture
 from .loader import eval_batches as eval_batches
 from .loader import order as order
 from .packing import pack as pack
 from .packing import to_row as to_row
+from .render import resolve_template as resolve_template
 from .rows import AnyRow as AnyRow
+from .rows import BadRow as BadRow
 from .rows import Row as Row
 from .rows import TextRow as TextRow
 from .rows import TokenRow as TokenRow
-from .sources import read_hub_rows as read_hub_rows
-from .sources import read_rows as read_rows
+from .rows import columns as columns
+from .rows import parse_row as parse_row
+from .sources import Record as Record
+from .sources import Rows as Rows
+from .sources import is_hub_name as is_hub_name
+from .sources import raise_first as raise_first
+from .sources import read as read
+from .sources import records as records
+from .sources import source_files as source_files
+from .stream import StreamLoader as StreamLoader
 from .templates import Counts as Counts
 from .templates import Example as Example
 from .templates import encode as encode
 from .templates import encode_all as encode_all
+from .templates import encode_rows as encode_rows
+from .templates import prompt_key as prompt_key
 from .templates import prompt_tokens as prompt_tokens
 from .templates import reference as reference
-from .templates import resolve_template as resolve_template
 from .templates import stop_tokens as stop_tokens

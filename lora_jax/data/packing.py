@@ -9,6 +9,7 @@ The loss predicts tokens[i + 1] from position i with weight loss_weights[i + 1].
 every segment has weight 0, so no prediction ever crosses from one example into the next.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,33 +17,51 @@ import numpy as np
 from lora_jax.data.templates import Example
 
 
-def pack(lengths: Sequence[int], max_length: int, window: int = 64) -> list[list[int]]:
+def pack(lengths: Sequence[int], max_length: int, window: int = 256) -> list[list[int]]:
     """Indices of examples, row by row: every example in exactly one row, none split.
 
-    Best fit in the order given: each example goes to the fullest of at most `window` open rows that
-    has room for it, else to a new one, which closes the fullest when too many are open.
+    Best fit decreasing among neighbours: the examples are taken in the order given, as many at a
+    time as fill `window` rows; the longest of those goes first, each into the fullest row that has
+    room for it. So the order given is kept but for a window, and the time is O(n log n). Rows and
+    what is in them stand in the order of their indices.
 
     Raises:
         ValueError: a length that is not in 1..max_length.
     """
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room, row)
+    start = tokens = 0
     for index, length in enumerate(lengths):
         if not 1 <= length <= max_length:
             raise ValueError(f"example {index} has {length} tokens: not between 1 and {max_length}")
-        fits = min((entry for entry in open_rows if entry[0] >= length), default=None)
-        if fits is None:
-            fits = (max_length, len(rows))
+        tokens += length
+        if tokens >= window * max_length:
+            rows += _pack_window(lengths, range(start, index + 1), max_length)
+            start, tokens = index + 1, 0
+    return rows + _pack_window(lengths, range(start, len(lengths)), max_length)
+
+
+def _pack_window(lengths: Sequence[int], indices: range, max_length: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # room -> the rows that have it
+    rooms: list[int] = []  # those of `by_room` that have a row, sorted
+    for index in sorted(indices, key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, lengths[index])
+        if place == len(rooms):
+            room, row = max_length, len(rows)
             rows.append([])
         else:
-            open_rows.remove(fits)
-        room, row = fits
+            room = rooms[place]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[place]
         rows[row].append(index)
-        if room > length:
-            open_rows.append((room - length, row))
-        if len(open_rows) > window:
-            open_rows.remove(min(open_rows))
-    return rows
+        room -= lengths[index]
+        if room:
+            same = by_room.setdefault(room, [])
+            if not same:
+                insort(rooms, room)
+            same.append(row)
+    return sorted(sorted(row) for row in rows)
 
 
 def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from lora_jax import models
 from lora_jax.config import MeshConfig, UserError
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.peft import read_adapter as read_adapter
+from lora_jax.formats.peft import read_fingerprint as read_fingerprint
 from lora_jax.formats.peft import write_adapter as write_adapter
 from lora_jax.formats.safetensors import parse_size as parse_size
 from lora_jax.formats.safetensors import read_params as read_params

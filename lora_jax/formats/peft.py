@@ -204,6 +204,23 @@ def _effective(spec: Any, names: Sequence[str]) -> Any:
     return [entry for entry in spec if any(tree.matches(name, [entry]) for name in names)] or spec
 
 
+def read_fingerprint(directory: Path) -> dict[str, str]:
+    """What the adapter was trained on, by `lora_jax.formats.fingerprint`; empty for adapters of
+    other tools.
+
+    Raises:
+        UserError: lora_jax.json is damaged.
+    """
+    file = directory / "lora_jax.json"
+    if not file.is_file():
+        return {}
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8")).get("fingerprint", {})
+        return {str(name): str(digest) for name, digest in stored.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+
+
 def read_adapter(directory: Path, params: Mapping) -> tuple[dict, AdapterConfig]:
     """Adapters (float32) and their config from a PEFT directory, checked against the model that
     they shall adapt.

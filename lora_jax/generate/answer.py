@@ -1,6 +1,6 @@
 """Answers to prompts, from files: what `lora-jax generate` does."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lora_jax import adapters as methods
 from lora_jax import data, formats
 from lora_jax.config import UserError
+from lora_jax.formats import fingerprint
 from lora_jax.generate import make_generate
 
 
@@ -22,12 +23,14 @@ def answer(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     seed: int = 0,
+    allow_change: Collection[str] = (),
 ) -> list[str]:
     """One answer per prompt, each prompt a user turn of its own conversation.
 
     Raises:
-        UserError: the model or adapter cannot be found or do not fit, or the template refuses the
-            conversation.
+        UserError: the model or adapter cannot be found or do not fit; base, tokenizer or template
+            are not those that the adapter was trained with (unless named in `allow_change`); the
+            template refuses the conversation.
     """
     source = formats.resolve(spec)
     described, found, home = formats.describe(source), None, source
@@ -41,6 +44,11 @@ def answer(
         found = formats.read_adapter(directory, described.params)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
     tokenizer = formats.load_tokenizer(home)
+    if adapter is not None:
+        template = data.resolve_template(tokenizer, chat_template)
+        prints = fingerprint.take(source, tokenizer, template)
+        stored = formats.read_fingerprint(Path(adapter).expanduser())
+        fingerprint.check(stored, prints, adapter, allow_change)
     options = {"system_prompt": system_prompt, "chat_template": chat_template}
     rows = [
         data.Row(

@@ -1,61 +1,189 @@
 """Checkpoints of a run: adapters, optimizer state and a JSON record, one Orbax item each, written
 in the background.
 
-    checkpoints/<step>/adapters    the adapter tree
-    checkpoints/<step>/optimizer   the optimizer's arrays, by path
-    checkpoints/<step>/record      step, resolved config, versions
+    checkpoints/<step>/adapters      the adapter tree
+    checkpoints/<step>/optimizer     the optimizer's arrays, by path
+    checkpoints/<step>/record        step, data position, RNG, config, versions, fingerprint, leaves
+    checkpoints/<step>/sha256.json   a digest of every file above
 
-Nothing of the base model is in them.
+Nothing of the base model is in them. Orbax restores a flipped byte in silence and casts dtypes in
+silence, so the record holds dtype, shape and digest of every leaf, `sha256.json` the digest of
+every file, and reading compares them all. A step that was committed but killed before its
+`sha256.json` is there is still checked leaf by leaf.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from lora_jax import tree
 from lora_jax.config import UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
 ITEMS = ("adapters", "optimizer", "record")
+_SEAL = "sha256.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Leave it by `close`, which waits for what is under way."""
+
+    def __init__(self, directory: Path, save_total_limit: int | None = None):
+        self._kept = _Kept(save_total_limit)
+        options = ocp.CheckpointManagerOptions(
+            create=True, preservation_policy=self._kept, cleanup_tmp_directories=True
+        )
+        self._directory = directory.absolute()
+        with _as_user_error(f"{directory} cannot be opened"):
+            self._manager = ocp.CheckpointManager(
+                self._directory, item_names=ITEMS, options=options
+            )
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in order; one that is being written is among them."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        adapters: Any,
+        opt_state: Any,
+        record: Mapping[str, Any],
+        best_step: int | None = None,
+    ) -> None:
+        """Start to write `step`; returns as soon as the arrays are copied.
+
+        Once it is committed, what is neither among the latest nor `best_step` is removed.
+
+        Raises:
+            UserError: this checkpoint or the one before it cannot be written; the earlier ones
+                stand as they were.
+        """
+        self.wait()
+        self._kept.best_step = best_step
+        optimizer = _by_path(opt_state)
+        leaves = _leaf_digests({"adapters": _paths(adapters), "optimizer": optimizer})
+        content = {"step": step, **record, "leaves": leaves}
+        arguments = ocp.args.Composite(
+            adapters=ocp.args.StandardSave(adapters),
+            optimizer=ocp.args.StandardSave(optimizer),
+            record=ocp.args.JsonSave({**content, "sha256": _digest_json(content)}),
+        )
+        with _as_user_error(f"the checkpoint of step {step} cannot be written"):
+            self._manager.save(step, args=arguments)
+        self._pending = self._worker.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        with _as_user_error(f"the checkpoint of step {step} cannot be written"):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _seal(self._directory / str(step))
+
+    def wait(self) -> None:
+        """Wait for the save that is under way.
+
+        Raises:
+            UserError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def delete(self, step: int) -> None:
+        """Remove a checkpoint that turned out to be of no use."""
+        self.wait()
+        self._manager.delete(step)
+
+    def close(self) -> None:
+        """Wait for the save that is under way, and let go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            with contextlib.suppress(Exception):  # a failed save raises here for a second time
+                self._manager.close()
+
+
+class _Kept:
+    """Orbax's preservation policy: the latest steps and the best one."""
+
+    def __init__(self, limit: int | None):
+        self.limit = limit
+        self.best_step: int | None = None
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        latest = steps if self.limit is None else steps[-self.limit :]
+        return [info.step in (*latest, self.best_step) for info in checkpoints]
 
 
 @contextlib.contextmanager
-def open_checkpoints(directory: Path) -> Iterator[ocp.CheckpointManager]:
-    """The manager of `directory`; leaving the block waits for saves that are under way."""
-    options = ocp.CheckpointManagerOptions(create=True)
-    with ocp.CheckpointManager(directory.absolute(), item_names=ITEMS, options=options) as manager:
-        yield manager
-        manager.wait_until_finished()
+def open_checkpoints(directory: Path, save_total_limit: int | None = None) -> Iterator[Checkpoints]:
+    """The checkpoints of `directory`; leaving the block waits for a save that is under way."""
+    checkpoints = Checkpoints(directory, save_total_limit)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    adapters: Any,
-    opt_state: Any,
-    record: Mapping[str, Any],
-) -> None:
-    """Start to write `step`; returns as soon as the arrays are copied.
+@contextlib.contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    """What Orbax and tensorstore raise for full disks and missing rights, as one kind of error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise UserError(f"{what}: {reason}") from error
+
+
+def list_steps(directory: Path) -> list[int]:
+    """Committed steps below a run's `checkpoints`, in order; none if there is no such directory."""
+    if not directory.is_dir():
+        return []
+    found = (int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    return sorted(found)
+
+
+def read_record(directory: Path, step: int | None = None) -> dict[str, Any]:
+    """The record of a step (the latest if none is named), after a check of the step's files.
 
     Raises:
-        UserError: the files cannot be written.
+        UserError: no such checkpoint; a file that is damaged, missing or not from the save.
     """
-    arguments = ocp.args.Composite(
-        adapters=ocp.args.StandardSave(adapters),
-        optimizer=ocp.args.StandardSave(_by_path(opt_state)),
-        record=ocp.args.JsonSave({"step": step, **record}),
-    )
+    steps = list_steps(directory)
+    if not steps:
+        raise UserError(f"{directory} has no checkpoint to read")
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise UserError(f"{directory} has no checkpoint of step {chosen}; it has: {steps}")
+    place = directory / str(chosen)
+    _check_seal(place)
+    file = place / "record" / "metadata"
     try:
-        manager.save(step, args=arguments)
-    except OSError as error:
-        raise UserError(
-            f"the checkpoint of step {step} cannot be written to {manager.directory}: {error}"
-        ) from error
+        record = json.loads(file.read_text(encoding="utf-8"))
+        digest = record.pop("sha256")
+        whole = digest == _digest_json(record)
+    except (OSError, ValueError, KeyError, AttributeError):
+        whole, record = False, {}
+    if not whole:
+        raise _damaged(place, [f"{file.relative_to(directory)} is damaged"])
+    return record
 
 
 def restore(
@@ -65,35 +193,139 @@ def restore(
     none is named.
 
     `adapters` and `opt_state` give structure, shapes, dtypes and shardings, as arrays or
-    `jax.ShapeDtypeStruct`s.
+    `jax.ShapeDtypeStruct`s; the mesh need not be the one of the save.
 
     Raises:
-        UserError: no checkpoint is there, or it cannot be read.
+        UserError: no checkpoint is there; files or leaves are damaged; its leaves are not those
+            that are wanted.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist: the run has no checkpoints")
-    with open_checkpoints(directory) as manager:
-        found = manager.latest_step() if step is None else step
-        if found is None or found not in manager.all_steps():
-            raise UserError(
-                f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; it "
-                f"has: {manager.all_steps()}"
-            )
-        wanted = {"adapters": ocp.args.StandardRestore(adapters), "record": ocp.args.JsonRestore()}
-        if opt_state is not None:
-            wanted["optimizer"] = ocp.args.StandardRestore(_by_path(opt_state))
-        try:
-            items = manager.restore(found, args=ocp.args.Composite(**wanted))
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(
-                f"checkpoint {directory / str(found)} cannot be read: {error}"
-            ) from error
+    record = read_record(directory, step)
+    place = directory / str(record["step"])
+    wanted = {"adapters": _paths(adapters)}
+    items: dict[str, Any] = {"adapters": ocp.args.StandardRestore(adapters)}
     if opt_state is not None:
-        leaves = items["optimizer"]
-        opt_state = jax.tree.unflatten(
-            jax.tree.structure(opt_state), [leaves[name] for name in _by_path(opt_state)]
+        wanted["optimizer"] = _by_path(opt_state)
+        items["optimizer"] = ocp.args.StandardRestore(wanted["optimizer"])
+    _check_leaves(place, record["leaves"], wanted)
+    with (
+        _as_user_error(f"checkpoint {place} cannot be read"),
+        ocp.CheckpointManager(directory.absolute(), item_names=ITEMS) as manager,
+    ):
+        found = manager.restore(record["step"], args=ocp.args.Composite(**items))
+    loaded = {"adapters": _paths(found["adapters"])}
+    if opt_state is not None:
+        loaded["optimizer"] = found["optimizer"]
+        leaves = [found["optimizer"][name] for name in wanted["optimizer"]]
+        opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+    changed = [
+        f"{name} does not hold what was saved"
+        for name, described in _leaf_digests(loaded).items()
+        if described != record["leaves"][name]
+    ]
+    if changed:
+        raise _damaged(place, changed)
+    return found["adapters"], opt_state, record
+
+
+def _damaged(place: Path, problems: list[str]) -> UserError:
+    others = [step for step in list_steps(place.parent) if str(step) != place.name]
+    advice = (
+        f"remove {place} to go on from step {others[-1]}"
+        if others
+        else "there is no other checkpoint in this run"
+    )
+    return UserError(f"checkpoint {place} is damaged ({advice}):\n  {tree.summarize(problems)}")
+
+
+def _check_leaves(place: Path, stored: Mapping[str, Any], wanted: Mapping[str, Mapping]) -> None:
+    """Raise, with every leaf named, if structure, shapes or dtypes are not those of the save."""
+    expected = {
+        f"{item}/{name}": (list(leaf.shape), str(leaf.dtype))
+        for item, leaves in wanted.items()
+        for name, leaf in leaves.items()
+    }
+    saved = {
+        name: (entry["shape"], entry["dtype"])
+        for name, entry in stored.items()
+        if name.partition("/")[0] in wanted
+    }
+    problems = [
+        f"{name}: {saved.get(name, 'missing')} in the checkpoint, {expected.get(name, 'none')} here"
+        for name in sorted({*saved, *expected})
+        if saved.get(name) != expected.get(name)
+    ]
+    if problems:
+        raise UserError(
+            f"checkpoint {place} does not fit the model and config:\n  {tree.summarize(problems)}"
         )
-    return items["adapters"], opt_state, items["record"]
+
+
+def _leaf_digests(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
+    """dtype, shape and digest of every leaf, under `item/path`."""
+    described = {}
+    for item, leaves in items.items():
+        for name, leaf in leaves.items():
+            array = np.ascontiguousarray(_whole(leaf))
+            described[f"{item}/{name}"] = {
+                "dtype": str(array.dtype),
+                "shape": list(leaf.shape),
+                "sha256": hashlib.sha256(array.data).hexdigest(),
+            }
+    return described
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
+def _seal(place: Path) -> None:
+    """Write the digest of every file of a committed step, at once or not at all."""
+    files = _file_digests(place)
+    content = {"files": files, "sha256": _digest_json(files)}
+    temporary = place / f".{_SEAL}"
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.replace(place / _SEAL)
+
+
+def _check_seal(place: Path) -> None:
+    file = place / _SEAL
+    if not file.is_file():
+        return  # killed between commit and seal: the leaves are checked on their own
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        stored = content["files"]
+        whole = content["sha256"] == _digest_json(stored)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole, stored = False, {}
+    if not whole:
+        raise _damaged(place, [f"{place.name}/{_SEAL} is damaged"])
+    found = _file_digests(place)
+    problems = [
+        f"{place.name}/{name} is "
+        + ("missing" if name not in found else "new" if name not in stored else "damaged")
+        for name in sorted({*stored, *found})
+        if stored.get(name) != found.get(name)
+    ]
+    if problems:
+        raise _damaged(place, problems)
+
+
+def _file_digests(place: Path) -> dict[str, str]:
+    return {
+        file.relative_to(place).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(place.rglob("*"))
+        if file.is_file() and file.name.lstrip(".") != _SEAL
+    }
+
+
+def _digest_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _paths(adapters: Any) -> dict[str, Any]:
+    return {tree.dotted(path): leaf for path, leaf in tree.flatten(adapters).items()}
 
 
 def _by_path(opt_state: Any) -> dict[str, Any]:

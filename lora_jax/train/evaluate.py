@@ -1,6 +1,5 @@
-"""Held-out loss, and exact match of greedy generation."""
+"""Held-out losses, and answers by greedy generation with their scores."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ from lora_jax.config import Config
 from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
 from lora_jax.sharding import place_batch
-from lora_jax.train.setup import DataSet
+from lora_jax.train import scores
+from lora_jax.train.scores import Answer
+from lora_jax.train.sets import DataSet
 from lora_jax.train.step import make_eval_step
-
-Answers = Sequence[Mapping[str, str]]  # prompt, expected, answer
 
 
 def mean_loss(
@@ -33,24 +32,6 @@ def mean_loss(
         total += float(nll)
         weight += float(weights)
     return total / weight
-
-
-def same_answer(output: str, expected: str) -> bool:
-    """Equal parsed JSON where the expected answer is a JSON object or list, equal text (outer
-    spaces aside) elsewhere.
-
-    An output that is no JSON is a miss; key order and spacing do not count.
-    """
-    try:
-        wanted = json.loads(expected)
-    except ValueError:
-        wanted = None
-    if not isinstance(wanted, dict | list):
-        return output.strip() == expected.strip()
-    try:
-        return json.loads(output) == wanted
-    except (ValueError, RecursionError):
-        return False
 
 
 def generate_all(
@@ -77,13 +58,13 @@ def generate_all(
 class Scores:
     """What a set of adapters reaches on the held-out data."""
 
-    losses: dict[str, float]  # nats per supervised token: task, regression
-    answers: Answers  # to the prompts of the task; empty if none are generated
+    losses: Mapping[str, float]  # nats per supervised token: task, regression
+    metrics: Mapping[str, float]  # of the answers, by the names of eval.metrics
+    answers: Sequence[Answer] = ()  # to the prompts of the task; empty if none are generated
 
     def describe(self) -> str:
         parts = [f"{name} loss {loss:.4f}" for name, loss in self.losses.items()]
-        if self.answers:
-            parts.append(f"exact match {exact_match(self.answers):.3f}")
+        parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.metrics.items()]
         return ", ".join(parts) or "nothing held out"
 
 
@@ -95,14 +76,17 @@ class Judge:
     model: Model
     tokenizer: Any
     stop_tokens: frozenset[int]
-    held_out: dict[str, DataSet]  # task, regression: those that the config names
+    held_out: Mapping[str, DataSet]  # task, regression: those that the config names
     mesh: Mesh
     eval_step: Callable
     generate: Callable
 
-    def score(self, adapters: Any) -> Scores:
-        """Losses and answers."""
-        return Scores(self.losses(adapters), self.answers(adapters))
+    def score(self, adapters: Any, losses: Mapping[str, float] | None = None) -> Scores:
+        """Losses (measured here unless they are known), answers and their metrics."""
+        losses = self.losses(adapters) if losses is None else losses
+        answers = self.answers(adapters, self.config.eval.generate_examples)
+        metrics = scores.compute(self.config.eval.metrics, answers) if answers else {}
+        return Scores(losses, metrics, answers)
 
     def losses(self, adapters: Any) -> dict[str, float]:
         """Nats per supervised token on each held-out set."""
@@ -114,44 +98,55 @@ class Judge:
             found[name] = mean_loss(self.eval_step, adapters, params, batches, self.mesh)
         return found
 
-    def answers(self, adapters: Any) -> Answers:
-        """Greedy answers to the prompts of the task."""
+    def answers(self, adapters: Any, limit: int | None) -> list[Answer]:
+        """Greedy answers to prompts of the task: to all, or to `limit` spread evenly over them.
+
+        Rows that ask the same are one prompt with several references.
+        """
         config = self.config
         if "task" not in self.held_out or not config.eval.generate:
             return []
-        task = self.held_out["task"]
-        rows = task.rows[: config.eval.generate_examples]
-        template = {"system_prompt": task.system_prompt, "chat_template": config.data.chat_template}
-        prompts = [data.prompt_tokens(row, self.tokenizer, **template) for row in rows]
+        questions = dict(scores.spread(list(self._questions().items()), limit))
+        if not questions:
+            return []
         answers = generate_all(
             self.generate,
             methods.bind(self.model.params, adapters, config.adapter),
-            prompts,
+            [np.asarray(tokens, np.int32) for tokens in questions],
             config.eval.generate_batch_size,
             max_new_tokens=config.eval.max_new_tokens,
             stop_tokens=self.stop_tokens,
         )
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [
-            {
-                "prompt": str(row.prompt[-1].get("content") or ""),
-                "expected": data.reference(row),
-                "answer": text,
-            }
-            for row, text in zip(rows, texts, strict=True)
+            Answer(
+                prompt=str(rows[0].prompt[-1].get("content") or ""),
+                references=tuple(dict.fromkeys(map(data.reference, rows))),
+                answer=text,
+            )
+            for rows, text in zip(questions.values(), texts, strict=True)
         ]
 
-
-def exact_match(answers: Answers) -> float:
-    """The share of answers that are right."""
-    return sum(same_answer(row["answer"], row["expected"]) for row in answers) / len(answers)
+    def _questions(self) -> dict[tuple[int, ...], list[data.Row]]:
+        """The different prompts of the task, as tokens, with all the rows that ask them."""
+        task = self.held_out["task"]
+        template = {
+            "system_prompt": task.system_prompt,
+            "chat_template": self.config.data.chat_template,
+        }
+        questions: dict[tuple[int, ...], list[data.Row]] = {}
+        for row in task.rows:
+            if isinstance(row, data.Row):  # texts and tokens ask nothing
+                tokens = data.prompt_tokens(row, self.tokenizer, **template).tolist()
+                questions.setdefault(tuple(tokens), []).append(row)
+        return questions
 
 
 def make_judge(
     config: Config,
     model: Model,
     tokenizer: Any,
-    held_out: dict[str, DataSet],
+    held_out: Mapping[str, DataSet],
     mesh: Mesh,
 ) -> Judge:
     """A `Judge` with its compiled functions over the held-out data."""
@@ -173,8 +168,8 @@ def score_pair(name: str, before: Scores, after: Scores) -> dict[str, Any] | Non
     if name not in before.losses:
         return None
     pair: dict[str, Any] = {"loss_before": before.losses[name], "loss_after": after.losses[name]}
-    if name == "task" and before.answers:
-        pair["exact_match_before"] = exact_match(before.answers)
-        pair["exact_match_after"] = exact_match(after.answers)
+    if name == "task" and after.answers:
+        for metric, value in before.metrics.items():
+            pair |= {f"{metric}_before": value, f"{metric}_after": after.metrics[metric]}
         pair["examples"] = len(after.answers)
     return pair

@@ -1,7 +1,9 @@
 """One run from top to bottom: config, base, adapters, evaluation, steps, checkpoints, export."""
 
 import dataclasses
+import json
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,31 +16,59 @@ from rich.console import Console
 from lora_jax import adapters as methods
 from lora_jax import config as configs
 from lora_jax import formats, sharding, tree
-from lora_jax.config import Config, UserError
-from lora_jax.train import checkpoint, export, metrics, setup
-from lora_jax.train.evaluate import Answers, Judge, make_judge, score_pair
-from lora_jax.train.optimizer import make_optimizer, make_schedule
-from lora_jax.train.step import make_train_step
+from lora_jax.config import Config
+from lora_jax.formats import fingerprint
+from lora_jax.train import (
+    checkpoint,
+    export,
+    interrupt,
+    metrics,
+    norms,
+    resume,
+    scores,
+    sets,
+    setup,
+)
+from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
+from lora_jax.train.optimizer import make_optimizer
+from lora_jax.train.trainer import State, train
+from lora_jax.train.watch import Watch
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Fine-tune as `config` says, write it all to `config.output_dir`, and return the summary.
 
     Raises:
-        UserError: a mistake in config, model, data or adapter files; found before training starts.
+        UserError: a mistake in config, model, data or adapter files, found before training starts;
+            a loss that diverges; files that cannot be written.
+        Interrupted: SIGTERM or Ctrl-C came; a checkpoint holds what was done.
     """
+    with interrupt.catch() as signals:
+        return _run(config, console or metrics.make_console(), signals)
+
+
+def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[str, Any]:
     started = time.monotonic()
-    console = console or metrics.make_console()
-    output, mesh = setup.prepare(config)
+    output, mesh, record = setup.prepare(config)
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
     source = formats.resolve(config.model)
     model = formats.describe(source, config.ignore_config_fields)
     config, loaded = setup.continue_adapter(config, model)
+    if record is not None:
+        resume.check_config(record["config"], config)
     targets = tree.find_targets(model.params, config.adapter)
     tokenizer = formats.load_tokenizer(source)
-    train_set, held_out = setup.read_sets(config, tokenizer, console)
-    setup.check_sizes(config, model, [train_set, *held_out.values()], console)
+    prints = setup.take_fingerprint(config, source, tokenizer, record)
+    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console)
+    train_data, held_out = sets.read_sets(config, encoder)
+    prints["data"] = train_data.digest()
+    if record is not None:
+        fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
+    setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
+    if record is not None and (done := _finished(output, record, config)):
+        console.print(f"{output} is finished: {done['steps']} steps; nothing is left to do")
+        return done
 
     console.print(f"loading {config.model}")
     dtype = None if config.base_dtype is None else jnp.dtype(config.base_dtype)
@@ -52,113 +82,106 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.print(f"training {trained:,} parameters beside {frozen:,} frozen ones")
 
     judge = make_judge(config, model, tokenizer, held_out, mesh)
+    optimizer = make_optimizer(config.train)
     with jax.set_mesh(mesh):
-        before = judge.score(adapters)
-        console.print(f"before: {before.describe()}")
+        opt_state = sharding.replicate_scalars(optimizer.init(adapters), mesh)
+        state, place = State(adapters, opt_state), output / "checkpoints"
+        if record is None:
+            before = judge.score(adapters)
+            console.print(f"before: {before.describe()}")
+            setup.clear_logs(output)
+        else:
+            _restore(state, place, record)
+            before = Scores(**record["before"])
+            console.print(f"resumed from step {state.step}; before: {before.describe()}")
         # The first thing written: whatever failed before, the same output_dir can be used again.
         (output / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
-        adapters, curves, totals = train_steps(
-            judge, adapters, train_set, dropout_key, output, console
-        )
-        after = judge.score(adapters)
-
-    if config.export.peft:
-        export.export_peft(output / "adapter", config, model, adapters)
-    if config.export.merged:
-        export.export_merged(output / "merged", config, model, adapters)
-    last = config.train.steps
-    for name, loss in before.losses.items():
-        curves[name] = [(0, loss), *curves.get(name, []), (last, after.losses[name])]
-    summary = {
-        "steps": last,
-        **totals,
-        "seconds": time.monotonic() - started,
-        "peak_rss_bytes": metrics.peak_rss_bytes(),
-        "total_parameters": frozen + trained,
-        "trainable_parameters": trained,
-        "adapter_bytes": 4 * trained,
-        "checkpoint_bytes": metrics.directory_bytes(output / "checkpoints" / str(last)),
-        "task": score_pair("task", before, after),
-        "regression": score_pair("regression", before, after),
-    }
-    report(output, console, summary, curves, after.answers[: config.eval.samples])
-    return summary
-
-
-def report(
-    output: Path, console: Console, summary: dict[str, Any], curves: dict, samples: Answers
-) -> None:
-    """The plot, summary.json, and the same for the eye."""
-    metrics.plot_losses(output / "plots" / "loss.png", curves)
+        about = {
+            "config": dataclasses.asdict(config),
+            "versions": export.versions(),
+            "fingerprint": prints,
+            "rng": np.asarray(jax.random.key_data(dropout_key)).tolist(),
+            "before": {"losses": before.losses, "metrics": before.metrics},
+        }
+        position = record and record["data"]
+        loader = sets.make_loader(config, train_data, encoder, position, console)
+        speed = train(judge, state, loader, optimizer, dropout_key, about, console, signals, record)
+        summary = {"tokens_per_second": speed, "total_parameters": frozen + trained}
+        summary |= {"trainable_parameters": trained, "adapter_bytes": 4 * trained}
+        summary |= conclude(judge, state, before, prints, output, console)
+    summary |= {"seconds": time.monotonic() - started}
     metrics.write_summary(output / "summary.json", summary)
-    metrics.print_samples(console, samples)
     metrics.print_summary(console, summary)
     written = ", ".join(sorted(path.name for path in output.iterdir()))
     console.print(f"written to {output}: {written}")
+    return summary
 
 
-def is_due(step: int, every: int | None) -> bool:
-    """Whether something that happens at every so many steps happens at this one."""
-    return every is not None and step % every == 0
-
-
-def train_steps(
+def conclude(
     judge: Judge,
-    adapters: Any,
-    train_set: setup.DataSet,
-    key: jax.Array,
+    state: State,
+    before: Scores,
+    prints: Mapping[str, str],
     output: Path,
     console: Console,
-) -> tuple[Any, dict[str, list], dict[str, Any]]:
-    """All optimizer steps with their logs, held-out losses and checkpoints.
-
-    Returns the adapters, the points (step, loss) of every curve, and the totals for the summary.
+) -> dict[str, Any]:
+    """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
+    summary says of them.
     """
-    config, settings, mesh = judge.config, judge.config.train, judge.mesh
-    optimizer = make_optimizer(settings)
-    opt_state = sharding.replicate_scalars(optimizer.init(adapters), mesh)
-    placement = jax.tree.map(lambda leaf: leaf.sharding, (adapters, opt_state))
-    step_fn = make_train_step(judge.model, config, optimizer, placement)
-    schedule = make_schedule(settings)
-    loader = setup.make_loader(config, train_set, console)
-    curves: dict[str, list[tuple[int, float]]] = {"train": []}
-    supervised, clock = 0.0, metrics.Clock()
-    checkpoints = checkpoint.open_checkpoints(output / "checkpoints")
-    with (
-        checkpoints as manager,
-        metrics.Journal(output / "metrics.jsonl", settings.steps, console) as journal,
-    ):
-        for step in range(1, settings.steps + 1):
-            batch = loader.batch(step - 1)
-            placed = sharding.place_batch(batch, mesh)
-            adapters, opt_state, measured = step_fn(
-                adapters, opt_state, judge.model.params, placed, jax.random.fold_in(key, step)
-            )
-            measured = {name: float(value) for name, value in measured.items()}
-            if not np.isfinite(measured["loss"]):
-                raise UserError(
-                    f"the loss of step {step} is {measured['loss']}; lower train.learning_rate or "
-                    "check the data"
-                )
-            clock.lap(int(np.count_nonzero(batch["segment_ids"])))
-            supervised += measured["supervised_tokens"]
-            curves["train"].append((step, measured["loss"]))
-            rate = float(schedule(step - 1))
-            journal.show(step, measured["loss"], rate, clock)
-            speed = {"learning_rate": rate, "tokens_per_second": clock.tokens_per_second}
-            held_out = {}
-            if is_due(step, settings.eval_every) and step < settings.steps:
-                with clock.paused():
-                    for name, loss in judge.losses(adapters).items():
-                        curves.setdefault(name, []).append((step, loss))
-                        held_out[f"{name}_loss"] = loss
-                    console.print(f"step {step}: {held_out}")
-            if is_due(step, settings.log_every) or held_out or step == settings.steps:
-                journal.write({"step": step, **measured, **speed, **held_out})
-            if is_due(step, settings.save_every) or step == settings.steps:
-                with clock.paused():
-                    checkpoint.save(
-                        manager, step, adapters, opt_state, {"config": dataclasses.asdict(config)}
-                    )
-    totals = {"supervised_tokens": round(supervised), "tokens_per_second": clock.tokens_per_second}
-    return adapters, curves, totals
+    config, model, place = judge.config, judge.model, output / "checkpoints"
+    adapters, chosen = state.adapters, state.step
+    if config.train.load_best_model_at_end and state.watch.best_step not in (None, chosen):
+        chosen = state.watch.best_step
+        adapters, _, _ = checkpoint.restore(place, adapters, step=chosen)
+        console.print(f"the adapters of step {chosen} are the best: these are exported")
+    curves = metrics.read_curves(output / "metrics.jsonl")
+    after = judge.score(adapters, {name: dict(curves[name])[chosen] for name in judge.held_out})
+    sizes = norms.measure(model.params, adapters, config.adapter)
+    setup.remove_exports(output)
+    if config.export.peft:
+        export.export_peft(output / "adapter", config, model, adapters, prints)
+    if config.export.merged:
+        export.export_merged(output / "merged", config, model, adapters)
+    for name, loss in before.losses.items():
+        curves[name] = [(0, loss), *curves.get(name, [])]
+    metrics.plot_losses(output / "plots" / "loss.png", curves)
+    metrics.plot_norms(output / "plots" / "norms.png", sizes)
+    samples = scores.spread(after.answers, config.eval.samples)
+    metrics.append_samples(output / "samples.jsonl", state.step, samples)
+    metrics.print_samples(console, samples)
+    return {
+        "steps": state.step,
+        "exported_step": chosen,
+        "supervised_tokens": round(state.supervised_tokens),
+        "peak_rss_bytes": metrics.peak_rss_bytes(),
+        **metrics.device_memory(),
+        "checkpoint_bytes": metrics.directory_bytes(place / str(state.step)),
+        "task": score_pair("task", before, after),
+        "regression": score_pair("regression", before, after),
+        **norms.summarize(sizes),
+    }
+
+
+def _finished(output: Path, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do; one that goes on loses its old one."""
+    file = output / "summary.json"
+    watch = Watch(**record["watch"])
+    over = record["step"] == config.train.steps or watch.gave_up(config.train)
+    if over and not record["pending"] and file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    file.unlink(missing_ok=True)
+    return None
+
+
+def _restore(state: State, place: Path, record: Mapping[str, Any]) -> None:
+    """Put what the checkpoint of `record` holds into `state`, and cut the logs back to its step."""
+    step = record["step"]
+    state.adapters, state.opt_state, _ = checkpoint.restore(
+        place, state.adapters, state.opt_state, step
+    )
+    state.step, state.supervised_tokens = step, record["supervised_tokens"]
+    state.watch = Watch(**record["watch"])
+    # The line of a step whose evaluation was interrupted is written when it is made up for.
+    last = step - 1 if record["pending"] else step
+    for name in ("metrics.jsonl", "norms.jsonl", "samples.jsonl"):
+        metrics.cut_back(place.parent / name, last)

@@ -3,6 +3,7 @@ summary.json.
 """
 
 import contextlib
+import dataclasses
 import json
 import resource
 import sys
@@ -11,10 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+
+from lora_jax.train.scores import Answer
+from lora_jax.train.sinks import Sink
 
 
 def make_console() -> Console:
@@ -61,13 +66,63 @@ class Clock:
         return steps * (self._seconds / (self._laps - 1) if self._laps > 1 else self._first[0])
 
 
+def append_line(file: Path, content: Mapping[str, Any]) -> None:
+    """One more object in a .jsonl file."""
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
+    """The answers of a step to the sample prompts, in place of those that a killed run wrote."""
+    cut_back(file, step - 1)
+    for answer in answers:
+        append_line(file, {"step": step, **dataclasses.asdict(answer)})
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that a run wrote, without a last line that was cut off; none if
+    there is no such file.
+    """
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break  # the run was killed while it wrote this line
+    return found
+
+
+def cut_back(file: Path, step: int) -> None:
+    """Keep the lines of a .jsonl file up to `step`: the later ones are written again."""
+    if file.is_file():
+        kept = [line for line in read_lines(file) if line["step"] <= step]
+        temporary = file.with_name(f".{file.name}")
+        temporary.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept),
+            encoding="utf-8",
+        )
+        temporary.replace(file)
+
+
+def read_curves(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """Points (step, loss) of metrics.jsonl by curve: `train`, and each held-out set."""
+    curves: dict[str, list[tuple[int, float]]] = {"train": []}
+    for line in read_lines(file):
+        curves["train"].append((line["step"], line["loss"]))
+        for name, value in line.items():
+            if name.endswith("_loss"):
+                curves.setdefault(name.removesuffix("_loss"), []).append((line["step"], value))
+    return curves
+
+
 class Journal:
     """metrics.jsonl, one object per line written at once, and the progress bar (plain lines without
     a terminal).
     """
 
-    def __init__(self, file: Path, steps: int, console: Console):
+    def __init__(self, file: Path, steps: int, console: Console, sinks: Sequence[Sink] = ()):
         self._file = file.open("a", encoding="utf-8")
+        self._sinks = sinks
         self._console, self._steps = console, steps
         self._next_line = 0.0
         self._bar = Progress(
@@ -88,9 +143,12 @@ class Journal:
         self._file.close()
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl, and the same numbers to the sinks."""
         self._file.write(json.dumps(content) + "\n")
         self._file.flush()
+        numbers = {name: value for name, value in content.items() if name != "step"}
+        for send in self._sinks:
+            send(content["step"], numbers)
 
     def show(self, step: int, loss: float, rate: float, clock: Clock) -> None:
         """Move the bar; without a terminal, print a line every ten seconds and at the end."""
@@ -117,6 +175,12 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def device_memory() -> dict[str, int]:
+    """`device_bytes`, the peak of an accelerator's memory so far; nothing where it is not known."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {} if peak is None else {"device_bytes": peak}
+
+
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The closing table: before and after, then size, speed and memory."""
     table = Table(title="before and after")
@@ -124,11 +188,10 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         table.add_column(column, justify="right" if column else "left")
     labels = {"task": "held-out task", "regression": "regression set"}
     for name, label in labels.items():
-        if summary[name]:
-            for key, unit in (("loss", "loss (nats per token)"), ("exact_match", "exact match")):
-                if summary[name].get(f"{key}_before") is not None:
-                    values = (summary[name][f"{key}_before"], summary[name][f"{key}_after"])
-                    table.add_row(f"{label}: {unit}", *(f"{value:.4f}" for value in values))
+        for key in [key.removesuffix("_after") for key in summary[name] or () if "_after" in key]:
+            unit = "loss (nats per token)" if key == "loss" else key.replace("_", " ")
+            values = (summary[name][f"{key}_before"], summary[name][f"{key}_after"])
+            table.add_row(f"{label}: {unit}", *(f"{value:.4f}" for value in values))
     if table.row_count:
         console.print(table)
     console.print(
@@ -143,14 +206,15 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     )
 
 
-def print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> None:
+def print_samples(console: Console, samples: Sequence[Answer]) -> None:
     """A few prompts with what was expected and what came."""
     for sample in samples:
         table = Table(show_header=False, title_justify="left")
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        for key, value in sample.items():
-            table.add_row(key, value)
+        table.add_row("prompt", sample.prompt)
+        table.add_row("expected", "\n".join(sample.references))
+        table.add_row("answer", sample.answer)
         console.print(table)
 
 
@@ -177,6 +241,21 @@ def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    """A map of the update's size relative to the weight: a row per module, a column per layer."""
+    values = [[x or 0.0 for x in module["relative"]] for module in norms.values()]
+    width = max(map(len, values))
+    grid = [[*row, *[float("nan")] * (width - len(row))] for row in values]
+    figure = Figure(figsize=(8, 1.5 + 0.35 * len(grid)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(grid)), [name.rpartition(".")[2] for name in norms])
+    axes.set(xlabel="layer", title="size of the update relative to the weight")
+    figure.colorbar(image, ax=axes)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 

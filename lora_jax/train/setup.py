@@ -2,43 +2,39 @@
 
 import dataclasses
 import os
-import re
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax import data, demo, formats, sharding
+from lora_jax import data, formats, sharding
 from lora_jax.config import AdapterConfig, Config, UserError, raise_all
+from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
-
-# org/name or org/name:split; a path to a missing .json or .jsonl file is no such name.
-_HUB_NAME = re.compile(r"(?!.*\.jsonl?$)[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Rows as they were read and as the model sees them."""
-
-    rows: list[data.Row]
-    examples: list[data.Example]
-    system_prompt: str | None
+from lora_jax.train import resume, scores
+from lora_jax.train.sets import DataSet
+from lora_jax.train.sinks import check_sinks
 
 
-def prepare(config: Config) -> tuple[Path, Mesh]:
-    """The output directory, made and writable, and the mesh.
+def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
+    """The output directory, made and writable, the mesh, and the record of the checkpoint that the
+    run goes on from, if there is one.
 
     Raises:
-        UserError: no training data named; a mesh that does not fit the devices or the batch; a
-            shard size that is none; an output directory that holds something or cannot be written.
+        UserError: no training data named; a metric or sink whose package is missing; a mesh that
+            does not fit the devices or the batch; a shard size that is none; an output directory
+            that holds something or cannot be written; as `resume.find_record`.
     """
     if config.data.train is None:
         raise UserError(
-            "data.train is not set: a .json or .jsonl file, a directory of them, or demo:usaddress"
+            "data.train is not set: a file of rows, a directory of them, org/name on the hub, or "
+            "demo:usaddress"
         )
+    scores.check(config.eval.metrics)
+    check_sinks(config.train.report_to)
     mesh = sharding.make_mesh(config.mesh)
     micro = config.train.micro_batch_size
     sharding.check_batch(
@@ -49,18 +45,14 @@ def prepare(config: Config) -> tuple[Path, Mesh]:
     output = Path(config.output_dir).expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={str(output)!r} is a file; choose a directory")
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(
-            f"output_dir={str(output)!r} already holds a run or other files; choose another or "
-            "remove it"
-        )
+    record = resume.find_record(config, output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir={str(output)!r} cannot be made: {error.strerror}") from error
     if not os.access(output, os.W_OK | os.X_OK):
         raise UserError(f"output_dir={str(output)!r} is not writable")
-    return output, mesh
+    return output, mesh, record
 
 
 def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | None]:
@@ -88,74 +80,44 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
     return dataclasses.replace(config, adapter=dataclasses.replace(found, **kept)), adapters
 
 
-def read_sets(
-    config: Config, tokenizer: Any, console: Console
-) -> tuple[DataSet, dict[str, DataSet]]:
-    """The training set, and the held-out sets (`task`, `regression`) that the config names."""
-    names = {"train": "train", "task": "eval", "regression": "regression"}
-    sets = {
-        name: _read_set(field, config, tokenizer, console)
-        for name, field in names.items()
-        if getattr(config.data, field) is not None
-    }
-    return sets.pop("train"), sets
+def take_fingerprint(
+    config: Config, source: Path, tokenizer: Any, record: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """The fingerprint of base, tokenizer and template, after a comparison with those of the
+    checkpoint and of `adapter.path`.
+
+    Raises:
+        UserError: what differs, by name.
+    """
+    template = data.resolve_template(tokenizer, config.data.chat_template)
+    found = fingerprint.take(source, tokenizer, template)
+    if record is not None:
+        fingerprint.check(record["fingerprint"], found, "the checkpoint", config.allow_change)
+    elif config.adapter.path is not None:
+        path = Path(config.adapter.path).expanduser()
+        stored = formats.read_fingerprint(path)
+        fingerprint.check(stored, found, str(path), config.allow_change)
+    return found
 
 
-def _read_set(field: str, config: Config, tokenizer: Any, console: Console) -> DataSet:
-    """Rows and examples of data.FIELD. What was cut or dropped is printed, not silent."""
-    spec, limit = getattr(config.data, field), config.data.max_length
-    if spec.startswith("demo:"):
-        rows = data.read_rows(demo.path(spec.removeprefix("demo:")))
-    elif _HUB_NAME.fullmatch(spec) and not Path(spec).exists():
-        rows = data.read_hub_rows(spec)
-    else:
-        rows = data.read_rows(Path(spec).expanduser())
-    system_prompt = None if field == "regression" else config.data.system_prompt
-    examples, counts = data.encode_all(
-        rows,
-        tokenizer,
-        system_prompt=system_prompt,
-        chat_template=config.data.chat_template,
-        max_length=limit,
-        too_long=config.data.too_long,
-    )
-    share = counts.supervised_tokens / counts.total_tokens
-    notes = [
-        f"data.{field}: {counts.examples:,} examples",
-        f"{counts.total_tokens:,} tokens, {share:.0%} supervised",
-    ]
-    if counts.truncated:
-        notes.append(f"{counts.truncated} cut to {limit} tokens (the longest has {counts.longest})")
-    if counts.dropped:
-        notes.append(f"{counts.dropped} dropped as longer than {limit} tokens")
-    if counts.unaligned:
-        notes.append(f"{counts.unaligned} whose prompt alone splits into other tokens")
-    console.print("; ".join(notes))
-    kept = {example.where for example in examples}
-    return DataSet([row for row in rows if row.where in kept], examples, system_prompt)
+def clear_logs(output: Path) -> None:
+    """Remove what a run that was killed before its first checkpoint has written."""
+    for file in output.glob("*.jsonl"):
+        file.unlink()
 
 
-def make_loader(config: Config, train_set: DataSet, console: Console) -> data.Loader:
-    """The batches of the run."""
-    rows, settings = config.train.batch_size, config.data
-    loader = data.Loader(
-        train_set.examples,
-        rows,
-        settings.max_length,
-        settings.packing,
-        settings.shuffle,
-        config.seed,
-    )
-    console.print(
-        f"{config.train.steps} steps of {rows} rows x {loader.row_length} tokens, "
-        f"{loader.efficiency:.0%} filled, {loader.rows_per_epoch} rows an epoch"
-    )
-    return loader
+def remove_exports(output: Path) -> None:
+    """Remove earlier exports of this very run, and what a kill left of one that was under way."""
+    for pattern in ("adapter", "merged", ".adapter-*", ".merged-*"):
+        for directory in output.glob(pattern):
+            shutil.rmtree(directory)
 
 
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:
     """Raise if the tokenizer makes tokens that the model has no embedding for."""
-    largest = max(int(example.tokens.max()) for one in sets for example in one.examples)
+    largest = max(
+        (int(example.tokens.max()) for one in sets for example in one.examples), default=0
+    )
     if largest >= model.config.vocab_size:
         raise UserError(
             f"the tokenizer of {config.model} makes token {largest}, "

@@ -41,7 +41,8 @@ def make_train_step(
     model: Model, config: Config, optimizer: optax.GradientTransformation, placement: Any = None
 ) -> Callable:
     """The jitted step. Metrics are float32 scalars: loss (nats per supervised token), grad_norm
-    (before clipping), supervised_tokens (sum of the weights).
+    (before clipping), supervised_tokens (sum of the weights). A step whose loss or gradient is not
+    finite changes nothing: the state that came in goes out.
 
     `placement` holds the shardings of (adapters, opt_state): they come out as they went in, and the
     second step runs the program of the first. Without it the compiler chooses.
@@ -74,13 +75,18 @@ def make_train_step(
             keys = jax.random.split(step_key, pieces)
             ((nll, weight), grads), _ = jax.lax.scan(accumulate, zeros, (micros, keys))
         grads = jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(grads, opt_state, adapters)
+        updates, moved = optimizer.update(grads, opt_state, adapters)
         metrics = {
             "loss": nll / weight,
             "grad_norm": optax.tree.norm(grads),
             "supervised_tokens": weight,
         }
-        return optax.apply_updates(adapters, updates), opt_state, metrics
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        state = (optax.apply_updates(adapters, updates), moved)
+        adapters, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), state, (adapters, opt_state)
+        )
+        return adapters, opt_state, metrics
 
     out_shardings = None if placement is None else (*placement, None)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)

@@ -1,29 +1,58 @@
-"""Rows are read as written, and every malformed one is named with its file and line."""
+"""Sources are read as written, and every bad record is named with its file and line."""
 
+import gzip
 import json
+import random
+import tracemalloc
+from itertools import islice
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_jax.config import UserError
-from lora_jax.data import read_hub_rows, read_rows, reference
+from lora_jax.data import (
+    Row,
+    Rows,
+    TextRow,
+    TokenRow,
+    is_hub_name,
+    read,
+    records,
+    reference,
+    source_files,
+)
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
+PAIR = {"prompt": "q", "completion": "a"}
+
+
+@pytest.fixture(autouse=True)
+def quiet_datasets(tmp_path, monkeypatch):
+    """The `datasets` library caches below tmp_path, and prints no progress."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
 def write(path: Path, *rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def error_of(path: Path) -> str:
+def error_of(source: str | Path, **options) -> str:
     with pytest.raises(UserError) as caught:
-        read_rows(path)
+        read(source, **options)
     return str(caught.value)
+
+
+def wheres(source: str | Path) -> list[str]:
+    return [row.where for row in read(source).rows]
 
 
 def test_prompt_and_completion_with_extra_keys_and_blank_lines(tmp_path):
@@ -32,7 +61,7 @@ def test_prompt_and_completion_with_extra_keys_and_blank_lines(tmp_path):
         b'\xef\xbb\xbf{"prompt": "\xc3\xa9", "completion": "x", "context": [1]}\r\n'
         b'\n   \n{"prompt": "b", "completion": ""}'
     )
-    first, second = read_rows(path)
+    first, second = read(path).rows
     assert first.messages == (
         {"role": "user", "content": "é"},
         {"role": "assistant", "content": "x"},
@@ -46,25 +75,8 @@ def test_prompt_and_completion_with_extra_keys_and_blank_lines(tmp_path):
 def test_json_lists(tmp_path, wrap):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(wrap([{"messages": [ASK, ANSWER]}] * 2), indent=2))
-    assert [row.where for row in read_rows(path)] == ["rows.json[0]", "rows.json[1]"]
-    assert read_rows(path)[0].messages == (ASK, ANSWER)
-
-
-def test_messages_win_over_prompt_and_keep_their_other_keys(tmp_path):
-    system = {"role": "system", "content": "s"}
-    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "train": False}
-    tool = {"role": "tool", "content": "1", "name": "f"}
-    messages = [system, ASK, called, tool, ANSWER, ASK]
-    [row] = read_rows(write(tmp_path / "r.jsonl", {"prompt": "other", "messages": messages}))
-    assert row.messages == tuple(messages)
-    assert row.prompt == (system, ASK, called, tool)
-    assert reference(row) == "a"
-
-
-def test_conversational_prompt_and_completion_supervises_the_completion_only(tmp_path):
-    row = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}
-    [read] = read_rows(write(tmp_path / "r.jsonl", row))
-    assert read.messages == (ASK, {**ANSWER, "train": False}, ASK, ANSWER)
+    assert [row.where for row in read(path).rows] == ["rows.json[0]", "rows.json[1]"]
+    assert read(path).rows[0].messages == (ASK, ANSWER)
 
 
 def test_a_directory_is_read_by_file_name_and_not_below(tmp_path):
@@ -73,31 +85,44 @@ def test_a_directory_is_read_by_file_name_and_not_below(tmp_path):
     (tmp_path / "notes.txt").write_text("no data")
     (tmp_path / "below").mkdir()
     write(tmp_path / "below" / "c.jsonl", {"prompt": "9", "completion": "9"})
-    assert [row.where for row in read_rows(tmp_path)] == ["a.json[0]", "b.jsonl:1"]
+    assert [row.where for row in read(tmp_path).rows] == ["a.json[0]", "b.jsonl:1"]
 
 
 def test_missing_paths(tmp_path):
     write(tmp_path / "train.jsonl", {"prompt": "1", "completion": "1"})
     text = error_of(tmp_path / "trian.jsonl")
     assert "trian.jsonl does not exist. Did you mean 'train.jsonl'?" in text
-    assert "must end in .json or .jsonl, not '.csv'" in error_of(_touch(tmp_path / "a.csv"))
+    endings = ".json, .jsonl, .csv, .tsv, .parquet or .arrow"
+    assert f"must end in {endings}, not '.txt'" in error_of(write(tmp_path / "a.txt"))
+    assert f"must end in {endings}, not '.gz'" in error_of(write(tmp_path / "a.parquet.gz"))
     (tmp_path / "empty").mkdir()
-    assert "empty holds no .json or .jsonl file" in error_of(tmp_path / "empty")
+    assert f"empty holds no {endings} file" in error_of(tmp_path / "empty")
+    assert f"no {endings} file is named like" in error_of(str(tmp_path / "*.json"))
+    assert "does not exist" in error_of("a\0.json")
+    assert "~nobody-of-that-name/a.json cannot be read" in error_of("~nobody-of-that-name/a.json")
     assert "cannot be read: File name too long" in error_of(tmp_path / ("x" * 400 + ".json"))
-
-
-def _touch(path: Path) -> Path:
-    path.write_text("")
-    return path
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("e.jsonl", b""), ("e.jsonl", b"\n \n"), ("e.json", b" "), ("e.json", b"[]")],
+    [
+        ("e.jsonl", b""),
+        ("e.jsonl", b"\n \n"),
+        ("e.jsonl.gz", gzip.compress(b"")),
+        ("e.json", b" "),
+        ("e.json", b"[]"),
+        ("e.csv", b""),
+        ("e.csv", b"\xef\xbb\xbf\n"),
+        ("e.tsv", b"prompt\tcompletion\r\n\r\n"),
+    ],
 )
 def test_files_without_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert error_of(tmp_path / name) == f"{name}:1: the file holds no rows"
+    for on_bad_row in ("error", "drop"):
+        text = error_of(tmp_path / name, on_bad_row=on_bad_row)
+        assert text == f"{name}:1: the file holds no rows"
+    with pytest.raises(UserError, match="the file holds no rows"):
+        list(records(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -126,56 +151,6 @@ def test_unreadable_files(tmp_path, name, content, message):
     assert message in error_of(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"question": "q", "answer": "a"}, "or 'messages'; its keys: 'question', 'answer'"),
-        ({}, "its keys: none"),
-        ({"prompt": "q"}, "a row needs 'prompt' and 'completion'"),
-        ({"prompt": 1, "completion": "a"}, "'prompt' is a number, not a string"),
-        ({"prompt": "q", "completion": None}, "'completion' is null, not a string"),
-        ({"prompt": "q", "completion": [ANSWER]}, "'completion' is a list, not a string"),
-        ({"prompt": [ASK], "completion": "a"}, "'completion' is a string, not a list of messages"),
-        ({"prompt": [ASK], "completion": [ASK]}, "'completion' has no assistant turn"),
-        ({"prompt": [], "completion": [ANSWER]}, "'prompt' is empty"),
-        ({"messages": []}, "'messages' is empty"),
-        ({"messages": {}}, "'messages' is an object, not a list of messages"),
-        ({"messages": ["hi"]}, "messages[0] is a string, not an object"),
-        (
-            {"messages": [{"from": "human", "value": "x"}]},
-            "has no 'role'; its keys: 'from', 'value'",
-        ),
-        ({"messages": [{"role": "user"}]}, "messages[0] has no 'content'; its keys: 'role'"),
-        ({"messages": [{"role": 3, "content": "x"}]}, "messages[0].role is a number, not a string"),
-        ({"messages": [{"role": "asistant", "content": "x"}]}, "Did you mean 'assistant'?"),
-        ({"messages": [{"role": "\ud800", "content": "x"}]}, "messages[0].role is '\\ud800'"),
-        (
-            {"messages": [{**ASK, "content": True}]},
-            "messages[0].content is a boolean, not a string",
-        ),
-        ({"messages": [ASK]}, "no assistant turn: nothing to learn from"),
-        ({"messages": [ASK, {**ASK, "role": "system"}, ANSWER]}, "messages[1] is a 'system' turn"),
-        (
-            {"messages": [{**ASK, "role": "system"}, {**ASK, "role": "developer"}, ANSWER]},
-            "messages[1] is a 'developer' turn: only the first turn can be one",
-        ),
-        (
-            {"prompt": [ASK], "completion": [{**ASK, "role": "system"}]},
-            "completion[0] is a 'system'",
-        ),
-        ({"messages": [ASK, {**ANSWER, "train": "no"}]}, "train is a string, not true or false"),
-        ({"messages": [{**ASK, "train": True}, ANSWER]}, "train is true on a 'user' turn"),
-        ({"prompt": "\ud800", "completion": "a"}, "a string holds the unpaired surrogate \\ud800"),
-        ({"messages": [{**ASK, "x": ["\udfff"]}, ANSWER]}, "the unpaired surrogate \\udfff"),
-    ],
-)
-def test_malformed_rows(tmp_path, row, message):
-    text = error_of(write(tmp_path / "r.jsonl", {"prompt": "q", "completion": "a"}, row))
-    assert text.startswith("r.jsonl:2: ")
-    assert message in text
-    text.encode("utf-8")  # can be printed
-
-
 def test_ten_problems_and_the_count_of_the_rest(tmp_path):
     good = {"prompt": "q", "completion": "a"}
     lines = error_of(write(tmp_path / "r.jsonl", good, *[{}] * 12, good)).splitlines()
@@ -186,20 +161,6 @@ def test_ten_problems_and_the_count_of_the_rest(tmp_path):
     assert error_of(write(tmp_path / "t.jsonl", *[{}] * 11)).endswith("... and 1 more problem")
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["messages", "prompt", "completion", "role", "content", "train", "data"]
-            ),
-            inner | st.sampled_from(["user", "assistant", "system", "tool"]),
-            max_size=4,
-        )
-    ),
-    max_leaves=12,
-)
 FUZZ = settings(
     max_examples=150,
     deadline=None,
@@ -208,25 +169,10 @@ FUZZ = settings(
 
 
 @FUZZ
-@given(st.binary(max_size=200) | JSON.map(lambda v: json.dumps(v).encode()), st.booleans())
-def test_whatever_the_bytes_only_rows_or_a_user_error(tmp_path, data, lines):
-    path = tmp_path / ("f.jsonl" if lines else "f.json")
-    path.write_bytes(data)
-    try:
-        rows = read_rows(path)
-    except UserError as error:
-        for line in str(error).splitlines():
-            assert line.startswith(path.name)
-    else:
-        assert rows
-        assert all(isinstance(reference(row), str) for row in rows)
-
-
-@FUZZ
 @given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), min_size=1, max_size=5))
 def test_well_formed_rows_come_back_as_they_were(tmp_path, pairs):
     path = write(tmp_path / "g.jsonl", *[{"prompt": p, "completion": c} for p, c in pairs])
-    assert [(r.messages[0]["content"], reference(r)) for r in read_rows(path)] == pairs
+    assert [(r.messages[0]["content"], reference(r)) for r in read(path).rows] == pairs
 
 
 def test_the_packaged_data_reads_whole():
@@ -236,33 +182,483 @@ def test_the_packaged_data_reads_whole():
     )
     expected = {"usaddress_train": 1288, "usaddress_test": 200, "restaurant8k_train": 8198}
     for name, count in (expected | {"general_64": 64, "seed_tasks": 175}).items():
-        assert len(read_rows(folder / f"{name}.jsonl")) == count
+        assert len(read(folder / f"{name}.jsonl").rows) == count
 
 
-def test_hub_rows_come_with_name_and_index(monkeypatch):
-    records = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-    asked = []
-    monkeypatch.setattr(
-        "datasets.load_dataset",
-        lambda name, split: asked.append((name, split)) or datasets.Dataset.from_list(records),
+def test_a_path_is_local_and_a_demo_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "data file org/name does not exist" in error_of(Path("org/name"))
+    file = write(tmp_path / "demo.jsonl", PAIR)
+    monkeypatch.setattr("lora_jax.demo.path", lambda name: {"usaddress": file}[name])
+    assert wheres("demo:usaddress") == ["demo.jsonl:1"]
+    assert source_files("demo:usaddress") == [file]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wheres("~/demo.jsonl") == ["demo.jsonl:1"]
+
+
+def test_patterns_name_files_by_their_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.jsonl", "b/x.jsonl", "b/below/y.jsonl"):
+        write(tmp_path / "data" / name, PAIR)
+    write(tmp_path / "data" / "b" / "notes.txt", PAIR)
+    assert wheres("data/*/x.jsonl") == ["data/a/x.jsonl:1", "data/b/x.jsonl:1"]
+    assert wheres("data/b/*") == ["data/b/x.jsonl:1"]
+    assert source_files("data/**/*.jsonl") == [
+        Path("data/a/x.jsonl"),
+        Path("data/b/below/y.jsonl"),
+        Path("data/b/x.jsonl"),
+    ]
+    write(tmp_path / "data" / "[1].jsonl", PAIR)  # a file of that name wins
+    assert wheres("data/[1].jsonl") == ["[1].jsonl:1"]
+
+
+def test_every_kind_of_row(tmp_path):
+    path = write(tmp_path / "r.jsonl", PAIR, {"text": "t"}, {"input_ids": [1, 2]})
+    assert [type(row) for row in read(path).rows] == [Row, TextRow, TokenRow]
+
+
+def test_named_columns(tmp_path):
+    path = write(tmp_path / "r.jsonl", {"question": "q", "answer": 4})
+    read_as = {"prompt": "Q: {question}", "completion": "{answer}"}
+    [row] = read(path, **read_as).rows
+    assert [m["content"] for m in row.messages] == ["Q: q", "4"]
+    text = error_of(path, prompt="{q}", completion="{answer}")
+    assert text.startswith(
+        "r.jsonl:1: data.prompt names {q}; the columns are: 'question', 'answer'"
     )
-    rows = read_hub_rows("org/name:validation")
-    assert asked == [("org/name", "validation")]
-    assert [row.where for row in rows] == ["org/name:validation[0]", "org/name:validation[1]"]
-    assert rows[1].messages[1]["content"] == "d"
+    # Before anything is read:
+    assert "data.completion='{a.b}' has" in error_of("nothing.jsonl", completion="{a.b}")
 
 
-def test_hub_failure_is_one_clear_error(monkeypatch):
-    def fail(name, split):
-        raise ConnectionError("Couldn't reach 'org/name' on the Hub")
+def test_bad_rows_can_be_dropped_but_not_all_of_them(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"prompt": "q", "completion": "a"}\n{}\n{"\n"\xff"\n{"text": "t"}\n')
+    found = read(path, on_bad_row="drop")
+    assert [row.where for row in found.rows] == ["r.jsonl:1", "r.jsonl:5"]
+    assert found.dropped == 3
+    assert len(error_of(path).splitlines()) == 3
+    write(path, *[{"input_ids": [1, 2], "labels": [-100, -100]}] * 12)
+    lines = error_of(path, on_bad_row="drop").splitlines()
+    assert lines[0] == "r.jsonl:1: no token after the first is supervised: nothing to learn from"
+    assert lines[10] == "... and 2 more problems"
+    # What is damaged as a whole is an error beside good rows too, and stands before bad ones.
+    (tmp_path / "s.json").write_text("[")
+    write(path, PAIR, {})
+    assert error_of(tmp_path, on_bad_row="drop").startswith("s.json:1: invalid JSON")
+    text = error_of(tmp_path)
+    assert [line.split(": ")[0] for line in text.splitlines()] == ["s.json:1", "r.jsonl:2"]
+
+
+def test_zero_supervised_tokens_do_not_succeed(tmp_path):
+    silent = {"messages": [ASK, ANSWER | {"train": False}]}
+    assert "nothing to learn from" in error_of(write(tmp_path / "r.jsonl", silent))
+
+
+def test_content_of_ten_megabytes(tmp_path):
+    long = "é" * 5_000_000
+    path = write(tmp_path / "r.jsonl", {"prompt": long, "completion": "a"})
+    table = tmp_path / "r.csv"
+    table.write_text(f'prompt,completion\n"{long}",a\n', encoding="utf-8")
+    for file in (path, table):
+        [row] = read(file).rows
+        assert row.messages[0]["content"] == long
+
+
+# Tables of text
+
+
+def test_csv_and_tsv(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfprompt,completion,system,note\r\n"
+        b'"say ""a, b""\nnow",\xc3\xa9,,x\r\n'
+        b"\r\n"
+        b"q,a,s,\r\n"
+    )
+    first, second = read(path).rows
+    assert (first.where, second.where) == ("t.csv:2", "t.csv:5")
+    assert [m["content"] for m in first.messages] == ['say "a, b"\nnow', "é"]
+    assert [m["content"] for m in second.messages] == ["s", "q", "a"]
+    tsv = tmp_path / "t.tsv"
+    tsv.write_text("instruction\tinput\toutput\nq\t\ta, b\n")
+    [row] = read(tsv).rows
+    assert [m["content"] for m in row.messages] == ["q", "a, b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"prompt,answer\nq,a\n", "t.csv:2: a row needs .*; its keys: 'prompt', 'answer'"),
+        (b"prompt,completion\nq,a\nq\n", "t.csv:3: 1 fields, and the header has 2"),
+        (b"prompt,completion\n\nq,a,b\n", "t.csv:3: 3 fields, and the header has 2"),
+        (b"prompt,prompt\nq,a\n", "t.csv:1: the header has a column twice: 'prompt'"),
+        (b"prompt,completion\nq,a\n\xe9,a\n", r"t.csv:3: invalid UTF-8 \(byte 0xe9\)"),
+        (b"pr\xffompt,completion\nq,a\n", r"t.csv:1: invalid UTF-8 \(byte 0xff\)"),
+        (b'prompt,completion\n"q"x,a\n', "t.csv:2: invalid CSV: ',' expected after '\"'"),
+        (b'prompt,completion\nq,a\n"q,a\nq,a\n', 't.csv:3: a field that begins here with " does'),
+        (b'"prompt,completion\nq,a\n', "t.csv:1: invalid CSV: unexpected end of data"),
+    ],
+)
+def test_malformed_tables(tmp_path, content, message):
+    path = tmp_path / "t.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{message}"):
+        read(path)
+
+
+def test_bad_lines_of_a_table_are_dropped_but_not_the_rest_of_a_file(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'prompt,completion\n1,a\n"2"x,a\n3\n\xff,a\n5,a\n')
+    found = read(path, on_bad_row="drop")
+    assert ([row.where for row in found.rows], found.dropped) == (["t.csv:2", "t.csv:6"], 3)
+    path.write_bytes(b'prompt,completion\n1,a\n"2,a\n3,a\n')
+    assert "does not end" in error_of(path, on_bad_row="drop")
+
+
+def test_gzipped_files(tmp_path):
+    text = json.dumps(PAIR).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text + b"\n" + text))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + text + b"]"))
+    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"prompt,completion\nq,a\n"))
+    assert wheres(tmp_path) == ["a.jsonl.gz:1", "a.jsonl.gz:2", "b.json.gz[0]", "c.csv.gz:2"]
+    for name, content in (
+        ("a.jsonl.gz", b"plain"),
+        ("a.jsonl.gz", gzip.compress(text)[:-3]),
+        ("c.csv.gz", gzip.compress(text)[:20] + b"xx"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name} cannot be read: " in error_of(tmp_path / name, on_bad_row="drop")
+
+
+# Tables of Arrow
+
+NESTED = [
+    {"messages": [ASK, ANSWER], "tools": None},
+    {
+        "messages": [
+            ASK,
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": "1"}}]},
+            {"role": "tool", "content": "1"},
+            ANSWER | {"train": False},
+        ],
+        "tools": [{"name": "f", "strict": None}],
+    },
+]
+
+
+def arrow_file(path: Path, table: pyarrow.Table, opened=pyarrow.ipc.new_file, rows=2) -> Path:
+    with opened(str(path), table.schema) as file:
+        for batch in table.to_batches(max_chunksize=rows):
+            file.write_batch(batch)
+    return path
+
+
+def table_files(folder: Path, table: pyarrow.Table, rows: int = 2) -> list[Path]:
+    """The table as .parquet, and as both sorts of .arrow, in pieces of so many rows."""
+    pyarrow.parquet.write_table(table, folder / "t.parquet", row_group_size=rows)
+    return [
+        folder / "t.parquet",
+        arrow_file(folder / "file.arrow", table, rows=rows),
+        arrow_file(folder / "stream.arrow", table, pyarrow.ipc.new_stream, rows),
+    ]
+
+
+def test_nulls_of_nested_values_are_absent(tmp_path):
+    for path in table_files(tmp_path, pyarrow.Table.from_pylist(NESTED)):
+        plain, tools = read(path).rows
+        assert (plain.where, tools.where) == (f"{path.name}[0]", f"{path.name}[1]")
+        assert plain.messages == (ASK, ANSWER)
+        assert tools.messages == tuple(NESTED[1]["messages"])
+        assert tools.tools == ({"name": "f"},)
+
+
+def test_values_of_many_types_that_datasets_keeps_as_json(tmp_path):
+    path = write(tmp_path / "r.jsonl", *[PAIR | {"tools": [{"a": 1}, {"b": "x"}]}] * 3)
+    held = datasets.load_dataset("json", data_files=str(path), split="train")
+    held.to_parquet(tmp_path / "r.parquet")
+    assert "json" in str(pyarrow.parquet.read_schema(tmp_path / "r.parquet")).lower()
+    assert read(tmp_path / "r.parquet").rows[2].tools == ({"a": 1}, {"b": "x"})
+
+
+def test_a_table_of_tokens(tmp_path):
+    table = pyarrow.Table.from_pylist(
+        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": None}]
+    )
+    for path in table_files(tmp_path, table):
+        first, second = read(path).rows
+        assert first == TokenRow((1, 2, 3), (0.0, 1.0, 1.0), f"{path.name}[0]")
+        assert second == TokenRow((4, 5), (1.0, 1.0), f"{path.name}[1]")
+
+
+def test_damaged_and_empty_tables(tmp_path):
+    empty = pyarrow.Table.from_pylist([], pyarrow.schema([("text", pyarrow.string())]))
+    for path in table_files(tmp_path, empty):
+        assert error_of(path) == f"{path.name}:1: the file holds no rows"
+    for path in table_files(tmp_path, pyarrow.Table.from_pylist([{"text": "t"}] * 9)):
+        whole = path.read_bytes()
+        for content in (b"", b"text", whole[:-9], whole[: len(whole) // 2]):
+            path.write_bytes(content)
+            for on_bad_row in ("error", "drop"):
+                text = error_of(path, on_bad_row=on_bad_row)
+                assert f"{path} cannot be read: " in text or "holds no rows" in text
+                assert len(text.splitlines()) == 1
+
+
+def test_a_directory_that_datasets_saved(tmp_path):
+    held = datasets.Dataset.from_list([{"prompt": str(i), "completion": "a"} for i in range(7)])
+    held.select([5, 3]).save_to_disk(tmp_path / "saved")
+    rows = read(tmp_path / "saved").rows
+    assert [row.where for row in rows] == ["saved[0]", "saved[1]"]
+    assert [row.messages[0]["content"] for row in rows] == ["5", "3"]
+    assert list(records(str(tmp_path / "saved"), 1)) == [
+        ("saved[1]", {"prompt": "3", "completion": "a"}, None)
+    ]
+    names = {path.name for path in source_files(tmp_path / "saved")}
+    assert names > {"state.json", "dataset_info.json"}
+    (tmp_path / "saved" / "dataset_info.json").write_text("{")
+    assert "saved cannot be read: " in error_of(tmp_path / "saved")
+    both = datasets.DatasetDict(train=held, test=held)
+    both.save_to_disk(tmp_path / "both")
+    assert "name one of its directories test, train" in error_of(tmp_path / "both")
+    assert len(read(tmp_path / "both" / "test").rows) == 7
+
+
+# One after the other
+
+
+def test_records_begin_anywhere(tmp_path):
+    rows = [{"text": str(i)} for i in range(9)]
+    write(tmp_path / "a.jsonl", *rows)
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(b"\n{\n\n")
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    lines = "".join(f'"{i}"\n' if i % 2 else f'\n"{i}\n"\n' for i in range(9))
+    (tmp_path / "c.csv").write_text(f"text\n{lines}")
+    (tmp_path / "d.tsv.gz").write_bytes(gzip.compress(b"text\tb\n1\t2\n3\n4\t5\n"))
+    table_files(tmp_path, pyarrow.Table.from_pylist(rows))
+    every = list(records(tmp_path))
+    assert len(every) == 10 + 9 + 9 + 3 + 3 * 9
+    assert [problem is None for _, _, problem in every].count(False) == 2
+    for start in range(len(every) + 2):
+        assert list(records(tmp_path, start)) == every[start:]
+    whole = [row.where for row in read(tmp_path, on_bad_row="drop").rows]
+    assert whole == [where for where, _, problem in every if problem is None]
+
+
+def test_records_are_read_as_they_are_asked_for(tmp_path):
+    """A file of 40 MB is read in far less; what comes after a damaged place is not yet missed."""
+    line = json.dumps({"text": "x" * 20_000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 2000)
+    (tmp_path / "a.csv").write_text("text\n" + f"{'x' * 20_000}\n" * 2000)
+    (tmp_path / "z.jsonl").write_text(line + "{")
+    for name in ("a.jsonl", "a.csv"):
+        tracemalloc.start()
+        assert [where for where, *_ in islice(records(tmp_path / name, 1500), 2)] == [
+            f"{name}:{1501 + (name == 'a.csv')}",
+            f"{name}:{1502 + (name == 'a.csv')}",
+        ]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2_000_000
+    reading = records(tmp_path / "z.jsonl")
+    assert next(reading)[2] is None
+    assert "invalid JSON" in (next(reading)[2] or "")
+
+
+# The hub: `datasets` takes a directory org/name of the working directory for one of the hub.
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set with two configs, `main` with the splits train and test."""
+    folder = tmp_path / "org" / "name"
+    write(folder / "a.jsonl", *[{"prompt": str(i), "completion": "a"} for i in range(20)])
+    write(folder / "b.jsonl", *NESTED)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: a.jsonl\n"
+        "  - split: test\n    path: a.jsonl\n- config_name: chat\n  data_files: b.jsonl\n---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+def test_configs_splits_and_slices_of_the_hub(hub):
+    rows = read("org/name/main:test").rows
+    assert len(rows) == 20
+    assert rows[3].where == "org/name/main:test[3]"
+    assert rows[3].messages[0]["content"] == "3"
+    assert len(read("org/name/main:train[:10%]").rows) == 2
+    assert len(read("org/name/main:train+test").rows) == 40
+    assert [row.messages[0]["content"] for row in read("org/name/main:train[5:7]").rows] == [
+        "5",
+        "6",
+    ]
+    assert len(read("org/name/main:train").rows) == 20
+    assert source_files("org/name/main:train") == []
+    plain, tools = read("org/name/chat:train").rows
+    assert plain.messages == (ASK, ANSWER)
+    assert tools.messages == tuple(NESTED[1]["messages"])
+
+
+@pytest.mark.parametrize("split", ["train", "train+test", "train[10:]"])
+def test_the_hub_one_after_the_other(hub, split):
+    every = list(records(f"org/name/main:{split}"))
+    assert len(every) == {"train": 20, "train+test": 40, "train[10:]": 10}[split]
+    assert every[1][0] == f"org/name/main:{split}[1]"
+    for start in (1, 9, 45):
+        assert list(records(f"org/name/main:{split}", start)) == every[start:]
+
+
+def test_errors_of_the_hub_name_what_exists(hub):
+    for read_it in (read, lambda source: list(records(source))):
+        for source, named in (
+            ("org/name/main:trian", "'train', 'test'"),
+            ("org/name:train[:10%]", "'main', 'chat'"),
+            ("org/name/mian:train", "'main', 'chat'"),
+            ("org/name/main:train[:x]", "train[:x]"),
+        ):
+            with pytest.raises(UserError) as caught:
+                read_it(source)
+            text = str(caught.value)
+            assert text.startswith(f"{source!r} is no local file, and not to be had from the")
+            assert named in text
+            assert len(text.splitlines()) == 1
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'org/name' on the Hub\n(offline)")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(UserError, match="'org/name' is no local file.*Couldn't reach"):
-        read_hub_rows("org/name")
+    message = r"'org/name' is no local file.*: Couldn't reach 'org/name' on the Hub \(offline\)"
+    with pytest.raises(UserError, match=message):
+        read("org/name")
+    with pytest.raises(UserError, match=message):
+        next(records("org/name"))
 
 
-def test_hub_rows_of_the_wrong_form_are_named(monkeypatch):
-    records = datasets.Dataset.from_list([{"text": "a"}])
-    monkeypatch.setattr("datasets.load_dataset", lambda name, split: records)
-    with pytest.raises(UserError, match=r"org/name\[0\]: a row needs 'prompt' and 'completion'"):
-        read_hub_rows("org/name")
+def test_rows_of_the_hub_of_no_known_form_are_named(monkeypatch):
+    held = datasets.Dataset.from_list([{"question": "a"}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: held)
+    assert error_of("org/name").startswith("org/name[0]: a row needs ")
+
+
+def test_an_empty_data_set_of_the_hub(monkeypatch):
+    held = datasets.Dataset.from_dict({"text": []})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: held)
+    assert error_of("org/name") == "org/name holds no rows"
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    names = [
+        "org/name",
+        "o-r.g_1/n.a-m_e",
+        "org/name:test",
+        "org/name/config:test",
+        "org/name/en-us",
+    ]
+    names += ["org/name:train[:10%]", "org/name:train[10:20]+test", "org/name:a.json"]
+    for name in names:
+        assert is_hub_name(name), name
+    files = [
+        "name",
+        "name:train",
+        "a/b.jsonl",
+        "a/b.json",
+        "a/b.csv.gz",
+        "a/b/c.parquet",
+        "a/b.tsv",
+    ]
+    files += [
+        "/a/b",
+        "./a/b",
+        "../a",
+        "~/a",
+        "a/b/c/d",
+        "a/*",
+        "a/b[0-9]",
+        "org/",
+        "org/name:",
+        "a b/c",
+    ]
+    for name in [*files, "demo:usaddress", "", "a/b\0c", "a/" + "b" * 5000 + ".arrow"]:
+        assert not is_hub_name(name), name
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not is_hub_name("org/name")
+    assert is_hub_name("org/name:train")
+
+
+# Whatever comes
+
+
+def damaged(rng: random.Random, content: bytes) -> bytes:
+    """A few bytes changed, cut, doubled or put in."""
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(content) + 1)
+        end = at + rng.randrange(6)
+        piece = rng.choice(
+            [
+                b"",
+                b"\n",
+                b'"',
+                b",",
+                b"\t",
+                b"{",
+                b"]",
+                b"\xff",
+                b"\0",
+                b"\r",
+                b"null",
+                b"\xed\xa0\x80",
+            ]
+        )
+        content = (
+            content[:at] + rng.choice([piece, rng.randbytes(2), content[:end]]) + content[end:]
+        )
+    return content
+
+
+def test_whatever_the_bytes_only_rows_or_a_user_error(tmp_path):
+    rng = random.Random(0)
+    lines = b"\n".join(json.dumps(row).encode() for row in [PAIR, *NESTED, {"text": "t"}])
+    listed = b"[" + lines.replace(b"\n", b",\n") + b"]"
+    table = b'prompt,completion\nq,a\n"q ""x"" y","a,\nb"\n'
+    kinds = {
+        "f.jsonl": lines,
+        "f.json": listed,
+        "f.csv": table,
+        "f.tsv": table.replace(b",", b"\t"),
+        "f.csv.gz": gzip.compress(table),
+        "f.jsonl.gz": gzip.compress(lines),
+    }
+    outcomes = {True: 0, False: 0}
+    for _ in range(2000):
+        name = rng.choice(list(kinds))
+        path = tmp_path / name
+        path.write_bytes(damaged(rng, kinds[name]) if rng.random() < 0.9 else rng.randbytes(40))
+        on_bad_row = rng.choice(["error", "drop"])
+        try:
+            found = read(path, on_bad_row=on_bad_row)
+        except UserError as error:
+            for line in str(error).splitlines():
+                assert line.startswith((name, str(path), "... and "))
+            str(error).encode("utf-8")
+            outcomes[False] += 1
+        else:
+            assert isinstance(found, Rows) and found.rows
+            assert found.dropped == 0 or on_bad_row == "drop"
+            outcomes[True] += 1
+    assert min(outcomes.values()) > 200, outcomes
+
+
+def test_whatever_the_bytes_of_tables_of_arrow(tmp_path):
+    rng = random.Random(0)
+    table = pyarrow.Table.from_pylist(NESTED + [{"text": "t"}] * 3)
+    for path in table_files(tmp_path, table):
+        whole = path.read_bytes()
+        for _ in range(150):
+            path.write_bytes(damaged(rng, whole))
+            try:
+                read(path, on_bad_row="drop")
+            except UserError as error:
+                assert str(error).startswith((path.name, str(path)))

@@ -16,6 +16,8 @@ from lora_jax.config import UserError
 from lora_jax.data import (
     Counts,
     Row,
+    TextRow,
+    TokenRow,
     encode,
     encode_all,
     prompt_tokens,
@@ -304,6 +306,7 @@ def test_eos_is_supervised_where_pad_and_eos_are_one_token():
 def test_an_answer_that_ends_in_a_special_token_of_its_own_still_gets_eos():
     assert encoded(chat("q", "f()</call>"), build(BARE)).endswith("« f()</call></s>»")
     assert encoded(chat("q", "</call>"), build()).endswith("«</call><|im_end|>»")
+    assert encoded(chat("q", "a</s>"), build(BARE)).endswith("« a</s>»")  # that is EOS
 
 
 @pytest.mark.parametrize("answer", ["end", "|", ">", "<|im_end|>", "m", "<|im_end|>\n<|im_end|>"])
@@ -470,7 +473,7 @@ def test_templates_that_rewrite_history_are_refused():
 def test_a_template_without_a_place_for_answers_is_refused():
     template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     text = error_of(encode, chat("q", "a"), build(template), max_length=99)
-    assert text == "f.jsonl:1: the chat template leaves out turn 1"
+    assert text.startswith("f.jsonl:1: the chat template leaves out the content of turn 1")
 
 
 def test_a_conversation_that_begins_with_the_assistant():
@@ -488,7 +491,7 @@ def test_a_tokenizer_without_offsets_is_an_error():
         chat_template = CHATML
         name_or_path = "models/slow"
         all_special_ids = ()
-        bos_token_id = None
+        bos_token_id = eos_token_id = None
 
         def get_added_vocab(self):
             return {}
@@ -565,6 +568,293 @@ def test_more_rows_than_a_batch_of_the_tokenizer_keep_their_order():
     for n in (0, 1023, 1024, 1029):
         assert examples[n].where == f"f:{n}"
         assert marked(examples[n], build(None)) == f"{n}«{n}</s>»"
+
+
+# Complaints about other trainers
+
+
+def test_peers_never_learn_eos_where_pad_is_eos():
+    """They mask the labels of every pad token, by its id."""
+    tokenizer = build(ZEPHYR, eos="</s>", pad="</s>")
+    example = encode(chat("q", "a", "r", "c"), tokenizer, max_length=99)
+    of_eos = example.loss_weights[example.tokens == tokenizer.eos_token_id]
+    assert of_eos.tolist() == [0, 1, 0, 1]  # after q, a, r and c
+
+
+def test_peers_train_on_nothing_at_a_loss_of_zero():
+    """A response template that matches nothing, or a cut before the answer, goes unnoticed."""
+    text = error_of(encode_all, [chat("q", "a~")], build(), max_length=99)
+    assert "f.jsonl:1: no token is supervised" in text
+    text = error_of(encode_all, [chat("q" * 99, "a")], build(), max_length=50)
+    assert "no example is left of 1 rows" in text
+    examples, _ = encode_all([chat("q" * 99, "a"), chat("q", "a")], build(), max_length=70)
+    assert [bool(example.loss_weights.any()) for example in examples] == [True]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_peers_refuse_templates_without_generation_blocks_or_supervise_the_prompt(name):
+    assert "generation" not in GOLDEN[name][0].replace("add_generation_prompt", "")
+    example = encode(chat("q", "a b", "r", "c"), build(GOLDEN[name][0]), max_length=999)
+    assert 0 < example.loss_weights.sum() < len(example.tokens)
+
+
+def test_peers_double_bos():
+    """The template writes it, and the tokenizer adds it once more."""
+    tokenizer = build(LLAMA3, adds_bos=True)
+    text = encoded(chat("q", "a"), tokenizer)
+    assert text.startswith("<s><|start_header_id|>user")
+    assert tokenizer.decode(tokenizer(text)["input_ids"][:2]) == "<s><s>"  # what they do
+
+
+# Texts and tokens
+
+
+def test_a_text_is_supervised_from_end_to_end():
+    row = TextRow("a b ", "f:1")
+    assert encoded(row, build(None)) == "a« b </s>»"  # nothing stands before the first token
+    assert encoded(row, build(None, adds_bos=True)) == "<s>«a b </s>»"
+    assert encoded(TextRow("<s>a</s>", "f:1"), build(None, adds_bos=True)) == "<s>«a</s>»"
+    # neither template nor system prompt touches it
+    options = {"system_prompt": "s", "chat_template": "none"}
+    assert encoded(row, build(CHATML), system_prompt="s") == "a« b </s>»"
+    assert encoded(row, build(CHATML), **options) == "a« b </s>»"
+    text = error_of(encode, row, build(None, eos=None), max_length=9)
+    assert "'models/tiny' has no EOS token" in text
+    text = error_of(encode, TextRow("", "f:1"), build(None), max_length=9)
+    assert text == "f:1: no token is supervised: the text is empty"
+
+
+def test_tokens_are_taken_as_they_are():
+    row = TokenRow((5, 3, 9), (1.0, 0.5, 2.0), "f:1")
+    example = encode(row, build(None), max_length=9)
+    assert (example.tokens.dtype, example.loss_weights.dtype) == (np.int32, np.float32)
+    assert example.tokens.tolist() == [5, 3, 9]
+    assert example.loss_weights.tolist() == [0, 0.5, 2]  # nothing stands before the first
+    assert row.loss_weights == (1.0, 0.5, 2.0)
+    assert encode(row, build(None), max_length=2).tokens.tolist() == [5, 3]
+    for weights in ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)):
+        text = error_of(encode, TokenRow((5, 3, 9), weights, "f:1"), build(None), max_length=9)
+        assert text == "f:1: no token is supervised: no weight after the first is above 0"
+    assert "f:1: no token" in error_of(encode, TokenRow((), (), "f:1"), build(None), max_length=9)
+
+
+def test_rows_of_all_kinds_keep_their_order():
+    kinds = [chat("q", "a", where="f:1"), TextRow("bb", "f:2"), TokenRow((1, 2), (0, 1), "f:3")]
+    rows = [kinds[n % 3] for n in range(1500)]
+    examples, counts = encode_all(rows, build(CHATML), max_length=99)
+    assert [example.where for example in examples] == [row.where for row in rows]
+    assert [len(e.tokens) for e in examples[:3]] == [len(e.tokens) for e in examples[1497:]]
+    assert (counts.examples, counts.unaligned) == (1500, 0)
+
+
+# Tools
+
+
+TOOLS = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+WITH_TOOLS = (
+    "{% if tools %}{{ 'tools: ' + tools | map(attribute='function.name') | join(' ') \
++ '\\n' }}{% endif %}"
+    + CHATML
+)
+
+
+def test_tools_go_to_the_template():
+    row = Row(chat("q", "a").messages, "f.jsonl:1", TOOLS)
+    rest = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«a<|im_end|>»"
+    assert encoded(row, build(WITH_TOOLS)) == "tools: f\n" + rest
+    prompt = build().decode(prompt_tokens(row, build(WITH_TOOLS)))
+    assert prompt == "tools: f\n" + rest.partition("«")[0]
+    assert encoded(chat("q", "a"), build(WITH_TOOLS)) == rest
+    needs = "{% if not tools %}{{ raise_exception('none') }}{% endif %}" + WITH_TOOLS
+    assert encoded(row, build(needs)) == "tools: f\n" + rest
+    # a tokenizer may have a template for them alone
+    tokenizer = build({"default": CHATML, "tool_use": WITH_TOOLS})
+    examples, _ = encode_all([chat("q", "a"), row], tokenizer, max_length=99)
+    assert [marked(e, tokenizer) for e in examples] == [rest, "tools: f\n" + rest]
+    assert build().decode(prompt_tokens(row, tokenizer)) == prompt
+
+
+def test_tools_that_the_template_leaves_out_are_refused():
+    row = Row(chat("q", "a").messages, "f.jsonl:1", TOOLS)
+    text = error_of(encode, row, build(CHATML), max_length=99)
+    assert text.startswith("f.jsonl:1: the chat template leaves out the tools of the row")
+    text = error_of(encode, row, build(CHATML), chat_template="none", max_length=99)
+    assert text == "f.jsonl:1: data.chat_template='none' has no place for the row's tools"
+
+
+def test_what_the_template_leaves_out_of_an_answer_is_refused():
+    call = [{"function": {"name": "f", "arguments": {}}}]
+    question = {"role": "user", "content": "q"}
+    for more, lost in (
+        ({"tool_calls": call}, "the tool call 'f'"),
+        ({"tool_calls": [{"name": "g", "arguments": {}}]}, "the tool call 'g'"),
+        ({"thinking": "hm"}, "the thinking"),
+        ({"reasoning_content": "hm", "tool_calls": call}, "the reasoning_content and the tool"),
+    ):
+        row = Row((question, {"role": "assistant", "content": "a"} | more), "f.jsonl:1")
+        text = error_of(encode, row, build(), max_length=99)
+        assert text.startswith(f"f.jsonl:1: the chat template leaves out {lost}")
+        assert " of turn 1, wholly or in part; use another" in text
+    half = CHATML.replace("m['content']", "m['content'][:2]")
+    text = error_of(encode, chat("q", "abc", "r", "a"), build(half), max_length=99)
+    assert "leaves out the content of turn 1, wholly or in part, or rewrites it when" in text
+    assert encoded(chat("q", "abc~", "r", "a"), build(half)).count("«") == 1  # not learnt
+
+
+def test_a_system_turn_that_the_template_leaves_out_is_refused():
+    users = CHATML.replace("in messages", "in messages if m['role'] != 'system'")
+    text = error_of(encode, chat("q", "a", system="Hm"), build(users), max_length=99)
+    assert text.startswith("f.jsonl:1: the chat template leaves out the system turn; put it into")
+    options = {"system_prompt": "Hm", "max_length": 99}
+    assert "leaves out the system turn" in error_of(encode, chat("q", "a"), build(users), **options)
+
+
+def test_eos_that_stands_between_turns_alone_is_supervised():
+    between = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if not loop.last %}"
+        "{{ eos_token + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ eos_token + '\nassistant:' }}{% endif %}"
+    )
+    text = encoded(chat("q", "a", "r", "c"), build(between))
+    assert text == "user: q</s>\nassistant:« a</s>»\nuser: r</s>\nassistant:« c</s>»"
+
+
+# {% generation %} blocks
+
+
+def blocks(before: str = "", inside: str = "", after: str = "", ends: str = "") -> str:
+    """ChatML with a block around the content and `inside`; `before` and `after` it."""
+    return (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}" + before + "{% generation %}"
+        "{{ m['content'] }}" + inside + "{% endgeneration %}" + after + "{% else %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}" + ends + "{% if "
+        "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+INSIDE = blocks(inside="{{ '<|im_end|>\n' }}")
+OUTSIDE = blocks(after="{{ '<|im_end|>\n' }}")
+
+
+@pytest.mark.parametrize("template", [INSIDE, OUTSIDE])
+@pytest.mark.parametrize("last", ["c", ""])
+def test_a_block_with_and_without_the_end_of_turn(template, last):
+    row = chat("q", "a b", "r", last)
+    assert encoded(row, build(template)) == GOLDEN["chatml"][1].replace("«c", f"«{last}")
+    row = chat("q", "a~", "r", last)
+    assert encoded(row, build(template)).count("«") == 1
+    assert encoded(row, build(template)).endswith(f"«{last}<|im_end|>»")
+
+
+def test_a_block_that_ends_in_nothing_gets_eos():
+    assert encoded(chat("q", "a"), build(blocks(after="{{ '\nend' }}"))).endswith("«a</s>»")
+
+
+def test_a_block_that_begins_in_the_prompt_is_cut_and_one_that_begins_later_wins():
+    early = INSIDE.replace("'<|im_start|>' + m['role'] + '\n'", "'<|im_start|>'").replace(
+        "{% generation %}", "{% generation %}{{ m['role'] + '\n' }}"
+    )
+    early = early.replace("{{ m['content'] + '<", "{{ m['role'] + '\n' + m['content'] + '<")
+    assert encoded(chat("q", "a b", "r", "c"), build(early)) == GOLDEN["chatml"][1]
+    later = blocks(before="{{ '<think></think>' }}", inside="{{ '<|im_end|>\n' }}")
+    expected = GOLDEN["chatml"][1].replace("«", "<think></think>«")
+    assert encoded(chat("q", "a b", "r", "c"), build(later)) == expected
+
+
+REWRITTEN = """{% for m in messages %}{{ '<|im_start|>' + m['role'] }}\
+{% set old = m['role'] == 'user' and loop.revindex > 2 %}{% if m['role'] == 'assistant' %}\
+{% generation %}{{ '\\n' + m['content'] + '<|im_end|>\\n' }}{% endgeneration %}{% else %}\
+{{ '\\n' + ('old' if old else m['content']) + '<|im_end|>\\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_blocks_of_templates_that_rewrite_history():
+    row, expected = chat("q", "a b", "r", "c"), GOLDEN["chatml"][1].replace("q", "old")
+    assert encoded(row, build(REWRITTEN)) == expected  # the block begins in the prompt
+    head = "{{ '\\n' }}{% generation %}{{ m['content'] + '<"
+    after = REWRITTEN.replace("{% generation %}{{ '\\n' + m['content'] + '<", head)
+    assert encoded(row, build(after)) == expected
+    later = after.replace(
+        "{{ '\\n' }}{% generation %}", "{{ '\\n<think></think>' }}{% generation %}"
+    )
+    text = encoded(row, build(later))
+    assert text == expected.replace("«", "<think></think>«")
+    text = encoded(chat("q", "a b~", "r", "c"), build(REWRITTEN))
+    assert text == expected.replace("«a b<|im_end|>»", "a b<|im_end|>")
+    end = " + '<|im_end|>\\n' }}{% endgeneration %}"
+    stops_short = REWRITTEN.replace(end, " }}{% endgeneration %}{{ '<|im_end|>\\n' }}", 1)
+    assert encoded(row, build(stops_short)) == expected
+    # the same without blocks is refused
+    plain = REWRITTEN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    text = error_of(encode, row, build(plain), max_length=999)
+    assert "renders what stands before turn 1 differently as a prompt and inside the conver" in text
+    assert "'q<|im_end|>\\n<|im_start|>assistant\\n' and 'old<|im_end|>" in text
+    # and so is a prompt that opens a thought which the answers lack
+    opens = REWRITTEN.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>'")
+    text = error_of(encode, row, build(opens), max_length=999)
+    assert "if the prompt opens a thought, begin the answer with one" in text
+    thoughts = chat("q", "<think>a b", "r", "<think>c")
+    assert encoded(thoughts, build(opens)) == expected.replace("«", "<think>«")
+
+
+def test_two_blocks_in_a_turn():
+    two = blocks(
+        after="{{ ' tool ' }}{% generation %}{{ '!<|im_end|>\n' }}{% endgeneration %}",
+    )
+    text = encoded(chat("q", "a", "r", "c"), build(two))
+    assert text.count(" tool ") == 2
+    assert text.partition("\n<|im_start|>user\nr")[0].endswith("«a» tool «!<|im_end|>»")
+    assert text.endswith("«c» tool «!<|im_end|>»")
+    text = encoded(chat("q", "a~", "r", "c"), build(two))
+    assert "a tool !" in text
+    # where history is rewritten nobody knows whose they are
+    rewritten = two.replace("{{ m['content'] + '<", "{{ loop.revindex }}{{ m['content'] + '<")
+    text = error_of(encode, chat("q", "a", "r", "c"), build(rewritten), max_length=99)
+    assert "rewrites earlier turns, and the 4 {% generation %} blocks cannot be told apart" in text
+
+
+def test_as_many_blocks_as_turns_may_still_be_of_one_turn():
+    again = "{% if m['content'] == 'a b' %}{% generation %}{% endgeneration %}{% endif %}{% else %}"
+    uneven = REWRITTEN.replace("{% else %}", again, 1).replace(
+        "m['role'] == 'assistant' %}",
+        "m['content'] == 'c' %}{{ 'c' }}{% elif m['role'] == 'assistant' %}",
+    )
+    text = error_of(encode, chat("q", "a b", "r", "c"), build(uneven), max_length=999)
+    assert "the 2 {% generation %} blocks cannot be told apart between 2 assistant turns" in text
+
+
+def test_blocks_of_two_answers_in_a_row():
+    block = "{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
+    template = MISTRAL.replace("{{ ' ' + m['content'] + eos_token }}", block)
+    row = Row((*chat("q", "a").messages, {"role": "assistant", "content": "b"}), "f:1")
+    assert encoded(row, build(template)) == "<s>[INST] q [/INST]« a</s> b</s>»"
+    assert encoded(row, build(template)) == encoded(row, build(MISTRAL))
+    row = Row((*chat("q", "a~").messages, {"role": "assistant", "content": "b"}), "f:1")
+    assert encoded(row, build(template)) == "<s>[INST] q [/INST] a</s>« b</s>»"
+
+
+def test_a_turn_without_a_block_is_refused():
+    only = INSIDE.replace("if m['role'] == 'assistant'", "if m['content'] == 'a'")
+    assert encoded(chat("q", "a"), build(only)).endswith("«a<|im_end|>»")
+    text = error_of(encode, chat("q", "a", "r", "c"), build(only), max_length=99)
+    assert "has {% generation %} blocks, but none for turn 3; mark the turn" in text
+    assert encoded(chat("q", "c~", "r", "a"), build(only)).endswith("«a<|im_end|>»")
+
+
+def test_blocks_that_are_no_use_are_passed_over():
+    """In comments, and where transformers counts positions that are none of the text."""
+    for template in (
+        "{# no {% generation %} here #}" + CHATML,
+        "{% macro say(m) %}{{ '<|im_start|>' + m['role'] + '\n' }}{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}{% endmacro %}"
+        "{% for m in messages %}{{ say(m) }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        INSIDE.replace("{% for", "{% set text %}{% for", 1).replace(
+            "{% if add", "{% endset %}{{ text }}{% if add"
+        ),
+    ):
+        assert encoded(chat("q", "a b", "r", "c"), build(template)) == GOLDEN["chatml"][1]
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="~"), max_size=8)

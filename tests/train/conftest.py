@@ -49,6 +49,14 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tokenised examples of these tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def random_params(shapes, seed=0):
     """Arrays for a tree of shapes: norms near one, other leaves about 1 / sqrt(inputs)."""
     rng = np.random.default_rng(seed)

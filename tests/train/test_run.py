@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from lora_jax import config as configs
 from lora_jax.cli import main, train_main
-from lora_jax.train import loop
+from lora_jax.train import trainer
 from lora_jax.train.step import make_train_step
 
 from .conftest import ROWS
@@ -70,22 +70,24 @@ def test_it_learns_the_rows_by_heart(run):
 
 def test_what_a_run_writes(run):
     assert {path.name for path in run.path.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "summary.json"),
+        *("config.yaml", "metrics.jsonl", "norms.jsonl", "samples.jsonl", "summary.json"),
         *("checkpoints", "adapter", "merged", "plots"),
     }
-    assert (run.path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("loss", "norms"):
+        assert (run.path / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
     assert [line["step"] for line in run.steps] == list(range(1, 51))
     names = {"step", "loss", "grad_norm", "supervised_tokens", "learning_rate", "tokens_per_second"}
-    measured = {"task_loss", "regression_loss"}
+    norms = {f"norm_{name}" for name in ("lora_a", "lora_b", "update", "relative")}
+    measured = {"task_loss", "regression_loss", *norms}
     for line in run.steps:
-        assert set(line) == (names | measured if line["step"] == 25 else names)
+        assert set(line) == (names | measured if line["step"] in (25, 50) else names)
     summary = run.summary
     assert set(summary) == {
         *("steps", "supervised_tokens", "tokens_per_second", "seconds", "peak_rss_bytes"),
         *("total_parameters", "trainable_parameters", "adapter_bytes", "checkpoint_bytes"),
-        *("task", "regression"),
+        *("task", "regression", "exported_step", *norms),
     }
-    assert summary["steps"] == 50
+    assert summary["steps"] == summary["exported_step"] == 50
     assert summary["supervised_tokens"] == sum(line["supervised_tokens"] for line in run.steps)
     trained = 2 * 8 * (2 * 64 + 2 * 48 + 3 * 80)
     frozen = 272 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
@@ -105,7 +107,7 @@ def test_adapter_and_merged_are_complete_directories(run):
 
 def test_checkpoints_hold_adapters_and_optimizer_alone(run):
     kept = sorted(int(path.name) for path in (run.path / "checkpoints").iterdir())
-    assert kept == [20, 40, 50]
+    assert kept == [40, 50]  # the latest two; the last is the best too
     last = run.path / "checkpoints" / "50"
     size = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
     assert size == run.summary["checkpoint_bytes"]
@@ -172,7 +174,7 @@ def test_micro_batches_and_unpacked_rows_train_alike(files, tmp_path, monkeypatc
         made_steps.append(make_train_step(*arguments))
         return made_steps[-1]
 
-    monkeypatch.setattr(loop, "make_train_step", recorded)
+    monkeypatch.setattr(trainer, "make_train_step", recorded)
     options = ("train.steps=3", "data.packing=false", "data.shuffle=false")
     whole = train(files, tmp_path / "whole", *options)
     split = train(files, tmp_path / "split", *options, "train.micro_batch_size=2")
@@ -191,5 +193,5 @@ def test_a_loss_that_is_no_number_ends_the_run(files, tmp_path, capsys):
     capsys.readouterr()
     assert train_main(command) == 2
     message = capsys.readouterr().err
-    assert "the loss of step 2 is " in message and "lower train.learning_rate" in message
+    assert "the loss of step 2 is " in message and "Lower train.learning_rate" in message
     assert "Traceback" not in message

@@ -1,0 +1,149 @@
+"""PEFT (torch) on the examples that a config trains on, scored as `train.py` scores; prints one
+JSON line.
+
+    python benchmarks/quality.py --config configs/e2e.yaml
+    python benchmarks/quality.py --config configs/e2e.yaml eval.generate_examples=50
+
+The figures stand beside those of `python train.py --config configs/e2e.yaml`. Both sides see the
+same tokens and loss weights in the same steps: a step takes the examples that our loader packs into
+its rows, here one to a row and padded. LoRA, AdamW, rate, schedule and clipping are the config's;
+the draw of `lora_a` is torch's own. Float32, greedy answers.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import peft
+import torch
+import transformers
+from rich.console import Console
+
+from lora_jax import config as configs
+from lora_jax import data, formats
+from lora_jax.config import Config
+from lora_jax.train import scores, setup
+from lora_jax.train.optimizer import make_schedule
+
+
+def nll(model, examples: list[data.Example]) -> torch.Tensor:
+    """(2,): weighted negative log-likelihood (nats) and weights, summed over the examples."""
+    shape = len(examples), max(len(example.tokens) for example in examples)
+    tokens, mask = torch.zeros((2, *shape), dtype=torch.int64)
+    weights = torch.zeros(shape)
+    for row, example in enumerate(examples):
+        length = len(example.tokens)
+        tokens[row, :length], mask[row, :length] = torch.from_numpy(example.tokens), 1
+        weights[row, 1:length] = torch.from_numpy(example.loss_weights[1:])
+    logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
+    targets, weights = tokens[:, 1:], weights[:, 1:]
+    taught = weights != 0
+    found = torch.nn.functional.cross_entropy(logits[taught], targets[taught], reduction="none")
+    return torch.stack([(found * weights[taught]).sum(), weights.sum()])
+
+
+def train(model, config: Config, steps: list[list[data.Example]]) -> None:
+    """One optimizer step for each list of examples."""
+    settings, schedule = config.train, make_schedule(config.train)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    model.train()
+    for step, examples in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = float(schedule(step))
+        total, weight = nll(model, examples)
+        (total / weight).backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def answer(model, tokenizer, task: setup.DataSet, config: Config) -> list[scores.Answer]:
+    """Greedy answers; rows with the same prompt are references of one."""
+    template = {"system_prompt": task.system_prompt, "chat_template": config.data.chat_template}
+    questions: dict[tuple, list[str]] = {}
+    for row in task.rows:
+        prompt = tuple(data.prompt_tokens(row, tokenizer, **template).tolist())
+        questions.setdefault(prompt, []).append(data.reference(row))
+    chosen = scores.spread(list(questions), config.eval.generate_examples)
+    chosen.sort(key=len)  # like lengths together: less padding
+    stops = formats.stop_tokens(formats.resolve(config.model))
+    stops = sorted(data.stop_tokens(tokenizer, config.data.chat_template, stops))
+    found, size = [], config.eval.generate_batch_size
+    for prompts in (chosen[i : i + size] for i in range(0, len(chosen), size)):
+        width = max(map(len, prompts))
+        padded = [[stops[0]] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        out = model.generate(
+            input_ids=torch.tensor(padded),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=config.eval.max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )
+        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        for prompt, text in zip(prompts, texts, strict=True):
+            found.append(scores.Answer("", tuple(questions[prompt]), text))
+    return found
+
+
+@torch.no_grad()
+def score(model, tokenizer, held_out: dict[str, setup.DataSet], config: Config) -> dict:
+    """Nats per supervised token of each held-out set, and the metrics of the task's answers."""
+    found, size = {}, config.eval.batch_size
+    for name, one in held_out.items():
+        examples = sorted(one.examples, key=lambda example: len(example.tokens))
+        batches = (examples[i : i + size] for i in range(0, len(examples), size))
+        total, weight = sum(nll(model, batch) for batch in batches)
+        found[f"{name}_loss"] = float(total / weight)
+    if "task" in held_out and config.eval.generate:
+        answers = answer(model, tokenizer, held_out["task"], config)
+        found |= scores.compute(config.eval.metrics, answers) | {"answers": len(answers)}
+    print(found, file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*", help="settings as key.sub=value")
+    options = parser.parse_args()
+    config = configs.load(options.config, options.overrides)
+    scores.check(config.eval.metrics)
+    source, console = formats.resolve(config.model), Console(stderr=True)
+    tokenizer = formats.load_tokenizer(source)
+    train_set, held_out = setup.read_sets(config, tokenizer, console)
+    loader = setup.make_loader(config, train_set, console)
+    rows = [loader.indices(step) for step in range(config.train.steps)]
+    steps = [[train_set.examples[i] for row in step for i in row] for step in rows]
+    torch.manual_seed(config.seed)
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+        peft.LoraConfig(
+            r=config.adapter.rank,
+            lora_alpha=config.adapter.alpha,
+            lora_dropout=config.adapter.dropout,
+            target_modules=config.adapter.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    ).eval()
+    result = {"config": options.config, "steps": len(steps), "examples": sum(map(len, steps))}
+    result["before"] = score(model, tokenizer, held_out, config)
+    start = time.perf_counter()
+    train(model, config, steps)
+    result["train_seconds"] = time.perf_counter() - start
+    result["after"] = score(model, tokenizer, held_out, config)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

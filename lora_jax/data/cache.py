@@ -1,0 +1,194 @@
+"""Tokenised examples kept in a file for the next run, under everything that decides them.
+
+    key = {"data": digest_files([file]), "tokenizer": ..., "settings": ..., "code": code_version()}
+    cached = cached_examples(directory, key, lambda: encode_all(rows, tokenizer, ...))
+
+An entry is one file named by the digest of its key:
+
+    sha256 of the rest   32 bytes
+    safetensors          tokens (int32) and loss_weights (float32) of all examples one after the
+                         other, offsets (int64); key, counts and `where` as JSON in bytes
+
+It appears by a rename once it is whole. Whatever is wrong with an entry or with the directory, the
+examples are built as if there were none.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from lora_jax.config import UserError
+from lora_jax.data.templates import Counts, Example
+
+_FORMAT = "1"  # of the file: another one is another entry
+_CHECKSUM = 32  # bytes of a sha256
+_PIECE = 1 << 20  # bytes read at once
+# They arrange examples or keep them, and decide nothing of what is in one.
+_ARRANGING = ("__init__.py", "cache.py", "loader.py", "packing.py", "stream.py")
+_DECIDING = ("jinja2", "tokenizers", "transformers")  # packages that take part in the encoding
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Examples from the cache, or built where it had none."""
+
+    examples: list[Example]
+    counts: Counts
+    hit: bool  # read from the cache
+    notes: list[str]  # for the user: an entry is damaged, or the directory cannot be written
+
+
+def cached_examples(
+    directory: Path,
+    key: Mapping[str, str],
+    build: Callable[[], tuple[list[Example], Counts]],
+) -> Cached:
+    """The examples that `build` makes, from `directory` if they were built under the same `key`.
+
+    `key` names all that decides the examples, as digests or short texts: bytes of the data,
+    tokenizer, template, settings, code. They come back bit for bit; arrays may be read-only.
+
+    Raises:
+        ValueError: an empty key, or one that is not of strings; examples whose arrays are not of
+            int32 and float32, one weight for each token.
+    """
+    if not key or any(not isinstance(text, str) for pair in key.items() for text in pair):
+        raise ValueError(f"the key of cached examples must map names to strings, not {key!r}")
+    text = json.dumps({"format": _FORMAT, "key": dict(key)}, sort_keys=True)
+    file = Path(directory) / f"{hashlib.sha256(text.encode()).hexdigest()}.examples"
+    notes = []
+    try:
+        return Cached(*_unpack(*_read(file), text), hit=True, notes=notes)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        notes.append(f"the tokenised cache {file} cannot be read: {_reason(error)}")
+    except _Damaged as error:
+        notes.append(f"the tokenised cache {file} is damaged and not used: {error}")
+    examples, counts = build()
+    try:
+        _write(file, _pack(examples, counts, text))
+    except OSError as error:
+        notes.append(f"the tokenised cache {file.parent} cannot be written: {_reason(error)}")
+    return Cached(examples, counts, hit=False, notes=notes)
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """The sha256, in hexadecimal, of names (not directories) and bytes of the files in their order.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    total = hashlib.sha256()
+    for path in map(Path, paths):
+        one = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    one.update(piece)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+        # A digest each: otherwise a byte could move from one file to the next unseen.
+        total.update(hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).digest())
+        total.update(one.digest())
+    return total.hexdigest()
+
+
+def code_version(package: Path = Path(__file__).parent) -> str:
+    """A digest of the code that decides what is in an example: the modules of this package but for
+    those that only arrange examples, and the versions of the libraries that take part.
+
+    Raises:
+        UserError: the modules cannot be read.
+    """
+    modules = sorted(file for file in package.glob("*.py") if file.name not in _ARRANGING)
+    versions = [f"{name} {metadata.version(name)}" for name in _DECIDING]
+    return hashlib.sha256("\n".join([digest_files(modules), *versions]).encode()).hexdigest()
+
+
+class _Damaged(Exception):
+    """What is wrong with an entry."""
+
+
+def _pack(examples: list[Example], counts: Counts, key: str) -> bytes:
+    for example in examples:
+        found = (example.tokens.dtype, example.loss_weights.dtype)
+        shapes = (example.tokens.shape, example.loss_weights.shape)
+        if found != (np.int32, np.float32) or shapes[0] != shapes[1] or len(shapes[0]) != 1:
+            raise ValueError(
+                f"{example.where}: tokens and loss_weights are {found[0]}{list(shapes[0])} and "
+                f"{found[1]}{list(shapes[1])}, not int32 and float32 of one length"
+            )
+    about = {
+        "key": key,
+        "counts": dataclasses.asdict(counts),
+        "where": [example.where for example in examples],
+    }
+    tokens = [np.zeros(0, np.int32), *(example.tokens for example in examples)]
+    weights = [np.zeros(0, np.float32), *(example.loss_weights for example in examples)]
+    return safetensors.numpy.save(
+        {
+            "tokens": np.concatenate(tokens),
+            "loss_weights": np.concatenate(weights),
+            "offsets": np.cumsum([len(one) for one in tokens], dtype=np.int64),
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        }
+    )
+
+
+def _unpack(checksum: bytes, content: bytes, key: str) -> tuple[list[Example], Counts]:
+    """What `_pack` was given.
+
+    Raises:
+        _Damaged: not what it made, or under another key.
+    """
+    if hashlib.sha256(content).digest() != checksum:
+        raise _Damaged("its checksum differs")
+    try:
+        tensors = safetensors.numpy.load(content)
+        about = json.loads(tensors["about"].tobytes())
+        if about["key"] != key:
+            raise _Damaged("it belongs to another key")
+        counts = Counts(**about["counts"])
+        tokens, weights = tensors["tokens"], tensors["loss_weights"]
+        ends = tensors["offsets"].tolist()
+        spans = zip(ends, ends[1:], about["where"], strict=False)
+        examples = [Example(tokens[a:b], weights[a:b], where) for a, b, where in spans]
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise _Damaged(f"it is of another make: {error!r}") from error
+    return examples, counts
+
+
+def _read(file: Path) -> tuple[bytes, bytes]:
+    with file.open("rb") as opened:
+        return opened.read(_CHECKSUM), opened.read()
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Put a file in its place by a rename, so that nobody ever reads half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with partial.open("xb") as opened:
+            opened.write(hashlib.sha256(content).digest())
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

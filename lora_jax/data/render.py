@@ -1,0 +1,221 @@
+"""Chat templates: where they come from, what they write around an answer, rendering with them.
+
+A template is a program that others wrote: whatever it raises is told as a refusal of the row.
+`chat_template` is None for the tokenizer's own, the path of a Jinja file, or "none" for plain text.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lora_jax.config import UserError
+from lora_jax.data.rows import SYSTEM_ROLES, Row
+
+PLAIN = "none"
+_OPTIONS = (
+    "data.chat_template is null for the tokenizer's own, the path of a Jinja file, "
+    f"or {PLAIN!r} for prompt and completion as they stand"
+)
+_QUESTION, _ANSWER = "sample-question", "sample-answer"
+# Tags of Jinja. What stands between the first and the second is rendered aside, and put into the
+# text later: positions that transformers counts in there are none of the text.
+_TAGS = re.compile(
+    r"\{%[-+]?\s*(?:"
+    r"(macro|call|filter|set(?=\s+[\w.]+\s*(?:\|[^%=]*)?[-+]?%\}))"
+    r"|(endmacro|endcall|endfilter|endset)"
+    r"|(generation))\b"
+)
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The source of a chat template, and what it writes around the answer of a sample."""
+
+    source: str
+    marked: bool  # it has {% generation %} blocks
+    head: str  # between the generation prompt and the content
+    ending: str  # after the content, to the end of the first special token; "" without one
+    tail: str  # after `ending`
+    special: re.Pattern[str]  # a special token or whitespace
+    closing: frozenset[int]  # tokens that end an answer: EOS, those of `ending` and `tail`
+
+
+def resolve_template(
+    tokenizer: Any, chat_template: str | None, tools: Sequence[dict[str, Any]] = ()
+) -> str | None:
+    """The source of the Jinja template, or None for plain text.
+
+    Some tokenizers have one more template, for conversations with tools.
+
+    Raises:
+        UserError: the file cannot be read, or the tokenizer has no template of its own.
+    """
+    if chat_template == PLAIN:
+        return None
+    if chat_template is not None:
+        try:
+            return Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"data.chat_template={chat_template!r} cannot be read: {reason}; {_OPTIONS}"
+            ) from error
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {name(tokenizer)} has no chat template; {_OPTIONS}")
+    try:
+        return tokenizer.get_chat_template(tools=list(tools) or None)
+    except ValueError as error:  # several templates and none of them the default
+        raise UserError(f"the tokenizer of {name(tokenizer)}: {error}; {_OPTIONS}") from error
+
+
+def read_template(tokenizer: Any, source: str) -> Template:
+    """What there is to know about a template before rows are rendered with it."""
+    special = special_tokens(tokenizer)
+    try:
+        head, ending, tail, _ = sample(tokenizer, source)
+        after = _one_of([], special).findall(ending + tail) if special else []
+        closing = frozenset(special[token] for token in after)
+        closing |= {i for i in (tokenizer.eos_token_id,) if i is not None}
+    except UserError:  # it takes other conversations, and the rows may be such
+        head = ending = tail = ""
+        closing = frozenset(special.values())
+    return Template(
+        source=source,
+        marked=_marked(source),
+        head=head,
+        ending=ending,
+        tail=tail,
+        special=_one_of([r"\s"], special),
+        closing=closing,
+    )
+
+
+def sample(tokenizer: Any, source: str) -> tuple[str, str, str, int | None]:
+    """`head`, `ending` and `tail` of `Template`, and the id of the token that ends `ending`.
+
+    Raises:
+        UserError: the template refuses a question and an answer, with and without a system turn.
+    """
+    row = Row((), "a sample conversation")
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = render(tokenizer, source, row, turns).rstrip()
+    except UserError:
+        turns = [{"role": "system", "content": "system"}, *turns]
+        text = render(tokenizer, source, row, turns).rstrip()
+    start = text.rfind(_ANSWER)
+    end = start + len(_ANSWER)
+    try:
+        prompt = render_prompt(tokenizer, source, row, turns[:-1])
+    except UserError:
+        prompt = ""
+    head = text[len(prompt) : start] if prompt and text.startswith(prompt) else ""
+    special = special_tokens(tokenizer)
+    found = _one_of([], special).search(text, end) if special and start >= 0 else None
+    if found is None:
+        return head, "", "", None
+    return head, text[end : found.end()], text[found.end() :], special[found.group()]
+
+
+def render(tokenizer: Any, source: str, row: Row, messages: Messages, **options: Any) -> str:
+    """Messages of a row as text, with the row's tools.
+
+    Raises:
+        UserError: the template raises.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=source,
+            tokenize=False,
+            **{"tools": list(row.tools) or None, **options},
+        )
+    except Exception as error:  # a program of somebody else's: nothing can be known of its errors
+        raise _refusal(row, error) from error
+
+
+def render_marked(
+    tokenizer: Any, source: str, row: Row, messages: Messages
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text as `render` gives it, and the characters of its {% generation %} blocks.
+
+    Raises:
+        UserError: the template raises.
+    """
+    try:
+        rendered: Any = render_jinja_template(
+            [list(messages)],
+            tools=list(row.tools) or None,
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:
+        raise _refusal(row, error) from error
+    texts, marks = rendered
+    return texts[0], [(start, end) for start, end in marks[0]]
+
+
+def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> str:
+    """Messages as text that the model goes on with an answer.
+
+    Raises:
+        UserError: the template raises; there are no messages.
+    """
+    if not messages:
+        raise UserError(
+            f"{row.where}: the conversation begins with the assistant; a chat template needs a "
+            'turn to answer (mark it "train": false, or set data.system_prompt)'
+        )
+    return render(tokenizer, source, row, messages, add_generation_prompt=True)
+
+
+def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
+    """The messages for a template: without `train` and nulls, with the system prompt."""
+    messages = [
+        {key: value for key, value in message.items() if key != "train" and value is not None}
+        for message in row.messages
+    ]
+    if system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def content(message: dict[str, Any]) -> str:
+    return message.get("content") or ""
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special and added tokens of a tokenizer that are more than whitespace, with their ids."""
+    tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {t: i for t, i in (tokens | tokenizer.get_added_vocab()).items() if t.strip()}
+
+
+def name(tokenizer: Any) -> str:
+    return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+
+
+def _marked(source: str) -> bool:
+    """Whether there are {% generation %} blocks, all of them where their positions can be told."""
+    depth, inside = 0, []
+    for opens, closes, _ in _TAGS.findall(re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)):
+        depth += bool(opens) - bool(closes)
+        inside += [] if opens or closes else [depth]
+    return bool(inside) and not any(inside)
+
+
+def _one_of(patterns: list[str], tokens: dict[str, int]) -> re.Pattern[str]:
+    # Longest first: where one special token begins another, the tokenizer takes the longer.
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join([*patterns, *map(re.escape, longest_first)]))
+
+
+def _refusal(row: Row, error: Exception) -> UserError:
+    reason = str(error) or type(error).__name__
+    return UserError(f"{row.where}: the chat template refuses this conversation: {reason}")

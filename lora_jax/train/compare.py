@@ -1,0 +1,80 @@
+"""Several adapters on the same held-out data, beside the base they adapt."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax import adapters as methods
+from lora_jax import data, formats, sharding
+from lora_jax.config import Config, raise_all
+from lora_jax.formats import fingerprint
+from lora_jax.train import scores, sets
+from lora_jax.train.evaluate import make_judge
+
+
+def compare(
+    config: Config, paths: Sequence[str], console: Console, allow_change: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Losses and metrics of the base and of every PEFT adapter directory in `paths`, a mapping
+    each, with its name under `adapter`.
+
+    `config` gives the model, the held-out data and how they are measured.
+
+    Raises:
+        UserError: no held-out data; adapters that do not exist or fit, or were made with another
+            base, tokenizer or template (unless named in `allow_change`).
+    """
+    scores.check(config.eval.metrics)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    source = formats.resolve(config.model)
+    model = formats.describe(source, config.ignore_config_fields)
+    tokenizer = formats.load_tokenizer(source)
+    template = data.resolve_template(tokenizer, config.data.chat_template)
+    prints = fingerprint.take(source, tokenizer, template)
+    directories = {path: Path(path).expanduser() for path in paths}
+    raise_all(
+        [
+            f"adapter {path!r} does not exist; give a PEFT adapter directory"
+            for path, directory in directories.items()
+            if not directory.is_dir()
+        ]
+    )
+    found = {}
+    for path, directory in directories.items():
+        found[path] = formats.read_adapter(directory, model.params)
+        fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
+    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console)
+    held_out = sets.read_held_out(config, encoder)
+    console.print(f"loading {config.model}")
+    dtype = None if config.base_dtype is None else jnp.dtype(config.base_dtype)
+    model = model.replace(params=formats.read_params(source, model, mesh, dtype))
+    # Fresh adapters change nothing: they are the base.
+    fresh = methods.init(jax.random.key(0), model.params, config.adapter)[1]
+    rows = []
+    for name, (adapters, settings) in [("base", (fresh, config.adapter)), *found.items()]:
+        specs = sharding.adapter_specs(adapters, model.params, model.rules, mesh)
+        own = dataclasses.replace(config, adapter=settings)
+        judge = make_judge(own, model, tokenizer, held_out, mesh)
+        with jax.set_mesh(mesh):
+            result = judge.score(sharding.place(adapters, specs, mesh))
+        console.print(f"{name}: {result.describe()}")
+        losses = {f"{kind}_loss": loss for kind, loss in result.losses.items()}
+        rows.append({"adapter": name, **losses, **result.metrics})
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """One line per adapter, one column per number."""
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name == "adapter" else "right")
+    for row in rows:
+        table.add_row(row["adapter"], *(f"{x:.4f}" for key, x in row.items() if key != "adapter"))
+    console.print(table)

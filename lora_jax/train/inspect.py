@@ -1,0 +1,474 @@
+"""What a run would train on: examples as the model sees them, and numbers about all of them.
+
+    report = inspect(config, console)  # trains nothing, loads no weights
+    print_report(report, Console())
+
+Of a stream the first `data.stream_rows` records are read and no more.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import islice
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.text import Text
+
+from lora_jax import data, formats
+from lora_jax.config import Config, UserError
+from lora_jax.formats import fingerprint
+from lora_jax.train import sets, setup
+from lora_jax.train.sets import DataSet, TrainData
+
+_QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
+_BINS = 8  # lines of a text histogram
+_BAR = 40  # characters of its longest bar
+_LITTLE = 0.01  # a supervised share below it is worth a warning
+_PAIRS = 3  # of an overlap that are printed
+# Control characters in the data must neither hide nor steer the terminal.
+_VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | {127: "\u2421", ord("\n"): "↵\n"}
+
+Pair = tuple[str, str]  # where an example stands, and where the other one does
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example as text in pieces of one loss weight each, which are the whole of it if joined."""
+
+    where: str
+    tokens: int
+    supervised: int  # tokens
+    pieces: list[tuple[str, float]]  # (text, loss weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The examples of one set in numbers."""
+
+    counts: data.Counts | None  # of the source as it was read; None: held out of another set
+    lengths: np.ndarray  # (examples,) tokens
+    supervised: np.ndarray  # (examples,) tokens with a weight above 0
+
+    @property
+    def share(self) -> float:
+        """The supervised ones of all tokens."""
+        return float(self.supervised.sum() / self.lengths.sum())
+
+    @property
+    def left_out(self) -> int:
+        """Examples of the source that are not in the set."""
+        return 0 if self.counts is None else self.counts.examples - len(self.lengths)
+
+    def quantiles(self) -> dict[str, int]:
+        """Lengths by `min`, `median`, `90 %`, `99 %`, `max`: each is that of some example."""
+        found = np.quantile(self.lengths, list(_QUANTILES.values()), method="inverted_cdf")
+        return dict(zip(_QUANTILES, map(int, found), strict=True))
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, examples) of ranges of lengths, both ends included."""
+        low, high = int(self.lengths.min()), int(self.lengths.max())
+        width = -(-(high - low + 1) // _BINS)
+        counts = np.bincount((self.lengths - low) // width).tolist()
+        starts = range(low, high + 1, width)
+        return [(start, start + width - 1, n) for start, n in zip(starts, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Held-out examples that stand in the training data too, each with its first place there."""
+
+    identical: list[Pair]
+    same_prompt: list[Pair]  # with another answer
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the examples of one source fill the rows of the run."""
+
+    share: float  # of the rows of the run
+    rows_per_epoch: int
+    row_length: int  # tokens
+    efficiency: float  # the share of an epoch's tokens that is no padding
+    epochs: float  # in the run; of a stream: how often as much as was read of it
+    supervised_tokens: int  # in the run; one that is seen twice counts twice
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run would train on. Sets are named by their settings."""
+
+    config: Config
+    records: int | None  # read of a stream; None: all the training data were read
+    shown: list[Shown]
+    sets: dict[str, Measured]  # "data.train SOURCE", data.eval or data.eval_size, data.regression
+    repeats: list[Pair]  # training examples that stand before in the training data
+    overlaps: dict[str, Overlap]  # of the held-out sets
+    packing: dict[str, Packing]  # by source
+    warnings: list[str]
+
+
+def inspect(config: Config, console: Console, examples: int = 3) -> Report:
+    """Read the data of a run and measure them; `examples` of every training source are shown.
+
+    Raises:
+        UserError: no training data; a model, tokenizer or data that cannot be read or used; a
+            stream whose first records make no example; `examples` below 0.
+    """
+    if examples < 0:
+        raise UserError(f"the number of examples to show must be at least 0, not {examples}")
+    if config.data.train is None:
+        raise UserError(
+            "data.train is not set, so there is nothing to inspect: name a file of rows, a "
+            "directory of them, org/name on the hub, or demo:usaddress"
+        )
+    source = formats.resolve(config.model, weights=False)
+    model = formats.describe(source, config.ignore_config_fields)
+    tokenizer = formats.load_tokenizer(source)
+    encoder = sets.Encoder(config, tokenizer, fingerprint.tokenizer_digest(tokenizer), console)
+    train, held_out = sets.read_sets(config, encoder)
+    counts, records = dict(encoder.counts), None
+    if train.stream is not None:
+        records, train = _first_block(train.stream, encoder)
+        counts[_names(train)[0]] = encoder.counts["block"]
+    task = "data.eval" if config.data.eval is not None else "data.eval_size"
+    tests = {task if name == "task" else f"data.{name}": one for name, one in held_out.items()}
+    training = [example for one in train.sets.values() for example in one.examples]
+    everything = dict(zip(_names(train), train.sets.values(), strict=True)) | tests
+    measured = {name: _measure(one, counts.get(name)) for name, one in everything.items()}
+    warnings = [
+        *_missing(config),
+        *_warnings(measured),
+        *_endless(train, tokenizer, config, formats.stop_tokens(source)),
+    ]
+    try:
+        setup.check_sizes(config, model, list(everything.values()), console)
+    except UserError as error:  # where a run would stop, the report says what it knows
+        warnings.append(str(error))
+    return Report(
+        config=config,
+        records=records,
+        shown=[
+            show(example, tokenizer)
+            for one in train.sets.values()
+            for example in one.examples[:examples]
+        ],
+        sets=measured,
+        repeats=find_repeats(training),
+        overlaps={name: find_overlap(one.examples, training) for name, one in tests.items()},
+        packing=_pack(config, train, encoder, records is not None),
+        warnings=warnings,
+    )
+
+
+def _names(train: TrainData) -> list[str]:
+    """The training sets as `sets.read_sets` calls them."""
+    return [f"data.train {source}" for source in train.sets]
+
+
+def _first_block(source: str, encoder: sets.Encoder) -> tuple[int, TrainData]:
+    """The number of records in the first block of a stream, and their examples."""
+    block = list(islice(data.records(source), encoder.config.data.stream_rows))
+    examples = encoder.block(block)
+    if not examples:
+        raise UserError(
+            f"none of the first {len(block)} records of {source} makes an example; see "
+            "data.max_length and data.on_bad_row"
+        )
+    return len(block), TrainData({source: DataSet([], examples)}, {source: 1.0})
+
+
+def show(example: data.Example, tokenizer: Any) -> Shown:
+    """An example as text, special tokens with it.
+
+    A character whose bytes lie in two pieces goes to the later one. Ids that the tokenizer does not
+    know stand there as <ID>.
+    """
+    tokens, weights = example.tokens.tolist(), example.loss_weights
+    unknown = [name is None for name in tokenizer.convert_ids_to_tokens(tokens)]
+    marks = list(zip(weights.tolist(), unknown, strict=True))
+    edges = [i for i in range(1, len(tokens)) if marks[i] != marks[i - 1]]
+
+    def decode(count: int) -> str:
+        return tokenizer.decode(
+            tokens[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    # From the beginning every time: a piece alone may lose a space or half a character.
+    whole, pieces, start, done = decode(len(tokens)), [], 0, 0
+    for end in [*edges, len(tokens)]:
+        weight, is_unknown = marks[end - 1]
+        if is_unknown:
+            text = "".join(f"<{token}>" for token in tokens[start:end])
+        else:
+            upto = max(done, len(commonprefix([decode(end), whole])))
+            text, done = whole[done:upto], upto
+        pieces.append((text, weight))
+        start = end
+    return Shown(example.where, len(tokens), _supervised(example), pieces)
+
+
+def _supervised(example: data.Example) -> int:
+    return int(np.count_nonzero(example.loss_weights))
+
+
+def _measure(one: DataSet, counts: data.Counts | None) -> Measured:
+    return Measured(
+        counts,
+        np.array([len(example.tokens) for example in one.examples]),
+        np.array([_supervised(example) for example in one.examples]),
+    )
+
+
+def find_repeats(examples: Iterable[data.Example]) -> list[Pair]:
+    """Examples that stand there a second time or more, each with the place of the first."""
+    first: dict[bytes, str] = {}
+    pairs = []
+    for example in examples:
+        key = example.tokens.tobytes()
+        if key in first:
+            pairs.append((example.where, first[key]))
+        else:
+            first[key] = example.where
+    return pairs
+
+
+def find_overlap(examples: Iterable[data.Example], training: Sequence[data.Example]) -> Overlap:
+    """Which examples stand among those of `training`, wholly or with another answer.
+
+    A plain text asks nothing: it has no prompt to be the same.
+    """
+    same: dict[bytes, str] = {}
+    asked: dict[bytes, str] = {}
+    for example in training:
+        same.setdefault(example.tokens.tobytes(), example.where)
+        asked.setdefault(data.prompt_key(example), example.where)
+    identical, same_prompt = [], []
+    for example in examples:
+        if (key := example.tokens.tobytes()) in same:
+            identical.append((example.where, same[key]))
+        elif _has_prompt(example) and (key := data.prompt_key(example)) in asked:
+            same_prompt.append((example.where, asked[key]))
+    return Overlap(identical, same_prompt)
+
+
+def _has_prompt(example: data.Example) -> bool:
+    # The first token is never supervised, so of a plain text it alone is left.
+    return not example.loss_weights[:2].any()
+
+
+def _pack(
+    config: Config, train: TrainData, encoder: sets.Encoder, streamed: bool
+) -> dict[str, Packing]:
+    loader = sets.make_loader(config, train, encoder, None, Console(quiet=True))
+    if isinstance(loader, data.Mixture):
+        loaders, shares = loader.loaders, loader.shares
+        position = loader.position(config.train.steps)["sources"]
+    else:
+        assert isinstance(loader, data.Loader)
+        loaders, shares = dict.fromkeys(train.sets, loader), dict.fromkeys(train.sets, 1.0)
+        position = dict.fromkeys(train.sets, loader.position(config.train.steps))
+    found = {}
+    for name, one in loaders.items():
+        epoch, row, rows = position[name]["epoch"], position[name]["row"], one.rows_per_epoch
+        length = config.data.max_length if streamed else one.row_length
+        supervised = [sum(map(_supervised, one.row(epoch * rows + i))) for i in range(rows)]
+        found[name] = Packing(
+            share=shares[name],
+            rows_per_epoch=rows,
+            row_length=length,
+            efficiency=one.efficiency * one.row_length / length,
+            epochs=epoch + row / rows,
+            supervised_tokens=epoch * sum(supervised) + sum(supervised[:row]),
+        )
+    return found
+
+
+def _missing(config: Config) -> Iterator[str]:
+    settings = config.data
+    if settings.eval is None and settings.eval_size is None:
+        yield "neither data.eval nor data.eval_size is set: nothing measures what is learnt"
+    if settings.regression is None:
+        yield "data.regression is not set: nothing measures what is forgotten"
+
+
+def _warnings(measured: Mapping[str, Measured]) -> Iterator[str]:
+    for name, one in measured.items():
+        if one.share < _LITTLE:
+            yield (
+                f"{name}: {one.share:.2%} of the tokens are supervised, so nearly all of the work "
+                "teaches nothing; shorten the prompts"
+            )
+        if one.counts is not None and one.counts.unaligned:
+            yield (
+                f"{name}: {one.counts.unaligned} prompts split into other tokens alone, as in a "
+                "generation, than before their answers; end them at a word, or use a chat template"
+            )
+
+
+def _endless(
+    train: TrainData, tokenizer: Any, config: Config, extra: Sequence[int]
+) -> Iterator[str]:
+    stops = data.stop_tokens(tokenizer, config.data.chat_template, extra)
+    for name, one in zip(_names(train), train.sets.values(), strict=True):
+        count = sum(not _ends(example, stops) for example in one.examples)
+        if count:
+            yield (
+                f"{name}: the last answer of {count} of {len(one.examples)} examples has no stop "
+                "token, as when it is cut at data.max_length: how to end is not learnt from it"
+            )
+
+
+def _ends(example: data.Example, stops: AbstractSet[int]) -> bool:
+    """Whether the last run of supervised tokens holds one of `stops`."""
+    last = int(np.flatnonzero(example.loss_weights)[-1])
+    before = np.flatnonzero(example.loss_weights[:last] == 0)
+    first = int(before[-1]) + 1 if len(before) else 0
+    return not stops.isdisjoint(example.tokens[first : last + 1].tolist())
+
+
+# For people
+
+
+def print_report(report: Report, console: Console) -> None:
+    """All of a report as text. Where nothing can be coloured, « and » enclose what is supervised.
+
+    `console` should neither read markup nor highlight.
+    """
+    if report.records is not None:
+        console.print(
+            f"data.train is streamed: of it, all that follows is of the first {report.records:,} "
+            "records (data.stream_rows)\n"
+        )
+    marks = console.color_system is None or console.no_color
+    for shown in report.shown:
+        console.print(_heading(f"{shown.where}: {shown.tokens} tokens"), end="")
+        console.print(f", {shown.supervised} supervised")
+        console.print(_colour(shown, marks), end="\n\n")
+    for name, one in report.sets.items():
+        console.print(_heading(name))
+        for label, text in _describe(one, report.config.data.max_length):
+            console.print(f"  {label:<10}{text}")
+        for start, end, count, bar in _bars(one.histogram()):
+            console.print(f"{start:>8}-{end:<7}{bar} {count:,}")
+        console.print()
+    console.print(_heading("the same twice"))
+    _print_pairs(console, "examples repeated in data.train", report.repeats)
+    for name, overlap in report.overlaps.items():
+        _print_pairs(console, f"{name}: examples in data.train too", overlap.identical)
+        _print_pairs(
+            console, f"{name}: prompts in data.train with another answer", overlap.same_prompt
+        )
+    _print_packing(report, console)
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _heading(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def _colour(shown: Shown, marks: bool) -> Text:
+    text = Text()
+    for piece, weight in shown.pieces:
+        style = "dim" if weight == 0 else _shade(weight)
+        piece = piece.translate(_VISIBLE)
+        text.append(f"«{piece}»" if marks and weight else piece, style)
+        if weight not in (0, 1):
+            text.append(f"×{weight:.3g}", f"{style} italic")
+    return text
+
+
+def _shade(weight: float) -> str:
+    """From orange for weights near 0 to green for 1; those above 1 are blue."""
+    if weight == 1:
+        return "green"
+    return "blue" if weight > 1 else f"rgb({round(255 * (1 - weight))},160,0)"
+
+
+def _describe(one: Measured, limit: int) -> Iterator[tuple[str, str]]:
+    counts, tokens = one.counts, int(one.lengths.sum())
+    if counts is None:
+        yield "rows", f"{len(one.lengths):,} held out of data.train"
+    else:
+        read = counts.examples + counts.bad + counts.dropped
+        out = {"bad": counts.bad, "too long": counts.dropped, "left out": one.left_out}
+        rest = "".join(f", {count:,} {why}" for why, count in out.items())
+        yield "rows", f"{read:,} read: {len(one.lengths):,} examples{rest}"
+        yield (
+            f"> {limit}",
+            f"{counts.truncated + counts.dropped:,} ({counts.truncated:,} cut, {counts.dropped:,} "
+            f"dropped; the longest has {counts.longest:,} tokens)",
+        )
+    yield "tokens", f"{tokens:,}, {int(one.supervised.sum()):,} supervised ({one.share:.1%})"
+    yield "lengths", ", ".join(f"{name} {length:,}" for name, length in one.quantiles().items())
+
+
+def _bars(histogram: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int, str]]:
+    most = max(count for _, _, count in histogram)
+    for start, end, count in histogram:
+        yield start, end, count, "█" * -(-_BAR * count // most)
+
+
+def _print_pairs(console: Console, what: str, pairs: Sequence[Pair]) -> None:
+    console.print(f"  {what}: {len(pairs):,}")
+    for where, other in pairs[:_PAIRS]:
+        console.print(f"    {where} = {other}")
+    if len(pairs) > _PAIRS:
+        console.print("    ...")
+
+
+def _print_packing(report: Report, console: Console) -> None:
+    train = report.config.train
+    console.print()
+    console.print(_heading(f"{train.steps:,} steps of {train.batch_size:,} rows"))
+    once = "epochs" if report.records is None else "times as much as was read"
+    for name, one in report.packing.items():
+        console.print(
+            f"  {name}: {one.rows_per_epoch:,} rows of {one.row_length:,} tokens hold "
+            f"{'an epoch' if report.records is None else 'what was read'}, "
+            f"{one.efficiency:.1%} filled"
+        )
+        share = f"{one.share:.1%} of the rows, " if len(report.packing) > 1 else ""
+        console.print(f"    {share}{one.epochs:.2f} {once}, {one.supervised_tokens:,} supervised")
+    total = sum(one.supervised_tokens for one in report.packing.values())
+    console.print(f"  {total:,} supervised tokens in all\n")
+
+
+def plot(report: Report, file: Path) -> None:
+    """Histograms of lengths and of supervised tokens per example, as shares of each set.
+
+    Raises:
+        UserError: the file cannot be written, or its ending names no format.
+    """
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    values = {
+        left: {name: one.lengths for name, one in report.sets.items()},
+        right: {name: one.supervised for name, one in report.sets.items()},
+    }
+    for axes, by_set in values.items():
+        most = max(int(found.max()) for found in by_set.values())
+        width = most // 40 + 1  # whole: otherwise some ranges hold one more length than others
+        edges = np.arange(0, most + 1 + width, width)
+        for i, (name, found) in enumerate(by_set.items()):
+            shares = np.histogram(found, edges)[0] * 100 / len(found)
+            axes.stairs(shares, edges, color=f"C{i}", label=f"{name} ({len(found):,})")
+            axes.stairs(shares, edges, color=f"C{i}", fill=True, alpha=0.15)
+        axes.grid(alpha=0.3)
+    limit = report.config.data.max_length
+    if max(int(one.lengths.max()) for one in report.sets.values()) > limit / 2:
+        left.axvline(limit, color="black", linestyle="--", linewidth=1, label="data.max_length")
+        left.legend(handles=left.lines)
+    left.set(xlabel="tokens per example", ylabel="% of the examples of the set", title="lengths")
+    right.set(xlabel="supervised tokens per example", title="supervised tokens")
+    right.legend()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+        raise UserError(f"--plot {file} cannot be written: {error}") from error

@@ -1,0 +1,82 @@
+"""Whether a run may go on from its checkpoint: nothing that would change it differs in silence."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.config import Config, UserError, raise_all
+from lora_jax.train import checkpoint
+
+# What may differ at any time: it does not change what the remaining steps compute, or the
+# fingerprint says whether it does (the model, the training data and the chat template by path).
+_FREE = (
+    *("output_dir", "resume", "allow_change", "model", "mesh", "export"),
+    *("data.train", "data.chat_template", "data.cache", "adapter.path"),
+    *("eval.batch_size", "eval.generate_batch_size", "eval.samples"),
+    *("train.save_every", "train.save_total_limit", "train.eval_every", "train.log_every"),
+    *("train.report_to", "train.early_stopping_patience", "train.load_best_model_at_end"),
+    *("train.divergence", "train.remat", "train.loss_chunk"),
+)
+
+
+def find_record(config: Config, output: Path) -> dict[str, Any] | None:
+    """The record of the latest checkpoint that the run goes on from; None: it starts anew.
+
+    Raises:
+        UserError: `resume=true` without a checkpoint; a directory in use without `resume`, or
+            whose files are not those of a run; a damaged checkpoint.
+    """
+    if config.resume is not False and checkpoint.list_steps(output / "checkpoints"):
+        return checkpoint.read_record(output / "checkpoints")
+    if config.resume is True:
+        raise UserError(
+            f"resume=true, but output_dir={str(output)!r} has no checkpoint to go on from; "
+            "resume=auto starts anew where there is none"
+        )
+    used = output.is_dir() and any(output.iterdir())
+    begun = config.resume == "auto" and (output / "config.yaml").is_file()  # killed before a save
+    if used and not begun:
+        has_steps = checkpoint.list_steps(output / "checkpoints")
+        advice = "; resume=true goes on from its last checkpoint" if has_steps else ""
+        raise UserError(
+            f"output_dir={str(output)!r} already holds a run or other files; choose another or "
+            f"remove it{advice}"
+        )
+    return None
+
+
+def check_config(stored: Mapping[str, Any], config: Config) -> None:
+    """Compare the settings of a checkpoint with those of now.
+
+    Raises:
+        UserError: settings that differ and are not in `allow_change`, all of them listed.
+    """
+    now = _flat(dataclasses.asdict(config))
+    # A setting that did not exist at the time had the effect of its default.
+    then = _flat(dataclasses.asdict(Config())) | _flat(stored)
+    allowed = (*_FREE, *config.allow_change)
+    raise_all(
+        [
+            f"{key}={now.get(key)!r}, and the checkpoint was made with {then.get(key)!r}; keep "
+            f"it, or list {key!r} in allow_change"
+            for key in sorted({*now, *then})
+            if now.get(key) != then.get(key) and not _covers(allowed, key)
+        ]
+    )
+
+
+def _covers(names: Collection[str], key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key; the mappings that are values stay whole."""
+    flat: dict[str, Any] = {}
+    sections = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+    for name, value in settings.items():
+        if not prefix and name in sections:
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

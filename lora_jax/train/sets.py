@@ -1,0 +1,321 @@
+"""The data of a run: what it trains on, and what it is measured on."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from lora_jax import data, demo
+from lora_jax.config import Config, UserError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows as they were read (none if they came out of the cache) and as the model sees them."""
+
+    rows: list[data.AnyRow]
+    examples: list[data.Example]
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What a run trains on: sets by source, each with its weight, or a source to stream."""
+
+    sets: Mapping[str, DataSet]
+    weights: Mapping[str, float]
+    stream: str | None = None
+
+    def digest(self) -> str:
+        """Of all examples and weights in their order; of the name alone if they are streamed."""
+        total = hashlib.sha256(repr((sorted(self.weights.items()), self.stream)).encode())
+        for name in sorted(self.sets):
+            for example in self.sets[name].examples:
+                total.update(len(example.tokens).to_bytes(8, "little"))
+                total.update(example.tokens.data)
+                total.update(example.loss_weights.data)
+        return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Sources to examples, by the settings of a run. What is cut, dropped or damaged is said.
+
+    counts: what became of the rows, by the `what` of `examples`; under "block" of the last `block`
+    """
+
+    config: Config
+    tokenizer: Any
+    tokenizer_digest: str
+    console: Console
+    read: dict[str, data.Rows] = field(default_factory=dict)
+    counts: dict[str, data.Counts] = field(default_factory=dict)
+
+    def rows(self, source: str) -> data.Rows:
+        """The rows of a source, read once."""
+        settings = self.config.data
+        if source not in self.read:
+            self.read[source] = data.read(
+                source,
+                prompt=settings.prompt,
+                completion=settings.completion,
+                on_bad_row=settings.on_bad_row,
+            )
+        return self.read[source]
+
+    def examples(self, source: str, what: str, system_prompt: str | None) -> list[data.Example]:
+        """All examples of a source, out of the cache where it has them; says what became of it."""
+        settings = self.config.data
+
+        def build() -> tuple[list[data.Example], data.Counts]:
+            rows = self.rows(source)
+            examples, counts = data.encode_all(rows.rows, **self.options(system_prompt))
+            return examples, counts.with_bad(rows.dropped)
+
+        files = data.source_files(source) if settings.cache else []
+        if not files:  # a data set of the hub, which `datasets` keeps
+            examples, counts = build()
+            notes: Sequence[str] = ()
+        else:
+            template = data.resolve_template(self.tokenizer, settings.chat_template)
+            key = {
+                "data": data.digest_files(files),
+                "tokenizer": self.tokenizer_digest,
+                "template": repr(template),
+                "code": data.code_version(),
+                "settings": repr(
+                    (
+                        *(system_prompt, settings.max_length, settings.too_long),
+                        *(settings.prompt, settings.completion, settings.on_bad_row),
+                    )
+                ),
+            }
+            cached = data.cached_examples(demo.cache_directory() / "examples", key, build)
+            examples, counts, notes = cached.examples, cached.counts, cached.notes
+        for note in notes:
+            self.console.print(f"note: {note}")
+        self.counts[what] = counts
+        self.console.print(f"{what}: {describe(counts, settings.max_length)}")
+        return examples
+
+    def options(self, system_prompt: str | None) -> dict[str, Any]:
+        """The arguments of `data.encode_all` and its like."""
+        settings = self.config.data
+        return {
+            "tokenizer": self.tokenizer,
+            "system_prompt": system_prompt,
+            "chat_template": settings.chat_template,
+            "max_length": settings.max_length,
+            "too_long": settings.too_long,
+            "on_bad_row": settings.on_bad_row,
+        }
+
+    def block(self, records: Sequence[data.Record]) -> list[data.Example]:
+        """The examples of some records of a stream; what is dropped is said."""
+        settings = self.config.data
+        rows, problems = [], []
+        for where, record, problem in records:
+            if problem is None:
+                try:
+                    rows.append(data.parse_row(record, where, settings.prompt, settings.completion))
+                except data.BadRow as error:
+                    problem = str(error)
+            if problem is not None:
+                problems.append(f"{where}: {problem}")
+        if settings.on_bad_row != "drop":
+            data.raise_first(problems)
+        examples, counts = data.encode_rows(rows, **self.options(settings.system_prompt))
+        self.counts["block"] = counts = counts.with_bad(len(problems))
+        if counts.dropped or counts.bad:
+            told = describe(counts, settings.max_length)
+            self.console.print(f"records from {records[0][0]} on: {told}")
+        return examples
+
+
+def describe(counts: data.Counts, limit: int) -> str:
+    """What became of the rows of a source, for people."""
+    share = counts.supervised_tokens / max(1, counts.total_tokens)
+    notes = [
+        f"{counts.examples:,} examples",
+        f"{counts.total_tokens:,} tokens, {share:.0%} supervised",
+    ]
+    if counts.truncated:
+        notes.append(f"{counts.truncated} cut to {limit} tokens (the longest has {counts.longest})")
+    if counts.dropped:
+        notes.append(f"{counts.dropped} dropped as longer than {limit} tokens")
+    if counts.bad:
+        notes.append(f"{counts.bad} bad rows dropped")
+    if counts.unaligned:
+        notes.append(f"{counts.unaligned} whose prompt alone splits into other tokens")
+    return "; ".join(notes)
+
+
+def read_sets(config: Config, encoder: Encoder) -> tuple[TrainData, dict[str, DataSet]]:
+    """The training data, and the held-out sets (`task`, `regression`) that the config names.
+
+    Raises:
+        UserError: data that cannot be read or used.
+    """
+    settings, console = config.data, encoder.console
+    weights = {settings.train: 1.0} if isinstance(settings.train, str) else settings.train
+    if settings.streaming:
+        (source,) = weights
+        return TrainData({}, weights, stream=source), _held_out(config, encoder, None)
+    system_prompt = settings.system_prompt
+    sets = {
+        source: DataSet([], encoder.examples(source, f"data.train {source}", system_prompt))
+        for source in weights
+    }
+    if settings.eval_size is None:
+        train = TrainData(sets, weights)
+        return train, _held_out(config, encoder, train)
+    sets, task = hold_out(sets, encoder, settings.eval_size, config.seed)
+    console.print(f"held out of data.train: {len(task.examples):,} examples")
+    train = TrainData(sets, weights)
+    return train, {"task": task, **_held_out(config, encoder, train)}
+
+
+def read_held_out(config: Config, encoder: Encoder) -> dict[str, DataSet]:
+    """The held-out sets alone; the training data are read where these depend on them.
+
+    Raises:
+        UserError: data that cannot be read or used; none are named.
+    """
+    settings = config.data
+    if settings.eval_size is not None or (settings.drop_overlap and settings.eval is not None):
+        return read_sets(config, encoder)[1]
+    found = _held_out(config, encoder, None)
+    if not found:
+        raise UserError("nothing to measure on: set data.eval, data.regression or both")
+    return found
+
+
+def _held_out(config: Config, encoder: Encoder, train: TrainData | None) -> dict[str, DataSet]:
+    settings = config.data
+    # General text has no part in the task, so not its system prompt either.
+    sources = {
+        "task": ("data.eval", settings.eval, settings.system_prompt),
+        "regression": ("data.regression", settings.regression, None),
+    }
+    found = {}
+    for name, (what, source, system_prompt) in sources.items():
+        if source is not None:
+            examples = encoder.examples(source, what, system_prompt)
+            if name == "task" and train is not None:
+                drop = settings.drop_overlap
+                examples = _without_overlap(examples, train, drop, encoder.console)
+            rows = _rows_of(examples, encoder.rows(source).rows)
+            found[name] = DataSet(rows, examples, system_prompt)
+    return found
+
+
+def _rows_of(examples: Sequence[data.Example], rows: Sequence[data.AnyRow]) -> list[data.AnyRow]:
+    """The rows of one source that became these examples."""
+    kept = {example.where for example in examples}
+    return [row for row in rows if row.where in kept]
+
+
+def hold_out(
+    sets: Mapping[str, DataSet], encoder: Encoder, size: float, seed: int
+) -> tuple[dict[str, DataSet], DataSet]:
+    """Take `size` of the examples (below 1: a share of them) out of the sets.
+
+    Examples with the same prompt stay together, in whatever sources they stand, so that none is
+    asked what was trained on; every source gives its share, as far as that allows, and the choice
+    depends on the seed alone.
+
+    Raises:
+        UserError: nothing would be left on one of the two sides.
+    """
+    left, examples, rows = {}, [], []
+    total = sum(len(one.examples) for one in sets.values())
+    held_out: dict[bytes, bool] = {}  # by prompt, of the sources so far
+    wanted = 0.0  # of the sources so far: what one gives too much, the next gives less
+    for source, one in sets.items():
+        wanted += len(one.examples) * (size if size < 1 else size / total)
+        groups: dict[bytes, list[int]] = {}
+        for index, example in enumerate(one.examples):
+            groups.setdefault(_question(example), []).append(index)
+        chosen = {i for key, group in groups.items() if held_out.get(key) for i in group}
+        members = [group for key, group in groups.items() if key not in held_out]
+        for place in data.order(len(members), seed, 0):
+            if len(examples) + len(chosen) >= round(wanted):
+                break
+            chosen.update(members[place])
+        held_out |= {key: group[0] in chosen for key, group in groups.items()}
+        held = [one.examples[i] for i in sorted(chosen)]
+        examples += held
+        kept = [e for i, e in enumerate(one.examples) if i not in chosen]
+        if not kept:
+            raise UserError(
+                f"data.eval_size={size:g} leaves nothing of {source} to train on: it has "
+                f"{len(one.examples)} examples"
+            )
+        left[source] = DataSet([], kept, one.system_prompt)
+        rows += _rows_of(held, encoder.rows(source).rows)
+    if not examples:
+        raise UserError(f"data.eval_size={size:g} of {total} examples holds none out")
+    return left, DataSet(rows, examples, encoder.config.data.system_prompt)
+
+
+def _question(example: data.Example) -> bytes:
+    """What must not be asked on both sides: the prompt, or all of a text, which has none."""
+    prompt = data.prompt_key(example)
+    return prompt if len(prompt) > example.tokens.itemsize else example.tokens.tobytes()
+
+
+def _without_overlap(
+    examples: list[data.Example], train: TrainData, drop: bool, console: Console
+) -> list[data.Example]:
+    """Held-out examples that stand in the training data too are dropped, or at least told."""
+    seen = {e.tokens.tobytes() for one in train.sets.values() for e in one.examples}
+    apart = [example for example in examples if example.tokens.tobytes() not in seen]
+    both = len(examples) - len(apart)
+    if both and not drop:
+        console.print(
+            f"note: {both} of {len(examples)} rows of data.eval stand in data.train too; "
+            "data.drop_overlap=true leaves them out"
+        )
+        return examples
+    if both and not apart:
+        raise UserError(
+            f"all {both} rows of data.eval stand in data.train too: data.drop_overlap=true leaves "
+            "nothing to measure"
+        )
+    if both:
+        console.print(f"data.eval: {both} rows left out, as they stand in data.train too")
+    return apart
+
+
+def make_loader(
+    config: Config,
+    train: TrainData,
+    encoder: Encoder,
+    position: Mapping[str, Any] | None,
+    console: Console,
+) -> data.Loader | data.Mixture | data.StreamLoader:
+    """The batches of the run; those of a stream go on from `position`."""
+    settings, rows = config.data, config.train.batch_size
+    options = (rows, settings.max_length, settings.packing, settings.shuffle, config.seed)
+    shape = f"{config.train.steps} steps of {rows} rows"
+    if train.stream is not None:
+        source: str = train.stream
+        read: Callable[[int], Iterator[data.Record]] = lambda start: data.records(source, start)  # noqa: E731
+        console.print(f"{shape} x {settings.max_length} tokens, streamed from {source}")
+        return data.StreamLoader(
+            read, encoder.block, *options, block_rows=settings.stream_rows, state=position
+        )
+    loaders = {name: data.Loader(one.examples, *options) for name, one in train.sets.items()}
+    if len(loaders) == 1:
+        (loader,) = loaders.values()
+        filled = f"{loader.efficiency:.0%} filled, {loader.rows_per_epoch} rows an epoch"
+        console.print(f"{shape} x {loader.row_length} tokens, {filled}")
+        return loader
+    mixture = data.Mixture(loaders, train.weights)
+    console.print(f"{shape} x {mixture.row_length} tokens, {mixture.efficiency:.0%} filled")
+    for name, one in loaders.items():
+        share = f"{mixture.shares[name]:.1%} of the rows"
+        console.print(f"{name}: {share}, {one.rows_per_epoch} rows an epoch")
+    return mixture

@@ -1,0 +1,221 @@
+"""The optimizer steps of a run, with their logs, evaluations and checkpoints."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from lora_jax import data
+from lora_jax.config import UserError
+from lora_jax.sharding import local_rows, place_batch
+from lora_jax.train import checkpoint, metrics, norms
+from lora_jax.train.evaluate import Judge, Scores
+from lora_jax.train.interrupt import Interrupted, Signals
+from lora_jax.train.optimizer import make_schedule
+from lora_jax.train.sinks import open_sinks
+from lora_jax.train.step import make_train_step
+from lora_jax.train.watch import Watch
+
+Line = dict[str, Any]  # of metrics.jsonl
+
+
+@dataclass
+class State:
+    """What training changes, and a checkpoint holds."""
+
+    adapters: Any
+    opt_state: Any
+    step: int = 0  # optimizer steps done
+    supervised_tokens: float = 0.0  # trained on so far
+    watch: Watch = field(default_factory=Watch)
+
+
+def train(
+    judge: Judge,
+    state: State,
+    loader: data.Loader | data.Mixture | data.StreamLoader,
+    optimizer: Any,
+    key: jax.Array,
+    about: Mapping[str, Any],
+    console: Console,
+    signals: Signals,
+    record: Mapping[str, Any] | None,
+) -> float:
+    """All steps from `state.step` on; `state` is changed in place. Returns tokens per second.
+
+    `about` joins every checkpoint's record; `record` is that of the checkpoint `state` came from.
+    A signal ends it between steps, and inside an evaluation, with a checkpoint of that step.
+
+    Raises:
+        UserError: a loss that diverges; files that cannot be written.
+        Interrupted: a signal came.
+    """
+    config, output = judge.config, Path(judge.config.output_dir).expanduser()
+    settings = config.train
+    placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
+    with (
+        signals.held(),
+        checkpoint.open_checkpoints(output / "checkpoints", settings.save_total_limit) as kept,
+        open_sinks(config, output, state.step + 1) as sinks,
+        metrics.Journal(output / "metrics.jsonl", settings.steps, console, sinks) as journal,
+    ):
+        trainer = _Trainer(
+            judge=judge,
+            state=state,
+            loader=loader,
+            step_fn=make_train_step(judge.model, config, optimizer, placement),
+            schedule=make_schedule(settings),
+            key=key,
+            about=about,
+            output=output,
+            console=console,
+            signals=signals,
+            kept=kept,
+            journal=journal,
+        )
+        over = False
+        if record is not None:
+            over = trainer.finish_step(record["pending"]) if record["pending"] else trainer.over
+        while not over:
+            over = trainer.finish_step(trainer.take_step())
+        kept.wait()
+    if state.step < settings.steps:
+        console.print(
+            f"stopped early at step {state.step}: {state.watch.stale} evaluations without a task "
+            f"loss below that of step {state.watch.best_step}"
+        )
+    return trainer.clock.tokens_per_second
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens at every so many steps happens at this one."""
+    return every is not None and step % every == 0
+
+
+@dataclass
+class _Trainer:
+    judge: Judge
+    state: State
+    loader: data.Loader | data.Mixture | data.StreamLoader
+    step_fn: Callable
+    schedule: Callable
+    key: jax.Array
+    about: Mapping[str, Any]
+    output: Path
+    console: Console
+    signals: Signals
+    kept: checkpoint.Checkpoints
+    journal: metrics.Journal
+    clock: metrics.Clock = field(default_factory=metrics.Clock)
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left to take."""
+        settings = self.judge.config.train
+        return self.state.step >= settings.steps or self.state.watch.gave_up(settings)
+
+    def take_step(self) -> Line:
+        """One optimizer step; its line for metrics.jsonl."""
+        state, mesh = self.state, self.judge.mesh
+        rows = self.judge.config.train.batch_size
+        batch = self.loader.batch(state.step, local_rows(rows, mesh))
+        state.adapters, state.opt_state, measured = self.step_fn(
+            state.adapters,
+            state.opt_state,
+            self.judge.model.params,
+            place_batch(batch, mesh, rows),
+            jax.random.fold_in(self.key, state.step + 1),
+        )
+        measured = {name: float(value) for name, value in measured.items()}
+        problem = state.watch.problem(
+            state.step + 1,
+            measured["loss"],
+            measured["grad_norm"],
+            self.judge.config.train.divergence,
+        )
+        if problem is not None:
+            raise UserError(f"{problem}. {self._keep_good()}")
+        rate = float(self.schedule(state.step))
+        state.step += 1
+        state.supervised_tokens += measured["supervised_tokens"]
+        self.clock.lap(int(np.count_nonzero(batch["segment_ids"])))
+        self.journal.show(state.step, measured["loss"], rate, self.clock)
+        speed = self.clock.tokens_per_second
+        return {
+            "step": state.step,
+            **measured,
+            "learning_rate": rate,
+            "tokens_per_second": speed,
+            **metrics.device_memory(),
+        }
+
+    def finish_step(self, line: Line) -> bool:
+        """Evaluate, log and save what is due after the step of `line`; whether it was the last."""
+        state, settings = self.state, self.judge.config.train
+        line, better = dict(line), False
+        try:
+            self.signals.check()
+            last = state.step == settings.steps
+            if self.judge.held_out and (last or _is_due(state.step, settings.eval_every)):
+                with self.signals.free(), self.clock.paused():
+                    losses = self.judge.losses(state.adapters)
+                    line |= self._evaluated(losses)
+                better = state.watch.evaluated(state.step, losses)
+        except Interrupted as stop:
+            self._save(pending=line)
+            self.kept.wait()
+            self.console.print(f"{stop}: step {state.step} is saved; resume=true goes on from it")
+            raise
+        if better or self.over or _is_due(state.step, settings.log_every) or "task_loss" in line:
+            self.journal.write(line)
+        every = settings.save_every or max(1, settings.steps // 10)
+        if better or self.over or _is_due(state.step, every):
+            with self.clock.paused():
+                self._save(pending=None)
+        return self.over
+
+    def _evaluated(self, losses: Mapping[str, float]) -> Line:
+        """Held-out losses and mean norms for the step's line; sample answers (after the last step
+        there are all of them anyway), and the norms of every layer, go to files of their own.
+        """
+        judge, state = self.judge, self.state
+        self.console.print(f"step {state.step}: {Scores(losses, {}).describe()}")
+        if judge.config.eval.samples and not self.over:
+            answers = judge.answers(state.adapters, judge.config.eval.samples)
+            metrics.append_samples(self.output / "samples.jsonl", state.step, answers)
+        sizes = norms.measure(judge.model.params, state.adapters, judge.config.adapter)
+        metrics.append_line(self.output / "norms.jsonl", {"step": state.step, "modules": sizes})
+        return {f"{name}_loss": loss for name, loss in losses.items()} | norms.summarize(sizes)
+
+    def _save(self, pending: Line | None) -> None:
+        """Start a checkpoint of the state; `pending` is a line whose evaluation is still due."""
+        state = self.state
+        record = {
+            **self.about,
+            "supervised_tokens": state.supervised_tokens,
+            "watch": dataclasses.asdict(state.watch),
+            "data": self.loader.position(state.step),
+            "pending": pending,
+        }
+        best = state.watch.best_step
+        self.kept.save(state.step, state.adapters, state.opt_state, record, best)
+
+    def _keep_good(self) -> str:
+        """Remove the checkpoint that a failed step started from, if there is an earlier one, and
+        say what is left.
+        """
+        self.kept.wait()
+        step = self.state.step
+        if step in self.kept.steps and len(self.kept.steps) > 1:
+            self.kept.delete(step)
+        steps = self.kept.steps
+        if not steps:
+            return "No checkpoint had been written yet"
+        if steps == [step]:
+            return f"The only checkpoint is that of step {step}, which led here: start again"
+        return f"The last good state is the checkpoint of step {steps[-1]} (kept: {steps})"

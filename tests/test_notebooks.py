@@ -1,0 +1,120 @@
+"""The notebooks run from top to bottom, and the first still computes every figure it is there for.
+
+python tests/test_notebooks.py     # run both and store their outputs anew
+"""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+DIRECTORY = Path(__file__).parents[1] / "notebooks"
+LESSON, EXPORT = "01_lora_by_numbers.ipynb", "02_finetune_and_export.ipynb"
+
+BLOCK = 4 * (4096 + 4096) + 3 * (4096 + 11008)  # in + out of the seven matrices of a 7B block
+SMOLLM2 = 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+LLAMA_1B = 16 * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192))
+LLAMA_8B = 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+# Each entry: what must stand in one line of the output. Numbers are counted here by hand.
+FIGURES = [
+    ("full:", 4096**2, "33.55 MB"),
+    *[
+        (f"r={rank} ", rank * 8192, f"{rank * 8192 / 4096**2:.4%}".replace("%", " %"))
+        for rank in (8, 16, 32, 64)
+    ],
+    ("r=8 ", "131.1 KB"),
+    ("four matrices", 4 * 16 * 8192),
+    ("DoRA", 4096, "3.1250%"),
+    ("alpha=16 r=8 ", "alpha/r = 2.0"),
+    ("alpha=16 r=32", "alpha/r = 0.5"),
+    ("alpha=64 r=32", "alpha/r = 2.0"),
+    ("q, v:", 2 * 16 * 8192, "all-linear:", 16 * BLOCK, "4.77 times"),
+    ("SmolLM2-135M", "r=8 ", 8 * SMOLLM2),
+    ("SmolLM2-135M", "r=16 ", 16 * SMOLLM2),
+    ("Llama-3.2-1B", 1_235_814_400, "r=1 ", LLAMA_1B),
+    ("Llama-3.2-1B", "r=16 ", 16 * LLAMA_1B),
+    ("Llama-3.1-8B", 8_030_261_248, "r=16 ", 16 * LLAMA_8B),
+    ("Llama-3.1-8B", "q, v", "r=8 ", 32 * 8 * (8192 + 5120)),
+    ("SmolLM2-135M r=16 + DoRA", 16 * SMOLLM2 + 30 * (3 * 576 + 2 * 192 + 2 * 1536)),
+    *[("GPT-3 175B", f"r={rank} ", 96 * 2 * rank * 2 * 12288) for rank in (1, 4, 8)],
+    ("70B, weights ", "140.0 GB"),
+    ("70B, weights, gradients, Adam", "840.0 GB"),
+    ("70B, the same with float32 masters", "1,120.0 GB"),
+    ("65B, weights, gradients, Adam", "780.0 GB"),
+    ("65B, frozen", "130.0 GB"),
+    ("65B, 4 bits", "32.5 GB"),
+    ("4.127 bits", "33.5 GB"),
+    ("merged 700 GB", "shared 20.25 GB", "34.6 times"),
+    *[
+        (f"r={rank} ", "the best possible is", best)
+        for rank, best in [(2, "1.9300"), (4, "0.0000")]
+    ],
+    ("Adam, alpha/r ", "1.000   1.000"),
+    ("p=8 ", "at most 0.0e+00"),
+    ("p=0.5 ", "at most 0.0e+00"),
+]
+
+
+def execute(name):
+    """The notebook with the outputs of a new kernel; raises `CellExecutionError` with the cell."""
+    notebook = nbformat.read(DIRECTORY / name, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(DIRECTORY)}},
+    )
+    client.execute(env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return notebook
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def printed(cell):
+    return "".join(o.text for o in cell.get("outputs", ()) if o.output_type == "stream")
+
+
+def holds(text, figure):
+    """Whether one line of the text has all parts of the figure."""
+    parts = [f"{part:,}" if isinstance(part, int) else part for part in figure]
+    return any(all(part in line for part in parts) for line in text.splitlines())
+
+
+def test_the_lesson_computes_every_figure():
+    notebook = execute(LESSON)
+    # In one cell each: a figure that also stands elsewhere would hide that its own cell is gone.
+    places = {figure: sum(holds(printed(c), figure) for c in notebook.cells) for figure in FIGURES}
+    assert set(places.values()) == {1}, {f: n for f, n in places.items() if n != 1}
+    assert len([o for o in outputs(notebook) if "image/png" in o.get("data", {})]) == 3
+
+
+@pytest.mark.real
+def test_finetune_and_export():
+    text = "".join(map(printed, execute(EXPORT).cells))  # its cells hold the asserts
+    assert "held-out loss" in text and "adapter_model.safetensors" in text
+
+
+@pytest.mark.parametrize("name", [LESSON, EXPORT])
+def test_stored_outputs_are_small_and_of_no_machine(name):
+    content = (DIRECTORY / name).read_text(encoding="utf-8")
+    notebook = nbformat.reads(content, as_version=4)
+    nbformat.validate(notebook)
+    assert len(content) < 300_000
+    assert {o.output_type for o in outputs(notebook)} <= {
+        "stream",
+        "display_data",
+        "execute_result",
+    }
+    assert not [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
+    assert not re.search(r"/(home|root|tmp|Users|usr|opt|work|mnt)/|site-packages", content)
+
+
+if __name__ == "__main__":
+    for name in (LESSON, EXPORT):
+        nbformat.write(execute(name), DIRECTORY / name)

@@ -1,0 +1,132 @@
+"""Signals as an exception, at once or when the run can take it."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from lora_jax.train.interrupt import Interrupted, Signals, catch
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
+def send(number=signal.SIGTERM):
+    """The signal to this process, whose handler runs before this returns."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Handlers of this test's own, so that a signal that nothing catches is seen."""
+    seen = []
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    for number in NUMBERS:
+        signal.signal(number, lambda number, _frame: seen.append(number))
+    own = {number: signal.getsignal(number) for number in NUMBERS}
+    yield seen
+    after = {number: signal.getsignal(number) for number in NUMBERS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == own, "the handlers were not restored"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_outside_held_a_signal_raises_at_once(number, status, handlers):
+    with pytest.raises(Interrupted) as raised, catch():
+        send(number)
+        pytest.fail("it did not raise")
+    assert (str(raised.value), raised.value.status) == (number.name, status)
+    assert not isinstance(raised.value, Exception)
+    send(number)
+    assert handlers == [number]  # outside, what was there before
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_inside_held_a_signal_waits_for_check(number):
+    reached = []
+    with pytest.raises(Interrupted) as raised, catch() as signals, signals.held():
+        signals.check()  # nothing has come
+        send(number)
+        reached.append("after the signal")
+        signals.check()
+        pytest.fail("check did not raise")
+    assert reached and str(raised.value) == number.name
+
+
+def test_a_signal_that_waited_is_still_there_after_held():
+    with pytest.raises(Interrupted), catch() as signals:
+        with signals.held():
+            send()
+        signals.check()
+        pytest.fail("it was forgotten")
+
+
+@pytest.mark.parametrize("second", NUMBERS)
+def test_a_second_signal_raises_at_once(second):
+    with pytest.raises(Interrupted) as raised, catch() as signals, signals.held():
+        send(signal.SIGTERM)
+        send(second)
+        pytest.fail("the second signal waited")
+    assert str(raised.value) == second.name
+
+
+def test_a_second_signal_ends_the_clean_up_of_the_first():
+    with catch() as signals, signals.held():
+        with pytest.raises(Interrupted):
+            try:
+                send(signal.SIGTERM)
+                signals.check()
+            except Interrupted:
+                with pytest.raises(Interrupted, match="SIGINT"):
+                    send(signal.SIGINT)
+                raise
+
+
+def test_free_raises_at_once_and_held_holds_again_after_it():
+    with catch() as signals, signals.held():
+        with pytest.raises(Interrupted), signals.free():
+            send()
+            pytest.fail("it waited")
+    with catch() as signals, signals.held():
+        with signals.free():
+            pass
+        send()  # waits
+        with pytest.raises(Interrupted), signals.free():
+            pytest.fail("free entered although a signal waited")
+        with pytest.raises(Interrupted):
+            signals.check()
+
+
+def test_held_inside_held():
+    with pytest.raises(Interrupted), catch() as signals, signals.held():
+        with signals.held():
+            pass
+        send()
+        signals.check()
+        pytest.fail("the signal was lost")
+
+
+def test_handlers_come_back_after_other_failures_too():
+    """The fixture compares the handlers."""
+    with pytest.raises(KeyError), catch():
+        raise KeyError
+
+
+def test_other_threads_leave_the_signals_alone():
+    found = []
+
+    def run():
+        before = [signal.getsignal(number) for number in NUMBERS]
+        with catch() as signals:
+            found.append([signal.getsignal(number) for number in NUMBERS] == before)
+            with signals.held(), signals.free():
+                signals.check()
+            found.append(isinstance(signals, Signals))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [True, True]

@@ -1,0 +1,405 @@
+"""The data of a run: out of the cache or not, held out, mixed, streamed; and what is said of it."""
+
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lora_jax import data, formats
+from lora_jax.cli import train_main
+from lora_jax.config import UserError
+from lora_jax.formats.fingerprint import tokenizer_digest
+from lora_jax.train import sets
+from lora_jax.train.metrics import read_lines
+
+from .conftest import make_config, write_rows, write_tokenizer
+
+
+def rows(count, word="question", answer="answer"):
+    return [{"prompt": f"{word} {i}", "completion": f"{answer} {i}"} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return formats.load_tokenizer(directory)
+
+
+@pytest.fixture
+def read(tmp_path, tokenizer, monkeypatch):
+    """`read(*overrides)`: training data, held-out sets, what was printed, and whether a source was
+    tokenised anew, by an encoder with a cache of this test's own.
+    """
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    built = []
+    encode_all = data.encode_all
+
+    def count(*args, **options):
+        built.append(len(args[0]))
+        return encode_all(*args, **options)
+
+    monkeypatch.setattr(data, "encode_all", count)
+
+    def call(*overrides, tokenizer=tokenizer):
+        built.clear()
+        console = Console(file=io.StringIO(), width=300, highlight=False, soft_wrap=True)
+        config = make_config("data.max_length=64", *overrides)
+        encoder = sets.Encoder(config, tokenizer, tokenizer_digest(tokenizer), console)
+        train, held_out = sets.read_sets(config, encoder)
+        printed = console.file.getvalue().splitlines()
+        return SimpleNamespace(
+            config=config,
+            encoder=encoder,
+            train=train,
+            held_out=held_out,
+            printed=printed,
+            built=list(built),
+        )
+
+    return call
+
+
+def texts(tokenizer, examples):
+    return [tokenizer.decode(example.tokens) for example in examples]
+
+
+def equal(some, others):
+    return len(some) == len(others) and all(
+        np.array_equal(x.tokens, y.tokens)
+        and np.array_equal(x.loss_weights, y.loss_weights)
+        and x.where == y.where
+        for x, y in zip(some, others, strict=True)
+    )
+
+
+# The cache
+
+
+def test_the_second_time_examples_and_counts_come_out_of_the_cache(read, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", rows(5))
+    one = read(f"data.train={source}")
+    two = read(f"data.train={source}")
+    off = read(f"data.train={source}", "data.cache=false")
+    assert (one.built, two.built, off.built) == ([5], [], [5])
+    assert one.printed == two.printed == off.printed
+    assert re.fullmatch(
+        rf"data\.train {source}: 5 examples; \d+ tokens, \d+% supervised", one.printed[0]
+    )
+    for again in (two, off):
+        assert equal(one.train.sets[str(source)].examples, again.train.sets[str(source)].examples)
+    assert one.train.digest() == two.train.digest() == off.train.digest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["tokenizer", "template", "row", "data.max_length=36", "data.system_prompt=Hi"]
+    + ["data.too_long=drop", "data.prompt={prompt}!", "data.on_bad_row=drop"],
+)
+def test_whatever_decides_an_example_is_another_entry(read, tmp_path, change):
+    source = write_rows(tmp_path / "rows.jsonl", rows(3))
+    before = read(f"data.train={source}")
+    overrides, options = [f"data.train={source}"], {}
+    if change == "tokenizer":
+        # Another id for a letter: its template and its special tokens are the same.
+        write_tokenizer(tmp_path / "other")
+        file = tmp_path / "other" / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocab = content["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        file.write_text(json.dumps(content))
+        options["tokenizer"] = formats.load_tokenizer(tmp_path / "other")
+    elif change == "template":
+        template = tmp_path / "template.jinja"
+        template.write_text(
+            "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+        )
+        overrides.append(f"data.chat_template={template}")
+    elif change == "row":
+        write_rows(source, [*rows(2), {"prompt": "question 2", "completion": "another"}])
+    else:
+        overrides.append(change)
+        if change.startswith("data.prompt"):
+            overrides.append("data.completion={completion}")
+    after = read(*overrides, **options)
+    assert after.built == [3]
+    if change not in ("data.too_long=drop", "data.on_bad_row=drop"):
+        assert after.train.digest() != before.train.digest()
+    assert read(*overrides, **options).built == []
+    if change != "row":
+        assert read(f"data.train={source}").built == []
+
+
+def test_a_damaged_entry_is_built_again_and_told(read, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", rows(3))
+    before = read(f"data.train={source}")
+    (entry,) = (tmp_path / "cache" / "examples").iterdir()
+    content = bytearray(entry.read_bytes())
+    content[-1] ^= 1
+    entry.write_bytes(bytes(content))
+    after = read(f"data.train={source}")
+    assert after.built == [3] and after.train.digest() == before.train.digest()
+    assert after.printed[1:] == before.printed
+    assert (
+        after.printed[0].startswith("note: the tokenised cache") and str(entry) in after.printed[0]
+    )
+    assert "is damaged and not used" in after.printed[0]
+    assert read(f"data.train={source}").printed == before.printed
+
+
+def test_rows_of_held_out_sets_are_there_whether_cached_or_not(read, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", rows(3))
+    for _ in range(2):
+        found = read(f"data.train={source}", f"data.eval={source}", "data.system_prompt=Hi")
+        task = found.held_out["task"]
+        assert [data.reference(row) for row in task.rows] == ["answer 0", "answer 1", "answer 2"]
+        assert task.system_prompt == "Hi"
+
+
+def test_general_text_gets_no_system_prompt(read, tmp_path, tokenizer):
+    source = write_rows(tmp_path / "rows.jsonl", rows(3))
+    found = read(
+        *(f"data.train={source}", f"data.eval={source}", f"data.regression={source}"),
+        "data.system_prompt=Behave",
+    )
+    seen = {name: "Behave" in texts(tokenizer, s.examples)[0] for name, s in found.held_out.items()}
+    assert seen == {"task": True, "regression": False}
+    assert found.held_out["regression"].system_prompt is None
+
+
+# Held out of the training data
+
+
+def sides(found):
+    kept = [e for one in found.train.sets.values() for e in one.examples]
+    return kept, found.held_out["task"].examples
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0.25, 5), (0.1, 2), (7, 7), (1, 1), (19, 19)])
+def test_a_share_or_a_number_is_held_out(read, tmp_path, tokenizer, size, expected):
+    source = write_rows(tmp_path / "rows.jsonl", rows(20))
+    found = read(f"data.train={source}", f"data.eval_size={size}")
+    kept, held = sides(found)
+    assert (len(held), len(kept)) == (expected, 20 - expected)
+    assert f"held out of data.train: {expected} examples" in found.printed
+    whole = read(f"data.train={source}").train.sets[str(source)].examples
+    assert sorted(texts(tokenizer, kept + held)) == sorted(texts(tokenizer, whole))
+    task = found.held_out["task"]
+    assert [row.where for row in task.rows] == [example.where for example in held]
+    for row, text in zip(task.rows, texts(tokenizer, held), strict=True):
+        assert data.reference(row) in text
+
+
+def test_what_is_held_out_depends_on_the_seed_alone(read, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", rows(20))
+    options = (f"data.train={source}", "data.eval_size=5")
+    first = read(*options)
+    again = read(*options, "train.batch_size=3", "data.shuffle=false")  # this one from the cache
+    other = read(*options, "seed=1")
+    assert equal(sides(first)[1], sides(again)[1]) and equal(sides(first)[0], sides(again)[0])
+    assert {e.where for e in sides(first)[1]} != {e.where for e in sides(other)[1]}
+
+
+def test_the_same_prompt_is_never_on_both_sides(read, tmp_path):
+    """Every prompt stands three times, with other answers, all over two files."""
+    content = [row for i in range(3) for row in rows(12, answer=f"answer {i}")]
+    for name, part in (("a", content[:14]), ("b", content[14:])):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", part)
+    sources = json.dumps({str(tmp_path / name / "rows.jsonl"): 1 for name in "ab"})
+    for seed in range(4):
+        found = read(f"data.train={sources}", "data.eval_size=0.3", f"seed={seed}")
+        kept, held = ({data.prompt_key(e) for e in side} for side in sides(found))
+        assert not kept & held
+        assert len(kept | held) == 12 and len(sides(found)[0] + sides(found)[1]) == 36
+        assert 9 <= len(sides(found)[1]) <= 14  # 11, give or take a prompt
+        for example, row in zip(sides(found)[1], found.held_out["task"].rows, strict=True):
+            assert example.where == row.where
+
+
+def test_texts_have_no_prompt_that_could_be_the_same(read, tmp_path):
+    """All begin with one token, and only equal ones belong together."""
+    lines = [{"text": f"same start {i % 8}"} for i in range(16)]
+    source = write_rows(tmp_path / "rows.jsonl", lines)
+    found = read(f"data.train={source}", "data.eval_size=4")
+    kept, held = ({e.tokens.tobytes() for e in side} for side in sides(found))
+    assert (len(kept), len(held)) == (6, 2) and not kept & held
+
+
+def test_every_source_gives_its_share_and_the_sum_is_exact(read, tmp_path):
+    """The files have the same name: rows are not taken for those of the other file."""
+    counts = {"a": 10, "b": 20, "c": 3}
+    for name, count in counts.items():
+        (tmp_path / name).mkdir()
+        write_rows(
+            tmp_path / name / "rows.jsonl", rows(count, f"question {name}", f"answer {name}")
+        )
+    paths = {name: str(tmp_path / name / "rows.jsonl") for name in counts}
+    sources = json.dumps(dict.fromkeys(paths.values(), 1))
+    for size, total in ((11, 11), (0.1, 3), (7, 7)):
+        found = read(f"data.train={sources}", f"data.eval_size={size}")
+        task = found.held_out["task"]
+        assert len(task.examples) == len(task.rows) == total
+        given = {
+            name: counts[name] - len(found.train.sets[path].examples)
+            for name, path in paths.items()
+        }
+        share = total / sum(counts.values())
+        assert all(abs(given[name] - share * count) <= 1 for name, count in counts.items()), given
+        answers = [data.reference(row).split()[1] for row in task.rows]
+        assert {name: answers.count(name) for name in counts} == given
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (4, "data.eval_size=4 leaves nothing of .*rows.jsonl to train on: it has 4 examples"),
+        (9, "data.eval_size=9 leaves nothing of"),
+        (0.01, "data.eval_size=0.01 of 4 examples holds none out"),
+    ],
+)
+def test_both_sides_need_an_example(read, tmp_path, size, told):
+    source = write_rows(tmp_path / "rows.jsonl", rows(4))
+    with pytest.raises(UserError, match=told):
+        read(f"data.train={source}", f"data.eval_size={size}")
+
+
+# Rows that stand on both sides
+
+
+def test_overlap_is_told_or_dropped(read, tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", rows(6))
+    # Two of the three rows are trained on; the last has a known prompt and another answer.
+    other = {"prompt": "question 2", "completion": "another"}
+    held = write_rows(tmp_path / "eval.jsonl", [*rows(2), other])
+    options = (f"data.train={train}", f"data.eval={held}")
+    told = read(*options)
+    assert len(told.held_out["task"].examples) == len(told.held_out["task"].rows) == 3
+    assert told.printed[-1] == (
+        "note: 2 of 3 rows of data.eval stand in data.train too; data.drop_overlap=true leaves "
+        "them out"
+    )
+    dropped = read(*options, "data.drop_overlap=true")
+    assert [data.reference(row) for row in dropped.held_out["task"].rows] == ["another"]
+    assert len(dropped.held_out["task"].examples) == 1
+    assert dropped.printed[-1] == "data.eval: 2 rows left out, as they stand in data.train too"
+    assert dropped.train.digest() == told.train.digest()
+
+
+def test_nothing_left_after_the_overlap_is_an_error_and_none_is_silent(read, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", rows(3))
+    other = write_rows(tmp_path / "other.jsonl", rows(3, "what"))
+    options = (f"data.train={source}", "data.drop_overlap=true")
+    with pytest.raises(UserError, match="all 3 rows of data.eval stand in data.train too"):
+        read(*options, f"data.eval={source}")
+    found = read(*options, f"data.eval={other}", f"data.regression={source}")
+    assert [len(s.examples) for s in found.held_out.values()] == [3, 3]  # general text is not asked
+    assert len(found.printed) == 3
+
+
+def test_held_out_sets_alone_are_those_of_the_run(read, tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", rows(9))
+    held = write_rows(tmp_path / "eval.jsonl", [*rows(2), *rows(2, "what")])
+    for options in (
+        (f"data.train={train}", "data.eval_size=3"),
+        (f"data.train={train}", f"data.eval={held}", "data.drop_overlap=true"),
+        (f"data.train={train}", f"data.eval={held}"),
+    ):
+        found = read(*options)
+        alone = sets.read_held_out(found.config, found.encoder)
+        assert equal(alone["task"].examples, found.held_out["task"].examples)
+        assert alone["task"].rows == found.held_out["task"].rows
+    found = read(f"data.train={train}")
+    with pytest.raises(UserError, match="set data.eval, data.regression or both"):
+        sets.read_held_out(found.config, found.encoder)
+
+
+def test_the_digest_of_the_data_sees_examples_weights_and_sources(read, tmp_path):
+    one, two = (write_rows(tmp_path / f"{i}.jsonl", rows(3, str(i))) for i in range(2))
+    variants = [
+        f"data.train={one}",
+        f"data.train={two}",
+        f"data.train={{{one}: 1, {two}: 1}}",
+        f"data.train={{{one}: 1, {two}: 2}}",
+    ]
+    assert len({read(variant).train.digest() for variant in variants}) == 4
+    turned = f"data.train={{{two}: 1, {one}: 1}}"
+    assert read(turned).train.digest() == read(variants[2]).train.digest()
+
+
+# Whole runs
+
+
+def run(files, output, capsys, *overrides):
+    """What a run of two steps printed, and its directory."""
+    capsys.readouterr()
+    settings = ("eval.generate=false", "export.peft=false", *overrides)
+    command = ["--config", str(files / "run.yaml"), f"output_dir={output}", *settings]
+    assert train_main(command) == 0
+    return capsys.readouterr().err
+
+
+def said_of_data(printed):
+    return [line for line in printed.splitlines() if "data." in line or "% of the rows" in line]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two sources of the same name, one of them with two rows that are none."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = write_rows(tmp_path / "a" / "rows.jsonl", [*rows(20), {"prompt": "no answer"}])
+    two = write_rows(tmp_path / "b" / "rows.jsonl", rows(10, "what"))
+    with two.open("a") as file:
+        file.write("no json\n")
+    return one, two
+
+
+def test_a_run_on_a_mixture_says_the_same_out_of_the_cache(files, mixed, tmp_path, capsys):
+    one, two = mixed
+    settings = (f"data.train={{{one}: 3, {two}: 1}}", "data.eval_size=6", "data.packing=false")
+    command = ["--config", str(files / "run.yaml"), f"output_dir={tmp_path / 'refused'}"]
+    assert train_main([*command, *settings]) == 2
+    message = capsys.readouterr().err
+    assert "rows.jsonl:21: " in message and not (tmp_path / "refused" / "config.yaml").exists()
+    settings = (*settings, "data.on_bad_row=drop", "train.steps=2")
+    first = said_of_data(run(files, tmp_path / "one", capsys, *settings))
+    second = said_of_data(run(files, tmp_path / "two", capsys, *settings))
+    assert first == second
+    for source, count, share in ((one, 20, "75.0%"), (two, 10, "25.0%")):
+        told = next(line for line in first if line.startswith(f"data.train {source}: "))
+        assert f"{count} examples" in told and told.endswith("; 1 bad rows dropped")
+        assert any(line.startswith(f"{source}: ") and f", {share} of" in line for line in first)
+    assert "held out of data.train: 6 examples" in first
+    losses = [
+        [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_stream_of_a_table_with_named_columns(files, tmp_path, capsys):
+    lines = ["question,answer", *(f"how much is {i},{i}!" for i in range(20)), "no answer"]
+    source = tmp_path / "table.csv"
+    source.write_text("\n".join(lines) + "\n")
+    settings = (
+        *(f"data.train={source}", "data.prompt=Q: {question}", "data.completion={answer}"),
+        *("data.streaming=true", "data.stream_rows=7", "data.packing=false", "train.steps=6"),
+    )
+    command = ["--config", str(files / "run.yaml"), f"output_dir={tmp_path / 'refused'}"]
+    assert train_main([*command, *settings]) == 2  # met in the third block
+    assert "table.csv:22: " in capsys.readouterr().err
+    printed = run(files, tmp_path / "out", capsys, *settings, "data.on_bad_row=drop")
+    assert f"6 steps of 4 rows x 64 tokens, streamed from {source}" in printed
+    told = [line for line in printed.splitlines() if line.startswith("records from ")]
+    assert len(told) == 1 and told[0].startswith("records from table.csv:16 on: 6 examples; ")
+    assert told[0].endswith("; 1 bad rows dropped")
+    # Five steps go through the 20 rows once, and the sixth is of the second time.
+    found = read_lines(tmp_path / "out" / "metrics.jsonl")
+    answers = [len(f"{i}!") + 1 for i in range(20)]  # a token a byte, and the end of the turn
+    assert sum(line["supervised_tokens"] for line in found[:5]) == sum(answers)
