@@ -23,7 +23,8 @@ from rich.console import Console
 from lora_jax import config as configs
 from lora_jax import data, formats
 from lora_jax.config import Config
-from lora_jax.train import scores, setup
+from lora_jax.formats import fingerprint
+from lora_jax.train import scores, sets
 from lora_jax.train.optimizer import make_schedule
 
 
@@ -53,7 +54,6 @@ def train(model, config: Config, steps: list[list[data.Example]]) -> None:
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
-    model.train()
     for step, examples in enumerate(steps):
         optimizer.param_groups[0]["lr"] = float(schedule(step))
         total, weight = nll(model, examples)
@@ -61,10 +61,9 @@ def train(model, config: Config, steps: list[list[data.Example]]) -> None:
         torch.nn.utils.clip_grad_norm_(trained, settings.grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
 
 
-def answer(model, tokenizer, task: setup.DataSet, config: Config) -> list[scores.Answer]:
+def answer(model, tokenizer, task: sets.DataSet, config: Config) -> list[scores.Answer]:
     """Greedy answers; rows with the same prompt are references of one."""
     template = {"system_prompt": task.system_prompt, "chat_template": config.data.chat_template}
     questions: dict[tuple, list[str]] = {}
@@ -95,7 +94,7 @@ def answer(model, tokenizer, task: setup.DataSet, config: Config) -> list[scores
 
 
 @torch.no_grad()
-def score(model, tokenizer, held_out: dict[str, setup.DataSet], config: Config) -> dict:
+def score(model, tokenizer, held_out: dict[str, sets.DataSet], config: Config) -> dict:
     """Nats per supervised token of each held-out set, and the metrics of the task's answers."""
     found, size = {}, config.eval.batch_size
     for name, one in held_out.items():
@@ -111,9 +110,8 @@ def score(model, tokenizer, held_out: dict[str, setup.DataSet], config: Config) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", help="settings as key.sub=value")
     options = parser.parse_args()
@@ -121,10 +119,12 @@ def main() -> None:
     scores.check(config.eval.metrics)
     source, console = formats.resolve(config.model), Console(stderr=True)
     tokenizer = formats.load_tokenizer(source)
-    train_set, held_out = setup.read_sets(config, tokenizer, console)
-    loader = setup.make_loader(config, train_set, console)
-    rows = [loader.indices(step) for step in range(config.train.steps)]
-    steps = [[train_set.examples[i] for row in step for i in row] for step in rows]
+    encoder = sets.Encoder(config, tokenizer, fingerprint.tokenizer_digest(tokenizer), console)
+    train_data, held_out = sets.read_sets(config, encoder)
+    loader = sets.make_loader(config, train_data, encoder, None, console)
+    size = config.train.batch_size
+    rows = [loader.row(number) for number in range(config.train.steps * size)]
+    steps = [sum(rows[i : i + size], []) for i in range(0, len(rows), size)]
     torch.manual_seed(config.seed)
     model = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
@@ -139,9 +139,9 @@ def main() -> None:
     result = {"config": options.config, "steps": len(steps), "examples": sum(map(len, steps))}
     result["before"] = score(model, tokenizer, held_out, config)
     start = time.perf_counter()
-    train(model, config, steps)
+    train(model.train(), config, steps)
     result["train_seconds"] = time.perf_counter() - start
-    result["after"] = score(model, tokenizer, held_out, config)
+    result["after"] = score(model.eval(), tokenizer, held_out, config)
     print(json.dumps(result))
 
 

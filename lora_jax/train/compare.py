@@ -14,7 +14,7 @@ from lora_jax import adapters as methods
 from lora_jax import data, formats, sharding
 from lora_jax.config import Config, raise_all
 from lora_jax.formats import fingerprint
-from lora_jax.train import scores, sets
+from lora_jax.train import scores, sets, setup
 from lora_jax.train.evaluate import make_judge
 
 
@@ -52,6 +52,7 @@ def compare(
         fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
     encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console)
     held_out = sets.read_held_out(config, encoder)
+    setup.check_metrics(config, held_out)
     console.print(f"loading {config.model}")
     dtype = None if config.base_dtype is None else jnp.dtype(config.base_dtype)
     model = model.replace(params=formats.read_params(source, model, mesh, dtype))

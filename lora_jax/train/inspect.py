@@ -121,11 +121,7 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     """
     if examples < 0:
         raise UserError(f"the number of examples to show must be at least 0, not {examples}")
-    if config.data.train is None:
-        raise UserError(
-            "data.train is not set, so there is nothing to inspect: name a file of rows, a "
-            "directory of them, org/name on the hub, or demo:usaddress"
-        )
+    sets.training_sources(config)
     source = formats.resolve(config.model, weights=False)
     model = formats.describe(source, config.ignore_config_fields)
     tokenizer = formats.load_tokenizer(source)

@@ -1,5 +1,6 @@
 """The data of a run: what it trains on, and what it is measured on."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,16 @@ class Encoder:
     read: dict[str, data.Rows] = field(default_factory=dict)
     counts: dict[str, data.Counts] = field(default_factory=dict)
 
+    def for_general_text(self) -> "Encoder":
+        """The same for text that has no part in the task, and so neither its system prompt nor its
+        columns.
+        """
+        settings = dataclasses.replace(
+            self.config.data, system_prompt=None, prompt=None, completion=None
+        )
+        config = dataclasses.replace(self.config, data=settings)
+        return dataclasses.replace(self, config=config, read={})
+
     def rows(self, source: str) -> data.Rows:
         """The rows of a source, read once."""
         settings = self.config.data
@@ -65,13 +76,13 @@ class Encoder:
             )
         return self.read[source]
 
-    def examples(self, source: str, what: str, system_prompt: str | None) -> list[data.Example]:
+    def examples(self, source: str, what: str) -> list[data.Example]:
         """All examples of a source, out of the cache where it has them; says what became of it."""
         settings = self.config.data
 
         def build() -> tuple[list[data.Example], data.Counts]:
             rows = self.rows(source)
-            examples, counts = data.encode_all(rows.rows, **self.options(system_prompt))
+            examples, counts = data.encode_all(rows.rows, **self.options())
             return examples, counts.with_bad(rows.dropped)
 
         files = data.source_files(source) if settings.cache else []
@@ -87,7 +98,7 @@ class Encoder:
                 "code": data.code_version(),
                 "settings": repr(
                     (
-                        *(system_prompt, settings.max_length, settings.too_long),
+                        *(settings.system_prompt, settings.max_length, settings.too_long),
                         *(settings.prompt, settings.completion, settings.on_bad_row),
                     )
                 ),
@@ -100,12 +111,12 @@ class Encoder:
         self.console.print(f"{what}: {describe(counts, settings.max_length)}")
         return examples
 
-    def options(self, system_prompt: str | None) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The arguments of `data.encode_all` and its like."""
         settings = self.config.data
         return {
             "tokenizer": self.tokenizer,
-            "system_prompt": system_prompt,
+            "system_prompt": settings.system_prompt,
             "chat_template": settings.chat_template,
             "max_length": settings.max_length,
             "too_long": settings.too_long,
@@ -126,7 +137,7 @@ class Encoder:
                 problems.append(f"{where}: {problem}")
         if settings.on_bad_row != "drop":
             data.raise_first(problems)
-        examples, counts = data.encode_rows(rows, **self.options(settings.system_prompt))
+        examples, counts = data.encode_rows(rows, **self.options())
         self.counts["block"] = counts = counts.with_bad(len(problems))
         if counts.dropped or counts.bad:
             told = describe(counts, settings.max_length)
@@ -152,6 +163,21 @@ def describe(counts: data.Counts, limit: int) -> str:
     return "; ".join(notes)
 
 
+def training_sources(config: Config) -> Mapping[str, float]:
+    """The sources of `data.train` with their weights.
+
+    Raises:
+        UserError: none is named.
+    """
+    named = config.data.train
+    if named is None:
+        raise UserError(
+            "data.train is not set: a file of rows, a directory of them, org/name on the hub, or "
+            "demo:usaddress"
+        )
+    return {named: 1.0} if isinstance(named, str) else named
+
+
 def read_sets(config: Config, encoder: Encoder) -> tuple[TrainData, dict[str, DataSet]]:
     """The training data, and the held-out sets (`task`, `regression`) that the config names.
 
@@ -159,14 +185,12 @@ def read_sets(config: Config, encoder: Encoder) -> tuple[TrainData, dict[str, Da
         UserError: data that cannot be read or used.
     """
     settings, console = config.data, encoder.console
-    weights = {settings.train: 1.0} if isinstance(settings.train, str) else settings.train
+    weights = training_sources(config)
     if settings.streaming:
         (source,) = weights
         return TrainData({}, weights, stream=source), _held_out(config, encoder, None)
-    system_prompt = settings.system_prompt
     sets = {
-        source: DataSet([], encoder.examples(source, f"data.train {source}", system_prompt))
-        for source in weights
+        source: DataSet([], encoder.examples(source, f"data.train {source}")) for source in weights
     }
     if settings.eval_size is None:
         train = TrainData(sets, weights)
@@ -193,21 +217,19 @@ def read_held_out(config: Config, encoder: Encoder) -> dict[str, DataSet]:
 
 
 def _held_out(config: Config, encoder: Encoder, train: TrainData | None) -> dict[str, DataSet]:
-    settings = config.data
-    # General text has no part in the task, so not its system prompt either.
-    sources = {
-        "task": ("data.eval", settings.eval, settings.system_prompt),
-        "regression": ("data.regression", settings.regression, None),
-    }
-    found = {}
-    for name, (what, source, system_prompt) in sources.items():
-        if source is not None:
-            examples = encoder.examples(source, what, system_prompt)
-            if name == "task" and train is not None:
-                drop = settings.drop_overlap
-                examples = _without_overlap(examples, train, drop, encoder.console)
-            rows = _rows_of(examples, encoder.rows(source).rows)
-            found[name] = DataSet(rows, examples, system_prompt)
+    found, settings = {}, config.data
+    if settings.eval is not None:
+        examples = encoder.examples(settings.eval, "data.eval")
+        if train is not None:
+            drop = settings.drop_overlap
+            examples = _without_overlap(examples, train, drop, encoder.console)
+        rows = _rows_of(examples, encoder.rows(settings.eval).rows)
+        found["task"] = DataSet(rows, examples, settings.system_prompt)
+    if settings.regression is not None:
+        general = encoder.for_general_text()
+        examples = general.examples(settings.regression, "data.regression")
+        rows = _rows_of(examples, general.rows(settings.regression).rows)
+        found["regression"] = DataSet(rows, examples)
     return found
 
 

@@ -15,7 +15,7 @@ from lora_jax.config import AdapterConfig, Config, UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import resume, scores
-from lora_jax.train.sets import DataSet
+from lora_jax.train.sets import DataSet, training_sources
 from lora_jax.train.sinks import check_sinks
 
 
@@ -28,11 +28,7 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
             does not fit the devices or the batch; a shard size that is none; an output directory
             that holds something or cannot be written; as `resume.find_record`.
     """
-    if config.data.train is None:
-        raise UserError(
-            "data.train is not set: a file of rows, a directory of them, org/name on the hub, or "
-            "demo:usaddress"
-        )
+    training_sources(config)
     scores.check(config.eval.metrics)
     check_sinks(config.train.report_to)
     mesh = sharding.make_mesh(config.mesh)
@@ -111,6 +107,13 @@ def remove_exports(output: Path) -> None:
     for pattern in ("adapter", "merged", ".adapter-*", ".merged-*"):
         for directory in output.glob(pattern):
             shutil.rmtree(directory)
+
+
+def check_metrics(config: Config, held_out: Mapping[str, DataSet]) -> None:
+    """Raise if the held-out answers are not what `eval.metrics` compares."""
+    if "task" in held_out and config.eval.generate:
+        rows = (row for row in held_out["task"].rows if isinstance(row, data.Row))
+        scores.check(config.eval.metrics, [data.reference(row) for row in rows])
 
 
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:

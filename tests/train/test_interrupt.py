@@ -101,12 +101,15 @@ def test_free_raises_at_once_and_held_holds_again_after_it():
 
 
 def test_held_inside_held():
+    reached = False
     with pytest.raises(Interrupted), catch() as signals, signals.held():
         with signals.held():
             pass
         send()
+        reached = True  # the outer one still holds
         signals.check()
         pytest.fail("the signal was lost")
+    assert reached
 
 
 def test_handlers_come_back_after_other_failures_too():

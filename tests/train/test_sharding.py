@@ -4,6 +4,7 @@ here.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,29 @@ def test_where_every_parameter_lies(result):
 )
 def test_mistakes_are_told(result, mistake, expected):
     assert expected in result["errors"][mistake]
+
+
+def on_hosts(count):
+    """The batches that `hosts.py` puts on a mesh over `count` processes, as host 0 prints them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("hosts.py")
+    command = [sys.executable, script, str(port), str(count)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [*command, str(host)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for host in range(count)
+    ]
+    texts = [process.communicate(timeout=300)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0] * count, texts
+    return [json.loads(line) for line in texts[0].splitlines() if line.startswith("{")]
+
+
+def test_one_two_and_four_hosts_see_the_same_examples_in_the_same_order():
+    alone = on_hosts(1)
+    assert len(alone) == 3 and alone[0] != alone[1]
+    assert on_hosts(2) == alone
+    assert on_hosts(4) == alone

@@ -85,6 +85,11 @@ def test_divergence_is_told_from_the_lowest_mean_not_the_first():
     assert "steps 41-60 had 1." not in problem and "steps 31-50 had 1." in problem
 
 
+@pytest.mark.parametrize(("later", "stops"), [(1.05, False), (1.15, True)])
+def test_a_mean_must_be_a_nat_above_the_lowest(later, stops):
+    assert any(steps(Watch(), [0.1] * WINDOW + [later] * WINDOW)) == stops
+
+
 def test_less_than_a_window_is_never_divergence():
     assert not any(steps(Watch(), [0.01] + [20.0] * (WINDOW - 2)))
 
