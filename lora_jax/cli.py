@@ -23,8 +23,12 @@ _TRAIN_HELP = """examples:
   python train.py --config configs/quickstart.yaml model=org/name data.train=rows.jsonl mesh.fsdp=4
   python train.py --config configs/quickstart.yaml --dry-run
 
-Any setting of the YAML file can be overridden as key.sub=value; lora_jax/config.py lists them all
-with their defaults. Rows are {"prompt": .., "completion": ..} or {"messages": [..]}, one a line.
+  python train.py --config configs/quickstart.yaml resume=auto train.save_every=20
+
+Any setting of the YAML file can be overridden as key.sub=value; docs/configuration.md lists them
+all, and so does `python -m lora_jax.reference`. Rows are {"prompt": .., "completion": ..},
+{"messages": [..]} and others, in .jsonl, .csv, .parquet or on the hub. SIGTERM and Ctrl-C end a
+run with a checkpoint, and resume=true goes on from it.
 """
 _EVAL_HELP = """examples:
   lora-jax eval --config configs/quickstart.yaml --adapter runs/quickstart/adapter
@@ -46,6 +50,7 @@ of a stream only the first data.stream_rows records are read.
 _EXPORT_HELP = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter
   lora-jax export --run runs/quickstart --format hf --output my-model
+  lora-jax export --run runs/old --format peft --output my-adapter --allow-change base
 
 peft: an adapter directory for PEFT, vLLM and others.
 hf: the base with the adapter merged in, for transformers.
@@ -90,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **_style(_GENERATE_HELP),
         )
     )
-    return _run(parser.parse_args(arguments))
+    return _run(_parse(parser, arguments))
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -99,11 +104,21 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
         prog="train.py", description="Fine-tune as a YAML file says.", **_style(_TRAIN_HELP)
     )
     add_train(parser)
-    return _run(parser.parse_args(arguments))
+    return _run(_parse(parser, arguments))
 
 
 def _style(epilog: str) -> dict:
     return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, with overrides in several places; argparse takes those of the first only."""
+    options, rest = parser.parse_known_args(arguments)
+    strange = [text for text in rest if text.startswith("-") or "=" not in text]
+    if strange or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    options.overrides = [*getattr(options, "overrides", ()), *rest]
+    return options
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lora_jax import cli
 from lora_jax.cli import main, train_main
 
 from .train.conftest import files as files
@@ -123,13 +124,13 @@ def test_usage_errors_have_status_2(arguments, capsys):
 ROWS = [
     ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "bad.jsonl:2: invalid JSON"),
     ('{"prompt": "a", "completion": 3}\n', "bad.jsonl:1: 'completion' is a number, not a string"),
-    ('{"text": "a"}\n', "bad.jsonl:1: a row needs 'prompt' and 'completion'"),
+    ('{"question": "a"}\n', "bad.jsonl:1: a row needs 'messages', 'conversations', "),
     ("[1]\n", "bad.jsonl:1: a row must be an object"),
     ('{"messages": [{"role": "user", "content": "a"}]}\n', "bad.jsonl:1: no assistant turn"),
     (
         '{"messages": [{"role": "user", "content": "a"}, '
         '{"role": "assistant", "content": "b", "train": false}]}\n',
-        "bad.jsonl:1: no token is supervised",
+        "bad.jsonl:1: every assistant turn has 'train': false",
     ),
     ("", "the file holds no rows"),
 ]
@@ -324,3 +325,31 @@ def test_rows_are_read_from_a_directory_and_from_json(files, tmp_path, train_ref
     write_rows(tmp_path / "b.jsonl")
     (tmp_path / "a.json").write_text('{"data": [{"prompt": 1, "completion": "x"}]}')
     assert "a.json[0]: 'prompt' is a number" in train_refused(f"data.train={tmp_path}")
+
+
+def test_overrides_may_stand_before_between_and_after_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_run", lambda options: seen.append(options) or 0)
+    for words in (
+        "eval a=1 --config c b=2 --adapter x c=3",
+        "eval --config c a=1 b=2 --adapter x c=3",
+        "eval --config c --adapter x a=1 b=2 c=3",
+    ):
+        main(words.split())
+        assert (seen[-1].config, seen[-1].adapter) == ("c", ["x"])
+        assert seen[-1].overrides == ["a=1", "b=2", "c=3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "strange"),
+    [
+        ("eval --config c a=1 --adapter x oops", "oops"),
+        ("train --config c a=1 --adaptor x=1 --verbose y=2", "--adaptor"),
+        ("export --run r --format hf --output o a=1", "a=1"),
+    ],
+)
+def test_arguments_that_nothing_takes_are_refused(words, strange, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2
+    assert f"unrecognized arguments: {strange}" in capsys.readouterr().err

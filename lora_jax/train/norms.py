@@ -39,7 +39,7 @@ def _norms(weight: LoraWeight, lora_a: jax.Array, lora_b: jax.Array) -> dict[str
 def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[str, dict]:
     """Per adapted module the Frobenius norms of `lora_a`, `lora_b`, of the `update` with its scale,
     and the update `relative` to the weight: lists with a number per layer, null where the layer is
-    not adapted.
+    not adapted (and for `relative`, where the weight is zero).
     """
     bound, flat = tree.flatten(bind(params, adapters, config)), tree.flatten(adapters)
     found = {}
@@ -49,7 +49,8 @@ def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[s
         values = {name: np.atleast_1d(x) for name, x in _norms(weight, *parts).items()}
         found[tree.dotted(target.path)] = {
             name: [
-                float(x) if rank else None for x, rank in zip(numbers, target.ranks, strict=True)
+                float(x) if rank and np.isfinite(x) else None
+                for x, rank in zip(numbers, target.ranks, strict=True)
             ]
             for name, numbers in values.items()
         }

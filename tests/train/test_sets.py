@@ -172,6 +172,15 @@ def test_general_text_gets_no_system_prompt(read, tmp_path, tokenizer):
     assert found.held_out["regression"].system_prompt is None
 
 
+def test_columns_are_those_of_the_task_alone(read, tmp_path):
+    task = write_rows(tmp_path / "task.jsonl", [{"q": f"{i}", "a": "yes"} for i in range(3)])
+    general = write_rows(tmp_path / "general.jsonl", [{"text": "some text"}])
+    columns = ("data.prompt={q}", "data.completion={a}")
+    found = read(f"data.train={task}", f"data.regression={general}", *columns)
+    (row,) = found.held_out["regression"].rows
+    assert isinstance(row, data.TextRow) and row.text == "some text"
+
+
 # Held out of the training data
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from lora_jax import adapters as methods
 from lora_jax import data, tree
@@ -316,26 +318,44 @@ def test_ragged_micro_batches_are_one_batch(whole_batch, micro):
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) > 1e-2
 
 
-def test_packed_rows_are_the_same_examples_unpacked():
+@pytest.fixture(scope="module")
+def summed():
+    """Sums and gradients of any batch of eight rows of 16 tokens, compiled once."""
     config = make_config("adapter.rank=4", FEW)
     model, adapters = start(config)
-    rng = np.random.default_rng(0)
+
+    def total(adapters, batch):
+        bound = methods.bind(model.params, adapters, config.adapter)
+        return batch_sums(model, bound, batch, config)
+
+    compiled = jax.jit(jax.value_and_grad(total, has_aux=True))
+    return lambda batch: compiled(adapters, batch)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=8), st.integers(0, 2**32 - 1))
+@example([5, 9, 3, 12, 7, 4, 8], 0)
+def test_packed_rows_are_the_same_examples_unpacked(summed, lengths, seed):
+    """Packing that leaks between examples, or goes on counting positions, changes the sums."""
+    rng = np.random.default_rng(seed)
     examples = [
         data.Example(
             rng.integers(0, 272, n).astype(np.int32), rng.choice([0, 1], n).astype(np.float32), ""
         )
-        for n in (5, 9, 3, 12, 7, 4, 8)
+        for n in lengths
     ]
 
     def stack(rows):
-        built = [data.to_row([examples[i] for i in row], 16) for row in rows]
+        rows = [[examples[i] for i in row] for row in rows]
+        built = [data.to_row(row, 16) for row in rows + [[]] * (8 - len(rows))]
         return {name: np.stack([row[name] for row in built]) for name in built[0]}
 
-    packed = data.pack([len(example.tokens) for example in examples], 16)
-    assert len(packed) < len(examples)
-    alone = sums_and_gradients(model, config, adapters, stack([[i] for i in range(len(examples))]))
-    together = sums_and_gradients(model, config, adapters, stack(packed))
-    assert distance(together, alone) <= 1e-5
+    packed = stack(data.pack(lengths, 16))
+    alone = stack([[i] for i in range(len(examples))])
+    assert distance(summed(packed), summed(alone)) <= 1e-5
+    if packed["segment_ids"].max() > 1 and packed["loss_weights"].sum() > 2:
+        leaking = packed | {"segment_ids": np.minimum(packed["segment_ids"], 1)}
+        assert distance(summed(leaking), summed(alone)) > 1e-5
 
 
 @pytest.fixture(scope="module")
