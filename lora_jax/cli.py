@@ -187,6 +187,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     config = configs.load(options.config, options.overrides)
+    if options.output and not os.access(Path(options.output).parent, os.W_OK):
+        raise UserError(f"--output {options.output}: its directory is missing or not writable")
     from rich.console import Console
 
     from lora_jax.train.compare import compare, print_table

@@ -78,7 +78,7 @@ class TrainConfig:
     epsilon: float = 1e-8  # AdamW's
     grad_clip: float | None = 1.0  # one global norm over all trainable leaves; null: none
     eval_every: int | None = None  # steps between held-out losses; null: only before and after
-    save_every: int | None = None  # steps between checkpoints; null: only at the end
+    save_every: int | None = None  # steps between checkpoints; null: a tenth of all steps
     save_total_limit: int | None = 2  # latest checkpoints kept, beside the best; null: all
     early_stopping_patience: int | None = None  # evaluations without a better task loss; null: off
     load_best_model_at_end: bool = False  # export the best task loss, not the last step
@@ -184,6 +184,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") -> Config:
     """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win)."""
     layers: list[tuple[str, Any]] = [(source, content)]
+    replaced: dict[str, str] = {}  # by the name of the layer, the mapping that it replaces whole
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -201,6 +202,8 @@ def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") 
                 f"override {override!r} cannot be read: {_first_line(error)}"
             ) from error
         layers.append((f"override {override!r}", layer))
+        if key in _MAPPINGS:
+            replaced[f"override {override!r}"] = key
     merged = OmegaConf.structured(Config)
     _unlock(merged)
     problems = []
@@ -209,6 +212,9 @@ def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") 
         problems += [f"{origin}: {problem}" for problem in unknown]
         if not unknown:
             try:
+                if origin in replaced:
+                    key = replaced[origin]
+                    OmegaConf.update(merged, key, None if key == "data.train" else {}, merge=False)
                 merged = OmegaConf.merge(merged, _without_interpolation(layer))
             except (OmegaConfBaseException, ValueError) as error:
                 problems.append(f"{origin}: {_type_problem(error)}")
@@ -226,6 +232,8 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
+# Settings whose values are mappings: an override of one takes the place of all of it.
+_MAPPINGS = ("data.train", "adapter.rank_pattern", "adapter.alpha_pattern")
 _CHOICES = {
     "base_dtype": (None, "float32", "bfloat16"),
     "adapter.method": ("lora",),
@@ -259,7 +267,8 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size")
 _SINKS = ("tensorboard", "wandb", "trackio")
-PRINTS = ("base", "tokenizer", "template", "data")  # of a fingerprint: what a run was made with
+# Parts of a fingerprint: what a run was made with.
+PRINTS = ("base", "tokenizer", "template", "data", "held_out")
 
 
 def check(config: Config) -> None:

@@ -273,3 +273,17 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     file.write_text("model: a\nseed: 1\nseed: 2\n")
     with pytest.raises(UserError, match=r"'seed' stands there twice(?s:.*)line 3"):
         load(file)
+
+
+def test_an_override_of_a_mapping_takes_its_place():
+    content = {"model": "m", "data": {"train": {"a": 0.5, "b": 0.5}}}
+    content["adapter"] = {"rank_pattern": {"q_proj": 4}}
+    overrides = ["data.train={c.jsonl: 1}", "adapter.rank_pattern={k_proj: 2}"]
+    config = parse(content, overrides)
+    assert config.data.train == {"c.jsonl": 1}
+    assert config.adapter.rank_pattern == {"k_proj": 2}
+    assert parse(content, ["adapter.rank_pattern.v_proj=8"]).adapter.rank_pattern == {
+        "q_proj": 4,
+        "v_proj": 8,
+    }
+    assert parse(content, ["data.train=d.jsonl"]).data.train == "d.jsonl"

@@ -15,6 +15,7 @@ from .loader import order as order
 from .packing import pack as pack
 from .packing import to_row as to_row
 from .render import resolve_template as resolve_template
+from .render import template_text as template_text
 from .rows import AnyRow as AnyRow
 from .rows import BadRow as BadRow
 from .rows import Row as Row

@@ -4,6 +4,7 @@ A template is a program that others wrote: whatever it raises is told as a refus
 `chat_template` is None for the tokenizer's own, the path of a Jinja file, or "none" for plain text.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,21 @@ def resolve_template(
         return tokenizer.get_chat_template(tools=list(tools) or None)
     except ValueError as error:  # several templates and none of them the default
         raise UserError(f"the tokenizer of {name(tokenizer)}: {error}; {_OPTIONS}") from error
+
+
+def template_text(tokenizer: Any, chat_template: str | None) -> str:
+    """All that decides how conversations are rendered, as one text: equal texts render alike.
+
+    A tokenizer's templates for rows with and without tools are both in it, and a tokenizer
+    without any has the empty text: plain texts and tokens need none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if chat_template is not None:
+        return resolve_template(tokenizer, chat_template) or PLAIN
+    own = tokenizer.chat_template or ""
+    return own if isinstance(own, str) else json.dumps(own, sort_keys=True)
 
 
 def read_template(tokenizer: Any, source: str) -> Template:

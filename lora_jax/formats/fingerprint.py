@@ -23,9 +23,9 @@ _WHOLE = 1 << 16  # bytes up to which a tensor is read whole
 _SAMPLES, _SAMPLE = 64, 256  # of a larger one: so many pieces of so many bytes, evenly spread
 
 
-def take(directory: Path, tokenizer: Any, template: str | None) -> dict[str, str]:
-    """The fingerprint of a model directory with its tokenizer and the chat template in use (None:
-    plain text).
+def take(directory: Path, tokenizer: Any, template: str) -> dict[str, str]:
+    """The fingerprint of a model directory with its tokenizer and the text of the chat template in
+    use.
 
     Raises:
         UserError: the directory has no readable safetensors.
@@ -33,7 +33,7 @@ def take(directory: Path, tokenizer: Any, template: str | None) -> dict[str, str
     return {
         "base": base_digest(directory),
         "tokenizer": tokenizer_digest(tokenizer),
-        "template": _digest(["none" if template is None else "jinja", template or ""]),
+        "template": _digest(template),
     }
 
 
@@ -106,6 +106,7 @@ def check(
         "tokenizer": "the tokenizer is not the one",
         "template": "the chat template is not the one",
         "data": "the training examples are not those",
+        "held_out": "the held-out examples are not those",
     }
     raise_all(
         [

@@ -45,7 +45,7 @@ def answer(
         home = directory if (directory / "tokenizer_config.json").is_file() else source
     tokenizer = formats.load_tokenizer(home)
     if adapter is not None:
-        template = data.resolve_template(tokenizer, chat_template)
+        template = data.template_text(tokenizer, chat_template)
         prints = fingerprint.take(source, tokenizer, template)
         stored = formats.read_fingerprint(Path(adapter).expanduser())
         fingerprint.check(stored, prints, adapter, allow_change)

@@ -63,28 +63,47 @@ class Checkpoints:
         opt_state: Any,
         record: Mapping[str, Any],
         best_step: int | None = None,
+        sound_step: int | None = None,
     ) -> None:
-        """Start to write `step`; returns as soon as the arrays are copied.
+        """Start to write `step`; returns as soon as the arrays are copied. A step that is there
+        already has the same arrays, and only its record is written anew.
 
-        Once it is committed, what is neither among the latest nor `best_step` is removed.
+        Once it is committed, what is neither among the latest, nor `best_step`, nor the last one
+        up to `sound_step`, is removed.
 
         Raises:
             UserError: this checkpoint or the one before it cannot be written; the earlier ones
                 stand as they were.
         """
         self.wait()
-        self._kept.best_step = best_step
+        self._kept.best_step, self._kept.sound_step = best_step, sound_step
         optimizer = _by_path(opt_state)
         leaves = _leaf_digests({"adapters": _paths(adapters), "optimizer": optimizer})
         content = {"step": step, **record, "leaves": leaves}
+        content["sha256"] = _digest_json(content)
+        if step in self.steps:
+            return self._rewrite(step, content)
         arguments = ocp.args.Composite(
             adapters=ocp.args.StandardSave(adapters),
             optimizer=ocp.args.StandardSave(optimizer),
-            record=ocp.args.JsonSave({**content, "sha256": _digest_json(content)}),
+            record=ocp.args.JsonSave(content),
         )
         with _as_user_error(f"the checkpoint of step {step} cannot be written"):
             self._manager.save(step, args=arguments)
         self._pending = self._worker.submit(self._finish, step)
+
+    def _rewrite(self, step: int, record: Mapping[str, Any]) -> None:
+        """Put another record into a committed step. Whenever it is cut off, one of the two records
+        is there whole, and a step without a seal is checked leaf by leaf.
+        """
+        if jax.process_index() == 0:
+            place = self._directory / str(step)
+            with _as_user_error(f"the record of step {step} cannot be written"):
+                (place / _SEAL).unlink(missing_ok=True)
+                temporary = self._directory / f".record-{step}"
+                temporary.write_text(json.dumps(record), encoding="utf-8")
+                temporary.replace(place / "record" / "metadata")
+                _seal(place)
 
     def _finish(self, step: int) -> None:
         with _as_user_error(f"the checkpoint of step {step} cannot be written"):
@@ -118,16 +137,18 @@ class Checkpoints:
 
 
 class _Kept:
-    """Orbax's preservation policy: the latest steps and the best one."""
+    """Orbax's preservation policy: the latest steps, the best one, and the last sound one."""
 
     def __init__(self, limit: int | None):
         self.limit = limit
         self.best_step: int | None = None
+        self.sound_step: int | None = None
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         steps = sorted(info.step for info in checkpoints)
         latest = steps if self.limit is None else steps[-self.limit :]
-        return [info.step in (*latest, self.best_step) for info in checkpoints]
+        sound = [step for step in steps if step <= (self.sound_step or 0)][-1:]
+        return [info.step in (*latest, *sound, self.best_step) for info in checkpoints]
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def compare(
     source = formats.resolve(config.model)
     model = formats.describe(source, config.ignore_config_fields)
     tokenizer = formats.load_tokenizer(source)
-    template = data.resolve_template(tokenizer, config.data.chat_template)
+    template = data.template_text(tokenizer, config.data.chat_template)
     prints = fingerprint.take(source, tokenizer, template)
     directories = {path: Path(path).expanduser() for path in paths}
     raise_all(

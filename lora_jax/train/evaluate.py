@@ -150,12 +150,14 @@ def make_judge(
     mesh: Mesh,
 ) -> Judge:
     """A `Judge` with its compiled functions over the held-out data."""
-    stops = formats.stop_tokens(model.directory)
+    stops = frozenset(formats.stop_tokens(model.directory))
+    if "task" in held_out and any(isinstance(row, data.Row) for row in held_out["task"].rows):
+        stops = data.stop_tokens(tokenizer, config.data.chat_template, stops)
     return Judge(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        stop_tokens=data.stop_tokens(tokenizer, config.data.chat_template, stops),
+        stop_tokens=stops,
         held_out=held_out,
         mesh=mesh,
         eval_step=make_eval_step(model, config),
@@ -164,12 +166,15 @@ def make_judge(
 
 
 def score_pair(name: str, before: Scores, after: Scores) -> dict[str, Any] | None:
-    """The summary's entry for a held-out set, None if there is none."""
-    if name not in before.losses:
+    """The summary's entry for a held-out set, None if it was not measured before and after (a
+    resumed run may have been allowed other sets or metrics).
+    """
+    if name not in before.losses or name not in after.losses:
         return None
     pair: dict[str, Any] = {"loss_before": before.losses[name], "loss_after": after.losses[name]}
     if name == "task" and after.answers:
-        for metric, value in before.metrics.items():
-            pair |= {f"{metric}_before": value, f"{metric}_after": after.metrics[metric]}
+        for metric in (name for name in after.metrics if name in before.metrics):
+            pair[f"{metric}_before"] = before.metrics[metric]
+            pair[f"{metric}_after"] = after.metrics[metric]
         pair["examples"] = len(after.answers)
     return pair

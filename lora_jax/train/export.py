@@ -11,7 +11,7 @@ from lora_jax import config as configs
 from lora_jax import formats
 from lora_jax.adapters import bind, init, merge
 from lora_jax.config import Config, UserError
-from lora_jax.data import resolve_template
+from lora_jax.data import resolve_template, template_text
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.sharding import make_mesh
@@ -92,7 +92,7 @@ def export_run(run: Path, kind: str, output: Path, allow_change: Collection[str]
     source = formats.resolve(config.model)
     model = formats.describe(source, config.ignore_config_fields)
     tokenizer = formats.load_tokenizer(source)
-    template = resolve_template(tokenizer, config.data.chat_template)
+    template = template_text(tokenizer, config.data.chat_template)
     found = fingerprint.take(source, tokenizer, template)
     fingerprint.check(record["fingerprint"], found, str(run), allow_change)
     best = record["watch"]["best_step"] if config.train.load_best_model_at_end else None

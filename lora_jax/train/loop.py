@@ -1,5 +1,6 @@
 """One run from top to bottom: config, base, adapters, evaluation, steps, checkpoints, export."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -56,13 +57,13 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     model = formats.describe(source, config.ignore_config_fields)
     config, loaded = setup.continue_adapter(config, model)
     if record is not None:
-        resume.check_config(record["config"], config)
+        resume.check_config(record, config)
     targets = tree.find_targets(model.params, config.adapter)
     tokenizer = formats.load_tokenizer(source)
     prints = setup.take_fingerprint(config, source, tokenizer, record)
-    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console)
+    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console, model.config.vocab_size)
     train_data, held_out = sets.read_sets(config, encoder)
-    prints["data"] = train_data.digest()
+    prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}
     if record is not None:
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
@@ -96,7 +97,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
             before = Scores(**record["before"])
             console.print(f"resumed from step {state.step}; before: {before.describe()}")
         # The first thing written: whatever failed before, the same output_dir can be used again.
-        (output / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
+        metrics.write_whole(output / "config.yaml", configs.dump(config))
         about = {
             "config": dataclasses.asdict(config),
             "versions": export.versions(),
@@ -136,7 +137,11 @@ def conclude(
         adapters, _, _ = checkpoint.restore(place, adapters, step=chosen)
         console.print(f"the adapters of step {chosen} are the best: these are exported")
     curves = metrics.read_curves(output / "metrics.jsonl")
-    after = judge.score(adapters, {name: dict(curves[name])[chosen] for name in judge.held_out})
+    logged = {name: dict(curves.get(name, ())) for name in judge.held_out}
+    # A run that was resumed with other settings may end at a step without an evaluation.
+    known = all(chosen in points for points in logged.values())
+    losses = {name: points[chosen] for name, points in logged.items()} if known else None
+    after = judge.score(adapters, losses)
     sizes = norms.measure(model.params, adapters, config.adapter)
     setup.remove_exports(output)
     if config.export.peft:
@@ -169,7 +174,8 @@ def _finished(output: Path, record: Mapping[str, Any], config: Config) -> dict[s
     watch = Watch(**record["watch"])
     over = record["step"] == config.train.steps or watch.gave_up(config.train)
     if over and not record["pending"] and file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError):  # damaged: what it says is worked out again
+            return json.loads(file.read_text(encoding="utf-8"))
     file.unlink(missing_ok=True)
     return None
 
@@ -184,5 +190,5 @@ def _restore(state: State, place: Path, record: Mapping[str, Any]) -> None:
     state.watch = Watch(**record["watch"])
     # The line of a step whose evaluation was interrupted is written when it is made up for.
     last = step - 1 if record["pending"] else step
-    for name in ("metrics.jsonl", "norms.jsonl", "samples.jsonl"):
+    for name in metrics.LOGS:
         metrics.cut_back(place.parent / name, last)

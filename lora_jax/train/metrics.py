@@ -66,6 +66,16 @@ class Clock:
         return steps * (self._seconds / (self._laps - 1) if self._laps > 1 else self._first[0])
 
 
+LOGS = ("metrics.jsonl", "norms.jsonl", "samples.jsonl")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file at once: it holds what it held before, or all of `text`."""
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
 def append_line(file: Path, content: Mapping[str, Any]) -> None:
     """One more object in a .jsonl file."""
     with file.open("a", encoding="utf-8") as handle:
@@ -84,7 +94,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     there is no such file.
     """
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -96,12 +106,7 @@ def cut_back(file: Path, step: int) -> None:
     """Keep the lines of a .jsonl file up to `step`: the later ones are written again."""
     if file.is_file():
         kept = [line for line in read_lines(file) if line["step"] <= step]
-        temporary = file.with_name(f".{file.name}")
-        temporary.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept),
-            encoding="utf-8",
-        )
-        temporary.replace(file)
+        write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def read_curves(file: Path) -> dict[str, list[tuple[int, float]]]:
@@ -261,7 +266,7 @@ def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | Non
 
 
 def write_summary(file: Path, summary: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(summary, indent=2) + "\n")
 
 
 def directory_bytes(directory: Path) -> int:

@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import Config, UserError, raise_all
+from lora_jax.config import PRINTS, Config, UserError, raise_all
 from lora_jax.train import checkpoint
+from lora_jax.train.metrics import LOGS
 
 # What may differ at any time: it does not change what the remaining steps compute, or the
 # fingerprint says whether it does (the model, the training data and the chat template by path).
@@ -18,6 +19,9 @@ _FREE = (
     *("train.report_to", "train.early_stopping_patience", "train.load_best_model_at_end"),
     *("train.divergence", "train.remat", "train.loss_chunk"),
 )
+
+
+_EARLY = {"config.yaml", "checkpoints", "run_id.txt", "tensorboard", *LOGS}
 
 
 def find_record(config: Config, output: Path) -> dict[str, Any] | None:
@@ -34,9 +38,10 @@ def find_record(config: Config, output: Path) -> dict[str, Any] | None:
             f"resume=true, but output_dir={str(output)!r} has no checkpoint to go on from; "
             "resume=auto starts anew where there is none"
         )
-    used = output.is_dir() and any(output.iterdir())
-    begun = config.resume == "auto" and (output / "config.yaml").is_file()  # killed before a save
-    if used and not begun:
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    # Killed before its first save, a run has left nothing but these.
+    begun = config.resume == "auto" and "config.yaml" in found and found <= _EARLY
+    if found and not begun:
         has_steps = checkpoint.list_steps(output / "checkpoints")
         advice = "; resume=true goes on from its last checkpoint" if has_steps else ""
         raise UserError(
@@ -46,16 +51,18 @@ def find_record(config: Config, output: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_config(stored: Mapping[str, Any], config: Config) -> None:
+def check_config(record: Mapping[str, Any], config: Config) -> None:
     """Compare the settings of a checkpoint with those of now.
 
     Raises:
-        UserError: settings that differ and are not in `allow_change`, all of them listed.
+        UserError: settings that differ and are not in `allow_change`, all of them listed; fewer
+            steps than are done.
     """
     now = _flat(dataclasses.asdict(config))
     # A setting that did not exist at the time had the effect of its default.
-    then = _flat(dataclasses.asdict(Config())) | _flat(stored)
-    allowed = (*_FREE, *config.allow_change)
+    then = _flat(dataclasses.asdict(Config())) | _flat(record["config"])
+    # `data` and its like are parts of the fingerprint there; settings are named in full.
+    allowed = (*_FREE, *(name for name in config.allow_change if name not in PRINTS))
     raise_all(
         [
             f"{key}={now.get(key)!r}, and the checkpoint was made with {then.get(key)!r}; keep "
@@ -64,6 +71,11 @@ def check_config(stored: Mapping[str, Any], config: Config) -> None:
             if now.get(key) != then.get(key) and not _covers(allowed, key)
         ]
     )
+    if config.train.steps < record["step"]:
+        raise UserError(
+            f"train.steps={config.train.steps}, and the checkpoint is that of step "
+            f"{record['step']}: nothing can be taken back"
+        )
 
 
 def _covers(names: Collection[str], key: str) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,18 @@ class DataSet:
     system_prompt: str | None = None
 
 
+def digest(sets: Iterable[DataSet]) -> str:
+    """Of the examples of some sets, in their order."""
+    total = hashlib.sha256()
+    for one in sets:
+        total.update(f"{len(one.examples)} examples".encode())
+        for example in one.examples:
+            total.update(len(example.tokens).to_bytes(8, "little"))
+            total.update(example.tokens.data)
+            total.update(example.loss_weights.data)
+    return total.hexdigest()
+
+
 @dataclass(frozen=True)
 class TrainData:
     """What a run trains on: sets by source, each with its weight, or a source to stream."""
@@ -30,14 +42,17 @@ class TrainData:
     stream: str | None = None
 
     def digest(self) -> str:
-        """Of all examples and weights in their order; of the name alone if they are streamed."""
-        total = hashlib.sha256(repr((sorted(self.weights.items()), self.stream)).encode())
-        for name in sorted(self.sets):
-            for example in self.sets[name].examples:
-                total.update(len(example.tokens).to_bytes(8, "little"))
-                total.update(example.tokens.data)
-                total.update(example.loss_weights.data)
-        return total.hexdigest()
+        """Of all examples and weights, wherever their files lie; of the files if they are streamed,
+        or of the name of a data set of the hub.
+        """
+        if self.stream is not None:
+            files = data.source_files(self.stream)
+            return data.digest_files(files) if files else self.stream
+        names = sorted(self.sets)
+        shares = repr([float(self.weights[name]) for name in names] if len(names) > 1 else [])
+        return hashlib.sha256(
+            (shares + digest(self.sets[name] for name in names)).encode()
+        ).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Encoder:
     tokenizer: Any
     tokenizer_digest: str
     console: Console
+    vocab_size: int | None = None  # of the model; None does not check tokens against it
     read: dict[str, data.Rows] = field(default_factory=dict)
     counts: dict[str, data.Counts] = field(default_factory=dict)
 
@@ -90,11 +106,11 @@ class Encoder:
             examples, counts = build()
             notes: Sequence[str] = ()
         else:
-            template = data.resolve_template(self.tokenizer, settings.chat_template)
             key = {
+                "source": source,  # examples say where they came from
                 "data": data.digest_files(files),
                 "tokenizer": self.tokenizer_digest,
-                "template": repr(template),
+                "template": data.template_text(self.tokenizer, settings.chat_template),
                 "code": data.code_version(),
                 "settings": repr(
                     (
@@ -107,9 +123,23 @@ class Encoder:
             examples, counts, notes = cached.examples, cached.counts, cached.notes
         for note in notes:
             self.console.print(f"note: {note}")
+        self._check_vocabulary(examples)
         self.counts[what] = counts
         self.console.print(f"{what}: {describe(counts, settings.max_length)}")
         return examples
+
+    def _check_vocabulary(self, examples: Sequence[data.Example]) -> None:
+        """Raise, with the rows, for tokens that the model has no embedding for."""
+        if self.vocab_size is not None:
+            data.raise_first(
+                [
+                    f"{example.where}: token {example.tokens.max()}, and the vocab_size of "
+                    f"{self.config.model} is {self.vocab_size}: model and tokenizer (or the row's "
+                    "own input_ids) do not belong together"
+                    for example in examples
+                    if example.tokens.max() >= self.vocab_size
+                ]
+            )
 
     def options(self) -> dict[str, Any]:
         """The arguments of `data.encode_all` and its like."""
@@ -138,6 +168,7 @@ class Encoder:
         if settings.on_bad_row != "drop":
             data.raise_first(problems)
         examples, counts = data.encode_rows(rows, **self.options())
+        self._check_vocabulary(examples)
         self.counts["block"] = counts = counts.with_bad(len(problems))
         if counts.dropped or counts.bad:
             told = describe(counts, settings.max_length)
@@ -236,7 +267,10 @@ def _held_out(config: Config, encoder: Encoder, train: TrainData | None) -> dict
 def _rows_of(examples: Sequence[data.Example], rows: Sequence[data.AnyRow]) -> list[data.AnyRow]:
     """The rows of one source that became these examples."""
     kept = {example.where for example in examples}
-    return [row for row in rows if row.where in kept]
+    found = [row for row in rows if row.where in kept]
+    if len({row.where for row in found}) < len(kept):
+        raise RuntimeError(f"examples without their rows, such as {examples[0].where}")
+    return found
 
 
 def hold_out(

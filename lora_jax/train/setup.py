@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -15,6 +16,7 @@ from lora_jax.config import AdapterConfig, Config, UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import resume, scores
+from lora_jax.train.metrics import LOGS
 from lora_jax.train.sets import DataSet, training_sources
 from lora_jax.train.sinks import check_sinks
 
@@ -29,6 +31,11 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
             that holds something or cannot be written; as `resume.find_record`.
     """
     training_sources(config)
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes; a run writes its files from one, "
+            "over all devices of one host"
+        )
     scores.check(config.eval.metrics)
     check_sinks(config.train.report_to)
     mesh = sharding.make_mesh(config.mesh)
@@ -85,7 +92,7 @@ def take_fingerprint(
     Raises:
         UserError: what differs, by name.
     """
-    template = data.resolve_template(tokenizer, config.data.chat_template)
+    template = data.template_text(tokenizer, config.data.chat_template)
     found = fingerprint.take(source, tokenizer, template)
     if record is not None:
         fingerprint.check(record["fingerprint"], found, "the checkpoint", config.allow_change)
@@ -98,8 +105,8 @@ def take_fingerprint(
 
 def clear_logs(output: Path) -> None:
     """Remove what a run that was killed before its first checkpoint has written."""
-    for file in output.glob("*.jsonl"):
-        file.unlink()
+    for name in LOGS:
+        (output / name).unlink(missing_ok=True)
 
 
 def remove_exports(output: Path) -> None:

@@ -1,6 +1,7 @@
 """The optimizer steps of a run, with their logs, evaluations and checkpoints."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ def train(
         while not over:
             over = trainer.finish_step(trainer.take_step())
         kept.wait()
+    signals.check()  # one that came during the last save
     if state.step < settings.steps:
         console.print(
             f"stopped early at step {state.step}: {state.watch.stale} evaluations without a task "
@@ -139,7 +141,11 @@ class _Trainer:
             self.judge.config.train.divergence,
         )
         if problem is not None:
-            raise UserError(f"{problem}. {self._keep_good()}")
+            # A loss that is not finite puts the state it came from in doubt; one that climbs, all
+            # states since it was lowest.
+            finite = math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])
+            sound = state.watch.lowest_step if finite else state.step - 1
+            raise UserError(f"{problem}. {self._keep_good(sound or 0)}")
         rate = float(self.schedule(state.step))
         state.step += 1
         state.supervised_tokens += measured["supervised_tokens"]
@@ -171,7 +177,8 @@ class _Trainer:
             self.kept.wait()
             self.console.print(f"{stop}: step {state.step} is saved; resume=true goes on from it")
             raise
-        if better or self.over or _is_due(state.step, settings.log_every) or "task_loss" in line:
+        evaluated = any(name.endswith("_loss") for name in line)
+        if evaluated or self.over or _is_due(state.step, settings.log_every):
             self.journal.write(line)
         every = settings.save_every or max(1, settings.steps // 10)
         if better or self.over or _is_due(state.step, every):
@@ -202,20 +209,22 @@ class _Trainer:
             "data": self.loader.position(state.step),
             "pending": pending,
         }
-        best = state.watch.best_step
-        self.kept.save(state.step, state.adapters, state.opt_state, record, best)
+        best, sound = state.watch.best_step, state.watch.lowest_step
+        self.kept.save(state.step, state.adapters, state.opt_state, record, best, sound)
 
-    def _keep_good(self) -> str:
-        """Remove the checkpoint that a failed step started from, if there is an earlier one, and
-        say what is left.
+    def _keep_good(self, sound: int) -> str:
+        """Remove checkpoints after step `sound`, if there is an earlier one, and say what is left.
+        The one of the best task loss stays in any case.
         """
         self.kept.wait()
-        step = self.state.step
-        if step in self.kept.steps and len(self.kept.steps) > 1:
-            self.kept.delete(step)
+        best, steps = self.state.watch.best_step, self.kept.steps
+        good = [step for step in steps if step <= sound or step == best]
+        if good:
+            for step in set(steps) - set(good):
+                self.kept.delete(step)
         steps = self.kept.steps
         if not steps:
             return "No checkpoint had been written yet"
-        if steps == [step]:
-            return f"The only checkpoint is that of step {step}, which led here: start again"
-        return f"The last good state is the checkpoint of step {steps[-1]} (kept: {steps})"
+        if not good:
+            return f"What is kept led here: start again (checkpoints: {steps})"
+        return f"The last good state is the checkpoint of step {good[-1]} (kept: {steps})"

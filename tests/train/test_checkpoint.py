@@ -72,6 +72,21 @@ def test_the_latest_and_the_best_are_kept(tmp_path, limit, best, kept):
     assert checkpoint.list_steps(tmp_path) == kept
 
 
+def test_the_last_sound_step_is_kept(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path, 1) as kept:
+        for step in (1, 2, 3, 4, 5):
+            kept.save(step, *some_state(step), {}, best_step=1, sound_step=min(step, 3))
+    assert checkpoint.list_steps(tmp_path) == [1, 3, 5]
+
+
+def test_a_step_saved_again_has_the_new_record(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path) as kept:
+        kept.save(1, *some_state(1), {"pending": {"loss": 2.0}})
+        kept.save(1, *some_state(1), {"pending": None})
+    assert checkpoint.read_record(tmp_path)["pending"] is None
+    assert equal(checkpoint.restore(tmp_path, *some_state(1))[:2], some_state(1))
+
+
 def test_a_flipped_byte_in_any_file_is_found_and_the_file_named(saved):
     rng = np.random.default_rng(0)
     files = [file for file in sorted((saved / "3").rglob("*")) if file.is_file()]

@@ -222,11 +222,60 @@ def test_auto_starts_a_run_anew_that_was_killed_before_its_first_checkpoint(conf
     assert [line["step"] for line in read_lines(output / "metrics.jsonl")] == [1, 2]
 
 
-def test_auto_never_takes_a_directory_of_other_files(config, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("mine")
+@pytest.mark.parametrize("names", [("thesis.tex",), ("config.yaml", "train.jsonl"), ("adapter",)])
+def test_auto_never_takes_a_directory_of_other_files(config, tmp_path, capsys, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
     assert train_main(command(config, tmp_path, "resume=auto")) == 2
     assert "already holds a run or other files" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+def test_fewer_steps_than_are_done_are_refused(config, two_steps, tmp_path, capsys):
+    output = copy_of(two_steps, tmp_path)
+    options = ("train.steps=1", "resume=true", "allow_change=[train.steps]")
+    capsys.readouterr()
+    assert train_main(command(config, output, *options)) == 2
+    assert "the checkpoint is that of step 2: nothing can be taken back" in capsys.readouterr().err
+
+
+def test_a_damaged_summary_is_made_again(config, two_steps, tmp_path):
+    output = copy_of(two_steps, tmp_path)
+    whole = json.loads((output / "summary.json").read_text())
+    (output / "summary.json").write_text('{"steps": 2')
+    train(config, output, "train.steps=2", "resume=true")
+    again = json.loads((output / "summary.json").read_text())
+    assert (again["task"], again["steps"]) == (whole["task"], 2)
+
+
+def test_a_step_without_an_evaluation_can_be_the_last_one(config, tmp_path, interrupted):
+    output = interrupted(config, tmp_path / "out", 5)
+    train(config, output, "resume=true", "train.steps=5", "allow_change=[train.steps]")
+    assert json.loads((output / "summary.json").read_text())["task"]["loss_after"] > 0
+
+
+def test_a_signal_during_the_last_save_still_ends_the_run(config, tmp_path, monkeypatch):
+    output, save = tmp_path / "out", trainer._Trainer._save
+
+    def then_signal(self, pending):
+        save(self, pending)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+
+    options = ("train.steps=1", "data.eval=null")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "_save", then_signal)
+        assert train_main(command(config, output, *options)) == 0
+    assert not (output / "adapter").exists()
+    train(config, output, *options, "resume=true")
+    assert (output / "adapter").is_dir()
+
+
+def test_the_same_data_elsewhere_are_the_same_data(config, two_steps, tmp_path):
+    output = copy_of(two_steps, tmp_path)
+    moved = shutil.copy(config.parent / "rows.jsonl", tmp_path / "moved.jsonl")
+    changes = (f"data.train={moved}", "train.steps=3", "allow_change=[train.steps]")
+    train(config, output, "resume=true", *changes)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +361,7 @@ def test_another_base_tokenizer_template_or_data_is_refused_by_name(
     message = capsys.readouterr().err
     assert f"error: {what}: " in message and f"or list '{what}' in allow_change" in message
     # Other tokens are other data too.
-    changed = [what, *(["data"] if what in ("tokenizer", "template") else [])]
+    changed = [what, *(["data", "held_out"] if what in ("tokenizer", "template") else [])]
     options[1] = f"allow_change=[train.steps,{','.join(changed)}]"
     train(config, output, *options)
     assert json.loads((output / "summary.json").read_text())["steps"] == 3
