@@ -12,8 +12,11 @@ from .loader import Loader as Loader
 from .loader import Mixture as Mixture
 from .loader import eval_batches as eval_batches
 from .loader import order as order
+from .named_columns import columns as columns
 from .packing import pack as pack
 from .packing import to_row as to_row
+from .parse import parse_row as parse_row
+from .readers import Record as Record
 from .render import resolve_template as resolve_template
 from .render import template_text as template_text
 from .rows import AnyRow as AnyRow
@@ -21,9 +24,6 @@ from .rows import BadRow as BadRow
 from .rows import Row as Row
 from .rows import TextRow as TextRow
 from .rows import TokenRow as TokenRow
-from .rows import columns as columns
-from .rows import parse_row as parse_row
-from .sources import Record as Record
 from .sources import Rows as Rows
 from .sources import is_hub_name as is_hub_name
 from .sources import raise_first as raise_first
@@ -36,6 +36,7 @@ from .templates import Example as Example
 from .templates import encode as encode
 from .templates import encode_all as encode_all
 from .templates import encode_rows as encode_rows
+from .templates import has_prompt as has_prompt
 from .templates import prompt_key as prompt_key
 from .templates import prompt_tokens as prompt_tokens
 from .templates import reference as reference

@@ -162,11 +162,15 @@ def stop_tokens(
 ) -> frozenset[int]:
     """The ids that end an answer: EOS, the token the template writes after an answer, and `extra`.
 
+    A tokenizer without a template has plain texts and tokens alone, which EOS ends.
+
     Raises:
-        UserError: no chat template or a bad one.
+        UserError: a bad chat template.
     """
-    template = resolve_template(tokenizer, chat_template)
-    ending = None if template is None else sample(tokenizer, template)[3]
+    ending = None
+    if chat_template is not None or tokenizer.chat_template:
+        template = resolve_template(tokenizer, chat_template)
+        ending = None if template is None else sample(tokenizer, template)[3]
     return frozenset(extra) | {i for i in (tokenizer.eos_token_id, ending) if i is not None}
 
 
@@ -174,6 +178,14 @@ def prompt_key(example: Example) -> bytes:
     """What stands before the first supervised token: equal for examples that ask the same."""
     first = int(np.argmax(example.loss_weights > 0))
     return example.tokens[:first].tobytes()
+
+
+def has_prompt(example: Example) -> bool:
+    """Whether an example asks something, as a plain text does not.
+
+    A first token is never supervised, so it alone is no prompt.
+    """
+    return not example.loss_weights[:2].any()
 
 
 def reference(row: Row) -> str:

@@ -129,17 +129,8 @@ class Encoder:
         return examples
 
     def _check_vocabulary(self, examples: Sequence[data.Example]) -> None:
-        """Raise, with the rows, for tokens that the model has no embedding for."""
         if self.vocab_size is not None:
-            data.raise_first(
-                [
-                    f"{example.where}: token {example.tokens.max()}, and the vocab_size of "
-                    f"{self.config.model} is {self.vocab_size}: model and tokenizer (or the row's "
-                    "own input_ids) do not belong together"
-                    for example in examples
-                    if example.tokens.max() >= self.vocab_size
-                ]
-            )
+            check_vocabulary(examples, self.config.model, self.vocab_size)
 
     def options(self) -> dict[str, Any]:
         """The arguments of `data.encode_all` and its like."""
@@ -174,6 +165,22 @@ class Encoder:
             told = describe(counts, settings.max_length)
             self.console.print(f"records from {records[0][0]} on: {told}")
         return examples
+
+
+def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: int) -> None:
+    """Raise, with the rows, for tokens that `model` has no embedding for.
+
+    Raises:
+        UserError: tokens of `vocab_size` or above.
+    """
+    data.raise_first(
+        [
+            f"{example.where}: token {example.tokens.max()}, and the vocab_size of {model} is "
+            f"{vocab_size}: model and tokenizer (or the row's own input_ids) do not belong together"
+            for example in examples
+            if example.tokens.max() >= vocab_size
+        ]
+    )
 
 
 def describe(counts: data.Counts, limit: int) -> str:
@@ -318,8 +325,7 @@ def hold_out(
 
 def _question(example: data.Example) -> bytes:
     """What must not be asked on both sides: the prompt, or all of a text, which has none."""
-    prompt = data.prompt_key(example)
-    return prompt if len(prompt) > example.tokens.itemsize else example.tokens.tobytes()
+    return data.prompt_key(example) if data.has_prompt(example) else example.tokens.tobytes()
 
 
 def _without_overlap(

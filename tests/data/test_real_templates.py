@@ -9,6 +9,7 @@ import itertools
 import re
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -408,8 +409,9 @@ def check(conversation, name, tokenizer):
     learnt = [text for supervised, text in runs(example, tokenizer) if supervised]
     assert len(learnt) == len(trained)
     for message, text in zip(trained, learnt, strict=True):
-        # The prompt may have opened the thought; then the answer goes on behind that.
-        said = "".join(message["content"].split()).removeprefix("<think>")
+        # The prompt may have opened the thought, or closed it; then the answer goes on behind that.
+        said = "".join(message["content"].split())
+        said = said.removeprefix("<think>").removeprefix("</think>")
         assert said in "".join(text.split()) or "think>" in text
         assert [s for s in re.findall("§.*?§", text) if s not in message["content"]] == []
     last = np.flatnonzero(np.append(np.diff(example.loss_weights), -1) < 0)
@@ -437,6 +439,7 @@ def test_any_conversation_is_learnt_where_it_should_be(conversation, name):
 
 @settings(max_examples=250, deadline=None)
 @given(conversations(BITS + FAKES + THOUGHTS), st.sampled_from(sorted(FILES)))
+@hypothesis.example(row(user("§U0§"), answer("</think>§A0§")), "qwen3_5_nothink")
 def test_any_conversation_is_learnt_where_it_should_be_or_refused(conversation, name):
     try:
         encode(conversation, TOKENIZERS[name], max_length=1_000_000)

@@ -20,6 +20,8 @@ from lora_jax.data import (
     TokenRow,
     encode,
     encode_all,
+    has_prompt,
+    prompt_key,
     prompt_tokens,
     reference,
     resolve_template,
@@ -242,6 +244,9 @@ def test_stop_tokens_of_plain_text_and_of_templates_that_want_a_system_turn():
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     )
     assert stop_tokens(build(wants)) == {eos, build().convert_tokens_to_ids("<|im_end|>")}
+    assert stop_tokens(build(QWEN3)) == stop_tokens(build(wants))
+    assert stop_tokens(build(None), extra=[7]) == {eos, 7}  # of plain texts, EOS
+    assert stop_tokens(build(None, eos=None)) == frozenset()
     text = error_of(stop_tokens, build("{{ raise_exception('never') }}"))
     assert text == "a sample conversation: the chat template refuses this conversation: never"
 
@@ -622,6 +627,15 @@ def test_a_text_is_supervised_from_end_to_end():
     assert "'models/tiny' has no EOS token" in text
     text = error_of(encode, TextRow("", "f:1"), build(None), max_length=9)
     assert text == "f:1: no token is supervised: the text is empty"
+
+
+def test_a_text_asks_nothing():
+    asks = [chat("q", "a"), TokenRow((5, 3, 9), (0.0, 0.0, 1.0), "f:1")]
+    says = [TextRow("ab", "f:1"), TokenRow((5, 3, 9), (0.0, 1.0, 1.0), "f:1")]
+    for tokenizer in (build(), build(adds_bos=True)):
+        examples = [encode(row, tokenizer, max_length=99) for row in (*asks, *says)]
+        assert [has_prompt(example) for example in examples] == [True, True, False, False]
+        assert prompt_key(examples[1]) == np.array([5, 3], np.int32).tobytes()
 
 
 def test_tokens_are_taken_as_they_are():

@@ -20,7 +20,7 @@ from lora_jax import config as configs
 from lora_jax import data, formats
 from lora_jax.cli import main
 from lora_jax.config import UserError
-from lora_jax.train import inspect as inspection
+from lora_jax.train import report as reports
 from lora_jax.train import sets
 from lora_jax.train.inspect import Overlap, inspect, plot, print_report, show
 
@@ -110,7 +110,7 @@ def test_sets_in_numbers(look, write):
 
 def test_ranges_of_the_histogram_cover_all_lengths():
     lengths = np.array([1, 13, 14, 100, 100])
-    found = inspection.Measured(None, lengths, lengths).histogram()
+    found = reports.Measured(None, lengths, lengths).histogram()
     assert [count for *_, count in found] == [2, 1, 0, 0, 0, 0, 0, 2]
     assert (found[0][:2], found[1][:2], found[-1][:2]) == ((1, 13), (14, 26), (92, 104))
 
@@ -305,7 +305,8 @@ def test_ids_that_nobody_knows(look, write, tokenizer):
     report = look(write("rows.jsonl", {"input_ids": [a, 300, 301, a]}))
     assert report.shown[0].pieces == [("a", 0), ("<300><301>", 1), ("a", 1)]
     (problem,) = [warning for warning in report.warnings if "vocab_size" in warning]
-    assert "token 301, and the model's vocab_size is 272" in problem
+    assert problem.startswith("rows.jsonl:1: token 301, and the vocab_size of ")
+    assert " is 272: model and tokenizer (or the row's own input_ids) do not belong" in problem
     assert f"warning: {problem}\n" in printed(report)
 
 
@@ -340,6 +341,27 @@ def test_warning_of_prompts_that_split_differently(look, write, model, tmp_path)
     (warning,) = [text for text in report.warnings if "split" in text]
     assert warning.startswith(f"data.train {source}: 1 prompts split into other tokens alone")
     assert report.shown[0].pieces == [("xab", 0), ("x<|im_end|>", 1)]
+
+
+def test_a_base_model_without_a_template_takes_plain_texts(look, write, tmp_path):
+    write_tokenizer(tmp_path / "base", chat_template=None)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(TINY))
+    source = write("texts.jsonl", {"text": "hello"}, {"text": "x" * 64})
+    report = look(source, model=tmp_path / "base")
+    assert report.shown[0].pieces == [("h", 0), ("ello<|im_end|>", 1)]
+    (warning,) = [text for text in report.warnings if "stop token" in text]
+    assert "the last answer of 1 of 2 examples has no stop token" in warning
+    with pytest.raises(UserError, match="has no chat template"):
+        look(write("rows.jsonl", ("a", "b")), model=tmp_path / "base")
+
+
+def test_a_template_that_refuses_the_sample_is_a_warning(look, write, tmp_path):
+    """It may take the rows, and a plain text asks nothing of it."""
+    template = tmp_path / "never.jinja"
+    template.write_text("{{ raise_exception('never') }}")
+    report = look(write("texts.jsonl", {"text": "hello"}), chat_template=str(template))
+    (warning,) = [text for text in report.warnings if "never" in text]
+    assert warning.startswith("what ends an answer cannot be told: a sample conversation: the chat")
 
 
 # Streams
@@ -430,7 +452,7 @@ def test_mistakes(command, options, message, capsys):
 
 def test_plot_shows_every_set(look, write, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(inspection.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(reports.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     source = write("rows.jsonl", ("one", "eins"), ("two", "zwei"), ("three", "x" * 20))
     plot(look(source, eval=write("eval.jsonl", ("q", "r"))), tmp_path / "x.png")
     left, right = drawn[0].axes

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lora_jax import data, formats
-from lora_jax.cli import train_main
+from lora_jax.cli import main, train_main
 from lora_jax.config import UserError
 from lora_jax.formats.fingerprint import tokenizer_digest
 from lora_jax.train import sets
@@ -412,3 +412,20 @@ def test_a_stream_of_a_table_with_named_columns(files, tmp_path, capsys):
     found = read_lines(tmp_path / "out" / "metrics.jsonl")
     answers = [len(f"{i}!") + 1 for i in range(20)]  # a token a byte, and the end of the turn
     assert sum(line["supervised_tokens"] for line in found[:5]) == sum(answers)
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_tokens_that_the_model_does_not_have_are_named(files, tmp_path, capsys, command):
+    rows = [{"input_ids": [5, 271]}, {"input_ids": [5, 272, 6]}, {"input_ids": [300, 5]}]
+    source = write_rows(tmp_path / "tokens.jsonl", rows)
+    settings = [f"data.eval={source}", f"output_dir={tmp_path / 'out'}"]
+    capsys.readouterr()
+    assert main([command, "--config", str(files / "run.yaml"), *settings]) == 2
+    message = capsys.readouterr().err
+    model = files / "model"
+    for line in (
+        f"tokens.jsonl:2: token 272, and the vocab_size of {model} is 272: model and tokenizer",
+        f"tokens.jsonl:3: token 300, and the vocab_size of {model} is 272: model and tokenizer",
+    ):
+        assert line in message
+    assert "tokens.jsonl:1" not in message and "loading" not in message

@@ -1,0 +1,94 @@
+"""Texts with {column} in them, as data.prompt and data.completion are.
+
+    fill({"a": 1, "b": [2]}, "prompt", "{a} of {b}")  # "1 of [2]"
+
+{{ and }} stand for braces. Values that are no strings stand there as JSON: 3, true, null,
+["a", "b"]; dates as in ISO 8601.
+"""
+
+import functools
+import json
+import re
+from typing import Any
+
+from lora_jax.config import UserError, nearest
+from lora_jax.data.rows import BadRow, kind, listed, printable
+
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+def columns(template: str, setting: str) -> tuple[str, ...]:
+    """The columns that data.SETTING names.
+
+    Raises:
+        UserError: `template` has braces that are no {column}, {{ or }}.
+    """
+    return tuple(column for _, column in _pieces(template, setting) if column is not None)
+
+
+def fill(record: dict, key: str, template: str | None) -> str:
+    """`template` with the columns of a record, or its string column `key` where there is none.
+
+    Raises:
+        BadRow: columns that the record does not have, or that cannot be written.
+        UserError: as `columns`.
+    """
+    names = listed([*map(repr, record)])
+    if template is None:
+        if key not in record:
+            raise BadRow(f"no column {key!r}, and data.{key} is not set; the columns are: {names}")
+        if not isinstance(record[key], str):
+            raise BadRow(f"{key!r} is {kind(record[key])}, not a string; set data.{key}")
+        return record[key]
+    if template in record:  # else every row would have the column's name for its text
+        raise BadRow(f"data.{key}={template!r} is a column's name: write {{{template}}}")
+    filled = ""
+    for text, column in _pieces(template, key):
+        if column is not None and column not in record:
+            hint = nearest(column[:100], map(str, record))
+            raise BadRow(
+                f"data.{key} names {{{printable(column)}}}; the columns are: {names}.{hint}"
+            )
+        if column is not None and key == "completion" and record[column] is None:
+            raise BadRow(f"column {column!r} of data.completion is null: nothing to learn from")
+        filled += text if column is None else text + _rendered(record[column], column)
+    return filled
+
+
+@functools.lru_cache(maxsize=16)
+def _pieces(template: str, setting: str) -> tuple[tuple[str, str | None], ...]:
+    """(text before, column) of every column; last the text at the end, and None."""
+    pieces, text, end = [], "", 0
+    for found in _BRACES.finditer(template):
+        text += template[end : found.start()]
+        end, column = found.end(), found[1]
+        if found[0] in ("{{", "}}"):
+            text += found[0][0]
+        elif column and not re.search(r"[.\[\]!:]", column):
+            pieces.append((text, column))
+            text = ""
+        else:
+            raise UserError(
+                f"data.{setting}={printable(repr(template))} has {printable(found[0])!r}, which is "
+                "no {column}: a column's name alone stands in braces, without . [ ] ! or :, and a "
+                "brace of the text is written {{ or }}"
+            )
+    return (*pieces, (text + template[end:], None))
+
+
+def _rendered(value: Any, column: str) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_outside_json)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"column {column!r} cannot be written as JSON: {error}") from error
+    return text.strip('"') if hasattr(value, "isoformat") else text
+
+
+def _outside_json(value: Any) -> Any:
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON type")

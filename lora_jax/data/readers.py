@@ -1,0 +1,269 @@
+"""The records of a file or data set, one generator per format.
+
+    for where, record, problem in read_lines("train.jsonl", path, start=0): ...
+
+Each yields the records but for the first `start`, and returns how many there are, those among them.
+`name` is the file's in messages.
+"""
+
+import csv
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from lora_jax.config import UserError
+from lora_jax.data.rows import kind, printable
+
+_LARGEST_FIELD = 2**31 - 1  # characters in a field of a .csv file
+
+# (where, the record or None, what is wrong or None)
+Record = tuple[str, Any, str | None]
+Reader = Generator[Record, None, int]
+
+
+# Text
+
+
+def read_lines(name: str, path: Path, start: int) -> Reader:
+    held = 0
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:  # a byte order mark is an invisible gift of some editors
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            held += 1
+            if held > start:
+                yield f"{name}:{number}", *_parse(line)[:2]
+    return held
+
+
+def read_document(name: str, path: Path, start: int) -> Reader:
+    with _open(path) as file:
+        data = file.read().removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        return 0
+    value, problem, line = _parse(data)
+    if problem is not None:
+        hint = ""
+        if "Extra data" in problem:
+            hint = " (one object per line? Then the file's name must end in .jsonl)"
+        raise UserError(f"{name}:{line}: {problem}{hint}")
+    if isinstance(value, dict) and "data" in value:
+        value = value["data"]
+    if not isinstance(value, list):
+        wanted = 'a list of objects or {"data": [...]}'
+        raise UserError(f"{name}:1: the file must hold {wanted}, not {kind(value)}")
+    for index in range(start, len(value)):
+        yield f"{name}[{index}]", value[index], None
+    return len(value)
+
+
+def _parse(data: bytes) -> tuple[Any, str | None, int]:
+    """(value, problem or None, the problem's line from 1); never raises."""
+    try:
+        return json.loads(data.decode("utf-8")), None, 1
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return None, f"invalid UTF-8 (byte 0x{data[error.start]:02x})", line
+    except json.JSONDecodeError as error:
+        return None, f"invalid JSON: {error.msg} at column {error.colno}", error.lineno
+    except RecursionError:
+        return None, "invalid JSON: nested too deeply", 1
+    except ValueError as error:  # Python refuses integers of thousands of digits
+        return None, f"invalid JSON: {error}", 1
+
+
+def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
+    held = 0
+    header: list[str] | None = None
+    with _open_text(path) as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        while True:
+            where = f"{name}:{reader.line_num + 1}"
+            fields, problem = _fields(reader)
+            if fields is None:
+                return held
+            if header is None:
+                repeated = [repr(field) for field, count in Counter(fields).items() if count > 1]
+                if not problem and repeated:
+                    problem = f"the header has a column twice: {printable(', '.join(repeated))}"
+                if problem:
+                    raise UserError(f"{where}: {problem}")
+                header = fields or None  # an empty line is none
+                continue
+            if problem and "unexpected end of data" in problem:
+                # The rest of the file hangs on one quote: more than a bad record.
+                raise UserError(f'{where}: a field that begins here with " does not end')
+            if not problem and not fields:
+                continue
+            held += 1
+            if held <= start:
+                continue
+            if not problem and len(fields) != len(header):
+                problem = f"{len(fields)} fields, and the header has {len(header)}"
+            yield where, None if problem else dict(zip(header, fields, strict=True)), problem
+
+
+def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
+    """(fields, problem) of the next record; None for fields at the end."""
+    # The limit is the process's: lifted only while a record is read.
+    limit = csv.field_size_limit(_LARGEST_FIELD)
+    try:
+        fields = next(reader, None)
+    except csv.Error as error:
+        return [], f"invalid CSV: {error}"
+    finally:
+        csv.field_size_limit(limit)
+    for field in fields or ():
+        try:
+            field.encode("utf-8")
+        except UnicodeEncodeError as error:  # a byte that `surrogateescape` has carried here
+            return fields, f"invalid UTF-8 (byte 0x{ord(field[error.start]) - 0xDC00:02x})"
+    return fields, None
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _open_text(path: Path) -> TextIO:
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+# Tables of Arrow and Parquet, whose nulls inside a value stand for what is absent
+
+
+def read_parquet(name: str, path: Path, start: int) -> Reader:
+    import pyarrow.parquet
+
+    with _one_error(path), pyarrow.parquet.ParquetFile(path) as file:
+        held = file.metadata.num_rows
+        decode = _decoder(file.schema_arrow)
+        first, group = 0, 0
+        while group < file.num_row_groups:  # groups that are skipped whole are not read
+            rows = file.metadata.row_group(group).num_rows
+            if first + rows > start:
+                break
+            first, group = first + rows, group + 1
+        for batch in file.iter_batches(1024, row_groups=range(group, file.num_row_groups)):
+            yield from _records_of(batch, name, first, start, decode)
+            first += batch.num_rows
+    return held
+
+
+def read_arrow(name: str, path: Path, start: int) -> Reader:
+    import pyarrow
+
+    with _one_error(path), pyarrow.memory_map(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            file.seek(0)
+            batches = reader = pyarrow.ipc.open_stream(file)
+        decode, held = _decoder(reader.schema), 0
+        for batch in batches:
+            for part in range(0, batch.num_rows, 1024):
+                yield from _records_of(batch.slice(part, 1024), name, held + part, start, decode)
+            held += batch.num_rows
+    return held
+
+
+def _records_of(
+    batch: Any, name: str, first: int, start: int, decode: Callable[[dict], dict]
+) -> Iterator[Record]:
+    """The records of an Arrow batch whose first has the index `first`, but for those before
+    `start`.
+    """
+    skipped = max(0, start - first)
+    batch = batch.slice(skipped)
+    batch.validate(full=True)  # a damaged file could make Python read outside the batch
+    for index, record in enumerate(batch.to_pylist(), start=first + skipped):
+        yield f"{name}[{index}]", _without_nulls(decode(record)), None
+
+
+def _decoder(schema: Any) -> Callable[[dict], dict]:
+    """What `datasets` writes as JSON in a string, where values differ in type, becomes values."""
+    if "arrow.json" not in str(schema):
+        return dict
+    from datasets import Features
+
+    return Features.from_arrow_schema(schema).decode_example
+
+
+@contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return printable(" ".join(str(error).split()) or repr(error))
+
+
+def _without_nulls(record: dict) -> dict:
+    """The record without the keys of its inner objects that are null: to tables that is absent."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(inner) for key, inner in value.items() if inner is not None}
+        if isinstance(value, list) and {dict, list} & set(map(type, value)):
+            return [clean(inner) for inner in value]
+        return value
+
+    return {key: clean(value) for key, value in record.items()}
+
+
+# Data sets of the `datasets` library, whose import takes seconds
+
+
+def read_saved(name: str, path: Path, start: int) -> Reader:
+    """A directory of `Dataset.save_to_disk`."""
+    import datasets
+
+    try:
+        held = datasets.Dataset.load_from_disk(str(path))
+        return (yield from _indexed(_after(held, start), name, start))
+    except Exception as error:  # a damaged one fails in as many ways as it has files
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def read_hub(
+    source: str, repository: str, config: str | None, split: str, start: int, stream: bool
+) -> Reader:
+    """A split of a data set of the hub; `source` is its name in messages."""
+    import datasets
+
+    try:
+        if stream and "[" not in split:  # a stream has no slices
+            held = datasets.load_dataset(repository, config, split=split, streaming=True)
+            rows = held.skip(start)
+        else:
+            rows = _after(datasets.load_dataset(repository, config, split=split), start)
+        return (yield from _indexed(rows, source, start))
+    except Exception as error:  # hub, network and format errors have no common base
+        raise UserError(
+            f"{source!r} is no local file, and not to be had from the Hugging Face hub as "
+            f"org/name[/config][:split]: {_one_line(error)}"
+        ) from error
+
+
+def _after(held: Any, start: int) -> Any:
+    return held.select(range(start, len(held))) if start < len(held) else ()
+
+
+def _indexed(rows: Any, name: str, start: int) -> Reader:
+    index = start
+    for index, record in enumerate(rows, start=start + 1):
+        yield f"{name}[{index - 1}]", _without_nulls(record), None
+    return index

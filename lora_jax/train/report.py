@@ -1,0 +1,238 @@
+"""What an inspection found, and how it looks: as text and as a plot."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.text import Text
+
+from lora_jax import data
+from lora_jax.config import Config, UserError
+
+_QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
+_BINS = 8  # lines of a text histogram
+_BAR = 40  # characters of its longest bar
+_PAIRS = 3  # of an overlap that are printed
+# Control characters in the data must neither hide nor steer the terminal.
+_VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | {127: "\u2421", ord("\n"): "↵\n"}
+
+Pair = tuple[str, str]  # where an example stands, and where the other one does
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example as text in pieces of one loss weight each, which are the whole of it if joined."""
+
+    where: str
+    tokens: int
+    supervised: int  # tokens
+    pieces: list[tuple[str, float]]  # (text, loss weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The examples of one set in numbers."""
+
+    counts: data.Counts | None  # of the source as it was read; None: held out of another set
+    lengths: np.ndarray  # (examples,) tokens
+    supervised: np.ndarray  # (examples,) tokens with a weight above 0
+
+    @property
+    def share(self) -> float:
+        """The supervised ones of all tokens."""
+        return float(self.supervised.sum() / self.lengths.sum())
+
+    @property
+    def left_out(self) -> int:
+        """Examples of the source that are not in the set."""
+        return 0 if self.counts is None else self.counts.examples - len(self.lengths)
+
+    def quantiles(self) -> dict[str, int]:
+        """Lengths by `min`, `median`, `90 %`, `99 %`, `max`: each is that of some example."""
+        found = np.quantile(self.lengths, list(_QUANTILES.values()), method="inverted_cdf")
+        return dict(zip(_QUANTILES, map(int, found), strict=True))
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, examples) of ranges of lengths, both ends included."""
+        low, high = int(self.lengths.min()), int(self.lengths.max())
+        width = -(-(high - low + 1) // _BINS)
+        counts = np.bincount((self.lengths - low) // width).tolist()
+        starts = range(low, high + 1, width)
+        return [(start, start + width - 1, n) for start, n in zip(starts, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Held-out examples that stand in the training data too, each with its first place there."""
+
+    identical: list[Pair]
+    same_prompt: list[Pair]  # with another answer
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the examples of one source fill the rows of the run."""
+
+    share: float  # of the rows of the run
+    rows_per_epoch: int
+    row_length: int  # tokens
+    efficiency: float  # the share of an epoch's tokens that is no padding
+    epochs: float  # in the run; of a stream: how often as much as was read of it
+    supervised_tokens: int  # in the run; one that is seen twice counts twice
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run would train on. Sets are named by their settings."""
+
+    config: Config
+    records: int | None  # read of a stream; None: all the training data were read
+    shown: list[Shown]
+    sets: dict[str, Measured]  # "data.train SOURCE", data.eval or data.eval_size, data.regression
+    repeats: list[Pair]  # training examples that stand before in the training data
+    overlaps: dict[str, Overlap]  # of the held-out sets
+    packing: dict[str, Packing]  # by source
+    warnings: list[str]
+
+
+def print_report(report: Report, console: Console) -> None:
+    """All of a report as text. Where nothing can be coloured, « and » enclose what is supervised.
+
+    `console` should neither read markup nor highlight.
+    """
+    if report.records is not None:
+        console.print(
+            f"data.train is streamed: of it, all that follows is of the first {report.records:,} "
+            "records (data.stream_rows)\n"
+        )
+    marks = console.color_system is None or console.no_color
+    for shown in report.shown:
+        console.print(_heading(f"{shown.where}: {shown.tokens} tokens"), end="")
+        console.print(f", {shown.supervised} supervised")
+        console.print(_colour(shown, marks), end="\n\n")
+    for name, one in report.sets.items():
+        console.print(_heading(name))
+        for label, text in _describe(one, report.config.data.max_length):
+            console.print(f"  {label:<10}{text}")
+        for start, end, count, bar in _bars(one.histogram()):
+            console.print(f"{start:>8}-{end:<7}{bar} {count:,}")
+        console.print()
+    console.print(_heading("the same twice"))
+    _print_pairs(console, "examples repeated in data.train", report.repeats)
+    for name, overlap in report.overlaps.items():
+        _print_pairs(console, f"{name}: examples in data.train too", overlap.identical)
+        _print_pairs(
+            console, f"{name}: prompts in data.train with another answer", overlap.same_prompt
+        )
+    _print_packing(report, console)
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _heading(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def _colour(shown: Shown, marks: bool) -> Text:
+    text = Text()
+    for piece, weight in shown.pieces:
+        style = "dim" if weight == 0 else _shade(weight)
+        piece = piece.translate(_VISIBLE)
+        text.append(f"«{piece}»" if marks and weight else piece, style)
+        if weight not in (0, 1):
+            text.append(f"×{weight:.3g}", f"{style} italic")
+    return text
+
+
+def _shade(weight: float) -> str:
+    """From orange for weights near 0 to green for 1; those above 1 are blue."""
+    if weight == 1:
+        return "green"
+    return "blue" if weight > 1 else f"rgb({round(255 * (1 - weight))},160,0)"
+
+
+def _describe(one: Measured, limit: int) -> Iterator[tuple[str, str]]:
+    counts, tokens = one.counts, int(one.lengths.sum())
+    if counts is None:
+        yield "rows", f"{len(one.lengths):,} held out of data.train"
+    else:
+        read = counts.examples + counts.bad + counts.dropped
+        out = {"bad": counts.bad, "too long": counts.dropped, "left out": one.left_out}
+        rest = "".join(f", {count:,} {why}" for why, count in out.items())
+        yield "rows", f"{read:,} read: {len(one.lengths):,} examples{rest}"
+        yield (
+            f"> {limit}",
+            f"{counts.truncated + counts.dropped:,} ({counts.truncated:,} cut, {counts.dropped:,} "
+            f"dropped; the longest has {counts.longest:,} tokens)",
+        )
+    yield "tokens", f"{tokens:,}, {int(one.supervised.sum()):,} supervised ({one.share:.1%})"
+    yield "lengths", ", ".join(f"{name} {length:,}" for name, length in one.quantiles().items())
+
+
+def _bars(histogram: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int, str]]:
+    most = max(count for _, _, count in histogram)
+    for start, end, count in histogram:
+        yield start, end, count, "█" * -(-_BAR * count // most)
+
+
+def _print_pairs(console: Console, what: str, pairs: Sequence[Pair]) -> None:
+    console.print(f"  {what}: {len(pairs):,}")
+    for where, other in pairs[:_PAIRS]:
+        console.print(f"    {where} = {other}")
+    if len(pairs) > _PAIRS:
+        console.print("    ...")
+
+
+def _print_packing(report: Report, console: Console) -> None:
+    train = report.config.train
+    console.print()
+    console.print(_heading(f"{train.steps:,} steps of {train.batch_size:,} rows"))
+    once = "epochs" if report.records is None else "times as much as was read"
+    for name, one in report.packing.items():
+        console.print(
+            f"  {name}: {one.rows_per_epoch:,} rows of {one.row_length:,} tokens hold "
+            f"{'an epoch' if report.records is None else 'what was read'}, "
+            f"{one.efficiency:.1%} filled"
+        )
+        share = f"{one.share:.1%} of the rows, " if len(report.packing) > 1 else ""
+        console.print(f"    {share}{one.epochs:.2f} {once}, {one.supervised_tokens:,} supervised")
+    total = sum(one.supervised_tokens for one in report.packing.values())
+    console.print(f"  {total:,} supervised tokens in all\n")
+
+
+def plot(report: Report, file: Path) -> None:
+    """Histograms of lengths and of supervised tokens per example, as shares of each set.
+
+    Raises:
+        UserError: the file cannot be written, or its ending names no format.
+    """
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    values = {
+        left: {name: one.lengths for name, one in report.sets.items()},
+        right: {name: one.supervised for name, one in report.sets.items()},
+    }
+    for axes, by_set in values.items():
+        most = max(int(found.max()) for found in by_set.values())
+        width = most // 40 + 1  # whole: otherwise some ranges hold one more length than others
+        edges = np.arange(0, most + 1 + width, width)
+        for i, (name, found) in enumerate(by_set.items()):
+            shares = np.histogram(found, edges)[0] * 100 / len(found)
+            axes.stairs(shares, edges, color=f"C{i}", label=f"{name} ({len(found):,})")
+            axes.stairs(shares, edges, color=f"C{i}", fill=True, alpha=0.15)
+        axes.grid(alpha=0.3)
+    limit = report.config.data.max_length
+    if max(int(one.lengths.max()) for one in report.sets.values()) > limit / 2:
+        left.axvline(limit, color="black", linestyle="--", linewidth=1, label="data.max_length")
+        left.legend(handles=left.lines)
+    left.set(xlabel="tokens per example", ylabel="% of the examples of the set", title="lengths")
+    right.set(xlabel="supervised tokens per example", title="supervised tokens")
+    right.legend()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+        raise UserError(f"--plot {file} cannot be written: {error}") from error
