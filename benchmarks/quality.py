@@ -94,18 +94,26 @@ def answer(model, tokenizer, task: sets.DataSet, config: Config) -> list[scores.
 
 
 @torch.no_grad()
-def score(model, tokenizer, held_out: dict[str, sets.DataSet], config: Config) -> dict:
-    """Nats per supervised token of each held-out set, and the metrics of the task's answers."""
+def losses(model, held_out: dict[str, sets.DataSet], config: Config) -> dict:
+    """Nats per supervised token of each held-out set."""
     found, size = {}, config.eval.batch_size
     for name, one in held_out.items():
-        examples = sorted(one.examples, key=lambda example: len(example.tokens))
+        measured = scores.spread(one.examples, config.eval.loss_examples)
+        examples = sorted(measured, key=lambda example: len(example.tokens))
         batches = (examples[i : i + size] for i in range(0, len(examples), size))
         total, weight = sum(nll(model, batch) for batch in batches)
         found[f"{name}_loss"] = float(total / weight)
+    print(found, file=sys.stderr, flush=True)
+    return found
+
+
+@torch.no_grad()
+def score(model, tokenizer, held_out: dict[str, sets.DataSet], config: Config) -> dict:
+    """The losses, and the metrics of the task's answers."""
+    found = losses(model, held_out, config)
     if "task" in held_out and config.eval.generate:
         answers = answer(model, tokenizer, held_out["task"], config)
         found |= scores.compute(config.eval.metrics, answers) | {"answers": len(answers)}
-    print(found, file=sys.stderr, flush=True)
     return found
 
 
@@ -137,7 +145,7 @@ def main() -> None:
         ),
     ).eval()
     result = {"config": options.config, "steps": len(steps), "examples": sum(map(len, steps))}
-    result["before"] = score(model, tokenizer, held_out, config)
+    result["before"] = losses(model, held_out, config)  # its answers are those of our base
     start = time.perf_counter()
     train(model.train(), config, steps)
     result["train_seconds"] = time.perf_counter() - start

@@ -93,7 +93,8 @@ class Judge:
         size, length = self.config.eval.batch_size, self.config.data.max_length
         found = {}
         for name, held_out in self.held_out.items():
-            batches = data.eval_batches(held_out.examples, size, length)
+            measured = scores.spread(held_out.examples, self.config.eval.loss_examples)
+            batches = data.eval_batches(measured, size, length)
             params = self.model.params
             found[name] = mean_loss(self.eval_step, adapters, params, batches, self.mesh)
         return found
