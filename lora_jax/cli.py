@@ -50,9 +50,13 @@ of a stream only the first data.stream_rows records are read.
 _EXPORT_HELP = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter
   lora-jax export --run runs/quickstart --format hf --output my-model
+  lora-jax export --run runs/quickstart --format hf --output my-model export.dtype=bfloat16
+  lora-jax export --run runs/qlora --format hf --output my-model export.quantized_base=dequantized
   lora-jax export --run runs/old --format peft --output my-adapter --allow-change base
+  lora-jax export --run runs/quickstart --format peft --profile vllm --output my-adapter
 
-peft: an adapter directory for PEFT, vLLM and others.
+peft: an adapter directory for PEFT, vLLM and others. vLLM reads no rank and alpha patterns and no
+DoRA: --profile vllm folds the former in and refuses the latter.
 hf: the base with the adapter merged in, for transformers.
 """
 _GENERATE_HELP = """examples:
@@ -237,15 +241,24 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="where to write; must be empty or absent"
     )
+    parser.add_argument(
+        "--profile", choices=("vllm",), help="write a PEFT directory that this program can load"
+    )
     _add_allow_change(parser)
     _add_verbose(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="export.key=value", help="settings of export for this time"
+    )
     parser.set_defaults(function=export)
 
 
 def export(options: argparse.Namespace) -> None:
     from lora_jax.train.export import export_run
+    from lora_jax.train.metrics import make_console
 
-    export_run(Path(options.run), options.format, Path(options.output), options.allow_change)
+    run, output, console = Path(options.run), Path(options.output), make_console()
+    allowed, overrides = options.allow_change, options.overrides
+    export_run(run, options.format, output, console, allowed, overrides, options.profile)
     print(f"written to {options.output}")
 
 
@@ -273,6 +286,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--base-dtype",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+        help="of the frozen weights, as base_dtype in training (default: as in the files)",
+    )
     _add_allow_change(parser)
     _add_verbose(parser)
     parser.set_defaults(function=generate)
@@ -288,6 +306,7 @@ def generate(options: argparse.Namespace) -> None:
         system_prompt=options.system_prompt,
         chat_template=options.chat_template,
         compute_dtype=options.compute_dtype,
+        base_dtype=options.base_dtype,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,

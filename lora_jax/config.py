@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    method: str = "lora"  # lora
+    method: str = "lora"  # lora | full: every weight of the model, the baseline
     rank: int = 8  # r: inner size of the update a @ b (PEFT: r)
     alpha: float = 16.0  # the update is scaled by alpha / rank (PEFT: lora_alpha)
     target_modules: Any = "all-linear"  # all-linear | list of names | regex for whole module paths
@@ -39,6 +39,14 @@ class AdapterConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # name or regex -> alpha
     dropout: float = 0.0  # on the input of lora_a, in training only (PEFT: lora_dropout)
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (arXiv 2312.03732)
+    use_dora: bool = False  # train the size of every column on its own (arXiv 2402.09353)
+    init: str = "default"  # default | gaussian | orthogonal | pissa | olora: how lora_a, b start
+    freeze_a: bool = False  # train lora_b alone (LoRA-FA, arXiv 2308.03303)
+    lora_plus_ratio: float = 1.0  # rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354)
+    bias: str = "none"  # none | lora_only | all: biases that train, of adapted modules or of all
+    modules_to_save: list[str] | None = None  # modules that train whole, named as target_modules
+    trainable_token_indices: list[int] | None = None  # tokens whose embeddings train
+    ensure_weight_tying: bool | None = None  # tied models: embedding and head stay one or part
     path: str | None = None  # a PEFT adapter directory to continue from; its settings hold
 
 
@@ -83,6 +91,7 @@ class TrainConfig:
     early_stopping_patience: int | None = None  # evaluations without a better task loss; null: off
     load_best_model_at_end: bool = False  # export the best task loss, not the last step
     divergence: float | None = 3.0  # stop where the loss is so many times its best; null: never
+    optimizer_memory: str = "device"  # device | host: where AdamW's moments lie between steps
     log_every: int = 1  # steps between lines of metrics.jsonl
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio
     compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
@@ -93,6 +102,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     batch_size: int = 16  # rows per batch of held-out loss
+    loss_examples: int | None = None  # of each held-out set, spread over it; null: all
     generate: bool = True  # answers to data.eval, greedy, scored by `metrics`
     metrics: list[str] = field(default_factory=lambda: ["exact_match"])  # slot_f1, bleu, rouge_l
     generate_examples: int | None = None  # how many rows of data.eval are generated; null: all
@@ -111,7 +121,9 @@ class MeshConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     peft: bool = True  # OUTPUT/adapter, a PEFT adapter directory
-    merged: bool = False  # OUTPUT/merged, a Hugging Face model directory
+    merged: bool = False  # OUTPUT/merged, a Hugging Face model directory; full: always
+    dtype: str | None = None  # float32 | bfloat16 | float16 of merged weights; null: as the base
+    quantized_base: str | None = None  # original | dequantized: what int8 and nf4 runs merge into
     max_shard_size: str = "5GB"  # of the merged safetensors files
 
 
@@ -122,7 +134,7 @@ class Config:
     resume: Any = False  # false | true: go on from the last checkpoint | auto: if there is one
     allow_change: list[str] = field(default_factory=list)  # what may differ from the checkpoint
     seed: int = 0  # of the adapter's init, the data order and dropout
-    base_dtype: str | None = None  # float32 | bfloat16: of the frozen weights; null: as in files
+    base_dtype: str | None = None  # float32 | bfloat16 | int8 | nf4 of the base; null: as in files
     ignore_config_fields: list[str] = field(default_factory=list)  # harmless ones of config.json
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -235,12 +247,17 @@ def dump(config: Config) -> str:
 # Settings whose values are mappings: an override of one takes the place of all of it.
 _MAPPINGS = ("data.train", "adapter.rank_pattern", "adapter.alpha_pattern")
 _CHOICES = {
-    "base_dtype": (None, "float32", "bfloat16"),
-    "adapter.method": ("lora",),
+    "base_dtype": (None, "float32", "bfloat16", "int8", "nf4"),
+    "adapter.method": ("lora", "full"),
+    "adapter.init": ("default", "gaussian", "orthogonal", "pissa", "olora"),
+    "adapter.bias": ("none", "lora_only", "all"),
     "data.too_long": ("truncate", "drop", "error"),
     "data.on_bad_row": ("error", "drop"),
+    "export.dtype": (None, "float32", "bfloat16", "float16"),
+    "export.quantized_base": (None, "original", "dequantized"),
     "train.schedule": ("constant", "linear", "cosine"),
     "train.compute_dtype": ("float32", "bfloat16"),
+    "train.optimizer_memory": ("device", "host"),
     "train.remat": ("none", "full", "dots", "offload"),
 }
 _AT_LEAST = {
@@ -259,6 +276,7 @@ _AT_LEAST = {
     "train.weight_decay": 0,
     "train.epsilon": 0,
     "eval.batch_size": 1,
+    "eval.loss_examples": 1,
     "eval.generate_examples": 1,
     "eval.generate_batch_size": 1,
     "eval.max_new_tokens": 1,
@@ -266,6 +284,12 @@ _AT_LEAST = {
     "seed": 0,
 }
 _ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size")
+# Settings of adapters that contradict method=full; rank, alpha and the like it has no use for.
+_SPECIAL = (
+    *("use_rslora", "use_dora", "init", "freeze_a", "lora_plus_ratio", "bias", "path"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
+)
 _SINKS = ("tensorboard", "wandb", "trackio")
 # Parts of a fingerprint: what a run was made with.
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")
@@ -284,7 +308,7 @@ def check(config: Config) -> None:
         return node
 
     for key, choices in _CHOICES.items():
-        if value(key) not in choices:
+        if not key.startswith("adapter.") and value(key) not in choices:
             names = ", ".join(str(choice) for choice in choices if choice is not None)
             problems.append(
                 f"{key}={value(key)!r} is not one of: "
@@ -375,12 +399,31 @@ def _run_problems(config: Config) -> Iterable[str]:
                 f"allow_change: {name!r} is neither a setting nor one of: {', '.join(PRINTS)}."
                 f"{nearest(name, keys)}"
             )
+    if config.export.merged and (problem := merge_problem(config)):
+        yield problem
+    if config.adapter.method == "full" and config.base_dtype in ("int8", "nf4"):
+        yield (
+            "adapter.method=full trains the weights themselves, and "
+            f"base_dtype={config.base_dtype} keeps them in a form that cannot be trained; choose "
+            "float32 or bfloat16"
+        )
     held_out = config.data.eval is not None or config.data.eval_size is not None
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(train, name) and not (held_out and train.eval_every):
             yield f"train.{name} needs data.eval (or data.eval_size) and train.eval_every"
     if train.divergence is not None and not train.divergence > 1:
         yield f"train.divergence={train.divergence} must be above 1; null never stops"
+
+
+def merge_problem(config: Config) -> str | None:
+    """Why this run cannot be merged without a decision, or None."""
+    if config.base_dtype not in ("int8", "nf4") or config.export.quantized_base is not None:
+        return None
+    return (
+        f"base_dtype={config.base_dtype}: adapters train on dequantised weights, which are not "
+        "those of the model; set export.quantized_base=dequantized to merge into what it was "
+        "trained on, or original to merge into the model's own weights"
+    )
 
 
 def adapter_problems(adapter: AdapterConfig) -> list[str]:
@@ -395,8 +438,27 @@ def adapter_problems(adapter: AdapterConfig) -> list[str]:
         for name, alpha in alphas.items()
         if not 0 < alpha < float("inf")
     ]
+    if isinstance(adapter.modules_to_save, str):
+        name = adapter.modules_to_save
+        problems.append(f"modules_to_save={name!r} must be a list of names, as in [{name!r}]")
     if not 0 <= adapter.dropout < 1:
         problems.append(f"dropout={adapter.dropout} must be at least 0 and below 1")
+    if not 0 < adapter.lora_plus_ratio < float("inf"):
+        problems.append(f"lora_plus_ratio={adapter.lora_plus_ratio} must be above 0")
+    for key, choices in _CHOICES.items():
+        section, _, name = key.rpartition(".")
+        if section == "adapter" and getattr(adapter, name) not in choices:
+            value = getattr(adapter, name)
+            hint = nearest(str(value), choices)
+            problems.append(f"{name}={value!r} is not one of: {', '.join(choices)}.{hint}")
+    if adapter.method == "full":
+        default = AdapterConfig(method="full")
+        problems += [
+            f"method=full trains every weight, and {f.name}={getattr(adapter, f.name)!r} says "
+            "something of adapters; leave one out"
+            for f in dataclasses.fields(AdapterConfig)
+            if f.name in _SPECIAL and getattr(adapter, f.name) != getattr(default, f.name)
+        ]
     return problems
 
 

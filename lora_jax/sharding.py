@@ -17,7 +17,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import MeshConfig, UserError
-from lora_jax.tree import dotted, flatten, stack_position, summarize, unflatten
+from lora_jax.tree import (
+    dotted,
+    flatten,
+    stack_position,
+    summarize,
+    tied_embedding,
+    unflatten,
+)
 
 Rules = Sequence[tuple[str, Any]]  # (regex, PartitionSpec)
 AXES = ("data", "fsdp", "tensor")
@@ -87,16 +94,33 @@ def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dic
 def adapter_specs(
     adapters: Mapping, params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh
 ) -> dict:
-    """`lora_a` takes the input axis of its weight, `lora_b` the output axis; the rank is never
-    split.
+    """`lora_a` takes the input axis of its weight, `lora_b` and `magnitude` the output axis; the
+    rank is never split. A weight that trains itself lies as the frozen one does.
     """
+    leaves = flatten(params)
     weights = flatten(param_specs(params, rules, mesh))
+    axes = {
+        path: (*spec, *(None,) * (len(leaves[path].shape) - len(spec)))
+        for path, spec in weights.items()
+    }
+    if (tied := tied_embedding(params)) is not None:
+        axes[("lm_head", "kernel")] = axes[tied][::-1]
     specs = {}
     for path, leaf in flatten(adapters).items():
-        spec = weights[(*path[:-1], "kernel")]
-        full = (*spec, *(None,) * (len(leaf.shape) - len(spec)))
-        split = (*full[:-1], None) if path[-1] == "lora_a" else (*full[:-2], None, full[-1])
-        specs[path] = _fit(P(*split), leaf.shape, mesh)
+        module, name = path[:-1], path[-1]
+        if name.startswith("full_"):
+            spec = axes[(*module, name.removeprefix("full_"))]
+        else:
+            own = "kernel" if (*module, "kernel") in axes else "embedding"
+            *lead, rows, columns = axes[(*module, own)]
+            match name:
+                case "lora_a" | "init_a":
+                    spec = (*lead, rows, None)
+                case "magnitude":
+                    spec = (*lead, columns)
+                case _:
+                    spec = (*lead, None, columns)
+        specs[path] = _fit(P(*spec), leaf.shape, mesh)
     return unflatten(specs)
 
 
@@ -133,6 +157,17 @@ def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x: x if x.ndim else jax.device_put(x, NamedSharding(mesh, P())), tree
     )
+
+
+def host_memory(mesh: Mesh) -> str | None:
+    """The kind of host memory that the devices of a mesh can compute from, or None."""
+    kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+    return "pinned_host" if "pinned_host" in kinds else None
+
+
+def to_host(x: jax.Array) -> jax.Array:
+    """An array in host memory, split as it is; scalars stay where they are."""
+    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if x.ndim else x
 
 
 def local_rows(rows: int, mesh: Mesh) -> range:

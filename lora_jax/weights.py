@@ -1,16 +1,23 @@
 """The leaf types a weight can have, and the few functions that know them.
 
-    Array                                    a plain kernel (in, out) or embedding (vocab, d)
-    LoraWeight(base, a, b, gain)             y = gain * (x @ base + (x @ a) @ b)
+    Array                          a plain kernel (in, out) or embedding (vocab, d)
+    NF4Weight, Int8Weight          a kernel of 4 or 8 bits per number
+    LoraWeight(base, a, b, gain)   y = gain * (x @ base + (x @ a) @ b)
+    Untied(embed, head)            an embedding (vocab, d) that is the output head too, adapted in
+                                   one of its two uses only
 
 A model calls `linear`, `embed` and `unembed` on whatever leaf it finds and never mentions adapters.
 Leaves may carry a leading `layers` axis; inside a scanned stack the functions see one slice.
 """
 
+import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from lora_jax.quantize import Int8Weight, NF4Weight, QuantizedWeight, dequantize
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +31,10 @@ class LoraWeight:
     modules that know nothing of it work.
     """
 
-    base: jax.Array  # (..., in, out)
+    base: jax.Array | QuantizedWeight  # (..., in, out)
     a: jax.Array  # (..., in, rank)
     b: jax.Array  # (..., rank, out)
-    gain: jax.Array | None = None  # (..., 1, out); None: 1
+    gain: jax.Array | None = None  # (..., 1, out), or (in, 1) of an embedding's rows; None: 1
     key: jax.Array | None = None  # (...,)
     dropout: float = field(default=0.0, metadata={"static": True})
 
@@ -50,7 +57,39 @@ class LoraWeight:
         return materialize(self)[index]
 
 
-Weight = jax.Array | LoraWeight
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Untied:
+    """What a tied embedding (vocab, d) becomes when its two uses differ; what is not adapted is
+    shared, never copied.
+    """
+
+    embed: Any  # (vocab, d): an array or a LoraWeight
+    head: Any  # (vocab, d): an array or a LoraWeight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.embed.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.embed.ndim
+
+    @property
+    def dtype(self):
+        return self.embed.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Absent:
+    """The place of a weight that stands in the trainable tree alone: no array, only its form."""
+
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+
+
+Weight = jax.Array | QuantizedWeight | LoraWeight | Untied
 
 
 def linear(x: jax.Array, w: Weight) -> jax.Array:
@@ -67,7 +106,15 @@ def _matmul(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, LoraWeight):
         y = _matmul(x, w.base) + _low_rank(_drop(x, w.key, w.dropout), w.a, w.b)
         return y if w.gain is None else y * w.gain.astype(x.dtype)
-    return x @ w.astype(x.dtype)
+    if isinstance(w, NF4Weight | Int8Weight):
+        return _quantized_matmul(x, w)
+    return x @ materialize(w).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _quantized_matmul(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+    """The dequantised matrix is a temporary: the backward pass makes it again and keeps none."""
+    return x @ dequantize(w, x.dtype)
 
 
 def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -83,7 +130,17 @@ def _drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 
 
 def embed(ids: jax.Array, w: Weight) -> jax.Array:
-    """Rows of an embedding: ids (...) -> (..., d), in the dtype of the weight."""
+    """Rows of an embedding: ids (...) -> (..., d), in the dtype of the weight, float32 where it is
+    adapted.
+    """
+    if isinstance(w, Untied):
+        return embed(ids, w.embed)
+    if isinstance(w, LoraWeight):
+        rows = embed(ids, w.base).astype(jnp.float32)
+        rows = rows + jnp.take(w.a, ids, axis=0) @ w.b
+        if w.gain is None:
+            return rows
+        return rows * (w.gain if w.gain.shape[-2] == 1 else jnp.take(w.gain, ids, axis=0))
     return jnp.take(materialize(w), ids, axis=0)
 
 
@@ -92,20 +149,36 @@ def unembed(x: jax.Array, w: Weight) -> jax.Array:
     `x`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    logits = jax.lax.dot_general(rows, materialize(w).astype(x.dtype), (((1,), (1,)), ((), ())))
-    return logits.reshape(*x.shape[:-1], w.shape[0])
+    return _unembed(rows, w.head if isinstance(w, Untied) else w).reshape(*x.shape[:-1], -1)
 
 
-def materialize(w: Weight) -> jax.Array:
+def _unembed(x: jax.Array, w: Weight) -> jax.Array:
+    if isinstance(w, LoraWeight):
+        gain = None if w.gain is None else w.gain.astype(x.dtype)
+        if gain is not None and gain.shape[-2] == 1:  # of features, which come in here
+            x, gain = x * gain, None
+        y = _unembed(x, w.base) + _low_rank(_drop(x, w.key, w.dropout), w.b.T, w.a.T)
+        return y if gain is None else y * gain.T
+    table = materialize(w).astype(x.dtype)
+    return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())))
+
+
+def materialize(w: Weight) -> Any:
     """The plain array that a leaf stands for, W' = gain * (W + a @ b), added in float32 and rounded
-    once.
+    once; of an `Untied`, both its arrays.
 
     Entries that the update does not move keep their bits, the sign of zero included.
     """
+    if isinstance(w, Untied):
+        return Untied(materialize(w.embed), materialize(w.head))
+    if isinstance(w, NF4Weight | Int8Weight):
+        return dequantize(w, w.dtype)
     if not isinstance(w, LoraWeight):
         return w
-    base = materialize(w.base)
-    wide = base.astype(jnp.float32)
+    base = w.base
+    quantized = isinstance(base, NF4Weight | Int8Weight)
+    wide = dequantize(base) if quantized else base.astype(jnp.float32)
     update = jnp.matmul(w.a, w.b, precision="highest", preferred_element_type=jnp.float32)
-    total = jnp.where(update == 0, wide, wide + update)
-    return (total if w.gain is None else total * w.gain).astype(base.dtype)
+    zero = jax.lax.stop_gradient(update) - update  # and its gradient is that of -update
+    total = jnp.where(update == 0, wide - zero, wide + update)
+    return (total if w.gain is None else total * w.gain).astype(w.dtype)

@@ -286,8 +286,8 @@ def test_adapter_files_that_do_not_fit(refused, files, tmp_path):
     adapter.mkdir()
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     command = ("generate", "--prompt", "one", "--model", files / "model", "--adapter", adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    assert "not supported: use_dora=True" in refused(main, *command)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": True}))
+    assert "not supported: lora_bias=True" in refused(main, *command)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert "adapter_model.safetensors is missing" in refused(main, *command)
     save_file({"x": np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
@@ -345,7 +345,7 @@ def test_overrides_may_stand_before_between_and_after_options(monkeypatch):
     [
         ("eval --config c a=1 --adapter x oops", "oops"),
         ("train --config c a=1 --adaptor x=1 --verbose y=2", "--adaptor"),
-        ("export --run r --format hf --output o a=1", "a=1"),
+        ("generate --model m --prompt p a=1", "a=1"),
     ],
 )
 def test_arguments_that_nothing_takes_are_refused(words, strange, capsys):

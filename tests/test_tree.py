@@ -12,16 +12,15 @@ import pytest
 from lora_jax import AdapterConfig, Config, UserError, lora
 from lora_jax.config import TrainConfig
 from lora_jax.models import describe
+from lora_jax.selection import matches, pattern_value
+from lora_jax.targets import find_targets
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
 from lora_jax.tree import (
     check_same_structure,
     count,
-    find_targets,
     flatten,
-    matches,
     nbytes,
-    pattern_value,
     slice_names,
     unflatten,
 )
@@ -165,10 +164,6 @@ ERRORS = {
     "misspelt path": (
         dict(target_modules=["model.layers.0.self_attn.q_prj"]),
         "Did you mean 'model.layers.0.self_attn.q_proj'?",
-    ),
-    "embedding": (
-        dict(target_modules=["embed_tokens"]),
-        "target_modules=['embed_tokens'] matches no weight",
     ),
     "misspelt exclusion": (
         dict(exclude_modules=["k_prj"]),

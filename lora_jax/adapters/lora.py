@@ -1,55 +1,96 @@
 """LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732) as trees.
 
-params    model/layers/self_attn/q_proj/kernel                     (layers, in, out)
-adapters  model/layers/self_attn/q_proj/{lora_a, lora_b}           (layers, in, rank), (layers,
-rank, out) bound     model/layers/self_attn/q_proj/kernel = LoraWeight(base, a, scale * b)
+params    model/layers/self_attn/q_proj/kernel            (layers, in, out)
+adapters  model/layers/self_attn/q_proj/{lora_a, lora_b}  (layers, in, rank), (layers, rank, out)
+bound     model/layers/self_attn/q_proj/kernel            LoraWeight(base, a, scale * b)
+
+An init that takes its part out of the base leaves `init_a` and `init_b` beside them, which never
+train: base and update are W - scale init_a init_b and scale lora_a lora_b.
 """
 
-import zlib
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.config import AdapterConfig
-from lora_jax.tree import Target, dotted, find_targets, flatten, unflatten
-from lora_jax.weights import LoraWeight
+from lora_jax.adapters import dora, inits
+from lora_jax.targets import CHANGING_INITS, HEAD, Target, Trainable
+from lora_jax.tree import Path
+from lora_jax.weights import LoraWeight, materialize
+
+Leaves = dict[Path, Any]
 
 
-def init(key: jax.Array, params: Mapping, config: AdapterConfig) -> dict:
-    """Fresh adapters in float32: A uniform in +-1/sqrt(in) (PEFT's Kaiming with a = sqrt(5)), B
-    zero.
+def init(key: jax.Array, leaves: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Leaves]:
+    """Fresh adapters in float32, and the weights that take the place of those in `leaves`."""
+    config, changed, adapters = found.config, {}, {}
+    for target in found.targets:
+        weight = _weight(leaves, target, found)
+        a, b = inits.draw(key, target, weight, config.init, config.use_rslora)
+        adapters[(*target.path, "lora_a")], adapters[(*target.path, "lora_b")] = a, b
+        if config.init in CHANGING_INITS:
+            # Copies: a step that takes `lora_a` over in place would take the very same array twice.
+            adapters[(*target.path, "init_a")] = jnp.copy(a)
+            adapters[(*target.path, "init_b")] = jnp.copy(b)
+            weight = _subtract(target, weight, a, b, config.use_rslora)
+            changed[(*target.path, target.leaf)] = weight
+        if config.use_dora:
+            scaled = b * target.scales(config.use_rslora)
+            norms = dora.column_norms(target, weight, a, scaled)
+            adapters[(*target.path, "magnitude")] = norms
+    return changed, adapters
 
-    The draw for a weight depends on the key and its own path, not on which other weights are
-    adapted.
+
+def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
+    """The weights that the adapters of a changing init stand on: those of `leaves`, the original
+    base, without the part that they started from.
     """
-    adapters = {}
-    for target in find_targets(params, config):
-        lead = (len(target.ranks),) if target.stacked else ()
-        rows, columns = target.shape
-        bound = rows**-0.5
-        own = jax.random.fold_in(key, zlib.crc32(dotted(target.path).encode()))
-        a = jax.random.uniform(own, (*lead, rows, target.rank), minval=-bound, maxval=bound)
-        adapters[(*target.path, "lora_a")] = a * target.rank_mask()
-        adapters[(*target.path, "lora_b")] = jnp.zeros((*lead, target.rank, columns))
-    return unflatten(adapters)
+    changed = {}
+    for target in found.targets:
+        if (*target.path, "init_a") in small:
+            path = (*target.path, target.leaf)
+            a, b = (small[(*target.path, part)] for part in ("init_a", "init_b"))
+            changed[path] = _subtract(target, leaves[path], a, b, found.config.use_rslora)
+    return changed
+
+
+def _subtract(
+    target: Target, weight: jax.Array, a: jax.Array, b: jax.Array, use_rslora: bool
+) -> jax.Array:
+    return materialize(LoraWeight(weight, a, -b * target.scales(use_rslora)))
 
 
 def bind(
-    params: Mapping, adapters: Mapping, config: AdapterConfig, key: jax.Array | None = None
-) -> dict:
-    """`params` with every targeted leaf replaced by a `LoraWeight`; `key` turns dropout on."""
-    leaves, small = flatten(params), flatten(adapters)
-    for index, target in enumerate(find_targets(params, config)):
-        path = (*target.path, target.leaf)
-        leaves[path] = LoraWeight(
-            leaves[path],
-            small[(*target.path, "lora_a")],
-            small[(*target.path, "lora_b")] * target.scales(config.use_rslora),
-            key=_dropout_keys(key, index, target) if config.dropout else None,
-            dropout=config.dropout,
-        )
-    return unflatten(leaves)
+    leaves: Leaves, small: Mapping[Path, Any], found: Trainable, key: jax.Array | None
+) -> Leaves:
+    """The targeted leaves as `LoraWeight`s; `key` turns dropout on."""
+    config, bound = found.config, {}
+    for index, target in enumerate(found.targets):
+        weight = _weight(leaves, target, found)
+        a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
+        a = jax.lax.stop_gradient(a) if config.freeze_a else a
+        b = b * target.scales(config.use_rslora)
+        gain = None
+        if config.use_dora:
+            gain = dora.gain(target, weight, a, b, small[(*target.path, "magnitude")])
+        # As in PEFT, what a token's embedding adds has no dropout.
+        drops = config.dropout > 0 and target.leaf != "embedding"
+        own = _dropout_keys(key, index, target) if drops else None
+        bound[(*target.path, target.leaf)] = LoraWeight(weight, a, b, gain, own, config.dropout)
+    return bound
+
+
+def _weight(leaves: Mapping[Path, Any], target: Target, found: Trainable) -> Any:
+    """The frozen weight of a target; a tied head is the embedding the other way round."""
+    path = (*target.path, target.leaf)
+    if path == HEAD and found.untied is not None:
+        embedding = leaves[found.untied]
+        shape = (embedding.shape[1], embedding.shape[0])
+        is_array = isinstance(embedding, jax.Array)
+        return embedding.T if is_array else jax.ShapeDtypeStruct(shape, embedding.dtype)
+    return leaves[path]
 
 
 def _dropout_keys(key: jax.Array | None, index: int, target: Target) -> jax.Array | None:
@@ -57,3 +98,41 @@ def _dropout_keys(key: jax.Array | None, index: int, target: Target) -> jax.Arra
         return None
     own = jax.random.fold_in(key, index)
     return jax.random.split(own, len(target.ranks)) if target.stacked else own
+
+
+def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Trainable]:
+    """Adapters of a changing init as those of a default one with twice the rank, over the original
+    base, and what they train: W - s a0 b0 + s a b = W + s [a, a0] [b; -b0].
+
+    The scale stays what it was: alpha doubles with the rank, under rsLoRA it grows by sqrt(2).
+    """
+    leaves, targets = dict(small), []
+    growth = 2**0.5 if found.config.use_rslora else 2.0
+    for target in found.targets:
+        parts = [leaves.pop((*target.path, n)) for n in ("lora_a", "init_a", "lora_b", "init_b")]
+        a, a0, b, b0 = parts
+        order = _by_slice(target)
+        joined_a = jnp.concatenate([a, a0], axis=-1)
+        joined_b = jnp.concatenate([b, -b0], axis=-2)
+        leaves[(*target.path, "lora_a")] = jnp.take_along_axis(joined_a, order[..., None, :], -1)
+        leaves[(*target.path, "lora_b")] = jnp.take_along_axis(joined_b, order[..., :, None], -2)
+        ranks = tuple(2 * rank for rank in target.ranks)
+        alphas = tuple(growth * alpha for alpha in target.alphas)
+        targets.append(dataclasses.replace(target, ranks=ranks, alphas=alphas))
+    config = dataclasses.replace(
+        found.config,
+        init="default",
+        rank=2 * found.config.rank,
+        alpha=growth * found.config.alpha,
+        rank_pattern={name: 2 * rank for name, rank in found.config.rank_pattern.items()},
+        alpha_pattern={n: growth * alpha for n, alpha in found.config.alpha_pattern.items()},
+    )
+    return leaves, dataclasses.replace(found, config=config, targets=tuple(targets))
+
+
+def _by_slice(target: Target) -> jax.Array:
+    """The order that puts the real columns of both halves first, for every slice."""
+    real = jnp.tile(
+        jnp.asarray(target.rank_mask()[..., 0, :] if target.stacked else target.rank_mask()[0]), 2
+    )
+    return jnp.argsort(real == 0, axis=-1, stable=True)

@@ -1,4 +1,5 @@
-"""Files in and out: Hugging Face directories, GGUF, the hub, PEFT adapters.
+"""Files in and out: Hugging Face directories, GGUF, the hub, PEFT and loralib
+adapters.
 
 model = load("path-or-hub-name")     # static structure + frozen params, placed on the devices
 """
@@ -13,8 +14,11 @@ from jax.sharding import Mesh
 from lora_jax import models
 from lora_jax.config import MeshConfig, UserError
 from lora_jax.formats.hub import resolve as resolve
+from lora_jax.formats.loralib import read_loralib as read_loralib
+from lora_jax.formats.peft import peft_problems as peft_problems
 from lora_jax.formats.peft import read_adapter as read_adapter
 from lora_jax.formats.peft import read_fingerprint as read_fingerprint
+from lora_jax.formats.peft import serving_problems as serving_problems
 from lora_jax.formats.peft import write_adapter as write_adapter
 from lora_jax.formats.safetensors import parse_size as parse_size
 from lora_jax.formats.safetensors import read_params as read_params

@@ -8,22 +8,26 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax import tree
-from lora_jax.config import UserError
+from lora_jax.config import UserError, nearest
 from lora_jax.models import Model
-from lora_jax.sharding import param_specs
+from lora_jax.quantize import SCHEMES, QuantizedWeight, quantize, quantizes
+from lora_jax.sharding import _fit, param_specs
+from lora_jax.targets import HEAD
+from lora_jax.weights import Untied
 
 # Leaf name -> (name in the file, stored transposed).
 _LEAVES = {
@@ -123,47 +127,131 @@ def open_tensors(file: Path) -> Iterator[Any]:
 def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) -> dict:
     """The parameters of `model`, read slice by slice straight to their place on the mesh.
 
-    `dtype` None keeps the dtype of the files. No more than one device's share of one leaf stands in
-    host memory.
+    `dtype` None keeps the dtype of the files. "nf4" and "int8" quantise the kernels of the blocks
+    and keep embeddings, norms, biases and the output head as they are in the files; one tensor of
+    floats at a time stands in host memory then, and one quantised leaf. Otherwise no more than one
+    device's share of one leaf does.
 
     Raises:
-        UserError: tensors that are missing, unexpected or mis-shaped, all of them listed.
+        UserError: tensors that are missing, unexpected, mis-shaped, or to be quantised and not
+            finite, all of them listed; a `dtype` that weights are not stored in.
     """
+    scheme, cast = _storage(dtype)
     tensors = list_tensors(directory)
     leaves = tree.flatten(model.params)
     _check_tensors(directory, tensors, leaves, model)
     specs = tree.flatten(param_specs(model.params, model.rules, mesh))
     handles: dict[Path, Any] = {}
+    not_finite: list[str] = []
     with contextlib.ExitStack() as stack:
         for file in sorted({tensor.file for tensor in tensors.values()}):
             handles[file] = stack.enter_context(open_tensors(file))
         params = {}
         for path, leaf in leaves.items():
             names = tensor_names(path, leaf.shape)
-            stored = np.dtype(dtype) if dtype is not None else tensors[names[0]].dtype
-            sources = [handles[tensors[name].file].get_slice(name) for name in names]
-
-            def read(
-                index: Any,
-                path=path,
-                shape=leaf.shape,
-                sources=sources,
-                stored=stored,
-            ) -> np.ndarray:
-                ranges = [slice(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
-                stacked = tree.stack_position(path) is not None
-                inner = ranges[1:] if stacked else ranges
-                order = inner[::-1] if _LEAVES[path[-1]][1] else inner
-                wanted = range(len(sources))[ranges[0]] if stacked else range(1)
-                out = np.empty((len(wanted), *(part.stop - part.start for part in inner)), stored)
-                for row, i in enumerate(wanted):
-                    part = sources[i][tuple(order)]
-                    out[row] = part.T if _LEAVES[path[-1]][1] else part
-                return out if stacked else out[0]
-
-            sharding = NamedSharding(mesh, specs[path])
-            params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+            stored = tensors[names[0]].dtype if cast is None else cast
+            sources = {name: handles[tensors[name].file].get_slice(name) for name in names}
+            if scheme and quantizes(path):
+                whole, wrong = _read_quantized(sources, leaf.shape, stored, scheme)
+                not_finite += wrong
+                params[path] = _place_parts(whole, specs[path], mesh)
+            else:
+                sharding = NamedSharding(mesh, specs[path])
+                read = _part_reader(path, leaf.shape, list(sources.values()), stored)
+                params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+    if not_finite:
+        raise UserError(
+            f"{directory} cannot be quantised to {scheme}: weights are infinite or not a number "
+            "in:\n  " + tree.summarize(not_finite)
+        )
     return tree.unflatten(params)
+
+
+def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
+    """`dtype` of read_params as a scheme to quantise with and a dtype to cast to, None where it
+    asks for none.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype in SCHEMES):
+        return dtype, None
+    try:
+        cast = np.dtype(dtype)
+    except TypeError:
+        cast = None
+    if cast not in _DTYPES.values():
+        floats = [stored.name for stored in _DTYPES.values()]
+        raise UserError(
+            f"dtype={dtype!r} is not how weights can be stored; there are: "
+            f"{', '.join([*floats, *SCHEMES])}, and None for the dtype of the files."
+            + nearest(str(dtype), [*floats, *SCHEMES])
+        )
+    return None, cast
+
+
+def _part_reader(
+    path: tree.Path, shape: tuple[int, ...], sources: Sequence[Any], stored: np.dtype
+) -> Callable[[Any], np.ndarray]:
+    """A function from an index of a leaf to that part of it, read from the slices' tensors."""
+    stacked, transposed = tree.stack_position(path) is not None, _LEAVES[path[-1]][1]
+
+    def read(index: Any) -> np.ndarray:
+        ranges = [slice(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
+        inner = ranges[1:] if stacked else ranges
+        order = inner[::-1] if transposed else inner
+        wanted = range(len(sources))[ranges[0]] if stacked else range(1)
+        out = np.empty((len(wanted), *(part.stop - part.start for part in inner)), stored)
+        for row, i in enumerate(wanted):
+            part = sources[i][tuple(order)]
+            out[row] = part.T if transposed else part
+        return out if stacked else out[0]
+
+    return read
+
+
+def _read_quantized(
+    sources: Mapping[str, Any], shape: tuple[int, ...], stored: np.dtype, scheme: str
+) -> tuple[QuantizedWeight, list[str]]:
+    """The leaf of a kernel (..., in, out) with NumPy arrays in it, one tensor (out, in) quantised
+    at a time on the host's CPU, and the names of tensors that are not finite.
+    """
+    whole = jax.eval_shape(lambda: quantize(jnp.zeros(shape, stored), scheme))
+    leaf = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), whole)
+    not_finite = []
+    for i, (name, source) in enumerate(sources.items()):
+        tensor = source[:].astype(stored, copy=False)
+        if not np.isfinite(tensor).all():
+            not_finite.append(name)
+            continue
+        with jax.default_device(_cpu()):
+            quantized = _quantize(tensor.T, scheme)
+        for part, piece in zip(jax.tree.leaves(leaf), jax.tree.leaves(quantized), strict=True):
+            part.reshape(len(sources), *piece.shape)[i] = piece
+    return leaf, not_finite
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
+
+
+def _cpu() -> Any:
+    """The CPU of this host: the same bits whatever the accelerator, and no floats on it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise UserError(
+            "weights are quantised on the CPU, and JAX was started without it; put it behind the "
+            "accelerator in JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu"
+        ) from error
+
+
+def _place_parts(leaf: QuantizedWeight, spec: PartitionSpec, mesh: Mesh) -> QuantizedWeight:
+    """Put the arrays of a leaf on the mesh, each as its kernel lies; an axis that a dimension does
+    not divide is left out.
+    """
+
+    def place(part: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, _fit(spec, part.shape, mesh))
+        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+
+    return jax.tree.map(place, leaf)
 
 
 def _check_tensors(
@@ -263,7 +351,11 @@ def write_model(
     """
     limit = parse_size(max_shard_size)
     pieces: dict[str, tuple[tree.Path, int | None, int]] = {}
-    leaves = tree.flatten(params)
+    leaves, config = tree.flatten(params), dict(model.hf_config)
+    for path, leaf in list(leaves.items()):
+        if isinstance(leaf, Untied):
+            leaves |= {path: leaf.embed, HEAD: jnp.swapaxes(leaf.head, 0, 1)}
+            config["tie_word_embeddings"] = False
     for path, leaf in leaves.items():
         names = tensor_names(path, leaf.shape)
         stacked = tree.stack_position(path) is not None
@@ -297,7 +389,6 @@ def write_model(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(temporary / "model.safetensors.index.json", index)
         dtypes = {str(leaf.dtype) for leaf in leaves.values()}
-        config = dict(model.hf_config)
         if len(dtypes) == 1:
             config.pop("torch_dtype", None)
             config["dtype"] = dtypes.pop()

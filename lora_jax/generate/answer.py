@@ -20,6 +20,7 @@ def answer(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     compute_dtype: str = "float32",
+    base_dtype: str | None = None,
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     seed: int = 0,
@@ -58,7 +59,7 @@ def answer(
     ]
     tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
     stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source))
-    model = formats.load(source)
+    model = formats.load(source, dtype=base_dtype)
     bound = model.params if found is None else methods.bind(model.params, found[0], found[1])
     generate = make_generate(model, jnp.dtype(compute_dtype))
     answers = generate(

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, sharding
-from lora_jax.config import Config, raise_all
+from lora_jax.config import AdapterConfig, Config, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.train import scores, sets, setup
 from lora_jax.train.evaluate import make_judge
@@ -50,16 +49,16 @@ def compare(
     for path, directory in directories.items():
         found[path] = formats.read_adapter(directory, model.params)
         fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
-    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console)
+    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console, model.config.vocab_size)
     held_out = sets.read_held_out(config, encoder)
     setup.check_metrics(config, held_out)
     console.print(f"loading {config.model}")
-    dtype = None if config.base_dtype is None else jnp.dtype(config.base_dtype)
-    model = model.replace(params=formats.read_params(source, model, mesh, dtype))
-    # Fresh adapters change nothing: they are the base.
-    fresh = methods.init(jax.random.key(0), model.params, config.adapter)[1]
+    model = model.replace(params=formats.read_params(source, model, mesh, config.base_dtype))
+    # Fresh adapters of plain LoRA change nothing: they are the base.
+    plain = AdapterConfig(rank=1)
+    fresh = methods.init(jax.random.key(0), model.params, plain)[1]
     rows = []
-    for name, (adapters, settings) in [("base", (fresh, config.adapter)), *found.items()]:
+    for name, (adapters, settings) in [("base", (fresh, plain)), *found.items()]:
         specs = sharding.adapter_specs(adapters, model.params, model.rules, mesh)
         own = dataclasses.replace(config, adapter=settings)
         judge = make_judge(own, model, tokenizer, held_out, mesh)

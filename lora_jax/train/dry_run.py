@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax
-
 from lora_jax import adapters as methods
 from lora_jax import formats, sharding, tree
 from lora_jax.config import Config
+from lora_jax.targets import Target, Whole
+from lora_jax.train.setup import continue_adapter, find_trainable
 
 
 def print_targets(config: Config) -> None:
@@ -15,14 +15,10 @@ def print_targets(config: Config) -> None:
         formats.resolve(config.model, weights=False), config.ignore_config_fields
     )
     if config.adapter.path is not None:
-        from lora_jax.train.setup import continue_adapter
-
         config, _ = continue_adapter(config, model)
-    targets = tree.find_targets(model.params, config.adapter)
+    found = find_trainable(config, model)
     mesh = sharding.abstract_mesh(config.mesh)
-    shapes = jax.eval_shape(
-        lambda: methods.init(jax.random.key(0), model.params, config.adapter)[1]
-    )
+    shapes = methods.shapes(model.params, config.adapter)
     specs = tree.flatten(sharding.adapter_specs(shapes, model.params, model.rules, mesh))
     rows = [
         (
@@ -35,7 +31,7 @@ def print_targets(config: Config) -> None:
             "partition of lora_a; lora_b",
         )
     ]
-    for target in targets:
+    for target in found.targets:
         partition = "; ".join(str(specs[(*target.path, part)]) for part in ("lora_a", "lora_b"))
         scales = target.scales(config.adapter.use_rslora).reshape(-1)
         for (rank, alpha), layers in group_slices(target).items():
@@ -52,21 +48,27 @@ def print_targets(config: Config) -> None:
                     partition,
                 )
             )
+    for part in (*found.whole, *found.rows):
+        name = tree.dotted(part.path[:-1])
+        shape = part.shape[-2:] if isinstance(part, Whole) else (len(part.indices), part.features)
+        spec = str(specs[part.trained])
+        rows.append((name, str(tuple(shape)), "", "", "", f"{part.parameters:,}", spec))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print(
             "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
         )
-    trainable, frozen = sum(target.parameters for target in targets), tree.count(model.params)
+    trainable, frozen = found.parameters, tree.count(model.params)
+    frozen = 0 if config.adapter.method == "full" else frozen
     print(
         f"\n{trainable:,} trainable parameters || {frozen:,} frozen || "
         f"{100 * trainable / (trainable + frozen):.4f} % "
-        f"trainable || adapter {4 * trainable:,} bytes in float32\nmesh: "
+        f"trainable || adapter {4 * found.exported:,} bytes in float32\nmesh: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
 
 
-def group_slices(target: tree.Target) -> dict[tuple[int, float], list[int]]:
+def group_slices(target: Target) -> dict[tuple[int, float], list[int]]:
     """Slices of a target by their (rank, alpha); those that are not adapted are left out."""
     groups: dict[tuple[int, float], list[int]] = {}
     for i, pair in enumerate(zip(target.ranks, target.alphas, strict=True)):
@@ -75,7 +77,7 @@ def group_slices(target: tree.Target) -> dict[tuple[int, float], list[int]]:
     return groups
 
 
-def layer_range(target: tree.Target, layers: Sequence[int]) -> str:
+def layer_range(target: Target, layers: Sequence[int]) -> str:
     """`model.layers.{0-3,7}.self_attn.q_proj` for slices of a stack; the plain path for a single
     matrix.
     """

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import formats, sharding, tree
+from lora_jax import formats, tree
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
 from lora_jax.train import (
+    base,
     checkpoint,
     export,
     interrupt,
@@ -32,7 +33,7 @@ from lora_jax.train import (
 )
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
 from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.trainer import State, train
+from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
 
 
@@ -58,7 +59,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     config, loaded = setup.continue_adapter(config, model)
     if record is not None:
         resume.check_config(record, config)
-    targets = tree.find_targets(model.params, config.adapter)
+    found = setup.find_trainable(config, model)
     tokenizer = formats.load_tokenizer(source)
     prints = setup.take_fingerprint(config, source, tokenizer, record)
     encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console, model.config.vocab_size)
@@ -73,27 +74,29 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         return done
 
     console.print(f"loading {config.model}")
-    dtype = None if config.base_dtype is None else jnp.dtype(config.base_dtype)
-    params = formats.read_params(source, model, mesh, dtype)
+    optimizer = make_optimizer(config.train, config.adapter)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    params, adapters = methods.init(init_key, params, config.adapter)
-    specs = sharding.adapter_specs(adapters, params, model.rules, mesh)
-    adapters = sharding.place(loaded or adapters, specs, mesh)
-    model = model.replace(params=params)
-    frozen, trained = tree.count(params), sum(target.parameters for target in targets)
+    place = output / "checkpoints"
+    if record is None:
+        params, adapters = base.load(config, source, model, mesh, init_key)
+        state = place_state(config, model, mesh, optimizer, loaded or adapters)
+    else:
+        empty = methods.shapes(model.params, config.adapter)
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
+        state = place_state(config, model, mesh, optimizer, empty)
+        _restore(state, place, record)
+        params = base.load_under(config, source, model, mesh, state.adapters)
+    frozen = 0 if config.adapter.method == "full" else tree.count(model.params)
+    trained, model = found.parameters, model.replace(params=params)
     console.print(f"training {trained:,} parameters beside {frozen:,} frozen ones")
 
     judge = make_judge(config, model, tokenizer, held_out, mesh)
-    optimizer = make_optimizer(config.train)
     with jax.set_mesh(mesh):
-        opt_state = sharding.replicate_scalars(optimizer.init(adapters), mesh)
-        state, place = State(adapters, opt_state), output / "checkpoints"
         if record is None:
-            before = judge.score(adapters)
+            before = judge.score(state.adapters)
             console.print(f"before: {before.describe()}")
             setup.clear_logs(output)
         else:
-            _restore(state, place, record)
             before = Scores(**record["before"])
             console.print(f"resumed from step {state.step}; before: {before.describe()}")
         # The first thing written: whatever failed before, the same output_dir can be used again.
@@ -109,7 +112,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         loader = sets.make_loader(config, train_data, encoder, position, console)
         speed = train(judge, state, loader, optimizer, dropout_key, about, console, signals, record)
         summary = {"tokens_per_second": speed, "total_parameters": frozen + trained}
-        summary |= {"trainable_parameters": trained, "adapter_bytes": 4 * trained}
+        summary |= {"trainable_parameters": trained, "adapter_bytes": 4 * found.exported}
         summary |= conclude(judge, state, before, prints, output, console)
     summary |= {"seconds": time.monotonic() - started}
     metrics.write_summary(output / "summary.json", summary)
@@ -144,14 +147,21 @@ def conclude(
     after = judge.score(adapters, losses)
     sizes = norms.measure(model.params, adapters, config.adapter)
     setup.remove_exports(output)
-    if config.export.peft:
+    extra: dict[str, Any] = {}
+    full = config.adapter.method == "full"  # has no adapter to export, only a model
+    if config.export.peft and not full:
         export.export_peft(output / "adapter", config, model, adapters, prints)
-    if config.export.merged:
-        export.export_merged(output / "merged", config, model, adapters)
+        for problem in formats.serving_problems(
+            methods.find_trainable(model.params, config.adapter)
+        ):
+            console.print(f"note: {problem}")
+    if config.export.merged or full:
+        extra |= export.export_merged(output / "merged", config, model, adapters, console)
     for name, loss in before.losses.items():
         curves[name] = [(0, loss), *curves.get(name, [])]
     metrics.plot_losses(output / "plots" / "loss.png", curves)
-    metrics.plot_norms(output / "plots" / "norms.png", sizes)
+    if sizes:
+        metrics.plot_norms(output / "plots" / "norms.png", sizes)
     samples = scores.spread(after.answers, config.eval.samples)
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
@@ -165,6 +175,7 @@ def conclude(
         "task": score_pair("task", before, after),
         "regression": score_pair("regression", before, after),
         **norms.summarize(sizes),
+        **extra,
     }
 
 

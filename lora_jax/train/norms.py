@@ -8,61 +8,66 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import tree
-from lora_jax.adapters import bind
+from lora_jax.adapters.inits import over_slices
 from lora_jax.config import AdapterConfig
-from lora_jax.weights import LoraWeight
+from lora_jax.targets import HEAD, Target, find_trainable
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Frobenius norm over the last two axes."""
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)))
 
 
 @jax.jit
-def _norms(weight: LoraWeight, lora_a: jax.Array, lora_b: jax.Array) -> dict[str, jax.Array]:
-    """Frobenius norms over the last two axes.
-
-    |a b|^2 = sum((a^T a) * (b b^T)), which takes rank x rank products only.
-    """
-
-    def norm(x):
-        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)))
-
+def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
+    """|a b| = sqrt(sum((a^T a) * (b b^T))), which takes rank x rank products only."""
     with jax.default_matmul_precision("highest"):
-        inner = (jnp.swapaxes(weight.a, -1, -2) @ weight.a) * (
-            weight.b @ jnp.swapaxes(weight.b, -1, -2)
-        )
-    update = jnp.sqrt(jnp.maximum(inner.sum(axis=(-2, -1)), 0))
-    return {
-        "lora_a": norm(lora_a),
-        "lora_b": norm(lora_b),
-        "update": update,
-        "relative": update / norm(weight.base),
-    }
+        inner = (jnp.swapaxes(a, -1, -2) @ a) * (b @ jnp.swapaxes(b, -1, -2))
+    return jnp.sqrt(jnp.maximum(inner.sum(axis=(-2, -1)), 0))
 
 
 def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[str, dict]:
-    """Per adapted module the Frobenius norms of `lora_a`, `lora_b`, of the `update` with its scale,
-    and the update `relative` to the weight: lists with a number per layer, null where the layer is
-    not adapted (and for `relative`, where the weight is zero).
+    """Per adapted module the Frobenius norms of `lora_a`, `lora_b`, of the `update` with its scale
+    (of what was added since the start, for an init that takes its part out of the base), and the
+    update `relative` to the weight: lists with a number per layer, null where the layer is not
+    adapted (and for `relative`, where the weight is zero).
     """
-    bound, flat = tree.flatten(bind(params, adapters, config)), tree.flatten(adapters)
-    found = {}
-    for target in tree.find_targets(params, config):
-        weight = bound[(*target.path, target.leaf)]
-        parts = (flat[(*target.path, part)] for part in ("lora_a", "lora_b"))
-        values = {name: np.atleast_1d(x) for name, x in _norms(weight, *parts).items()}
-        found[tree.dotted(target.path)] = {
-            name: [
-                float(x) if rank and np.isfinite(x) else None
-                for x, rank in zip(numbers, target.ranks, strict=True)
-            ]
-            for name, numbers in values.items()
+    found, leaves = find_trainable(params, config), tree.flatten(params)
+    small = tree.flatten(adapters)
+    sizes = {}
+    for target in found.targets:
+        path = (*target.path, target.leaf)
+        weight = leaves[found.untied if path == HEAD and found.untied else path]
+        a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
+        values = {"lora_a": _norm(a), "lora_b": _norm(b)}
+        if (*target.path, "init_a") in small:
+            a0, b0 = (small[(*target.path, part)] for part in ("init_a", "init_b"))
+            a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=-2)
+        values["update"] = _update_norm(a, b * target.scales(config.use_rslora))
+        values["relative"] = values["update"] / over_slices(_norm, target, weight)
+        sizes[tree.dotted(target.path)] = {
+            name: _by_layer(numbers, target) for name, numbers in values.items()
         }
-    return found
+    return sizes
+
+
+def _by_layer(numbers: jax.Array, target: Target) -> list[float | None]:
+    return [
+        float(x) if rank and np.isfinite(x) else None
+        for x, rank in zip(np.atleast_1d(numbers), target.ranks, strict=True)
+    ]
 
 
 def summarize(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The root mean square over modules and layers of each norm: one number for a log line."""
+    """The root mean square over modules and layers of each norm: one number for a log line. Nothing
+    where no module has an adapter.
+    """
     kinds = {
         name: [x for module in norms.values() for x in module[name] if x is not None]
         for name in ("lora_a", "lora_b", "update", "relative")
     }
     return {
-        f"norm_{name}": float(np.sqrt(np.mean(np.square(values)))) for name, values in kinds.items()
+        f"norm_{name}": float(np.sqrt(np.mean(np.square(values))))
+        for name, values in kinds.items()
+        if values
     }

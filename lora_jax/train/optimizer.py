@@ -1,7 +1,9 @@
 """One optax `multi_transform` over the joint tree of frozen base and trainable adapters.
 
-    joint tree  model/layers/self_attn/q_proj/{kernel, lora_a, lora_b}
-    labels                                    frozen,  lora_a, lora_b
+    joint tree  model/layers/self_attn/q_proj/{kernel, lora_a, lora_b, magnitude}
+    labels                                    frozen,  lora_a, lora_b, magnitude
+    joint tree  lm_head/{kernel, full_kernel}
+    labels               frozen, full
 
 The train step differentiates and updates the adapters alone; the same transformation over the joint
 tree gives the same update, because labels depend on paths only and frozen leaves get neither
@@ -11,13 +13,16 @@ gradient, norm nor state.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from lora_jax import tree
-from lora_jax.config import TrainConfig
+from lora_jax.config import AdapterConfig, TrainConfig
 
-TRAINABLE = ("lora_a", "lora_b")
+# With epsilon 0, 0 / 0 is read as 0, and gradients whose squares are no float32 move little.
+_LEAST_EPSILON = 1e-18
+TRAINABLE = ("lora_a", "lora_b", "magnitude", "full")
 
 
 def join(params: Mapping, adapters: Mapping) -> dict:
@@ -25,12 +30,16 @@ def join(params: Mapping, adapters: Mapping) -> dict:
     return tree.unflatten(tree.flatten(params) | tree.flatten(adapters))
 
 
-def label_tree(parameters: Mapping) -> dict:
-    """The label of every leaf: its own name if it trains, else `frozen`."""
-    labels = {
-        path: path[-1] if path[-1] in TRAINABLE else "frozen" for path in tree.flatten(parameters)
-    }
-    return tree.unflatten(labels)
+def label_tree(parameters: Mapping, freeze_a: bool = False) -> dict:
+    """The label of every leaf, by its name alone: one of TRAINABLE, or `frozen`."""
+
+    def label(name: str) -> str:
+        if name.startswith("full_") or name == "trainable_tokens":
+            return "full"
+        trains = name in TRAINABLE and not (freeze_a and name == "lora_a")
+        return name if trains else "frozen"
+
+    return tree.unflatten({path: label(path[-1]) for path in tree.flatten(parameters)})
 
 
 def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
@@ -59,29 +68,36 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     return schedule
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainConfig, adapter: AdapterConfig | None = None
+) -> optax.GradientTransformation:
     """AdamW on the trainable labels, nothing on frozen leaves, one global clip over all trainable
-    leaves before it.
+    leaves before it. `lora_plus_ratio` of `adapter` is the rate of `lora_b` over that of the
+    others; with its `freeze_a`, `lora_a` is frozen.
     """
-    adamw = optax.adamw(
-        make_schedule(config),
-        config.beta1,
-        config.beta2,
-        config.epsilon,
-        weight_decay=config.weight_decay,
-    )
-    by_label: dict[Any, Any] = dict.fromkeys(TRAINABLE, adamw)
+    adapter = adapter or AdapterConfig()
+    schedule = make_schedule(config)
+
+    epsilon = max(config.epsilon, _LEAST_EPSILON)
+
+    def adamw(ratio: float) -> optax.GradientTransformation:
+        rate = schedule if ratio == 1 else lambda count: ratio * schedule(count)
+        return optax.adamw(
+            rate, config.beta1, config.beta2, epsilon, weight_decay=config.weight_decay
+        )
+
+    def labels(parameters: Mapping) -> dict:
+        return label_tree(parameters, adapter.freeze_a)
+
+    by_label: dict[Any, Any] = {
+        name: adamw(adapter.lora_plus_ratio if name == "lora_b" else 1.0) for name in TRAINABLE
+    }
     by_label["frozen"] = optax.set_to_zero()
-    update = optax.multi_transform(by_label, label_tree)
+    update = optax.multi_transform(by_label, labels)
     if config.grad_clip is None:
         return update
 
     def trains(parameters: Mapping) -> dict:
-        return tree.unflatten(
-            {
-                path: label != "frozen"
-                for path, label in tree.flatten(label_tree(parameters)).items()
-            }
-        )
+        return jax.tree.map(lambda label: label != "frozen", labels(parameters))
 
     return optax.chain(optax.masked(optax.clip_by_global_norm(config.grad_clip), trains), update)

@@ -11,13 +11,13 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax import data, formats, sharding
+from lora_jax import data, formats, quantize, sharding, targets
 from lora_jax.config import AdapterConfig, Config, UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import resume, scores
 from lora_jax.train.metrics import LOGS
-from lora_jax.train.sets import DataSet, training_sources
+from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.sinks import check_sinks
 
 
@@ -44,6 +44,11 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
         micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
     )
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    if config.train.optimizer_memory == "host" and sharding.host_memory(mesh) is None:
+        raise UserError(
+            f"train.optimizer_memory=host: {mesh.devices.flat[0].device_kind} has no host memory "
+            "that it computes from; use device"
+        )
     formats.parse_size(config.export.max_shard_size)
     output = Path(config.output_dir).expanduser()
     if output.exists() and not output.is_dir():
@@ -67,10 +72,14 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
     """
     if config.adapter.path is None:
         return config, None
-    adapters, found = formats.read_adapter(Path(config.adapter.path).expanduser(), model.params)
     given, default = config.adapter, AdapterConfig()
-    free = {"path", "dropout"}
-    problems, kept = [], {"path": given.path, "dropout": given.dropout}
+    path = Path(config.adapter.path).expanduser()
+    if path.suffix == ".safetensors":
+        adapters, found = formats.read_loralib(path, model.params, given)
+    else:
+        adapters, found = formats.read_adapter(path, model.params)
+    free = ("path", "dropout", "freeze_a", "lora_plus_ratio")  # of training, not of the adapter
+    problems, kept = [], {name: getattr(given, name) for name in free}
     for field in dataclasses.fields(AdapterConfig):
         mine, theirs = getattr(given, field.name), getattr(found, field.name)
         if field.name not in free and mine != getattr(default, field.name) and mine != theirs:
@@ -81,6 +90,26 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
                 )
     raise_all(problems)
     return dataclasses.replace(config, adapter=dataclasses.replace(found, **kept)), adapters
+
+
+def find_trainable(config: Config, model: Model) -> targets.Trainable:
+    """What the run trains, of the shapes of `model`.
+
+    Raises:
+        UserError: as `targets.find_trainable`, of the base as `base_dtype` will have it; adapters
+            that `export.peft` could not write.
+    """
+    if config.base_dtype in quantize.SCHEMES:
+        # An init that changes the base does so before it is quantised.
+        adapter = dataclasses.replace(config.adapter, init="default")
+        base = jax.eval_shape(
+            lambda params: quantize.quantize_tree(params, str(config.base_dtype)), model.params
+        )
+        targets.find_trainable(base, adapter)
+    found = targets.find_trainable(model.params, config.adapter)
+    if config.export.peft and config.adapter.method != "full":
+        raise_all([f"export.peft: {problem}" for problem in formats.peft_problems(found)])
+    return found
 
 
 def take_fingerprint(
@@ -124,18 +153,12 @@ def check_metrics(config: Config, held_out: Mapping[str, DataSet]) -> None:
 
 
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:
-    """Raise if the tokenizer makes tokens that the model has no embedding for."""
-    largest = max(
-        (int(example.tokens.max()) for one in sets for example in one.examples), default=0
-    )
-    if largest >= model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {config.model} makes token {largest}, "
-            f"and the model's vocab_size is {model.config.vocab_size}: they do not belong together"
-        )
+    """Note lengths beyond the model's, and raise for tokens as `check_vocabulary` does."""
     positions = model.config.max_position_embeddings
     if config.data.max_length > positions:
         console.print(
             f"note: data.max_length={config.data.max_length} is above the "
             f"max_position_embeddings={positions} that the model was made for"
         )
+    examples = (example for one in sets for example in one.examples)
+    check_vocabulary(examples, config.model, model.config.vocab_size)

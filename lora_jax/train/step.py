@@ -45,7 +45,8 @@ def make_train_step(
     finite changes nothing: the state that came in goes out.
 
     `placement` holds the shardings of (adapters, opt_state): they come out as they went in, and the
-    second step runs the program of the first. Without it the compiler chooses.
+    second step runs the program of the first. Without it the compiler chooses. Optimizer state in
+    host memory comes to the device for the update alone.
     """
     rows = config.train.batch_size
     pieces = rows // (config.train.micro_batch_size or rows)
@@ -75,6 +76,8 @@ def make_train_step(
             keys = jax.random.split(step_key, pieces)
             ((nll, weight), grads), _ = jax.lax.scan(accumulate, zeros, (micros, keys))
         grads = jax.tree.map(lambda g: g / weight, grads)
+        if placement is not None:
+            opt_state = jax.tree.map(_on_device, opt_state, placement[1])
         updates, moved = optimizer.update(grads, opt_state, adapters)
         metrics = {
             "loss": nll / weight,
@@ -90,6 +93,12 @@ def make_train_step(
 
     out_shardings = None if placement is None else (*placement, None)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def _on_device(x: jax.Array, sharding: Any) -> jax.Array:
+    if sharding.memory_kind in (None, "device"):
+        return x
+    return jax.device_put(x, sharding.with_memory_kind("device"))
 
 
 def make_eval_step(model: Model, config: Config) -> Callable:

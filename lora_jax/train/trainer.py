@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax import data
-from lora_jax.config import UserError
+from lora_jax import data, sharding
+from lora_jax.config import Config, UserError
+from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
 from lora_jax.train import checkpoint, metrics, norms
 from lora_jax.train.evaluate import Judge, Scores
@@ -34,6 +36,21 @@ class State:
     step: int = 0  # optimizer steps done
     supervised_tokens: float = 0.0  # trained on so far
     watch: Watch = field(default_factory=Watch)
+
+
+def place_state(
+    config: Config, model: Model, mesh: Mesh, optimizer: Any, adapters: Mapping
+) -> State:
+    """Adapters beside their base's shards, and the optimizer's state beside them, in host memory if
+    `train.optimizer_memory` says so.
+    """
+    specs = sharding.adapter_specs(adapters, model.params, model.rules, mesh)
+    adapters = sharding.place(adapters, specs, mesh)
+    with jax.set_mesh(mesh):
+        opt_state = sharding.replicate_scalars(optimizer.init(adapters), mesh)
+    if config.train.optimizer_memory == "host":
+        opt_state = jax.tree.map(sharding.to_host, opt_state)
+    return State(adapters, opt_state)
 
 
 def train(

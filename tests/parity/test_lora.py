@@ -21,9 +21,10 @@ from safetensors.numpy import load_file, save_file
 from lora_jax import AdapterConfig, Config, UserError, formats, lora
 from lora_jax.config import TrainConfig
 from lora_jax.generate import make_generate
+from lora_jax.targets import find_targets
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import batch_sums, make_train_step
-from lora_jax.tree import find_targets, unflatten
+from lora_jax.tree import unflatten
 
 TOLERANCE = 1e-5
 SEEDS = (0, 1)
@@ -541,9 +542,8 @@ def test_tensors_that_do_not_fit_are_named(adapter_directory, change, text):
     [
         (dict(peft_type="LOHA"), "peft_type='LOHA' is not supported, only 'LORA'"),
         (dict(peft_type=None), "peft_type=None is not supported"),
-        (dict(use_dora=True), "not supported: use_dora=True"),
-        (dict(bias="all"), "not supported: bias='all'"),
-        (dict(modules_to_save=["lm_head"]), "not supported: modules_to_save=['lm_head']"),
+        (dict(use_dora=True), f"missing {Q0.replace('A.weight', 'magnitude_vector')} (48,)"),
+        (dict(modules_to_save=["lm_head"]), "missing base_model.model.lm_head.weight (97, 36)"),
         (dict(lora_bias=True), "not supported: lora_bias=True"),
         (dict(init_lora_weights="olora"), "not supported: init_lora_weights='olora'"),
         (dict(init_lora_weights="pissa"), "not supported: init_lora_weights='pissa'"),
@@ -599,12 +599,13 @@ def test_damaged_files_are_named(adapter_directory, name, content, text):
     assert str(directory) in str(caught.value)
 
 
-def test_a_tied_head_is_no_target(tiny_llama):
+def test_a_tied_head_is_no_target_without_a_decision(tiny_llama):
     """It is the embedding: an adapter on it would have to move both or to untie them."""
     directory, _ = tiny_llama(tie_word_embeddings=True)
     params = formats.describe(directory).params
-    with pytest.raises(UserError, match=r"target_modules=\['lm_head'\] matches no weight"):
-        find_targets(params, AdapterConfig(target_modules=["lm_head", "q_proj"]))
+    config = AdapterConfig(target_modules=["lm_head", "q_proj"])
+    with pytest.raises(UserError, match="names lm_head, which is .* set ensure_weight_tying=true"):
+        find_targets(params, config)
 
 
 def test_the_frozen_weight_that_peft_saves_beside_an_adapted_head_is_left_out(tiny_llama, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax import adapters as methods
+from lora_jax import targets as selection
 from lora_jax import tree
 from lora_jax.train import norms
 
@@ -18,7 +19,7 @@ def padded(params, config, seed=1):
     """Random adapters whose padding is zero, as that of trained ones."""
     fresh = methods.init(jax.random.key(0), params, config)[1]
     flat = tree.flatten(random_adapters(fresh, seed))
-    for target in tree.find_targets(params, config):
+    for target in selection.find_targets(params, config):
         mask = target.rank_mask()
         flat[(*target.path, "lora_a")] *= mask
         flat[(*target.path, "lora_b")] *= np.swapaxes(mask, -1, -2)
@@ -42,7 +43,7 @@ def test_norms_are_those_of_the_dense_product(case):
     adapters = padded(params, config)
     found = norms.measure(params, adapters, config)
     flat, base = tree.flatten(adapters), tree.flatten(params)
-    targets = tree.find_targets(params, config)
+    targets = selection.find_targets(params, config)
     assert set(found) == {tree.dotted(target.path) for target in targets}
     assert any(len(set(target.shape)) == 2 for target in targets), "no shape that is not square"
     for target in targets:

@@ -64,3 +64,13 @@ def test_the_first_step_moves_by_the_rate_and_decays_weights():
     # AdamW's first step: the gradient's sign and the weight's decay, both times the rate.
     assert np.allclose(updates["q"]["lora_a"], 0.1 * (1 - 0.5 * 2.0), atol=1e-5)
     assert np.allclose(updates["q"]["lora_b"], -0.1, atol=1e-5)
+
+
+def test_without_an_epsilon_a_gradient_of_zero_moves_nothing():
+    adapters = {"q": {"lora_a": jnp.ones((2, 2)), "lora_b": jnp.zeros((2, 2))}}
+    grads = {"q": {"lora_a": jnp.zeros((2, 2)), "lora_b": jnp.full((2, 2), 1e-25)}}
+    config = make_config("train.epsilon=0", "train.learning_rate=0.1", "train.grad_clip=null")
+    optimizer = make_optimizer(config.train)
+    updates, _ = optimizer.update(grads, optimizer.init(adapters), adapters)
+    assert not updates["q"]["lora_a"].any()
+    assert abs(updates["q"]["lora_b"]).max() < 0.1

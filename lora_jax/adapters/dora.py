@@ -1,0 +1,38 @@
+"""DoRA (arXiv 2402.09353): the direction of every column by LoRA, its size by a magnitude.
+
+    W'_j = magnitude_j * (W + a b)_j / |(W + a b)_j|,    j a column: one output feature
+
+The norm needs no product of the size of W and is a constant for the gradient (section 4.3 there):
+
+    |(W + a b)_j|^2 = |W_j|^2 + 2 sum_k (a^T W)_kj b_kj + sum_k ((a^T a) b)_kj b_kj
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.inits import over_slices
+from lora_jax.targets import Target
+from lora_jax.weights import Weight
+
+
+def column_norms(target: Target, weight: Weight, a: jax.Array, b: jax.Array) -> jax.Array:
+    """|(W + a b)_j| as (..., out) in float32; `b` has its scale in it."""
+
+    def of_one(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            mixed = 2 * (a.T @ weight) + (a.T @ a) @ b
+        squares = jnp.sum(weight * weight, axis=0) + jnp.sum(mixed * b, axis=0)
+        return jnp.sqrt(jnp.maximum(squares, 0))
+
+    return over_slices(of_one, target, weight, a, b)
+
+
+def gain(
+    target: Target, weight: Weight, a: jax.Array, b: jax.Array, magnitude: jax.Array
+) -> jax.Array:
+    """magnitude / norm as (..., 1, out); 1 where the slice is not adapted or a column is zero."""
+    norms = column_norms(target, weight, *jax.lax.stop_gradient((a, b)))
+    adapted = jnp.asarray(target.ranks) > 0
+    sound = (norms > 0) & (adapted[:, None] if target.stacked else adapted)
+    ratio = jnp.where(sound, magnitude / jnp.where(sound, norms, 1), 1)
+    return ratio[..., None, :]

@@ -1,0 +1,289 @@
+"""PEFT's adapter_config.json <-> `AdapterConfig`.
+
+PEFT names modules by suffix or regex as here, but for modules_to_save, whose entries are the end of
+any path: there `norm` is `input_layernorm` too. Written are full paths, which both read alike.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from lora_jax import tree
+from lora_jax.config import AdapterConfig, UserError, raise_all
+from lora_jax.formats.peft_tensors import adapted_modules
+from lora_jax.selection import matches, pattern_value
+from lora_jax.targets import HEAD, Trainable, find_trainable
+
+# Fields that are read, and those that say nothing about the numbers.
+_READ = frozenset(
+    """
+    peft_type r lora_alpha lora_dropout use_rslora use_dora target_modules exclude_modules
+    layers_to_transform rank_pattern alpha_pattern bias modules_to_save trainable_token_indices
+    ensure_weight_tying
+    """.split()
+)
+_INERT = frozenset(
+    """
+    base_model_name_or_path revision task_type inference_mode auto_mapping peft_version
+    megatron_core qalora_group_size layers_pattern runtime_config
+    """.split()
+)
+# Inits after which PEFT adapts the base as it stands; the others change it again at every load.
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda")
+_HARMLESS_VALUES = (None, False, [], {}, 0, "", "none")
+
+
+def to_peft_config(found: Trainable, params: Mapping, base_model: str) -> dict:
+    """The fields of adapter_config.json. Patterns are written out per module: PEFT takes the first
+    pattern that matches, and sorting would reorder them.
+    """
+    config, adapted = found.config, adapted_modules(found)
+    named, embedding = dict(adapted), _embedding_name(params)
+    if config.ensure_weight_tying and embedding in adapted:
+        named[HEAD[0]] = adapted[embedding]  # PEFT looks rank and alpha of the head up by its name
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": _integral(config.alpha),
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "target_modules": _shortest_target_list(set(adapted), params),
+        "rank_pattern": {name: rank for name, (rank, _) in named.items() if rank != config.rank},
+        "alpha_pattern": {
+            name: _integral(alpha) for name, (_, alpha) in named.items() if alpha != config.alpha
+        },
+        "bias": config.bias,
+        "lora_bias": False,
+        "modules_to_save": _saved_modules(config, params),
+        "trainable_token_indices": list(found.rows[0].indices) if found.rows else None,
+        "ensure_weight_tying": bool(config.ensure_weight_tying),
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _shortest_target_list(adapted: set[str], params: Mapping) -> list[str]:
+    """Module names such as q_proj when they select exactly the adapted modules, full paths
+    otherwise.
+    """
+    short = sorted({name.rpartition(".")[2] for name in adapted})
+    same = {name for name in _weight_names(params) if matches(name, short)} == adapted
+    return short if same else sorted(adapted)
+
+
+def _saved_modules(config: AdapterConfig, params: Mapping) -> list[str] | None:
+    entries = config.modules_to_save
+    if not entries:
+        return None
+    names = {name for name in _module_names(params) if matches(name, entries)}
+    embedding = _embedding_name(params)
+    if config.ensure_weight_tying and embedding is not None:
+        names = {embedding if name == HEAD[0] else name for name in names}
+    return _outermost(names)
+
+
+def _outermost(names: Collection[str]) -> list[str]:
+    """Sorted, without those that lie inside another one."""
+    return sorted(name for name in names if not _lies_in(name, set(names) - {name}))
+
+
+def _lies_in(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _weight_names(params: Mapping) -> set[str]:
+    """Paths of the modules that hold a weight; of a tied head too."""
+    names = {
+        name
+        for path, leaf in tree.flatten(params).items()
+        for name in tree.slice_names(path[:-1], leaf.shape)
+    }
+    return names if tree.tied_embedding(params) is None else names | {HEAD[0]}
+
+
+def _module_names(params: Mapping) -> set[str]:
+    """Paths of all modules, containers included."""
+    split = [name.split(".") for name in _weight_names(params)]
+    return {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)}
+
+
+def _embedding_name(params: Mapping) -> str | None:
+    """Module path of a tied embedding."""
+    path = tree.tied_embedding(params)
+    return None if path is None else tree.dotted(path[:-1])
+
+
+def _integral(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def from_peft_config(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:
+    """The config of the same adapters on the model of `params`. Entries of target_modules and
+    modules_to_save that match nothing have no effect in PEFT and are left out, and so is `bias`
+    where there is none.
+
+    Raises:
+        UserError: fields that are missing, of the wrong type, or active and not supported; what
+            `find_trainable` refuses.
+    """
+    problems = [f"not supported: {text}" for text in _unsupported(content)]
+    problems += [f"missing: {n}" for n in ("r", "target_modules") if content.get(n) is None]
+    raise_all(problems)
+    try:
+        config = _adapters(content, params)
+        rows = _rows(content.get("trainable_token_indices"), params)
+        saved = _saved(content.get("modules_to_save"), params)
+        adapted = adapted_modules(find_trainable(params, config))
+        outside = sorted(name for name in adapted if not _lies_in(name, saved))
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"it has a value of the wrong type: {error}") from error
+    if len(outside) < len(adapted):  # PEFT gives no adapter to what it saves whole
+        config = dataclasses.replace(
+            config, target_modules=outside, exclude_modules=None, layers_to_transform=None
+        )
+    one_weight = (HEAD[0], _embedding_name(params))
+    named = any(name in outside or _lies_in(name, saved) for name in one_weight if name)
+    tied = tree.tied_embedding(params) is not None
+    return dataclasses.replace(
+        config,
+        bias=_bias(content.get("bias", "none"), outside, params),
+        modules_to_save=saved or None,
+        trainable_token_indices=rows,
+        ensure_weight_tying=bool(content.get("ensure_weight_tying")) if tied and named else None,
+    )
+
+
+def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
+    for name, value in content.items():
+        harmless = _PLAIN_INITS if name == "init_lora_weights" else _HARMLESS_VALUES
+        if name in _READ | _INERT or value in harmless:
+            continue
+        hint = ""
+        if name == "init_lora_weights" and str(value).lower().startswith(_CONVERTIBLE_INITS):
+            hint = (
+                ", after which an adapter stands on a base without its first part; convert it in "
+                "PEFT by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+        yield f"{name}={value!r}{hint}"
+    if content.get("layers_pattern"):
+        yield f"layers_pattern={content['layers_pattern']!r}"
+
+
+def _adapters(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:
+    """The fields of the adapters alone."""
+    names = _weight_names(params)
+    config = AdapterConfig(
+        rank=int(content["r"]),
+        alpha=float(content.get("lora_alpha", 8)),
+        dropout=float(content.get("lora_dropout", 0.0)),
+        use_rslora=bool(content.get("use_rslora", False)),
+        use_dora=bool(content.get("use_dora", False)),
+        target_modules=_effective(content["target_modules"], names),
+        exclude_modules=_effective(content.get("exclude_modules"), names) or None,
+        layers_to_transform=content.get("layers_to_transform"),
+        rank_pattern={k: int(v) for k, v in (content.get("rank_pattern") or {}).items()},
+        alpha_pattern={k: float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
+        ensure_weight_tying=False if tree.tied_embedding(params) else None,
+    )
+    embedding = _embedding_name(params)
+    if embedding is None or not content.get("ensure_weight_tying"):
+        return config
+    if not any(matches(name, config.target_modules) for name in (HEAD[0], embedding)):
+        return config
+    return _through_embedding(config, embedding, names - {HEAD[0]})
+
+
+def _effective(spec: Any, names: Iterable[str]) -> Any:
+    if not isinstance(spec, list):
+        return spec
+    return [entry for entry in spec if any(matches(name, [entry]) for name in names)] or spec
+
+
+def _through_embedding(
+    config: AdapterConfig, embedding: str, others: Collection[str]
+) -> AdapterConfig:
+    """As PEFT: of a head and an embedding that stay tied, the embedding has the adapter. The head
+    has its transpose, but a rank, an alpha and, with DoRA, sizes of its own.
+    """
+    problems = []
+    if config.use_dora:
+        problems.append(
+            "not supported: use_dora=True with ensure_weight_tying=True, by which PEFT gives "
+            f"{embedding} and {HEAD[0]} sizes of their own, and they part"
+        )
+    for field, default in (("rank_pattern", config.rank), ("alpha_pattern", config.alpha)):
+        patterns = getattr(config, field)
+        head, own = (pattern_value(patterns, n, default) for n in (HEAD[0], embedding))
+        if head != own:
+            problems.append(
+                f"not supported: {field}={patterns!r} with ensure_weight_tying=True: {embedding} "
+                f"has {own} and {HEAD[0]} {head}, so that they part"
+            )
+    raise_all(problems)
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return dataclasses.replace(config, target_modules=f"(?:{targets})|{re.escape(embedding)}")
+    return dataclasses.replace(
+        config,
+        target_modules=[*(e for e in targets if not matches(HEAD[0], [e])), embedding],
+        rank_pattern=_of_others(config.rank_pattern, others),
+        alpha_pattern=_of_others(config.alpha_pattern, others),
+    )
+
+
+def _of_others(patterns: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
+    """Without the patterns that only the head has a use for."""
+    return {
+        pattern: value
+        for pattern, value in patterns.items()
+        if any(pattern_value({pattern: True}, name, False) for name in others)
+        or not pattern_value({pattern: True}, HEAD[0], False)
+    }
+
+
+def _saved(entries: Any, params: Mapping) -> list[str]:
+    """modules_to_save as full paths, by PEFT's rule: an entry is the end of any path."""
+    if not isinstance(entries, list | None):
+        raise TypeError(f"modules_to_save={entries!r} is no list")
+    ends = tuple(entries or ())
+    return _outermost({name for name in _module_names(params) if name.endswith(ends)})
+
+
+def _bias(bias: str, adapted: Collection[str], params: Mapping) -> str:
+    """`none` where no bias would train."""
+    names = {
+        name
+        for path, leaf in tree.flatten(params).items()
+        if path[-1] == "bias"
+        for name in tree.slice_names(path[:-1], leaf.shape)
+    }
+    trains = {"all": names, "lora_only": names & set(adapted)}
+    return bias if trains.get(bias, True) else "none"
+
+
+def _rows(value: Any, params: Mapping) -> list[int] | None:
+    """trainable_token_indices, also in the form of a mapping from layers to indices."""
+    if not value:
+        return None
+    tied = [HEAD[0]] if tree.tied_embedding(params) else []
+    names = [tree.dotted(path[:-1]) for path in tree.flatten(params) if path[-1] == "embedding"]
+    if isinstance(value, dict):
+        layers = {next((n for n in names + tied if n.endswith(key)), None) for key in value}
+        lists = list(value.values())
+        if not set(names) <= layers <= {*names, *tied} or any(one != lists[0] for one in lists):
+            raise UserError(
+                f"not supported: trainable_token_indices={value!r}; tokens train in "
+                f"{' and '.join(names + tied)}, the same in each"
+            )
+        value = lists[0]
+    if not isinstance(value, list) or any(type(index) is not int for index in value):
+        raise TypeError(f"trainable_token_indices={value!r} is no list of tokens")
+    return value

@@ -1,0 +1,218 @@
+"""Loading a model as NF4 or int8: which leaves, the very bits, memory, placement, mistakes.
+
+Run as a script it loads a directory on eight virtual devices and prints what it finds as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_jax import formats, sharding, tree
+from lora_jax.config import MeshConfig, UserError
+from lora_jax.formats import safetensors
+from lora_jax.quantize import SCHEMES, Int8Weight, NF4Weight, dequantize, quantize
+
+LEAF = {"nf4": NF4Weight, "int8": Int8Weight}
+# Three blocks, the last half full, and two groups of columns.
+WIDE = dict(hidden_size=160, intermediate_size=320, num_attention_heads=8, num_key_value_heads=4)
+
+
+def same_leaf(found, expected) -> bool:
+    """Equal structure, dtypes and bits."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return jax.tree.structure(found) == jax.tree.structure(expected) and all(
+        a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs
+    )
+
+
+def nbytes(params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def is_block_kernel(path) -> bool:
+    return path[-1] == "kernel" and "lm_head" not in path
+
+
+def edit_tensors(directory, **changes) -> None:
+    """Write one value into a tensor of a model directory: name=(position, value)."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name, (position, value) in changes.items():
+        tensors[name][position] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        dict(dtype="bfloat16", attention_bias=True, mlp_bias=True),
+        dict(dtype="float16", tie_word_embeddings=True, max_shard_size="20KB"),
+        WIDE,
+    ],
+    ids=["float32", "bfloat16, biases", "float16, tied, shards", "wide"],
+)
+def test_kernels_of_the_blocks_are_quantised_and_nothing_else(tiny_llama, scheme, config):
+    whole = jax.jit(quantize, static_argnums=1)
+    directory, _ = tiny_llama(**config)
+    plain = tree.flatten(formats.load(directory).params)
+    found = tree.flatten(formats.load(directory, dtype=scheme).params)
+    assert found.keys() == plain.keys()
+    for path, leaf in found.items():
+        assert leaf.shape == plain[path].shape and leaf.dtype == plain[path].dtype
+        if is_block_kernel(path):
+            assert isinstance(leaf, LEAF[scheme])
+            assert same_leaf(leaf, whole(plain[path], scheme))
+            assert not same_leaf(leaf, whole(plain[path][::-1], scheme))
+        else:
+            assert same_leaf(leaf, plain[path])
+    assert sum(map(is_block_kernel, found)) == 7
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_float_model_never_stands_in_memory(tiny_llama, monkeypatch, scheme):
+    config = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=12, head_dim=32)
+    directory, _ = tiny_llama(**config)
+    formats.load(directory, dtype=scheme)  # compiles
+    quantized = safetensors._quantize
+    live = []
+
+    def count(tensor, scheme):
+        live.append(nbytes(jax.live_arrays()))
+        return quantized(tensor, scheme)
+
+    monkeypatch.setattr(safetensors, "_quantize", count)
+    before = nbytes(jax.live_arrays())
+    tracemalloc.start()
+    model = formats.load(directory, dtype=scheme)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tensor, size = 4 * 192 * 512, nbytes(model.params)
+    floats = 4 * sum(np.prod(leaf.shape) for leaf in tree.flatten(model.params).values())
+    assert len(live) == 7 * 12
+    assert max(live) - before < size + 2 * tensor < floats / 2
+    assert peak < size + 4 * tensor < floats / 2
+
+
+def on_eight_devices(directory) -> dict:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__, directory],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def tell(directory: Path) -> dict:
+    """How every quantised array lies on a mesh of 2 (fsdp) x 4 (tensor), and whether its numbers
+    are those of one device.
+    """
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    alone = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    result = {}
+    for scheme in SCHEMES:
+        single = tree.flatten(formats.load(directory, mesh=alone, dtype=scheme).params)
+        found = tree.flatten(formats.load(directory, mesh=mesh, dtype=scheme).params)
+        with jax.set_mesh(mesh):
+            inside = tree.flatten(formats.load(directory, mesh=mesh, dtype=scheme).params)
+        for path, leaf in found.items():
+            same = same_leaf(leaf, single[path]) and same_leaf(leaf, inside[path])
+            result[f"{scheme} {path[-2]}.{path[-1]}"] = {
+                "same": same,
+                "devices": sorted({len(x.sharding.device_set) for x in jax.tree.leaves(leaf)}),
+                "specs": [str(tuple(x.sharding.spec)) for x in jax.tree.leaves(leaf)],
+            }
+            if isinstance(leaf, NF4Weight | Int8Weight):
+                computed = jax.jit(dequantize)(leaf)
+                same_floats = np.array_equal(computed, dequantize(single[path]))
+                result[f"{scheme} {path[-2]}.{path[-1]}"]["same"] &= same_floats
+    return result
+
+
+def test_eight_devices_hold_parts_of_the_same_leaf(tiny_llama):
+    directory, _ = tiny_llama(**WIDE)
+    result = on_eight_devices(directory)
+    assert len(result) == 2 * 12 and all(leaf["same"] for leaf in result.values())
+    assert all(leaf["devices"] == [8] for leaf in result.values())
+    specs = {name: leaf["specs"] for name, leaf in result.items()}
+    whole = "(None, 'fsdp', 'tensor')"
+    # 160 rows are 3 blocks and 320 columns 2 groups: what 2 or 4 do not divide stays whole.
+    assert specs["nf4 gate_proj.kernel"] == [whole, "(None, None, 'tensor')", "(None, None, None)"]
+    assert specs["nf4 down_proj.kernel"] == [
+        "(None, 'tensor', 'fsdp')",
+        "(None, None, 'fsdp')",
+        "(None, None, None)",
+    ]
+    assert specs["int8 gate_proj.kernel"] == [whole, "(None, None, 'tensor')"]
+    assert specs["int8 down_proj.kernel"] == ["(None, 'tensor', 'fsdp')", "(None, None, 'fsdp')"]
+    assert specs["nf4 embed_tokens.embedding"] == ["(None, 'fsdp')"]
+
+
+def test_weights_that_are_not_finite_are_named(tiny_llama):
+    directory, _ = tiny_llama()
+    names = ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    edit_tensors(directory, **{names[0]: ((3, 5), np.nan), names[1]: ((0, 0), -np.inf)})
+    for scheme in SCHEMES:
+        with pytest.raises(UserError, match=f"cannot be quantised to {scheme}.*infinite") as raised:
+            formats.load(directory, dtype=scheme)
+        assert all(name in str(raised.value) for name in names)
+        assert "layers.0.self_attn" not in str(raised.value)
+    formats.load(directory)  # floats are taken as they are
+
+
+def test_leaves_that_stay_floats_may_hold_anything(tiny_llama):
+    directory, _ = tiny_llama()
+    edit_tensors(directory, **{"model.embed_tokens.weight": ((0, 0), np.inf)})
+    params = formats.load(directory, dtype="nf4").params
+    assert np.isinf(params["model"]["embed_tokens"]["embedding"][0, 0])
+
+
+@pytest.mark.parametrize(
+    "dtype", ["nf3", "fp4", "float64", "bfloat", np.int8, np.dtype("int8"), object()]
+)
+def test_a_dtype_that_weights_are_not_stored_in_is_refused(tiny_llama, dtype):
+    directory, _ = tiny_llama()
+    listed = "float32, float16, bfloat16, int8, nf4, and None"
+    with pytest.raises(UserError, match=f"is not how weights can be stored; .*: {listed}") as e:
+        formats.load(directory, dtype=dtype)
+    assert repr(dtype) in str(e.value)
+    assert dtype != "nf3" or "Did you mean 'nf4'?" in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", jnp.bfloat16, np.float32])
+def test_float_dtypes_still_cast_every_leaf(tiny_llama, dtype):
+    directory, _ = tiny_llama()
+    params = formats.load(directory, dtype=dtype).params
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+
+
+def test_without_the_cpu_the_way_out_is_told(tiny_llama, monkeypatch):
+    directory, _ = tiny_llama()
+
+    def no_cpu(**kwargs):
+        raise RuntimeError("Unknown backend cpu")
+
+    mesh = sharding.make_mesh(MeshConfig())
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    with pytest.raises(UserError, match="quantised on the CPU.*JAX_PLATFORMS=cuda,cpu"):
+        formats.load(directory, mesh=mesh, dtype="nf4")
+
+
+if __name__ == "__main__":
+    print(json.dumps(tell(Path(sys.argv[1]))))
