@@ -8,11 +8,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_jax import config as configs
 from lora_jax import formats, lora, tree
 from lora_jax.cli import main, train_main
 from lora_jax.config import MeshConfig
+from lora_jax.generate.answer import answer
 from lora_jax.sharding import make_mesh
 from lora_jax.train import base, checkpoint, export
 from lora_jax.train.metrics import make_console
@@ -201,3 +203,46 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
             tmp_path / "merged", config, model.replace(params=params), huge, make_console()
         )
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_goes_on_from_a_file_of_loralib(files, tmp_path, refused):
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for layer, rank in ((0, 4), (1, 5)):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{name}.lora_A"] = rng.standard_normal((rank, 32)).astype(np.float32)
+        tensors[f"{name}.lora_B"] = rng.standard_normal((32, rank)).astype(np.float32)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    settings = [f"adapter.path={tmp_path / 'lora.safetensors'}", "adapter.alpha=6"]
+    command = ["--config", str(files / "run.yaml"), f"output_dir={tmp_path / 'run'}", *settings]
+    assert train_main([*command, "train.steps=1", "train.learning_rate=1e-30"]) == 0
+    written = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    for name, array in tensors.items():
+        assert np.allclose(written[f"base_model.model.{name}.weight"], array)
+    peft = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    ranks = {name: peft["rank_pattern"].get(name, peft["r"]) for name in peft["target_modules"]}
+    assert 4 in ranks.values() and 5 in (*ranks.values(), *peft["rank_pattern"].values())
+    assert peft["lora_alpha"] == 6
+    save_file(tensors | {"x.lora_A": np.zeros((2, 32), np.float32)}, tmp_path / "odd.safetensors")
+    command = [f"output_dir={tmp_path / 'odd'}", f"adapter.path={tmp_path / 'odd.safetensors'}"]
+    assert "x.lora_A" in refused(train_main, "--config", files / "run.yaml", *command)
+
+
+@pytest.mark.parametrize("base_dtype", ["nf4", "int8", "bfloat16"])
+def test_generate_takes_the_base_that_the_adapter_was_trained_on(files, capsys, base_dtype):
+    command = ("generate", "--model", str(files / "model"), "--prompt", "one")
+    assert main([*command, "--max-new-tokens", "4", "--base-dtype", base_dtype]) == 0
+    quantized = answer(str(files / "model"), ["one"], max_new_tokens=4, base_dtype=base_dtype)
+    assert capsys.readouterr().out == quantized[0] + "\n"
+
+
+def test_a_dry_run_counts_what_trains_whole(files, capsys):
+    settings = ("adapter.modules_to_save=[norm]", "adapter.trainable_token_indices=[1,2]")
+    command = ("--config", str(files / "run.yaml"), f"output_dir={files / 'none'}", "--dry-run")
+    assert train_main([*command, *settings, "adapter.target_modules=[q_proj]"]) == 0
+    text = capsys.readouterr().out
+    rank = configs.load(files / "run.yaml").adapter.rank
+    assert f"{2 * rank * 64 + 32 + 2 * 32:,} trainable parameters" in text
+    assert "model.norm" in text and "model.embed_tokens" in text
+    assert train_main([*command, "adapter.method=full"]) == 0
+    assert "24,224 trainable parameters || 0 frozen || 100.0000 %" in capsys.readouterr().out
