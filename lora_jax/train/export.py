@@ -68,7 +68,7 @@ def export_merged(
     dtype of the base.
 
     Over a quantised base, `export.quantized_base` says what they are merged into. Returns how far
-    either choice is from the model that was trained, |W - W_trained| / |W_trained| over all adapted
+    either choice is from the model that was trained, |W - W_trained| / |W_trained| over all
     weights, under `merged_distance`; nothing over a plain base.
 
     Raises:
