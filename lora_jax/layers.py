@@ -1,5 +1,4 @@
-"""What decoder models are built from: Linear, Embed, RMSNorm, rotary positions, attention with an
-optional cache.
+"""What models are built from: Linear, Embed, norms, attention with an optional cache.
 
 Shape letters: b batch, t time (queries), s source time (keys), d model, n heads, k kv heads, g = n
 / k, h head size.
@@ -62,48 +61,42 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        normed = self._normed(x).astype(x.dtype)
+        return normed * self.scale.get_value().astype(x.dtype)
+
+    def _normed(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x.dtype) * self.scale.get_value().astype(x.dtype)
+        return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
 
 
-def rope_frequencies(head_dim: int, parameters: dict) -> np.ndarray:
-    """Inverse frequencies (head_dim / 2,) of rotary positions (arXiv 2104.09864), as transformers
-    computes them.
+class OffsetRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + scale), all of it in float32: Gemma's."""
 
-    `parameters` is the `rope_parameters` mapping of a Hugging Face config: rope_theta, rope_type
-    default, linear (arXiv 2306.15595) or llama3 with their fields.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inverse = np.float32(1.0) / np.float32(parameters["rope_theta"]) ** exponents
-    match parameters["rope_type"]:
-        case "linear":
-            return inverse / np.float32(parameters["factor"])
-        case "llama3":
-            old = parameters["original_max_position_embeddings"]
-            low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-            wavelength = 2 * np.pi / inverse
-            smooth = np.clip((old / wavelength - low) / (high - low), 0, 1)
-            return ((1 - smooth) * inverse / parameters["factor"] + smooth * inverse).astype(
-                np.float32
-            )
-    return inverse
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+        super().__init__(features, epsilon, rngs=rngs)
+        self.scale = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = 1.0 + self.scale.get_value().astype(jnp.float32)
+        return (self._normed(x) * scale).astype(x.dtype)
 
 
-def rope(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (b, t, 1, h) in float32 for positions (b, t)."""
-    angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(frequencies)
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation * scale + bias, moments in float32 (arXiv 1607.06450)."""
 
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.epsilon = epsilon
 
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate queries or keys (b, t, heads, h) by their positions; halves are paired as in Hugging
-    Face models.
-    """
-    cos, sin = (part.astype(x.dtype) for part in cos_sin)
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+        return normed * self.scale.get_value().astype(x.dtype) + self.bias.get_value().astype(
+            x.dtype
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +134,7 @@ def empty_cache(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int
 
 
 def attention_masks(
-    segment_ids: jax.Array, cache: Cache | None, window: int | None
+    segment_ids: jax.Array, cache: Cache | None, window: int | None = None
 ) -> tuple[jax.Array, ...]:
     """What each query may see: (b, t, t) among the new tokens and, with a cache, (b, t, s) in it
     before them.
@@ -166,17 +159,23 @@ def attention_masks(
     return new, old & (slots < cache.length)[None, None, :]
 
 
+def bend(x: jax.Array, limit: float) -> jax.Array:
+    """x where it is small, never beyond +-limit."""
+    return limit * jnp.tanh(x / limit)
+
+
 def attention(
     queries: jax.Array,
     keys_values: list[tuple[jax.Array, jax.Array]],
     masks: tuple[jax.Array, ...],
     scale: float,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Grouped-query attention (arXiv 2305.13245) over one or more blocks of keys and values.
 
     queries (b, t, n, h); each block is keys and values (b, k, s, h) with a mask (b, t, s). Returns
-    (b, t, n, h). Scores and softmax are in float32. Blocks are joined at the scores, so a cache is
-    read and never copied.
+    (b, t, n, h). Scores and softmax are in float32; with `softcap` scores are bent to stay below it
+    (arXiv 2408.00118). Blocks are joined at the scores, so a cache is read and never copied.
     """
     b, t, n, h = queries.shape
     kv_heads = keys_values[0][0].shape[1]
@@ -196,6 +195,7 @@ def attention(
             preferred_element_type=jnp.float32,
         )
         block = block.reshape(b, kv_heads, group, t, -1) * scale
+        block = block if softcap is None else bend(block, softcap)
         scores.append(jnp.where(mask[:, None, None], block, -1e30))
     probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
     probabilities = probabilities.reshape(b, kv_heads, group * t, -1)

@@ -203,11 +203,12 @@ def _inverse(absmax: jax.Array, steps: int) -> jax.Array:
     return steps / jnp.maximum(absmax, steps * np.finfo(np.float32).tiny)
 
 
-def quantizes(path: tree.Path) -> bool:
-    """Whether a scheme applies to a leaf of a parameter tree: to kernels, but not to that of the
-    output head, as in QLoRA.
+def quantizes(path: tree.Path, leaves: Mapping[tree.Path, Any]) -> bool:
+    """Whether a scheme applies to one of the leaves of a parameter tree: to kernels, but not to
+    those of output heads, as in QLoRA, or of routers.
     """
-    return path[-1] == "kernel" and path[-2] not in tree.OUTPUT_HEADS
+    head = any(part in tree.OUTPUT_HEADS for part in path)
+    return path[-1] == "kernel" and not head and not tree.is_router(path, leaves)
 
 
 def quantize_tree(params: Mapping, scheme: str) -> dict:
@@ -216,8 +217,9 @@ def quantize_tree(params: Mapping, scheme: str) -> dict:
     Raises:
         UserError: `scheme` is not one of SCHEMES.
     """
-    leaves = {
-        path: quantize(leaf, scheme) if quantizes(path) else leaf
-        for path, leaf in tree.flatten(params).items()
+    leaves = tree.flatten(params)
+    quantized = {
+        path: quantize(leaf, scheme) if quantizes(path, leaves) else leaf
+        for path, leaf in leaves.items()
     }
-    return tree.unflatten(leaves)
+    return tree.unflatten(quantized)

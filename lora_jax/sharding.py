@@ -111,8 +111,14 @@ def adapter_specs(
         if name.startswith("full_"):
             spec = axes[(*module, name.removeprefix("full_"))]
         else:
-            own = "kernel" if (*module, "kernel") in axes else "embedding"
-            *lead, rows, columns = axes[(*module, own)]
+            homes = (module, module[:-1])  # a part of a fused projection is below its weight
+            weight = next(
+                (*home, leaf)
+                for home in homes
+                for leaf in ("kernel", "embedding")
+                if (*home, leaf) in axes
+            )
+            *lead, rows, columns = axes[weight]
             match name:
                 case "lora_a" | "init_a":
                     spec = (*lead, rows, None)

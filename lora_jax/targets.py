@@ -35,6 +35,10 @@ from lora_jax.tree import (
     Path,
     dotted,
     flatten,
+    fused_columns,
+    has_experts,
+    is_router,
+    lead_axes,
     slice_names,
     stack_position,
     tied_embedding,
@@ -47,16 +51,35 @@ CHANGING_INITS = ("pissa", "olora")  # take their part out of the base
 @dataclass(frozen=True)
 class Target:
     """A weight that takes an adapter: one matrix, or a stack of them with a rank and an alpha for
-    each slice.
+    each layer. Of a fused projection it can be some of the columns, which then have a module path
+    of their own, such as `qkv_proj.k`.
     """
 
     path: Path  # of the module in the tree
     leaf: str  # name of the weight in it
-    shape: tuple[int, int]  # (in, out) of one slice; (vocab, d) of an embedding
-    stacked: bool
-    names: tuple[str, ...]  # module path of every slice
-    ranks: tuple[int, ...]  # of every slice; 0: not adapted
-    alphas: tuple[float, ...]  # of every slice
+    shape: tuple[int, int]  # (in, out) of one matrix; (vocab, d) of an embedding
+    stacked: bool  # over layers
+    names: tuple[str, ...]  # module path in every layer
+    ranks: tuple[int, ...]  # in every layer; 0: not adapted
+    alphas: tuple[float, ...]  # in every layer
+    columns: tuple[int, int] | None = None  # first and last of a fused projection; None: all
+    experts: int | None = None  # matrices per layer, in a stack of experts
+
+    @property
+    def weight(self) -> Path:
+        """The path of the weight in the tree."""
+        return (*(self.path if self.columns is None else self.path[:-1]), self.leaf)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The axes in front of those of one matrix: layers, experts."""
+        layers = (len(self.ranks),) if self.stacked else ()
+        return layers if self.experts is None else (*layers, self.experts)
+
+    def per_layer(self, values: Any) -> np.ndarray:
+        """A value for every layer, broadcastable to the weight."""
+        shape = (-1, *(1,) * (len(self.lead) + 1)) if self.stacked else ()
+        return np.asarray(values).reshape(shape)
 
     @property
     def rank(self) -> int:
@@ -66,24 +89,22 @@ class Target:
     @property
     def parameters(self) -> int:
         """Numbers in `lora_a` and `lora_b`, padding left out."""
-        return sum(self.ranks) * sum(self.shape)
+        return sum(self.ranks) * sum(self.shape) * (self.experts or 1)
 
     def scales(self, use_rslora: bool) -> np.ndarray:
-        """alpha / rank (rsLoRA: alpha / sqrt(rank)) per slice, broadcastable to lora_b; 0 where not
+        """alpha / rank (rsLoRA: alpha / sqrt(rank)) per layer, broadcastable to lora_b; 0 where not
         adapted.
         """
         values = [
             alpha / (math.sqrt(rank) if use_rslora else rank) if rank else 0.0
             for rank, alpha in zip(self.ranks, self.alphas, strict=True)
         ]
-        return np.asarray(values, np.float32).reshape((-1, 1, 1) if self.stacked else ())
+        return self.per_layer(values).astype(np.float32)
 
     def rank_mask(self) -> np.ndarray:
-        """1 where a column of lora_a is real, 0 where it is padding: (layers, 1, rank), or (1,
-        rank) if not stacked.
-        """
-        mask = np.arange(self.rank) < np.asarray(self.ranks)[:, None]
-        return mask.astype(np.float32)[:, None, :] if self.stacked else mask.astype(np.float32)
+        """1 where a column of lora_a is real, 0 where it is padding, broadcastable to it."""
+        ranks = self.per_layer(self.ranks) if self.stacked else self.rank
+        return np.atleast_2d(np.arange(self.rank) < ranks).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -140,7 +161,11 @@ class Trainable:
     @property
     def parameters(self) -> int:
         """Trainable numbers; padding, frozen parts and layers that are not chosen left out."""
-        frozen = (sum(t.ranks) * t.shape[0] for t in self.targets if self.config.freeze_a)
+        frozen = (
+            sum(t.ranks) * t.shape[0] * (t.experts or 1)
+            for t in self.targets
+            if self.config.freeze_a
+        )
         return self._in_files(factors=1) - sum(frozen)
 
     @property
@@ -152,7 +177,10 @@ class Trainable:
         count = sum(part.parameters for part in (*self.whole, *self.rows))
         count += factors * sum(target.parameters for target in self.targets)
         if self.config.use_dora:
-            count += sum(sum(r > 0 for r in t.ranks) * t.shape[1] for t in self.targets)
+            count += sum(
+                sum(rank > 0 for rank in t.ranks) * t.shape[1] * (t.experts or 1)
+                for t in self.targets
+            )
         return count
 
 
@@ -201,62 +229,108 @@ def find_targets(params: Mapping, config: AdapterConfig) -> list[Target]:
     return list(find_trainable(params, config).targets)
 
 
-def _candidates(params: Mapping) -> dict[Path, tuple[int, ...]]:
-    """Shapes of the weights that can take an adapter, by path: linears, embeddings, a tied head."""
-    found: dict[Path, tuple[int, ...]] = {}
-    for path, leaf in flatten(params).items():
-        matrix = len(leaf.shape) == (2 if stack_position(path) is None else 3)
-        if path[-1] in ("kernel", "embedding") and matrix:
-            found[path] = tuple(leaf.shape)
+@dataclass(frozen=True)
+class _Candidate:
+    """A weight that can take an adapter."""
+
+    path: Path  # of the module, or of a part of a fused one
+    leaf: str
+    shape: tuple[int, ...]  # of the leaf, in the columns it has
+    columns: tuple[int, int] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return slice_names(self.path, self.shape)
+
+
+def _candidates(params: Mapping) -> list[_Candidate]:
+    """Linears, parts of fused ones, stacks of experts, embeddings, a tied head."""
+    leaves, found = flatten(params), []
+    for path, leaf in leaves.items():
+        if path[-1] not in ("kernel", "embedding") or len(leaf.shape) != lead_axes(path) + 2:
+            continue
+        shape = tuple(leaf.shape)
+        found.append(_Candidate(path[:-1], path[-1], shape))
+        for part, (start, stop) in fused_columns(path, leaves).items():
+            of_part = (*shape[:-1], stop - start)
+            found.append(_Candidate((*path[:-1], part), path[-1], of_part, (start, stop)))
     if (tied := tied_embedding(params)) is not None:
-        found[HEAD] = found[tied][::-1]
+        found.append(_Candidate(HEAD[:-1], HEAD[-1], tuple(leaves[tied].shape[::-1])))
     return found
 
 
 def _find_lora(params: Mapping, config: AdapterConfig, saved: set[str]) -> list[Target]:
-    candidates = _candidates(params)
-    slices = {path: slice_names(path[:-1], shape) for path, shape in candidates.items()}
-    names = [name for found in slices.values() for name in found]
-    kernels = [path for path in slices if path[-1] == "kernel" and path in flatten(params)]
-    listed = [name for path in kernels for name in slices[path]]
+    leaves, candidates = flatten(params), _candidates(params)
+    names = [name for one in candidates for name in one.names]
+    linears = [
+        one
+        for one in candidates
+        if one.leaf == "kernel" and one.columns is None and (*one.path, one.leaf) in leaves
+    ]
+    listed = [name for one in linears for name in one.names]
     raise_all(list(selection_problems(config, names, listed)))
-    linear = {name for path in kernels if path[-2] not in OUTPUT_HEADS for name in slices[path]}
-    everything = config.target_modules == "all-linear"
-    usual = linear - saved if everything else set(names)
+    usual = {
+        name
+        for one in linears
+        for name in one.names
+        if not set(one.path) & set(OUTPUT_HEADS)
+        and not is_router((*one.path, one.leaf), leaves)
+        and name not in saved
+    }
+    parts = {name for one in candidates if one.columns is not None for name in one.names}
+    if config.target_modules != "all-linear":
+        usual = set(names) - parts
     selected = {name for name in names if name in usual and is_selected(name, config)}
+    selected |= {name for name in parts if _is_named_part(name, config, selected)}
     problems = list(pattern_problems(config, selected))
     if any("is not a valid regex" in problem for problem in problems):
         raise_all(problems)  # ranks cannot be looked up
     targets = []
-    for path, shape in candidates.items():
+    for one in candidates:
         ranks = tuple(
             pattern_value(config.rank_pattern, name, config.rank) if name in selected else 0
-            for name in slices[path]
+            for name in one.names
         )
         if not any(ranks):
             continue
         alphas = tuple(
-            float(pattern_value(config.alpha_pattern, name, config.alpha)) for name in slices[path]
+            float(pattern_value(config.alpha_pattern, name, config.alpha)) for name in one.names
         )
-        width, height = shape[-2:]
+        width, height = one.shape[-2:]
         if max(ranks) > min(width, height):
-            name = slices[path][ranks.index(max(ranks))]
+            name = one.names[ranks.index(max(ranks))]
             problems.append(
                 f"rank={max(ranks)} is larger than {name} allows: its shape is {(width, height)}, "
                 f"so a rank above {min(width, height)} adds parameters and no expressive power"
             )
         odd = [rank for rank in ranks if rank % 2]
         if config.init == "orthogonal" and odd:
-            name = slices[path][ranks.index(odd[0])]
+            name = one.names[ranks.index(odd[0])]
             problems.append(
                 f"init=orthogonal needs an even rank: it halves it; rank={odd[0]} at {name}"
             )
-        stacked = stack_position(path) is not None
+        stacked = stack_position((*one.path, one.leaf)) is not None
+        path = (*one.path, one.leaf)
+        experts = one.shape[-3] if has_experts(path) else None
+        shape = (width, height)
         targets.append(
-            Target(path[:-1], path[-1], (width, height), stacked, slices[path], ranks, alphas)
+            Target(
+                one.path, one.leaf, shape, stacked, one.names, ranks, alphas, one.columns, experts
+            )
         )
     raise_all(problems)
     return targets
+
+
+def _is_named_part(name: str, config: AdapterConfig, selected: set[str]) -> bool:
+    """Whether a part of a fused projection is adapted: it has to be named with its module, and a
+    regex that takes the whole matrix does not mean its parts.
+    """
+    spec, whole = config.target_modules, name.rpartition(".")[0]
+    if isinstance(spec, str):
+        return spec != "all-linear" and whole not in selected and is_selected(name, config)
+    named = [entry for entry in spec if "." in entry]
+    return is_selected(name, dataclasses.replace(config, target_modules=named))
 
 
 def _whole(params: Mapping, choose: Any) -> Iterable[Whole]:
@@ -355,7 +429,17 @@ def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[Rows, ...]:
 def _combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
     """Settings that each are possible and together are not; both are named."""
     config, tied = found.config, tied_embedding(params)
-    lora: dict[Path, Target] = {(*t.path, t.leaf): t for t in found.targets}
+    lora: dict[Path, Target] = {}
+    for target in found.targets:
+        lora.setdefault(target.weight, target)
+    for part in found.targets:
+        whole = lora[part.weight]  # comes before its parts, and is a part if there is none
+        both = [n for n, r, s in zip(part.names, part.ranks, whole.ranks, strict=True) if r and s]
+        if part.columns is not None and whole.columns is None and both:
+            yield (
+                f"target_modules={config.target_modules!r} names {dotted(whole.path)} and "
+                f"{dotted(part.path)}, which is a part of it; name the whole or its parts"
+            )
     saved = {whole.path: whole for whole in found.whole}
     for path, whole in saved.items():
         target = lora.get(path)
@@ -426,7 +510,7 @@ def check_init(params: Mapping, found: Trainable) -> None:
     """
     for target in found.targets:
         changes = found.config.init in CHANGING_INITS
-        if changes and _is_quantized(params, (*target.path, target.leaf)):
+        if changes and _is_quantized(params, target.weight):
             raise UserError(
                 f"init={found.config.init} takes its part out of {dotted(target.path)}"
                 f"{_NO_NUMBERS}: init on float weights first, and quantise what is left with "
@@ -453,7 +537,7 @@ def _tie(params: Mapping, found: Trainable) -> Trainable:
     tied = tied_embedding(params)
     if tied is None:
         return found
-    paths = {(*part.path, part.leaf) for part in found.targets} | {w.path for w in found.whole}
+    paths = {target.weight for target in found.targets} | {w.path for w in found.whole}
     if not found.config.ensure_weight_tying:
         return dataclasses.replace(found, untied=tied if paths & {tied, HEAD} else None)
     names = (dotted(tied[:-1]),)
@@ -463,10 +547,10 @@ def _tie(params: Mapping, found: Trainable) -> Trainable:
             target, path=tied[:-1], leaf=tied[-1], shape=target.shape[::-1], names=names
         )
 
-    targets = [target for target in found.targets if (*target.path, target.leaf) != HEAD]
+    targets = [target for target in found.targets if target.weight != HEAD]
     whole = [weight for weight in found.whole if weight.path != HEAD]
     if tied not in paths:
-        heads = (target for target in found.targets if (*target.path, target.leaf) == HEAD)
+        heads = (target for target in found.targets if target.weight == HEAD)
         targets += [as_embedding(target) for target in heads]
         heads = (weight for weight in found.whole if weight.path == HEAD)
         whole += [Whole(tied, weight.shape[::-1], names, (True,)) for weight in heads]

@@ -26,7 +26,14 @@ STACKS = (
     "layer",
     "blocks",
 )  # containers whose children share a leading `layers` axis
+# Projections that hold several side by side, and what the parts are called.
+FUSED = {
+    "c_attn": ("q", "k", "v"),
+    "qkv_proj": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+}
 OUTPUT_HEADS = ("lm_head", "score", "classifier")  # linears that `all-linear` leaves out
+CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's linears: in files as here, (in, out)
 TIED_EMBEDDINGS = ("embed_tokens", "wte")  # without an `lm_head` beside them, they are the head too
 
 
@@ -52,6 +59,51 @@ def stack_position(path: Path) -> int | None:
         if key in STACKS and not path[position + 1].isdigit():
             return position + 1
     return None
+
+
+def is_conv1d(module: Path) -> bool:
+    """Whether Hugging Face files hold the kernel of a module as (in, out)."""
+    return module[-1] in CONV1D
+
+
+def has_experts(path: Path) -> bool:
+    """Whether a leaf has an axis of experts, behind that of the layers."""
+    return "experts" in path[:-1]
+
+
+def lead_axes(path: Path) -> int:
+    """How many axes stand before those of one matrix or vector: of layers and of experts."""
+    return (stack_position(path) is not None) + has_experts(path)
+
+
+def is_router(path: Path, leaves: Mapping[Path, Any]) -> bool:
+    """Whether a linear chooses among the experts beside it."""
+    *home, _, leaf = path
+    experts = (*home, "experts")
+    beside = any(other[: len(experts)] == experts for other in leaves)
+    return leaf == "kernel" and beside and not has_experts(path)
+
+
+def fused_columns(path: Path, leaves: Mapping[Path, Any]) -> dict[str, tuple[int, int]]:
+    """First and last column of the parts that a fused projection is made of, by name; empty where a
+    weight is none.
+    """
+    *home, module, leaf = path
+    parts = FUSED.get(module)
+    if parts is None or leaf != "kernel":
+        return {}
+    total = leaves[path].shape[-1]
+    widths = [total // len(parts)] * len(parts)
+    if module == "qkv_proj":  # fewer heads of keys and values than of queries
+        output = leaves.get((*home, "o_proj", "kernel"))
+        if output is None:
+            return {}
+        queries = output.shape[-2]
+        widths = [queries, (total - queries) // 2, (total - queries) // 2]
+    if sum(widths) != total:
+        return {}
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    return {name: (end - width, end) for name, width, end in zip(parts, widths, ends, strict=True)}
 
 
 def slice_names(path: Path, shape: Sequence[int]) -> tuple[str, ...]:

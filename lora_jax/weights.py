@@ -117,6 +117,45 @@ def _quantized_matmul(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     return x @ dequantize(w, x.dtype)
 
 
+def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array) -> jax.Array:
+    """Rows times the matrix of their expert, in the dtype of `x`: x (rows, in), w (experts, in,
+    out) -> (rows, out). The first group_sizes[0] rows are those of expert 0, and so on.
+    """
+    if isinstance(w, LoraWeight):
+        dropped = _drop(x, w.key, w.dropout)
+        y = expert_linear(x, w.base, group_sizes)
+        y = y + expert_linear(expert_linear(dropped, w.a, group_sizes), w.b, group_sizes)
+        if w.gain is None:
+            return y
+        gain = jnp.repeat(w.gain[:, 0], group_sizes, axis=0, total_repeat_length=len(x))
+        return y * gain.astype(x.dtype)
+    if isinstance(w, NF4Weight | Int8Weight):
+        return _quantized_expert_linear(x, w, group_sizes)
+    return _grouped_matmul(x, materialize(w).astype(x.dtype), group_sizes)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _quantized_expert_linear(x: jax.Array, w: QuantizedWeight, group_sizes: jax.Array) -> jax.Array:
+    return _grouped_matmul(x, dequantize(w, x.dtype), group_sizes)
+
+
+def _grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """`jax.lax.ragged_dot`, but on a CPU, where it is slow, one expert after the other."""
+    return jax.lax.platform_dependent(
+        x, w, group_sizes, cpu=_one_after_the_other, default=jax.lax.ragged_dot
+    )
+
+
+def _one_after_the_other(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    expert = jnp.repeat(jnp.arange(len(w)), group_sizes, total_repeat_length=len(x))
+
+    def add(total: jax.Array, own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        index, matrix = own
+        return total + jnp.where((expert == index)[:, None], x, 0) @ matrix, None
+
+    return jax.lax.scan(add, jnp.zeros((len(x), w.shape[-1]), x.dtype), (jnp.arange(len(w)), w))[0]
+
+
 def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """(x @ a) @ b: the only place that writes it. Never x @ (a @ b), which costs a full matrix."""
     return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)

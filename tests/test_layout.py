@@ -7,7 +7,7 @@ import lora_jax
 
 ROOT = Path(lora_jax.__file__).parent
 LAYERS = (
-    ("config", "reference", "tree", "demo"),
+    ("config", "reference", "tree", "demo", "rope"),
     ("quantize", "selection"),
     ("targets",),
     ("weights", "sharding"),

@@ -9,6 +9,7 @@ The norm needs no product of the size of W and is a constant for the gradient (s
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.adapters.inits import over_slices
 from lora_jax.targets import Target
@@ -32,7 +33,7 @@ def gain(
 ) -> jax.Array:
     """magnitude / norm as (..., 1, out); 1 where the slice is not adapted or a column is zero."""
     norms = column_norms(target, weight, *jax.lax.stop_gradient((a, b)))
-    adapted = jnp.asarray(target.ranks) > 0
-    sound = (norms > 0) & (adapted[:, None] if target.stacked else adapted)
+    adapted = target.per_layer(np.asarray(target.ranks) > 0)
+    sound = (norms > 0) & (adapted[..., 0] if target.stacked else adapted)
     ratio = jnp.where(sound, magnitude / jnp.where(sound, norms, 1), 1)
     return ratio[..., None, :]

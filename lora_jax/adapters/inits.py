@@ -10,6 +10,7 @@ The last two take their part out of the base, so that the model starts unchanged
 starts with lora_a zero and lora_b normal under `default` and `gaussian`, as in PEFT.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 
@@ -31,8 +32,7 @@ def draw(
     adapted. `weight` may be a shape, unless `init` is pissa or olora.
     """
     own = jax.random.fold_in(key, zlib.crc32(dotted(target.path).encode()))
-    lead = (len(target.ranks),) if target.stacked else ()
-    rows, columns = target.shape
+    lead, (rows, columns) = target.lead, target.shape
     a_shape, b_shape = (*lead, rows, target.rank), (*lead, target.rank, columns)
     a_mask = target.rank_mask()
     b_mask = a_mask.swapaxes(-1, -2)
@@ -49,17 +49,13 @@ def draw(
             a, b = jnp.zeros(a_shape), jnp.zeros(b_shape)
             for rank in sorted({*target.ranks} - {0}):
                 halves = _orthogonal(jax.random.fold_in(own, rank), lead, target.shape, rank)
-                mine = jnp.asarray([r == rank for r in target.ranks]).reshape(
-                    (-1, 1, 1) if target.stacked else ()
-                )
+                mine = target.per_layer([own == rank for own in target.ranks])
                 a = jnp.where(mine, _pad(halves[0], a_shape), a)
                 b = jnp.where(mine, _pad(halves[1], b_shape), b)
         case _ if target.leaf == "embedding":
             a, b = jnp.zeros(a_shape), jax.random.normal(own, b_shape)
         case "gaussian":
-            ranks = jnp.maximum(jnp.asarray(target.ranks), 1).reshape(
-                (-1, 1, 1) if target.stacked else ()
-            )
+            ranks = jnp.maximum(target.per_layer(target.ranks), 1)
             a, b = jax.random.normal(own, a_shape) / ranks, jnp.zeros(b_shape)
         case _:
             bound = rows**-0.5
@@ -69,17 +65,21 @@ def draw(
 
 
 def over_slices(function: Callable, target: Target, weight: Weight, *others: jax.Array):
-    """`function` of every matrix of a stack in float32, one at a time, so that no more than one is
-    dequantised or widened at once.
+    """`function` of every matrix of a stack in float32, in the columns of the target, one at a
+    time, so that no more than one is dequantised or widened at once.
     """
+    columns = slice(*(target.columns or (None,)))
 
     def of_one(slices):
         matrix, *rest = slices
         quantized = isinstance(matrix, NF4Weight | Int8Weight)
         wide = dequantize(matrix) if quantized else matrix.astype(jnp.float32)
-        return function(wide, *rest)
+        return function(wide[:, columns], *rest)
 
-    return jax.lax.map(of_one, (weight, *others)) if target.stacked else of_one((weight, *others))
+    of_all: Callable = of_one
+    for _ in target.lead:
+        of_all = functools.partial(jax.lax.map, of_all)
+    return of_all((weight, *others))
 
 
 def _pissa(weight: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ def init(key: jax.Array, leaves: Mapping[Path, Any], found: Trainable) -> tuple[
     """Fresh adapters in float32, and the weights that take the place of those in `leaves`."""
     config, changed, adapters = found.config, {}, {}
     for target in found.targets:
-        weight = _weight(leaves, target, found)
+        weight = changed.get(target.weight, _weight(leaves, target, found))
         a, b = inits.draw(key, target, weight, config.init, config.use_rslora)
         adapters[(*target.path, "lora_a")], adapters[(*target.path, "lora_b")] = a, b
         if config.init in CHANGING_INITS:
@@ -35,7 +35,7 @@ def init(key: jax.Array, leaves: Mapping[Path, Any], found: Trainable) -> tuple[
             adapters[(*target.path, "init_a")] = jnp.copy(a)
             adapters[(*target.path, "init_b")] = jnp.copy(b)
             weight = _subtract(target, weight, a, b, config.use_rslora)
-            changed[(*target.path, target.leaf)] = weight
+            changed[target.weight] = weight
         if config.use_dora:
             scaled = b * target.scales(config.use_rslora)
             norms = dora.column_norms(target, weight, a, scaled)
@@ -50,16 +50,27 @@ def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Train
     changed = {}
     for target in found.targets:
         if (*target.path, "init_a") in small:
-            path = (*target.path, target.leaf)
+            path = target.weight
             a, b = (small[(*target.path, part)] for part in ("init_a", "init_b"))
-            changed[path] = _subtract(target, leaves[path], a, b, found.config.use_rslora)
+            weight = changed.get(path, leaves[path])
+            changed[path] = _subtract(target, weight, a, b, found.config.use_rslora)
     return changed
 
 
 def _subtract(
     target: Target, weight: jax.Array, a: jax.Array, b: jax.Array, use_rslora: bool
 ) -> jax.Array:
-    return materialize(LoraWeight(weight, a, -b * target.scales(use_rslora)))
+    b = _in_columns(target, b * target.scales(use_rslora), weight.shape[-1])
+    return materialize(LoraWeight(weight, a, -b))
+
+
+def _in_columns(target: Target, x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
+    """(..., columns of the target) -> (..., columns of the weight)."""
+    if target.columns is None:
+        return x
+    start, stop = target.columns
+    outside = [(0, 0)] * (x.ndim - 1) + [(start, width - stop)]
+    return jnp.pad(x, outside, constant_values=fill)
 
 
 def bind(
@@ -78,13 +89,27 @@ def bind(
         # As in PEFT, what a token's embedding adds has no dropout.
         drops = config.dropout > 0 and target.leaf != "embedding"
         own = _dropout_keys(key, index, target) if drops else None
-        bound[(*target.path, target.leaf)] = LoraWeight(weight, a, b, gain, own, config.dropout)
+        b = _in_columns(target, b, weight.shape[-1])
+        gain = None if gain is None else _in_columns(target, gain, weight.shape[-1], 1.0)
+        leaf = LoraWeight(weight, a, b, gain, own, config.dropout)
+        other = bound.get(target.weight)
+        bound[target.weight] = leaf if other is None else _side_by_side(other, leaf)
     return bound
+
+
+def _side_by_side(one: LoraWeight, other: LoraWeight) -> LoraWeight:
+    """The adapters of two parts of a fused projection as one, of the sum of their ranks."""
+    return dataclasses.replace(
+        one,
+        a=jnp.concatenate([one.a, other.a], axis=-1),
+        b=jnp.concatenate([one.b, other.b], axis=-2),
+        gain=None if one.gain is None or other.gain is None else one.gain * other.gain,
+    )
 
 
 def _weight(leaves: Mapping[Path, Any], target: Target, found: Trainable) -> Any:
     """The frozen weight of a target; a tied head is the embedding the other way round."""
-    path = (*target.path, target.leaf)
+    path = target.weight
     if path == HEAD and found.untied is not None:
         embedding = leaves[found.untied]
         shape = (embedding.shape[1], embedding.shape[0])
@@ -97,7 +122,7 @@ def _dropout_keys(key: jax.Array | None, index: int, target: Target) -> jax.Arra
     if key is None:
         return None
     own = jax.random.fold_in(key, index)
-    return jax.random.split(own, len(target.ranks)) if target.stacked else own
+    return jax.random.split(own, target.lead[:1]) if target.stacked else own
 
 
 def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Trainable]:

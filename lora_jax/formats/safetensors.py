@@ -1,11 +1,11 @@
 """Hugging Face model directories: safetensors <-> parameter trees.
 
-tree   model/layers/self_attn/q_proj/kernel    (layers, in, out)
-file   model.layers.3.self_attn.q_proj.weight  (out, in), one tensor per layer
+`names` says which tensors make up a leaf.
 """
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,19 +23,13 @@ from safetensors.numpy import save_file
 
 from lora_jax import tree
 from lora_jax.config import UserError, nearest
+from lora_jax.formats.names import Piece, canonical, pieces
 from lora_jax.models import Model
 from lora_jax.quantize import SCHEMES, QuantizedWeight, quantize, quantizes
 from lora_jax.sharding import _fit, param_specs
 from lora_jax.targets import HEAD
 from lora_jax.weights import Untied
 
-# Leaf name -> (name in the file, stored transposed).
-_LEAVES = {
-    "kernel": ("weight", True),
-    "embedding": ("weight", False),
-    "scale": ("weight", False),
-    "bias": ("bias", False),
-}
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -54,17 +48,12 @@ _SIDE_FILES = (
 )
 
 
-def tensor_names(path: tree.Path, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Names in the file of every slice of a leaf."""
-    suffix = _LEAVES[path[-1]][0]
-    return tuple(f"{name}.{suffix}" for name in tree.slice_names(path[:-1], shape))
-
-
 @dataclass(frozen=True)
 class Tensor:
     """Where a tensor lies and what it is, from the file's header."""
 
     file: Path
+    stored: str  # its name there
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -106,7 +95,8 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
                         f"{file}: {name} has dtype {part.get_dtype()}; supported are: "
                         f"{', '.join(_DTYPES)}"
                     )
-                tensors[name] = Tensor(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                shape, dtype = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
+                tensors[name] = Tensor(file, name, shape, dtype)
     return tensors
 
 
@@ -138,6 +128,8 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
     """
     scheme, cast = _storage(dtype)
     tensors = list_tensors(directory)
+    known = canonical(tensors, model.names)
+    tensors = {known[name]: tensor for name, tensor in tensors.items() if name in known}
     leaves = tree.flatten(model.params)
     _check_tensors(directory, tensors, leaves, model)
     specs = tree.flatten(param_specs(model.params, model.rules, mesh))
@@ -148,16 +140,20 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
             handles[file] = stack.enter_context(open_tensors(file))
         params = {}
         for path, leaf in leaves.items():
-            names = tensor_names(path, leaf.shape)
-            stored = tensors[names[0]].dtype if cast is None else cast
-            sources = {name: handles[tensors[name].file].get_slice(name) for name in names}
-            if scheme and quantizes(path):
+            parts = pieces(path, leaf.shape, model.names)
+            found = [tensors[part.name] for part in parts]
+            stored = found[0].dtype if cast is None else cast
+            sources = [
+                (part, handles[one.file].get_slice(one.stored))
+                for part, one in zip(parts, found, strict=True)
+            ]
+            if scheme and quantizes(path, leaves):
                 whole, wrong = _read_quantized(sources, leaf.shape, stored, scheme)
                 not_finite += wrong
                 params[path] = _place_parts(whole, specs[path], mesh)
             else:
                 sharding = NamedSharding(mesh, specs[path])
-                read = _part_reader(path, leaf.shape, list(sources.values()), stored)
+                read = _part_reader(leaf.shape, sources, stored)
                 params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
     if not_finite:
         raise UserError(
@@ -188,43 +184,58 @@ def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
 
 
 def _part_reader(
-    path: tree.Path, shape: tuple[int, ...], sources: Sequence[Any], stored: np.dtype
+    shape: tuple[int, ...], sources: Sequence[tuple[Piece, Any]], stored: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """A function from an index of a leaf to that part of it, read from the slices' tensors."""
-    stacked, transposed = tree.stack_position(path) is not None, _LEAVES[path[-1]][1]
 
     def read(index: Any) -> np.ndarray:
-        ranges = [slice(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
-        inner = ranges[1:] if stacked else ranges
-        order = inner[::-1] if transposed else inner
-        wanted = range(len(sources))[ranges[0]] if stacked else range(1)
-        out = np.empty((len(wanted), *(part.stop - part.start for part in inner)), stored)
-        for row, i in enumerate(wanted):
-            part = sources[i][tuple(order)]
-            out[row] = part.T if transposed else part
-        return out if stacked else out[0]
+        ranges = [range(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
+        out = np.empty([len(wanted) for wanted in ranges], stored)
+        for piece, source in sources:
+            lead, inner = ranges[: len(piece.lead)], ranges[len(piece.lead) :]
+            if any(i not in wanted for i, wanted in zip(piece.lead, lead, strict=True)):
+                continue
+            *rows, last = inner
+            first, stop = (
+                max(last.start, piece.start),
+                min(last.stop, piece.start + piece.shape[-1]),
+            )
+            if first >= stop:
+                continue
+            own = [slice(part.start, part.stop) for part in rows]
+            own.append(slice(first - piece.start, stop - piece.start))
+            place = [i - wanted.start for i, wanted in zip(piece.lead, lead, strict=True)]
+            out[(*place, ..., slice(first - last.start, stop - last.start))] = piece.read(
+                source, own
+            )
+        return out
 
     return read
 
 
 def _read_quantized(
-    sources: Mapping[str, Any], shape: tuple[int, ...], stored: np.dtype, scheme: str
+    sources: Sequence[tuple[Piece, Any]], shape: tuple[int, ...], stored: np.dtype, scheme: str
 ) -> tuple[QuantizedWeight, list[str]]:
-    """The leaf of a kernel (..., in, out) with NumPy arrays in it, one tensor (out, in) quantised
+    """The leaf of a kernel (..., in, out) with NumPy arrays in it, one matrix (in, out) quantised
     at a time on the host's CPU, and the names of tensors that are not finite.
     """
     whole = jax.eval_shape(lambda: quantize(jnp.zeros(shape, stored), scheme))
     leaf = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), whole)
     not_finite = []
-    for i, (name, source) in enumerate(sources.items()):
-        tensor = source[:].astype(stored, copy=False)
-        if not np.isfinite(tensor).all():
-            not_finite.append(name)
-            continue
+    by_matrix: dict[tuple[int, ...], list[tuple[Piece, Any]]] = {}
+    for piece, source in sources:
+        by_matrix.setdefault(piece.lead, []).append((piece, source))
+    for lead, own in by_matrix.items():
+        matrix = np.empty(shape[len(lead) :], stored)
+        for piece, source in own:
+            part = piece.read(source, [slice(n) for n in piece.shape])
+            matrix[..., slice(piece.start, piece.start + piece.shape[-1])] = part
+            if not np.isfinite(part).all():
+                not_finite.append(piece.name)
         with jax.default_device(_cpu()):
-            quantized = _quantize(tensor.T, scheme)
-        for part, piece in zip(jax.tree.leaves(leaf), jax.tree.leaves(quantized), strict=True):
-            part.reshape(len(sources), *piece.shape)[i] = piece
+            quantized = _quantize(matrix, scheme)
+        for part, one in zip(jax.tree.leaves(leaf), jax.tree.leaves(quantized), strict=True):
+            part[lead] = one
     return leaf, not_finite
 
 
@@ -257,11 +268,11 @@ def _place_parts(leaf: QuantizedWeight, spec: PartitionSpec, mesh: Mesh) -> Quan
 def _check_tensors(
     directory: Path, tensors: Mapping[str, Tensor], leaves: Mapping[tree.Path, Any], model: Model
 ) -> None:
-    expected = {}
-    for path, leaf in leaves.items():
-        shape = leaf.shape if tree.stack_position(path) is None else leaf.shape[1:]
-        for name in tensor_names(path, leaf.shape):
-            expected[name] = tuple(shape[::-1] if _LEAVES[path[-1]][1] else shape)
+    expected = {
+        piece.name: piece.stored_shape
+        for path, leaf in leaves.items()
+        for piece in pieces(path, leaf.shape, model.names)
+    }
     problems = [
         f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors
     ]
@@ -271,7 +282,7 @@ def _check_tensors(
                 f"{name} has shape {tensor.shape}, config.json asks for {expected[name]}"
             )
         tied_copy = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if name not in expected and not tied_copy and not name.endswith("rotary_emb.inv_freq"):
+        if name not in expected and not tied_copy:
             problems.append(f"unexpected {name} {tensor.shape}")
     if problems:
         raise UserError(
@@ -350,25 +361,26 @@ def write_model(
     config are copied. One shard at a time is brought to the host.
     """
     limit = parse_size(max_shard_size)
-    pieces: dict[str, tuple[tree.Path, int | None, int]] = {}
     leaves, config = tree.flatten(params), dict(model.hf_config)
     for path, leaf in list(leaves.items()):
         if isinstance(leaf, Untied):
             leaves |= {path: leaf.embed, HEAD: jnp.swapaxes(leaf.head, 0, 1)}
             config["tie_word_embeddings"] = False
+    places: dict[str, tuple[tree.Path, Piece]] = {}
     for path, leaf in leaves.items():
-        names = tensor_names(path, leaf.shape)
-        stacked = tree.stack_position(path) is not None
-        size = leaf.size * leaf.dtype.itemsize // len(names)
-        pieces |= {name: (path, i if stacked else None, size) for i, name in enumerate(names)}
+        places |= {piece.name: (path, piece) for piece in pieces(path, leaf.shape, model.names)}
+    sizes = {
+        name: math.prod(piece.shape) * leaves[path].dtype.itemsize
+        for name, (path, piece) in places.items()
+    }
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(pieces):
-        if shards[-1] and filled + pieces[name][2] > limit:
+    for name in sorted(places):
+        if shards[-1] and filled + sizes[name] > limit:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += pieces[name][2]
+        filled += sizes[name]
     with new_directory(target) as temporary:
         weight_map = {}
         for number, names in enumerate(shards, 1):
@@ -379,14 +391,13 @@ def write_model(
             )
             content = {}
             for name in names:
-                path, i, _ = pieces[name]
-                array = np.asarray(leaves[path] if i is None else leaves[path][i])
-                content[name] = np.ascontiguousarray(array.T if _LEAVES[path[-1]][1] else array)
+                path, piece = places[name]
+                array = np.asarray(leaves[path][piece.place()])
+                content[name] = np.ascontiguousarray(array.T if piece.transposed else array)
                 weight_map[name] = file
             save_file(content, temporary / file, metadata={"format": "pt"})
         if len(shards) > 1:
-            total = sum(size for _, _, size in pieces.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             write_json(temporary / "model.safetensors.index.json", index)
         dtypes = {str(leaf.dtype) for leaf in leaves.values()}
         if len(dtypes) == 1:

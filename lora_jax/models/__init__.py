@@ -6,11 +6,26 @@ from typing import Any
 from flax import nnx
 
 from lora_jax.config import UserError
-from lora_jax.models import llama
-from lora_jax.models.common import Model
+from lora_jax.models import (
+    gemma2,
+    gemma3_text,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
+from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
-FAMILIES = {"llama": llama, "mistral": llama}
+_MODULES = (
+    *(gemma2, gemma3_text, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe),
+)
+FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 
 def describe(hf_config: Mapping[str, Any], ignore: Container[str] = ()) -> Model:
@@ -35,5 +50,11 @@ def describe(hf_config: Mapping[str, Any], ignore: Container[str] = ()) -> Model
         )
     graphdef, template = nnx.split(nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0))))
     return Model(
-        graphdef, template, nnx.to_pure_dict(template), config, dict(hf_config), family.RULES
+        graphdef,
+        template,
+        nnx.to_pure_dict(template),
+        config,
+        dict(hf_config),
+        family.RULES,
+        getattr(family, "NAMES", Names()),
     )

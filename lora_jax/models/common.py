@@ -1,30 +1,61 @@
-"""What every family shares: the scan over stacked layers, and the `Model` value."""
+"""What every family shares: the `Model` value, the scan over stacked layers, and the decoder that
+Llama, Mistral, Qwen, Gemma, Phi and OLMo vary.
+
+model / embed_tokens / embedding                        (vocab, d)
+model / layers / {input,post_attention}_layernorm / scale   (layers, d)
+model / layers / self_attn / {q,k,v,o}_proj / kernel    (layers, in, out)
+model / layers / mlp / {gate,up,down}_proj / kernel     (layers, in, out)
+model / norm / scale                                    (d,)
+lm_head / kernel                                        (d, vocab), unless tied
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from lora_jax.layers import Cache, empty_cache
-from lora_jax.sharding import Rules
+from lora_jax.layers import (
+    ACTIVATIONS,
+    Cache,
+    Embed,
+    Linear,
+    RMSNorm,
+    attention,
+    attention_masks,
+    empty_cache,
+)
+from lora_jax.models.reader import FULL, SLIDING, ConfigReader
+from lora_jax.rope import rope, rotate
+from lora_jax.sharding import BATCH, Rules, constrain
+
+RULES = (
+    (r"model\.embed_tokens\.embedding", P("tensor", "fsdp")),
+    (r"model\.layers\..*\.(q|k|v|qkv|gate|up|gate_up)_proj\.kernel", P("fsdp", "tensor")),
+    (r"model\.layers\..*\.(o|down)_proj\.kernel", P("tensor", "fsdp")),
+    (r"model\.layers\..*\.(q|k|v|gate|up)_proj\.bias", P("tensor")),
+    (r"model\.layers\..*\.(o|down)_proj\.bias", P(None)),
+    (r"model\.(layers\..*)?norm\.scale", P(None)),
+    (r"lm_head\.kernel", P("fsdp", "tensor")),
+)
 
 
 def scan_layers(
-    block: Callable, layers: nnx.Module, x: jax.Array, cached: Any, remat: str
+    block: Callable, layers: nnx.Module, x: jax.Array, per_layer: Any, remat: str
 ) -> tuple[jax.Array, Any]:
-    """Run `block(x, layer, cached) -> (x, out)` over stacked layers; `remat` says what the backward
-    pass keeps.
+    """Run `block(x, layer, own) -> (x, out)` over stacked layers, `own` being each layer's slice of
+    `per_layer`; `remat` says what the backward pass keeps.
     """
     graphdef, state = nnx.split(layers)
 
     def body(x, slices):
-        state, cached = slices
-        return block(x, nnx.merge(graphdef, state), cached)
+        state, own = slices
+        return block(x, nnx.merge(graphdef, state), own)
 
     policies = jax.checkpoint_policies
     match remat:
@@ -37,7 +68,18 @@ def scan_layers(
         case "offload":
             keep = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
             body = jax.checkpoint(body, prevent_cse=False, policy=keep)
-    return jax.lax.scan(body, x, (state, cached))
+    return jax.lax.scan(body, x, (state, per_layer))
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where the tensors of a family's files are not named as the paths of its tree."""
+
+    base: str = ""  # prefix that files of the bare model leave out, such as "transformer."
+    no_weights: str = r".*rotary_emb\.inv_freq"  # regex of tensors that hold none
+    renamed: tuple[tuple[str, str], ...] = ()  # text in a module path -> text in the file
+    old: tuple[tuple[str, str], ...] = ()  # ends of names in old files -> what they are now
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # parts joined along out
 
 
 @dataclass(frozen=True)
@@ -52,6 +94,7 @@ class Model:
     config: Any  # the family's Config
     hf_config: dict[str, Any]  # config.json as it was read
     rules: Rules
+    names: Names = Names()
     directory: Path = Path()  # where its files are
 
     def module(self, params: Mapping) -> Any:
@@ -101,3 +144,253 @@ def _keys_like(params: Mapping) -> dict:
         key: _keys_like(value) if isinstance(value, Mapping) else value
         for key, value in params.items()
     }
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The fields of a Hugging Face config that decide the numbers of every family here, under their
+    own names.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    hidden_act: str
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_parameters: dict[str, dict[str, Any]]  # by layer type
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
+
+
+def read_decoder(
+    reader: ConfigReader,
+    *,
+    max_position_embeddings: int = 2048,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    rms_norm_eps: float = 1e-6,
+    hidden_act: tuple[str, str] = ("hidden_act", "silu"),
+    tie_word_embeddings: bool = False,
+    sliding_window: int | None = None,
+    slides: Callable[[int], bool] | None = None,
+    **rope_options: Any,
+) -> dict[str, Any]:
+    """The fields of a `DecoderConfig`; the arguments are the defaults that transformers has for the
+    family. `slides` says which layers have a window if `layer_types` does not; None: all of them.
+    """
+    heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    layers = reader.integer("num_hidden_layers")
+    positions = reader.integer("max_position_embeddings", max_position_embeddings)
+    reader.refuse_unless_zero("attention_dropout")
+    if slides is None:
+        slides = lambda layer: sliding_window is not None  # noqa: E731
+    return {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": reader.integer("intermediate_size"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.integer("num_key_value_heads", num_key_value_heads or heads),
+        "head_dim": reader.integer("head_dim", head_dim or hidden // heads),
+        "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
+        "hidden_act": reader.choice(*hidden_act, ACTIVATIONS),
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": reader.boolean("tie_word_embeddings", tie_word_embeddings),
+        "rope_parameters": reader.rope(positions, **rope_options),
+        "sliding_window": sliding_window,
+        "layer_types": reader.layer_types(layers, slides),
+    }
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What the attention of a layer needs to know of where the tokens stand."""
+
+    cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
+    masks: tuple[jax.Array, ...]  # of every block of keys: (b, t, s)
+    real: jax.Array  # (b, t): no padding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """How a layer's router spread the tokens over its experts; sums over them."""
+
+    load: jax.Array  # (experts,): how often each was chosen
+    probabilities: jax.Array  # (experts,)
+    tokens: jax.Array  # ()
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions. Families that make queries, keys and values in
+    another way have a `project` of their own.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        use_bias: bool = False,
+        output_bias: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        d, h = config.hidden_size, config.head_dim
+        n, k = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(d, n * h, use_bias=use_bias, rngs=rngs)
+        self.k_proj = Linear(d, k * h, use_bias=use_bias, rngs=rngs)
+        self.v_proj = Linear(d, k * h, use_bias=use_bias, rngs=rngs)
+        self.o_proj = Linear(n * h, d, use_bias=output_bias, rngs=rngs)
+        self.head_dim, self.softcap = h, softcap
+        self.scale = h**-0.5 if scale is None else scale
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (b, t, n, h), keys and values (b, t, k, h), before they are rotated."""
+        return self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+
+    def heads(self, x: jax.Array) -> jax.Array:
+        """(b, t, heads * h) -> (b, t, heads, h)."""
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def __call__(self, x: jax.Array, context: Context, cached: Any) -> tuple[jax.Array, Any]:
+        """x (b, t, d); cached: keys and values (b, k, s, h) of earlier tokens, or None. Returns y
+        and the new ones.
+        """
+        q, k, v = self.project(x)
+        q, k = rotate(q, context.cos_sin), rotate(k, context.cos_sin)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        blocks = [(k, v)] if cached is None else [(k, v), cached]
+        mixed = attention(q, blocks, context.masks, self.scale, self.softcap)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), (k, v)
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, *, use_bias: bool = False, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(d, f, use_bias=use_bias, rngs=rngs)
+        self.up_proj = Linear(d, f, use_bias=use_bias, rngs=rngs)
+        self.down_proj = Linear(f, d, use_bias=use_bias, rngs=rngs)
+        self.act = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Norms before attention and MLP. A family gives the two, and may arrange them otherwise."""
+
+    def __init__(self, config: DecoderConfig, attention: Any, mlp: Any, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.mlp = mlp
+
+    def __call__(self, x: jax.Array, context: Context, cached: Any) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(self.input_layernorm(x), context, cached)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), new, None
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: Any, block: Callable, norm: Callable, *, rngs: nnx.Rngs):
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.vmap(lambda own: block(config, rngs=own))(
+            rngs.split(config.num_hidden_layers)
+        )
+        self.norm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+
+
+class CausalLM(nnx.Module):
+    """Embedding, blocks, norm and output head. `block(config, rngs=...)` makes one layer, which
+    returns its output, its new keys and values, and its `Routing` if it has experts.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, block: Callable, norm: Callable = RMSNorm, *, rngs: nnx.Rngs
+    ):
+        self.config: Any = config  # the family's
+        self.model = Decoder(config, block, norm, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+
+    def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """(b, t) -> (b, t, d)."""
+        return self.model.embed_tokens(tokens).astype(dtype)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+        compute_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
+        given.
+        """
+        return self.hidden_and_routing(
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            compute_dtype=compute_dtype,
+            remat=remat,
+        )[:2]
+
+    def hidden_and_routing(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+        compute_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ) -> tuple[jax.Array, Cache | None, Routing | None]:
+        """As `hidden`, and how every layer's router spread the tokens, if there are experts."""
+        config = self.config
+        kinds = sorted(set(config.layer_types))
+        windows = {FULL: None, SLIDING: config.sliding_window}
+        contexts = [
+            Context(
+                rope(positions, config.head_dim, config.rope_parameters[kind]),
+                attention_masks(segment_ids, cache, windows[kind]),
+                segment_ids != 0,
+            )
+            for kind in kinds
+        ]
+        which = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
+        cached = None if cache is None else (cache.keys, cache.values)
+
+        def block(x, layer, own):
+            cached, kind = own
+            context = contexts[0]
+            if len(contexts) > 1:
+                context = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *contexts)
+            x, new, routing = layer(constrain(x, *BATCH, None, None), context, cached)
+            return x, (None if cache is None else new, routing)
+
+        x = self.embed(tokens, compute_dtype)
+        x, (new, routing) = scan_layers(block, self.model.layers, x, (cached, which), remat)
+        cache = None if cache is None else cache.write(new[0], new[1], segment_ids)
+        return self.model.norm(x), cache, routing
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., d) -> (..., vocab) in the dtype of `hidden`."""
+        return (
+            self.model.embed_tokens.attend(hidden)
+            if self.config.tie_word_embeddings
+            else self.lm_head(hidden)
+        )

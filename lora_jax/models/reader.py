@@ -1,9 +1,12 @@
 """A strict reader of config.json: every field is understood, known to be inert, or refused."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+from lora_jax import rope
 from lora_jax.config import raise_all
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 # Fields of config.json that do not enter the forward pass of a decoder.
 _INERT = frozenset(
@@ -25,12 +28,6 @@ _INERT = frozenset(
     """.split()
 )
 
-# What each rope_type needs besides rope_theta.
-_ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
 _REQUIRED = object()
 
 
@@ -58,10 +55,10 @@ class ConfigReader:
             return 1 if default is _REQUIRED else default
         return value
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> int:
         value = self._get(name, default, int, "an integer")
-        if value < 1:
-            self._problems.append(f"config.json: {name}={value} is not positive")
+        if value < least:
+            self._problems.append(f"config.json: {name}={value} is below {least}")
             return 1
         return value
 
@@ -71,6 +68,12 @@ class ConfigReader:
 
     def number(self, name: str, default: float) -> float:
         return float(self._get(name, default, (int, float), "a number"))
+
+    def optional_number(self, name: str, default: float | None) -> float | None:
+        """Absent: the default. Null: None."""
+        default = None if name in self.content else default
+        value = self._get(name, default, (int, float), "a number or null")
+        return None if value is None else float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         return self._get(name, default, bool, "true or false")
@@ -84,43 +87,126 @@ class ConfigReader:
         return value
 
     def refuse_unless_zero(self, name: str) -> None:
-        """A field whose non-zero values change the numbers in a way that is not supported."""
-        if self.number(name, 0.0) and name not in self.ignore:
+        """A field whose values other than 0, false or null change the numbers in a way that is not
+        supported.
+        """
+        self._seen.add(name)
+        if self.content.get(name) and name not in self.ignore:
             self._problems.append(
                 f"config.json: {name}={self.content[name]} is not supported, only 0"
             )
 
-    def rope_parameters(self, types: tuple[str, ...], max_positions: int) -> dict[str, Any]:
-        """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` and
-        `rope_scaling` (before).
-        """
-        self._seen |= {"rope_theta", "rope_scaling", "rope_parameters"}
-        found: dict[str, Any] = {"rope_theta": self.content.get("rope_theta")}
-        for name in ("rope_scaling", "rope_parameters"):
-            given = self.content.get(name) or {}
-            if isinstance(given, Mapping):
-                found |= {key: value for key, value in given.items() if value is not None}
-            else:
-                self._problems.append(f"config.json: {name}={given!r} is not a mapping")
-        old_name = found.pop("type", "default")  # before transformers 4.43
-        kind = found.setdefault("rope_type", old_name)
-        found["rope_theta"] = found["rope_theta"] or 10000.0
-        if kind not in types:
+    def refuse_unless(self, name: str, only: Any) -> None:
+        """A field of which one value, the default, is supported."""
+        self._seen.add(name)
+        if self.content.get(name, only) != only:
             self._problems.append(
-                f"config.json: rope_type={kind!r} is not supported; these are: {', '.join(types)}"
+                f"config.json: {name}={self.content[name]} is not supported, only {only}"
+            )
+
+    def inert(self, *names: str) -> None:
+        """Fields that say nothing about the numbers, in this family."""
+        self._seen |= {*names}
+
+    def layer_types(self, layers: int, usual: Callable[[int], bool]) -> tuple[str, ...]:
+        """Which attention every layer has; without `layer_types`, `usual` says where it slides."""
+        self._seen.add("layer_types")
+        given = self.content.get("layer_types")
+        if given is None:
+            return tuple(SLIDING if usual(layer) else FULL for layer in range(layers))
+        if not isinstance(given, list) or len(given) != layers or not {*given} <= {FULL, SLIDING}:
+            self._problems.append(
+                f"config.json: layer_types={given!r} must name {FULL} or {SLIDING} for each of "
+                f"{layers} layers"
+            )
+            return (FULL,) * layers
+        return tuple(given)
+
+    def rope(
+        self,
+        max_positions: int,
+        *,
+        theta: float = 10000.0,
+        local: tuple[str, float] | None = None,
+        types: Container[str] = tuple(rope.FIELDS),
+        partial: bool = False,
+        original: int | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Rotary settings by layer type, from `rope_parameters` (transformers 5) or `rope_theta`
+        and `rope_scaling` (before).
+
+        `local` is the field with the theta of sliding layers and its default, where these have one
+        of their own; `partial` allows heads that are rotated in part; `original` is the default of
+        original_max_position_embeddings.
+        """
+        self._seen |= {"rope_theta", "rope_scaling", "rope_parameters", rope.ORIGINAL}
+        self._seen |= {"partial_rotary_factor"} if partial else set()
+        given = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            value = self.content.get(name) or {}
+            if not isinstance(value, Mapping):
+                self._problems.append(f"config.json: {name}={value!r} is not a mapping")
+                value = {}
+            given |= value
+        nested = {kind: given.pop(kind) or {} for kind in (FULL, SLIDING) if kind in given}
+        if nested and given:
+            self._problems.append(f"config.json: rope_parameters mix layer types and {list(given)}")
+        usual = {"rope_theta": self.number("rope_theta", theta)}
+        usual |= (
+            {"partial_rotary_factor": self.number("partial_rotary_factor", 1)} if partial else {}
+        )
+        own = usual if local is None else {"rope_theta": self.number(*local)}
+        if local is None and not nested:
+            both = self._one_rope(usual | given, max_positions, types, partial, original)
+            return {FULL: both, SLIDING: both}
+        given = {FULL: usual | given, SLIDING: own}
+        return {
+            kind: self._one_rope(
+                values | nested.get(kind, {}), max_positions, types, partial, original
+            )
+            for kind, values in given.items()
+        }
+
+    def _one_rope(
+        self,
+        given: dict[str, Any],
+        max_positions: int,
+        types: Container[str],
+        partial: bool,
+        original: int | None,
+    ) -> dict[str, Any]:
+        found = {key: value for key, value in given.items() if value is not None}
+        kind = found.setdefault("rope_type", found.get("type", "default"))
+        found.pop("type", None)  # its name before transformers 4.43
+        if kind in ("su", "yarn") and "longrope" in types and "yarn" not in types:
+            kind = found["rope_type"] = "longrope"  # Phi-3's first names for it
+        if kind not in types or kind not in rope.FIELDS:
+            known = [name for name in rope.FIELDS if name in types]
+            self._problems.append(
+                f"config.json: rope_type={kind!r} is not supported; these are: {', '.join(known)}"
             )
             return found
-        if missing := [name for name in _ROPE_FIELDS[kind] if name not in found]:
+        needed, optional = rope.FIELDS[kind]
+        if missing := [name for name in needed if name not in found]:
             self._problems.append(f"config.json: rope_type={kind!r} needs {', '.join(missing)}")
-        original = "original_max_position_embeddings"
-        self._seen.add(original)
-        if kind == "llama3":
-            found.setdefault(original, self.content.get(original, max_positions))
-        known = {"rope_theta", "rope_type", original, *_ROPE_FIELDS[kind]}
+        known = {"rope_theta", "rope_type", rope.ORIGINAL, *needed, *optional}
+        known |= {"partial_rotary_factor"} if partial else set()
         if unknown := sorted(set(found) - known):
             self._problems.append(
                 f"config.json: not understood for rope_type={kind!r}: {', '.join(unknown)}"
             )
+        for name in known & set(found) - {"rope_type", "truncate"}:
+            values = found[name] if name in ("short_factor", "long_factor") else [found[name]]
+            numbers = isinstance(values, list) and all(
+                isinstance(x, int | float) and not isinstance(x, bool) for x in values
+            )
+            if not numbers:
+                self._problems.append(f"config.json: {name}={found[name]!r} is not a number")
+        if kind in ("llama3", "yarn", "longrope"):
+            top = self.content.get(rope.ORIGINAL)
+            found[rope.ORIGINAL] = top or found.get(rope.ORIGINAL) or original or max_positions
+        if kind in ("dynamic", "longrope"):
+            found["max_position_embeddings"] = max_positions
         return found
 
     def finish(self) -> None:

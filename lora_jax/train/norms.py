@@ -36,15 +36,19 @@ def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[s
     small = tree.flatten(adapters)
     sizes = {}
     for target in found.targets:
-        path = (*target.path, target.leaf)
+        path = target.weight
         weight = leaves[found.untied if path == HEAD and found.untied else path]
+
+        def in_layer(norms: jax.Array, experts: int | None = target.experts) -> jax.Array:
+            return norms if experts is None else jnp.sqrt(jnp.square(norms).sum(axis=-1))
+
         a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
-        values = {"lora_a": _norm(a), "lora_b": _norm(b)}
+        values = {"lora_a": in_layer(_norm(a)), "lora_b": in_layer(_norm(b))}
         if (*target.path, "init_a") in small:
             a0, b0 = (small[(*target.path, part)] for part in ("init_a", "init_b"))
             a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=-2)
-        values["update"] = _update_norm(a, b * target.scales(config.use_rslora))
-        values["relative"] = values["update"] / over_slices(_norm, target, weight)
+        values["update"] = in_layer(_update_norm(a, b * target.scales(config.use_rslora)))
+        values["relative"] = values["update"] / in_layer(over_slices(_norm, target, weight))
         sizes[tree.dotted(target.path)] = {
             name: _by_layer(numbers, target) for name, numbers in values.items()
         }

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_jax import config as configs
 from lora_jax import models, tree
-from lora_jax.formats.safetensors import tensor_names
+from lora_jax.formats.names import pieces
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -134,11 +134,9 @@ def write_model(directory, *, chat_template=CHATML, seed=0, **fields):
     (directory / "config.json").write_text(json.dumps(TINY | fields))
     tensors = {}
     for path, leaf in tree.flatten(model.params).items():
-        names = tensor_names(path, leaf.shape)
-        slices = np.asarray(leaf) if tree.stack_position(path) is not None else [np.asarray(leaf)]
-        for name, array in zip(names, slices, strict=True):
-            turned = array.T if path[-1] == "kernel" else array
-            tensors[name] = np.ascontiguousarray(turned)
+        for piece in pieces(path, leaf.shape, model.names):
+            array = np.asarray(leaf)[piece.place()]
+            tensors[piece.name] = np.ascontiguousarray(array.T if piece.transposed else array)
     save_file(tensors, directory / "model.safetensors")
     write_tokenizer(directory, chat_template)
     return directory

@@ -1,0 +1,102 @@
+"""Gemma 2: bent scores and logits, a window in every other layer, `model_type` gemma2.
+
+model / layers / {input,post_attention,pre_feedforward,post_feedforward}_layernorm / scale
+
+Norms multiply by 1 + scale, and embeddings come in times sqrt(d).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_jax.layers import OffsetRMSNorm, bend
+from lora_jax.models import common
+from lora_jax.models.common import RULES as RULES
+from lora_jax.models.common import Context, DecoderConfig, read_decoder
+from lora_jax.models.reader import ConfigReader
+
+
+@dataclass(frozen=True)
+class Config(DecoderConfig):
+    attention_bias: bool
+    query_pre_attn_scalar: float
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+
+
+def gemma_fields(reader: ConfigReader, **defaults: Any) -> dict[str, Any]:
+    """What Gemma 2 and 3 read in one way."""
+    reader.refuse_unless_zero("use_bidirectional_attention")
+    return {
+        **read_decoder(
+            reader,
+            num_key_value_heads=4,
+            head_dim=256,
+            hidden_act=("hidden_activation", "gelu_pytorch_tanh"),
+            tie_word_embeddings=True,
+            sliding_window=reader.optional_integer("sliding_window", 4096),
+            **defaults,
+        ),
+        "attention_bias": reader.boolean("attention_bias", False),
+        "query_pre_attn_scalar": reader.number("query_pre_attn_scalar", 256),
+    }
+
+
+def read_config(reader: ConfigReader) -> Config:
+    """A `Config` from config.json; defaults are those of transformers."""
+    return Config(
+        **gemma_fields(reader, max_position_embeddings=8192, slides=lambda layer: layer % 2 == 0),
+        attn_logit_softcapping=reader.optional_number("attn_logit_softcapping", 50.0),
+        final_logit_softcapping=reader.optional_number("final_logit_softcapping", 30.0),
+    )
+
+
+class Attention(common.Attention):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        bias = config.attention_bias
+        super().__init__(
+            config,
+            use_bias=bias,
+            output_bias=bias,
+            scale=config.query_pre_attn_scalar**-0.5,
+            softcap=config.attn_logit_softcapping,
+            rngs=rngs,
+        )
+
+
+class Block(nnx.Module):
+    """Norms before and after attention and MLP; `attention` makes the former."""
+
+    def __init__(self, config: Any, *, attention: Any = Attention, rngs: nnx.Rngs):
+        def norm() -> OffsetRMSNorm:
+            return OffsetRMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+
+        self.input_layernorm = norm()
+        self.self_attn = attention(config, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.mlp = common.MLP(config, rngs=rngs)
+        self.post_feedforward_layernorm = norm()
+
+    def __call__(self, x: jax.Array, context: Context, cached: Any) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(self.input_layernorm(x), context, cached)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y), new, None
+
+
+class Model(common.CausalLM):
+    def __init__(self, config: Any, *, block: Any = Block, rngs: nnx.Rngs):
+        super().__init__(config, block, OffsetRMSNorm, rngs=rngs)
+
+    def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        x = super().embed(tokens, dtype)
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        limit = self.config.final_logit_softcapping
+        logits = super().logits(hidden)
+        return logits if limit is None else bend(logits, limit)

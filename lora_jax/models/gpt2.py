@@ -1,0 +1,194 @@
+"""GPT-2: learned positions, layer norms, fused queries, keys and values, `model_type` gpt2.
+
+transformer / {wte,wpe} / embedding             (vocab, d), (n_positions, d)
+transformer / h / attn / {c_attn,c_proj} / kernel    (layers, d, 3 d), (layers, d, d)
+transformer / h / mlp / {c_fc,c_proj} / kernel       (layers, d, f), (layers, f, d)
+transformer / h / {ln_1,ln_2}, ln_f / {scale,bias}
+
+Its files hold kernels as they are here, (in, out). Dropout that its configs ask for in training is
+left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.layers import (
+    ACTIVATIONS,
+    Cache,
+    Embed,
+    LayerNorm,
+    Linear,
+    attention,
+    attention_masks,
+)
+from lora_jax.models.common import Names, scan_layers
+from lora_jax.models.reader import ConfigReader
+from lora_jax.sharding import BATCH, constrain
+
+RULES = (
+    (r"transformer\.wte\.embedding", P("tensor", "fsdp")),
+    (r"transformer\.wpe\.embedding", P(None, "fsdp")),
+    (r"transformer\.h\..*\.(c_attn|c_fc)\.kernel", P("fsdp", "tensor")),
+    (r"transformer\.h\..*\.(c_attn|c_fc)\.bias", P("tensor")),
+    (r"transformer\.h\..*\.c_proj\.kernel", P("tensor", "fsdp")),
+    (r"transformer\.h\..*\.c_proj\.bias", P(None)),
+    (r"transformer\.(h\.)?ln_\w+\.(scale|bias)", P(None)),
+    (r"lm_head\.kernel", P("fsdp", "tensor")),
+)
+NAMES = Names(base="transformer.", no_weights=r".*\.attn\.(masked_)?bias")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a Hugging Face config that decide the numbers, under the names that other
+    families have for them.
+    """
+
+    vocab_size: int
+    hidden_size: int  # n_embd
+    intermediate_size: int  # n_inner
+    num_hidden_layers: int  # n_layer
+    num_attention_heads: int  # n_head
+    max_position_embeddings: int  # n_positions
+    layer_norm_epsilon: float
+    activation_function: str
+    tie_word_embeddings: bool
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def read_config(reader: ConfigReader) -> Config:
+    """A `Config` from config.json; defaults are those of transformers."""
+    reader.inert("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn")
+    reader.inert("summary_activation", "summary_first_dropout", "summary_proj_to_labels")
+    reader.inert("summary_type", "summary_use_proj")
+    reader.refuse_unless_zero("add_cross_attention")
+    hidden = reader.integer("n_embd", 768)
+    return Config(
+        vocab_size=reader.integer("vocab_size", 50257),
+        hidden_size=hidden,
+        intermediate_size=reader.integer("n_inner", 4 * hidden),
+        num_hidden_layers=reader.integer("n_layer", 12),
+        num_attention_heads=reader.integer("n_head", 12),
+        max_position_embeddings=reader.integer("n_positions", 1024),
+        layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
+        activation_function=reader.choice("activation_function", "gelu_new", ACTIVATIONS),
+        tie_word_embeddings=reader.boolean("tie_word_embeddings", True),
+        scale_attn_weights=reader.boolean("scale_attn_weights", True),
+        scale_attn_by_inverse_layer_idx=reader.boolean("scale_attn_by_inverse_layer_idx", False),
+    )
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        d = config.hidden_size
+        self.c_attn = Linear(d, 3 * d, use_bias=True, rngs=rngs)
+        self.c_proj = Linear(d, d, use_bias=True, rngs=rngs)
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+
+    def __call__(self, x, masks, cached, divisor):
+        """x (b, t, d), scores divided by `divisor`; cached: keys and values (b, n, s, h) of earlier
+        tokens, or None. Returns y and the new ones.
+        """
+        parts = jnp.split(self.c_attn(x), 3, axis=-1)
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        blocks = [(k, v)] if cached is None else [(k, v), cached]
+        mixed = attention(q / divisor.astype(q.dtype), blocks, masks, self.scale)
+        return self.c_proj(mixed.reshape(x.shape)), (k, v)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.c_fc = Linear(d, f, use_bias=True, rngs=rngs)
+        self.c_proj = Linear(f, d, use_bias=True, rngs=rngs)
+        self.act = config.activation_function
+
+    def __call__(self, x):
+        return self.c_proj(ACTIVATIONS[self.act](self.c_fc(x)))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        d, epsilon = config.hidden_size, config.layer_norm_epsilon
+        self.ln_1 = LayerNorm(d, epsilon, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.ln_2 = LayerNorm(d, epsilon, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x, masks, cached, divisor):
+        y, new = self.attn(self.ln_1(x), masks, cached, divisor)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), new
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        d = config.hidden_size
+        self.wte = Embed(config.vocab_size, d, rngs=rngs)
+        self.wpe = Embed(config.max_position_embeddings, d, rngs=rngs)
+        self.h = nnx.vmap(lambda own: Block(config, rngs=own))(rngs.split(config.num_hidden_layers))
+        self.ln_f = LayerNorm(d, config.layer_norm_epsilon, rngs=rngs)
+
+
+class Model(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.transformer = Decoder(config, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+        compute_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
+        given.
+        """
+        config = self.config
+        masks = attention_masks(segment_ids, cache)
+        cached = None if cache is None else (cache.keys, cache.values)
+        divisors = jnp.ones(config.num_hidden_layers)
+        if config.scale_attn_by_inverse_layer_idx:
+            divisors = jnp.arange(1.0, config.num_hidden_layers + 1)
+
+        def block(x, layer, own):
+            cached, divisor = own
+            x, new = layer(constrain(x, *BATCH, None, None), masks, cached, divisor)
+            return x, None if cache is None else new
+
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        x = x.astype(compute_dtype)
+        x, new = scan_layers(block, self.transformer.h, x, (cached, divisors), remat)
+        return self.transformer.ln_f(x), None if cache is None else cache.write(
+            new[0], new[1], segment_ids
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., d) -> (..., vocab) in the dtype of `hidden`."""
+        return (
+            self.transformer.wte.attend(hidden)
+            if self.config.tie_word_embeddings
+            else self.lm_head(hidden)
+        )

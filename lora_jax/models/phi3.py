@@ -1,0 +1,66 @@
+"""Phi 3, 3.5 and 4: Llama with fused projections and LongRoPE, `model_type` phi3.
+
+model / layers / self_attn / qkv_proj / kernel    (layers, d, (n + 2 k) * h): queries, keys, values
+model / layers / mlp / gate_up_proj / kernel      (layers, d, 2 f)
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_jax.layers import ACTIVATIONS, Linear
+from lora_jax.models import common
+from lora_jax.models.common import RULES as RULES
+from lora_jax.models.common import DecoderConfig, read_decoder
+from lora_jax.models.reader import ConfigReader
+
+
+def read_config(reader: ConfigReader) -> DecoderConfig:
+    """A `DecoderConfig` from config.json; defaults are those of transformers."""
+    for name in ("resid_pdrop", "embd_pdrop"):
+        reader.refuse_unless_zero(name)
+    fields = read_decoder(
+        reader,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        sliding_window=reader.optional_integer("sliding_window", None),
+        types=("default", "longrope"),
+        partial=True,
+        original=4096,
+    )
+    return DecoderConfig(**fields)
+
+
+class Attention(common.Attention):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        n, k, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        del self.q_proj, self.k_proj, self.v_proj
+        self.qkv_proj = Linear(config.hidden_size, (n + 2 * k) * h, rngs=rngs)
+        self.ends = (n * h, (n + k) * h)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = jnp.split(self.qkv_proj(x), self.ends, axis=-1)
+        return self.heads(q), self.heads(k), self.heads(v)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear(d, 2 * f, rngs=rngs)
+        self.down_proj = Linear(f, d, rngs=rngs)
+        self.act = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(ACTIVATIONS[self.act](gate) * up)
+
+
+class Block(common.Block):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, Attention(config, rngs=rngs), MLP(config, rngs=rngs), rngs=rngs)
+
+
+class Model(common.CausalLM):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, Block, rngs=rngs)

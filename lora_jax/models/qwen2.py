@@ -1,0 +1,40 @@
+"""Qwen 2 and 2.5: Llama with biases on queries, keys and values, `model_type` qwen2."""
+
+from typing import Any
+
+from flax import nnx
+
+from lora_jax.models import common
+from lora_jax.models.common import RULES as RULES
+from lora_jax.models.common import DecoderConfig, read_decoder
+from lora_jax.models.reader import ConfigReader
+
+
+def window_fields(reader: ConfigReader) -> dict[str, Any]:
+    """Qwen's window: off unless `use_sliding_window`, and then in layers from `max_window_layers`
+    on.
+    """
+    window = reader.optional_integer("sliding_window", 4096)
+    first = reader.integer("max_window_layers", 28, least=0)
+    window = window if reader.boolean("use_sliding_window", False) else None
+    return {
+        "sliding_window": window,
+        "slides": lambda layer: window is not None and layer >= first,
+    }
+
+
+def read_config(reader: ConfigReader) -> DecoderConfig:
+    """A `DecoderConfig` from config.json; defaults are those of transformers."""
+    positions = {"max_position_embeddings": 32768}
+    return DecoderConfig(**read_decoder(reader, **positions, **window_fields(reader)))
+
+
+class Block(common.Block):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        attention = common.Attention(config, use_bias=True, rngs=rngs)
+        super().__init__(config, attention, common.MLP(config, rngs=rngs), rngs=rngs)
+
+
+class Model(common.CausalLM):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, Block, rngs=rngs)

@@ -1,0 +1,58 @@
+"""Qwen 3 MoE: Qwen 3 with routed experts in every layer, `model_type` qwen3_moe."""
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from lora_jax.models import common, qwen3, sparse
+from lora_jax.models.common import Names, read_decoder
+from lora_jax.models.reader import ConfigReader
+from lora_jax.models.sparse import RULES as RULES
+
+NAMES = Names(experts={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
+
+
+@dataclass(frozen=True)
+class Config(qwen3.Config):
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+
+
+def read_config(reader: ConfigReader) -> Config:
+    """A `Config` from config.json; defaults are those of transformers."""
+    reader.refuse_unless_zero("mlp_only_layers")
+    reader.refuse_unless("decoder_sparse_step", 1)
+    reader.inert("output_router_logits", "router_aux_loss_coef")  # a setting of the run here
+    window = reader.optional_integer("sliding_window", 4096)
+    window = window if reader.boolean("use_sliding_window", False) else None
+    experts = "num_experts" if "num_experts" in reader.content else "num_local_experts"
+    return Config(
+        **read_decoder(
+            reader, max_position_embeddings=32768, num_key_value_heads=4, sliding_window=window
+        ),
+        attention_bias=reader.boolean("attention_bias", False),
+        moe_intermediate_size=reader.integer("moe_intermediate_size", 768),
+        num_experts=reader.integer(experts, 128),
+        num_experts_per_tok=reader.integer("num_experts_per_tok", 8),
+        norm_topk_prob=reader.boolean("norm_topk_prob", False),
+    )
+
+
+class Block(sparse.Block):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        mlp = sparse.SparseMLP(
+            config,
+            config.moe_intermediate_size,
+            experts=config.num_experts,
+            chosen=config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            rngs=rngs,
+        )
+        super().__init__(config, qwen3.Attention(config, rngs=rngs), mlp, rngs=rngs)
+
+
+class Model(common.CausalLM):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        super().__init__(config, Block, rngs=rngs)

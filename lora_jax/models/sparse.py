@@ -1,0 +1,105 @@
+"""Routed experts, as Mixtral and Qwen 3 MoE have them.
+
+model / layers / mlp / gate / kernel                     (layers, d, experts): the router
+model / layers / mlp / experts / gate_up_proj / kernel   (layers, experts, d, 2 f)
+model / layers / mlp / experts / down_proj / kernel      (layers, experts, f, d)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from lora_jax import weights
+from lora_jax.layers import ACTIVATIONS, Linear, RMSNorm
+from lora_jax.models import common
+from lora_jax.models.common import Context, DecoderConfig
+
+RULES = (
+    *common.RULES,
+    (r"model\.layers\.mlp\.gate\.kernel", P(None, None)),
+    (r"model\.layers\.mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
+    (r"model\.layers\.mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
+)
+
+
+class ExpertLinear(nnx.Module):
+    """y = x @ kernel[expert of the row], with kernel (experts, in, out)."""
+
+    def __init__(self, experts: int, features_in: int, features_out: int, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(0.02)
+        self.kernel = nnx.Param(normal(rngs.params(), (experts, features_in, features_out)))
+
+    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return weights.expert_linear(x, self.kernel.get_value(), group_sizes)
+
+
+class Experts(nnx.Module):
+    def __init__(self, experts: int, d: int, f: int, act: str, *, rngs: nnx.Rngs):
+        self.gate_up_proj = ExpertLinear(experts, d, 2 * f, rngs=rngs)
+        self.down_proj = ExpertLinear(experts, f, d, rngs=rngs)
+        self.count, self.act = experts, act
+
+    def __call__(self, x: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
+        """x (rows, d) through the experts `chosen` (rows, k) for each, added up with `shares`."""
+        rows, k = chosen.shape
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.count).astype(jnp.int32)
+        gate, up = jnp.split(self.gate_up_proj(x[order // k], sizes), 2, axis=-1)
+        y = self.down_proj(ACTIVATIONS[self.act](gate) * up, sizes)
+        y = y[jnp.argsort(order)].reshape(rows, k, -1)
+        return jnp.einsum("rkd,rk->rd", y, shares.astype(y.dtype))
+
+
+class SparseMLP(nnx.Module):
+    """Every token goes through the `chosen` experts of highest probability (arXiv 2401.04088);
+    `normalize` makes their shares add up to 1.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        f: int,
+        *,
+        experts: int,
+        chosen: int,
+        normalize: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.gate = Linear(config.hidden_size, experts, rngs=rngs)
+        self.experts = Experts(experts, config.hidden_size, f, config.hidden_act, rngs=rngs)
+        self.chosen, self.normalize = chosen, normalize
+
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, common.Routing]:
+        rows = x.reshape(-1, x.shape[-1])
+        probabilities = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
+        shares, chosen = jax.lax.top_k(probabilities, self.chosen)
+        if self.normalize:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        y = self.experts(rows, chosen, shares)
+        counted = real.reshape(-1, 1).astype(jnp.float32)
+        load = jax.nn.one_hot(chosen, probabilities.shape[-1]).sum(axis=1)
+        routing = common.Routing(
+            (load * counted).sum(0), (probabilities * counted).sum(0), counted.sum()
+        )
+        return y.reshape(x.shape), routing
+
+
+class Block(nnx.Module):
+    """Norms before attention and experts."""
+
+    def __init__(self, config: DecoderConfig, attention: Any, mlp: SparseMLP, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.mlp = mlp
+
+    def __call__(
+        self, x: jax.Array, context: Context, cached: Any
+    ) -> tuple[jax.Array, Any, common.Routing]:
+        y, new = self.self_attn(self.input_layernorm(x), context, cached)
+        x = x + y
+        y, routing = self.mlp(self.post_attention_layernorm(x), context.real)
+        return x + y, new, routing
