@@ -3,11 +3,13 @@ JSON line.
 
     python benchmarks/quality.py --config configs/e2e.yaml
     python benchmarks/quality.py --config configs/e2e.yaml eval.generate_examples=50
+    python benchmarks/quality.py --config configs/names.yaml       # a model that classifies
 
 The figures stand beside those of `python train.py --config configs/e2e.yaml`. Both sides see the
 same tokens and loss weights in the same steps: a step takes the examples that our loader packs into
 its rows, here one to a row and padded. LoRA, AdamW, rate, schedule and clipping are the config's;
-the draw of `lora_a` is torch's own. Float32, greedy answers.
+the draw of `lora_a` (and of a new head) is torch's own. Float32, greedy answers. The base's own
+dropout is on in PEFT's training, as its users have it.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from lora_jax import data, formats
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
 from lora_jax.train import scores, sets
+from lora_jax.train.model import describe
 from lora_jax.train.optimizer import make_schedule
 
 
@@ -44,8 +47,42 @@ def nll(model, examples: list[data.Example]) -> torch.Tensor:
     return torch.stack([(found * weights[taught]).sum(), weights.sum()])
 
 
+def label_logits(model, examples: list[data.Example]) -> torch.Tensor:
+    """(examples, labels)."""
+    shape = len(examples), max(example.length for example in examples)
+    tokens, mask, types = torch.zeros((3, *shape), dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = example.length
+        tokens[row, :length], mask[row, :length] = torch.from_numpy(example.tokens[:-1]), 1
+        types[row, example.pair_start : length] = 1
+    typed = {"token_type_ids": types} if model.config.type_vocab_size > 1 else {}
+    return model(input_ids=tokens, attention_mask=mask, **typed).logits
+
+
+def label_nll(model, examples: list[data.Example]) -> torch.Tensor:
+    """As `nll`, of labels."""
+    logits = label_logits(model, examples)
+    labels = torch.tensor([int(example.tokens[-1]) for example in examples])
+    found = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([found, torch.tensor(float(len(examples)))])
+
+
+def label(model, task: sets.DataSet, config: Config) -> list[scores.Answer]:
+    """The labels that the texts get."""
+    names, size = config.data.labels or [], config.eval.batch_size
+    rows = {row.where: row for row in task.rows}
+    examples = scores.spread(task.examples, config.eval.generate_examples)
+    found = []
+    for batch in (examples[i : i + size] for i in range(0, len(examples), size)):
+        for example, number in zip(batch, label_logits(model, batch).argmax(-1), strict=True):
+            wanted = rows[example.where].label
+            found.append(scores.Answer("", (wanted,), names[int(number)]))
+    return found
+
+
 def train(model, config: Config, steps: list[list[data.Example]]) -> None:
     """One optimizer step for each list of examples."""
+    measure = label_nll if config.data.labels else nll
     settings, schedule = config.train, make_schedule(config.train)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -56,7 +93,7 @@ def train(model, config: Config, steps: list[list[data.Example]]) -> None:
     )
     for step, examples in enumerate(steps):
         optimizer.param_groups[0]["lr"] = float(schedule(step))
-        total, weight = nll(model, examples)
+        total, weight = measure(model, examples)
         (total / weight).backward()
         torch.nn.utils.clip_grad_norm_(trained, settings.grad_clip or float("inf"))
         optimizer.step()
@@ -97,11 +134,12 @@ def answer(model, tokenizer, task: sets.DataSet, config: Config) -> list[scores.
 def losses(model, held_out: dict[str, sets.DataSet], config: Config) -> dict:
     """Nats per supervised token of each held-out set."""
     found, size = {}, config.eval.batch_size
+    measure = label_nll if config.data.labels else nll
     for name, one in held_out.items():
         measured = scores.spread(one.examples, config.eval.loss_examples)
         examples = sorted(measured, key=lambda example: len(example.tokens))
         batches = (examples[i : i + size] for i in range(0, len(examples), size))
-        total, weight = sum(nll(model, batch) for batch in batches)
+        total, weight = sum(measure(model, batch) for batch in batches)
         found[f"{name}_loss"] = float(total / weight)
     print(found, file=sys.stderr, flush=True)
     return found
@@ -112,7 +150,10 @@ def score(model, tokenizer, held_out: dict[str, sets.DataSet], config: Config) -
     """The losses, and the metrics of the task's answers."""
     found = losses(model, held_out, config)
     if "task" in held_out and config.eval.generate:
-        answers = answer(model, tokenizer, held_out["task"], config)
+        if config.data.labels:
+            answers = label(model, held_out["task"], config)
+        else:
+            answers = answer(model, tokenizer, held_out["task"], config)
         found |= scores.compute(config.eval.metrics, answers) | {"answers": len(answers)}
     return found
 
@@ -126,22 +167,30 @@ def main() -> None:
     config = configs.load(options.config, options.overrides)
     scores.check(config.eval.metrics)
     source, console = formats.resolve(config.model), Console(stderr=True)
+    config, described = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
-    encoder = sets.Encoder(config, tokenizer, fingerprint.tokenizer_digest(tokenizer), console)
+    digest = fingerprint.tokenizer_digest(tokenizer)
+    encoder = sets.make_encoder(config, described, tokenizer, digest, console)
     train_data, held_out = sets.read_sets(config, encoder)
     loader = sets.make_loader(config, train_data, encoder, None, console)
     size = config.train.batch_size
     rows = [loader.row(number) for number in range(config.train.steps * size)]
     steps = [sum(rows[i : i + size], []) for i in range(0, len(rows), size)]
     torch.manual_seed(config.seed)
+    if labels := config.data.labels:
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, num_labels=len(labels)
+        )
+    else:
+        base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = peft.get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+        base,
         peft.LoraConfig(
             r=config.adapter.rank,
             lora_alpha=config.adapter.alpha,
             lora_dropout=config.adapter.dropout,
             target_modules=config.adapter.target_modules,
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if labels else "CAUSAL_LM",
         ),
     ).eval()
     result = {"config": options.config, "steps": len(steps), "examples": sum(map(len, steps))}

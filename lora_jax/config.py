@@ -59,6 +59,9 @@ class DataConfig:
     drop_overlap: bool = False  # leave held-out rows out that stand in `train` too
     prompt: str | None = None  # user turn from columns, "{question}"; null: as the row says
     completion: str | None = None  # assistant turn from columns, "{answer}"; null: as the row says
+    text: list[str] | None = None  # to classify: columns of the text or pair; null: by their names
+    label: str = "label"  # to classify: column of the label
+    labels: list[str] | None = None  # to classify: all of them, in order; null: those of `train`
     system_prompt: str | None = None  # put before rows that have no system turn of their own
     chat_template: str | None = None  # null: the tokenizer's | a Jinja file | none: plain text
     max_length: int = 512  # tokens per row
@@ -97,6 +100,7 @@ class TrainConfig:
     compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
     remat: str = "full"  # none | full | dots | offload: what the backward pass recomputes
     loss_chunk: int = 1024  # tokens whose logits stand in memory at once
+    router_aux_loss_coef: float = 0.0  # weight of the loss by which experts are used alike
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,9 @@ def check(config: Config) -> None:
     for key in _ABOVE_ZERO:
         if value(key) is not None and not 0 < value(key) < float("inf"):
             problems.append(f"{key}={value(key)} must be above 0")
+    coefficient = config.train.router_aux_loss_coef
+    if not 0 <= coefficient < float("inf"):
+        problems.append(f"train.router_aux_loss_coef={coefficient} must be at least 0")
     for key in ("train.beta1", "train.beta2"):
         if not 0 <= value(key) < 1:
             problems.append(f"{key}={value(key)} must be at least 0 and below 1")

@@ -15,7 +15,7 @@ agree.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,39 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
 }
+_LISTS = ("short_factor", "long_factor")
+_ABOVE_ZERO = ("rope_theta", "factor", "partial_rotary_factor", ORIGINAL)
+
+
+def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the values of the fields that a rope_type has."""
+    numbers = {name: parameters[name] for name in parameters if name not in ("rope_type", *_LISTS)}
+    truncate = numbers.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        yield f"truncate={truncate!r} is not true or false"
+    for name, value in numbers.items():
+        if not _is_number(value):
+            yield f"{name}={value!r} is not a number"
+        elif name in _ABOVE_ZERO and value <= 0:
+            yield f"{name}={value!r} is not above 0"
+    share = parameters.get("partial_rotary_factor", 1.0)
+    if not _is_number(share):
+        return
+    if share > 1:
+        yield f"partial_rotary_factor={share!r} is above 1"
+    pairs = len(range(0, rotary_features(head_dim, parameters), 2))
+    for name in _LISTS:
+        values = parameters.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or not all(_is_number(x) and x > 0 for x in values):
+            yield f"{name}={values!r} is not a list of numbers above 0"
+        elif len(values) != pairs:
+            yield f"{name} has {len(values)} numbers, and {pairs} pairs of features turn in a head"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def rotary_features(head_dim: int, parameters: Mapping[str, Any]) -> int:

@@ -41,6 +41,7 @@ from lora_jax.tree import (
     lead_axes,
     slice_names,
     stack_position,
+    summarize,
     tied_embedding,
 )
 
@@ -259,8 +260,23 @@ def _candidates(params: Mapping) -> list[_Candidate]:
     return found
 
 
+def _stack_problems(leaves: Mapping[Path, Any]) -> Iterable[str]:
+    """Matrices that stand where a stack of them is expected: nothing is left out in silence."""
+    for path, leaf in leaves.items():
+        if path[-1] in ("kernel", "embedding") and len(leaf.shape) == 2 and lead_axes(path):
+            position = stack_position(path)
+            container = "experts" if position is None else path[position - 1]
+            yield (
+                f"{dotted(path)} has shape {tuple(leaf.shape)}: weights below a module called "
+                f"{container!r} are stacks with a leading axis; give it another name, or make it a "
+                "list of modules"
+            )
+
+
 def _find_lora(params: Mapping, config: AdapterConfig, saved: set[str]) -> list[Target]:
     leaves, candidates = flatten(params), _candidates(params)
+    if problems := list(_stack_problems(leaves)):
+        raise UserError(summarize(problems))
     names = [name for one in candidates for name in one.names]
     linears = [
         one

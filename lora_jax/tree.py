@@ -26,6 +26,7 @@ STACKS = (
     "layer",
     "blocks",
 )  # containers whose children share a leading `layers` axis
+LEAVES = ("kernel", "embedding", "scale", "bias")  # what a module calls its own arrays
 # Projections that hold several side by side, and what the parts are called.
 FUSED = {
     "c_attn": ("q", "k", "v"),
@@ -37,14 +38,29 @@ CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's linears: in files as here, (in,
 TIED_EMBEDDINGS = ("embed_tokens", "wte")  # without an `lm_head` beside them, they are the head too
 
 
+class _Index(str):
+    """An integer key (NNX lists have them) as the string it is in a path. It comes back as an
+    integer: among strings "10" would go before "2", and `nnx.merge` takes leaves in their order.
+    """
+
+
 def flatten(tree: Mapping) -> dict[Path, Any]:
-    """Leaves by key path, every key as a string (NNX lists have integer keys)."""
-    return {tuple(map(str, path)): leaf for path, leaf in flatten_dict(dict(tree)).items()}
+    """Leaves by key path, every key as a string."""
+
+    def text(key: Any) -> str:
+        return _Index(key) if isinstance(key, int) else str(key)
+
+    return {tuple(map(text, path)): leaf for path, leaf in flatten_dict(dict(tree)).items()}
 
 
 def unflatten(leaves: Mapping[Path, Any]) -> dict:
     """The inverse of `flatten`."""
-    return unflatten_dict(leaves)
+    return unflatten_dict(
+        {
+            tuple(int(key) if isinstance(key, _Index) else key for key in path): leaf
+            for path, leaf in leaves.items()
+        }
+    )
 
 
 def dotted(path: Iterable[Any]) -> str:
@@ -53,10 +69,12 @@ def dotted(path: Iterable[Any]) -> str:
 
 def stack_position(path: Path) -> int | None:
     """Where the layer index belongs in the module path of a stacked leaf; None if the leaf is not
-    stacked.
+    stacked: no container of that name, or one with numbered children, or a module that happens to
+    be called so.
     """
     for position, key in enumerate(path[:-1]):
-        if key in STACKS and not path[position + 1].isdigit():
+        below = path[position + 1]
+        if key in STACKS and not below.isdigit() and below not in (*STACKS, *LEAVES):
             return position + 1
     return None
 
@@ -67,8 +85,12 @@ def is_conv1d(module: Path) -> bool:
 
 
 def has_experts(path: Path) -> bool:
-    """Whether a leaf has an axis of experts, behind that of the layers."""
-    return "experts" in path[:-1]
+    """Whether a leaf has an axis of experts, behind that of the layers; numbered experts have
+    none.
+    """
+    return any(
+        key == "experts" and not below.isdigit() for key, below in zip(path, path[1:], strict=False)
+    )
 
 
 def lead_axes(path: Path) -> int:

@@ -2,12 +2,13 @@
 only when asked for.
 """
 
-import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from .families import save, torch_model
 
 # No two axes are equal: vocabulary, hidden, intermediate, queries (6 x 8), keys (2 x 8).
 TINY = dict(
@@ -42,42 +43,27 @@ def error():
 
 
 @pytest.fixture
-def tiny_llama(tmp_path):
-    """`tiny_llama(seed=0, family="llama", dtype="float32", **config)`: a directory of transformers
-    with every parameter random (norms and biases too), and the torch model in float32 with those
-    very weights.
+def tiny_model(tmp_path):
+    """`tiny_model(family, seed=0, dtype="float32", max_shard_size="1GB", **config)`: a directory of
+    transformers with every parameter random (norms and biases too), and the torch model in float32
+    with those very weights.
     """
-    import torch
-    import transformers
 
-    classes = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    }
-
-    def make(seed=0, family="llama", dtype="float32", max_shard_size="1GB", **config):
-        config_class, model_class = classes[family]
-        model = model_class(config_class(**TINY | config)).eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if name.endswith("norm.weight"):
-                    parameter.copy_(1 + 0.3 * noise)
-                elif name.endswith("bias"):
-                    parameter.copy_(0.3 * noise)
-                else:
-                    parameter.copy_(
-                        noise * (0.3 if "embed" in name else parameter.shape[1] ** -0.5)
-                    )
-        count = len(list(tmp_path.glob("model*")))
-        directory = tmp_path / f"model{count}"
-        stored = copy.deepcopy(model).to(getattr(torch, dtype))
-        stored.save_pretrained(directory, max_shard_size=max_shard_size)
-        with torch.no_grad():  # not model.to: that would round the rotary frequencies too
-            for parameter, rounded in zip(model.parameters(), stored.parameters(), strict=True):
-                parameter.copy_(rounded)
+    def make(family, seed=0, dtype="float32", max_shard_size="1GB", **config):
+        model = torch_model(family, seed, config)
+        directory = tmp_path / f"model{len(list(tmp_path.glob('model*')))}"
+        save(model, directory, dtype, max_shard_size)
         return directory, model
+
+    return make
+
+
+@pytest.fixture
+def tiny_llama(tiny_model):
+    """`tiny_llama(seed=0, family="llama", **config)`: `tiny_model` of the size `TINY`."""
+
+    def make(seed=0, family="llama", **config):
+        return tiny_model(family, seed, **TINY | config)
 
     return make
 

@@ -26,7 +26,7 @@ LAYERS = (
         "train.watch",
         "generate",
     ),
-    ("train.base", "train.metrics", "train.report", "train.resume", "train.sets"),
+    ("train.base", "train.metrics", "train.model", "train.report", "train.resume", "train.sets"),
     ("train.setup", "train.evaluate", "train.export"),
     ("train.compare", "train.dry_run", "train.inspect", "train.trainer"),
     ("train.loop",),

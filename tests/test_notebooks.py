@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom, and the first still computes every figure it is there for.
 
-python tests/test_notebooks.py     # run both and store their outputs anew
+python tests/test_notebooks.py     # run all and store their outputs anew
 """
 
 import os
@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 DIRECTORY = Path(__file__).parents[1] / "notebooks"
 LESSON, EXPORT = "01_lora_by_numbers.ipynb", "02_finetune_and_export.ipynb"
+ANY_FLAX = "03_any_flax_model.ipynb"
 
 BLOCK = 4 * (4096 + 4096) + 3 * (4096 + 11008)  # in + out of the seven matrices of a 7B block
 SMOLLM2 = 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
@@ -100,7 +101,16 @@ def test_finetune_and_export():
     assert "held-out loss" in text and "adapter_model.safetensors" in text
 
 
-@pytest.mark.parametrize("name", [LESSON, EXPORT])
+def test_a_flax_model_of_ones_own_learns_by_its_adapter():
+    text = "".join(map(printed, execute(ANY_FLAX).cells))
+    assert "unchanged at the start: True" in text and "equal but for rounding: True" in text
+    right = {what: int(percent) for what, percent in re.findall(r"(.*right.*): (\d+)%", text)}
+    assert right.pop("differences right") < 50
+    assert len(right) == 4 and min(right.values()) >= 95
+    assert float(re.search(r"over materialised: (.*)", text).group(1)) < 0.9
+
+
+@pytest.mark.parametrize("name", [LESSON, EXPORT, ANY_FLAX])
 def test_stored_outputs_are_small_and_of_no_machine(name):
     content = (DIRECTORY / name).read_text(encoding="utf-8")
     notebook = nbformat.reads(content, as_version=4)
@@ -116,5 +126,5 @@ def test_stored_outputs_are_small_and_of_no_machine(name):
 
 
 if __name__ == "__main__":
-    for name in (LESSON, EXPORT):
+    for name in (LESSON, EXPORT, ANY_FLAX):
         nbformat.write(execute(name), DIRECTORY / name)

@@ -8,10 +8,14 @@ from .cache import Cached as Cached
 from .cache import cached_examples as cached_examples
 from .cache import code_version as code_version
 from .cache import digest_files as digest_files
+from .labels import encode_labelled as encode_labelled
+from .labels import label_names as label_names
+from .labels import parse_label_row as parse_label_row
 from .loader import Loader as Loader
 from .loader import Mixture as Mixture
 from .loader import eval_batches as eval_batches
 from .loader import order as order
+from .loader import stack as stack
 from .named_columns import columns as columns
 from .packing import pack as pack
 from .packing import to_row as to_row
@@ -21,6 +25,7 @@ from .render import resolve_template as resolve_template
 from .render import template_text as template_text
 from .rows import AnyRow as AnyRow
 from .rows import BadRow as BadRow
+from .rows import LabelRow as LabelRow
 from .rows import Row as Row
 from .rows import TextRow as TextRow
 from .rows import TokenRow as TokenRow
@@ -37,6 +42,7 @@ from .templates import encode as encode
 from .templates import encode_all as encode_all
 from .templates import encode_rows as encode_rows
 from .templates import has_prompt as has_prompt
+from .templates import nothing_left as nothing_left
 from .templates import prompt_key as prompt_key
 from .templates import prompt_tokens as prompt_tokens
 from .templates import reference as reference

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from lora_jax.config import UserError
 from lora_jax.data.templates import Counts, Example
 
-_FORMAT = "1"  # of the file: another one is another entry
+_FORMAT = "2"  # of the file: another one is another entry
 _CHECKSUM = 32  # bytes of a sha256
 _PIECE = 1 << 20  # bytes read at once
 # They arrange examples or keep them, and decide nothing of what is in one.
@@ -136,11 +136,13 @@ def _pack(examples: list[Example], counts: Counts, key: str) -> bytes:
     }
     tokens = [np.zeros(0, np.int32), *(example.tokens for example in examples)]
     weights = [np.zeros(0, np.float32), *(example.loss_weights for example in examples)]
+    pairs = [-1 if one.pair_start is None else one.pair_start for one in examples]
     return safetensors.numpy.save(
         {
             "tokens": np.concatenate(tokens),
             "loss_weights": np.concatenate(weights),
             "offsets": np.cumsum([len(one) for one in tokens], dtype=np.int64),
+            "pair_starts": np.asarray(pairs, np.int64),
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         }
     )
@@ -162,8 +164,12 @@ def _unpack(checksum: bytes, content: bytes, key: str) -> tuple[list[Example], C
         counts = Counts(**about["counts"])
         tokens, weights = tensors["tokens"], tensors["loss_weights"]
         ends = tensors["offsets"].tolist()
-        spans = zip(ends, ends[1:], about["where"], strict=False)
-        examples = [Example(tokens[a:b], weights[a:b], where) for a, b, where in spans]
+        pairs = tensors["pair_starts"].tolist()
+        spans = zip(ends, ends[1:], about["where"], pairs, strict=False)
+        examples = [
+            Example(tokens[a:b], weights[a:b], where, None if pair < 0 else pair)
+            for a, b, where, pair in spans
+        ]
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise _Damaged(f"it is of another make: {error!r}") from error
     return examples, counts

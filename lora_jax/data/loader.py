@@ -273,4 +273,6 @@ def batch_rows(step: int, batch_size: int, rows: slice | range) -> range:
 def stack(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
     """Arrays of (rows, length), as `packing.to_row` makes each row."""
     built = [to_row(row, length) for row in rows]
-    return {name: np.stack([row[name] for row in built]) for name in built[0]}
+    names = dict.fromkeys(name for row in built for name in row)
+    empty = np.zeros(length, np.int32)  # of a row without labelled texts
+    return {name: np.stack([row.get(name, empty) for row in built]) for name in names}

@@ -67,7 +67,9 @@ def _pack_window(lengths: Sequence[int], indices: range, max_length: int) -> lis
 def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray]:
     """One row of `tokens`, `loss_weights`, `segment_ids` and `positions`, each (max_length,).
 
-    Integers are int32 and weights float32; what the examples leave is padding of zeros.
+    Integers are int32 and weights float32; what the examples leave is padding of zeros. Labelled
+    texts have `token_types` besides, 1 in the second text of a pair; the place of the label is
+    padding that is predicted.
 
     Raises:
         ValueError: the examples have more than `max_length` tokens together.
@@ -89,5 +91,9 @@ def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray
         row["loss_weights"][start : start + 1] = 0
         row["segment_ids"][start:end] = segment
         row["positions"][start:end] = np.arange(end - start)
+        if example.pair_start is not None:  # its label is no part of the text
+            row["segment_ids"][end - 1] = row["positions"][end - 1] = 0
+            types = row.setdefault("token_types", np.zeros(max_length, np.int32))
+            types[start + example.pair_start : end - 1] = 1
         start = end
     return row

@@ -47,7 +47,16 @@ class TokenRow:
     where: str
 
 
-AnyRow = Row | TextRow | TokenRow
+@dataclass(frozen=True)
+class LabelRow:
+    """A text, or a pair of texts, and what it is to be classified as."""
+
+    texts: tuple[str, ...]  # one or two
+    label: str
+    where: str
+
+
+AnyRow = Row | TextRow | TokenRow | LabelRow
 
 
 class BadRow(Exception):

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lora_jax import demo
 from lora_jax.config import UserError, nearest
@@ -63,10 +64,12 @@ def read(
     prompt: str | None = None,
     completion: str | None = None,
     on_bad_row: str = "error",
+    parse: Callable[[Any, str], AnyRow] | None = None,
 ) -> Rows:
     """All rows of a source; a `Path` is a file or directory, whatever its name looks like.
 
-    `prompt` and `completion` name columns, as `parse_row` has them. `on_bad_row`: "error" refuses,
+    `prompt` and `completion` name columns, as `parse_row` has them; `parse(record, where)` takes
+    its place. `on_bad_row`: "error" refuses,
     "drop" leaves out and counts the records that are no rows and the lines that are no records.
 
     Raises:
@@ -84,7 +87,11 @@ def read(
         for where, record, problem in _records(source, 0, stream=False):
             if problem is None:
                 try:
-                    rows.append(parse_row(record, where, prompt, completion))
+                    rows.append(
+                        parse(record, where)
+                        if parse is not None
+                        else parse_row(record, where, prompt, completion)
+                    )
                 except BadRow as error:
                     problem = str(error)
             if problem is not None:

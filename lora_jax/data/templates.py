@@ -37,7 +37,7 @@ from lora_jax.data.render import (
     resolve_template,
     sample,
 )
-from lora_jax.data.rows import AnyRow, Row, TextRow, TokenRow
+from lora_jax.data.rows import AnyRow, LabelRow, Row, TextRow, TokenRow
 from lora_jax.data.sources import raise_first
 from lora_jax.data.spans import Text, to_text, unsupervised
 
@@ -51,6 +51,13 @@ class Example:
     tokens: np.ndarray  # (time,) int32
     loss_weights: np.ndarray  # (time,) float32, above 0 where the token is to be predicted
     where: str  # the row it came from
+    # Where the second text of a pair begins, of examples whose last token is a label; else None.
+    pair_start: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of its text; a label is none of them."""
+        return len(self.tokens) - (self.pair_start is not None)
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,16 @@ def encode_all(
         on_bad_row=on_bad_row,
     )
     if not examples:
-        raise UserError(
-            f"no example is left of {len(rows)} rows: the longest has {counts.longest} tokens, "
-            f"data.max_length={max_length}, data.too_long={too_long!r}"
-        )
+        raise nothing_left(len(rows), counts, max_length, too_long)
     return examples, counts
+
+
+def nothing_left(rows: int, counts: Counts, max_length: int, too_long: str) -> UserError:
+    """What to raise where none of some rows became an example."""
+    return UserError(
+        f"no example is left of {rows} rows: the longest has {counts.longest} tokens, "
+        f"data.max_length={max_length}, data.too_long={too_long!r}"
+    )
 
 
 def prompt_tokens(
@@ -213,6 +225,8 @@ def encode_rows(
     ready, usable, problems = [], [], []
     for row in rows:
         try:
+            if isinstance(row, LabelRow):
+                raise UserError(f"{row.where}: a label is for models that classify")
             if isinstance(row, TokenRow):
                 ready.append(_as_given(row))
             else:

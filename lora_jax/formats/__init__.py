@@ -5,7 +5,7 @@ model = load("path-or-hub-name")     # static structure + frozen params, placed 
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lora_jax.formats.peft import read_adapter as read_adapter
 from lora_jax.formats.peft import read_fingerprint as read_fingerprint
 from lora_jax.formats.peft import serving_problems as serving_problems
 from lora_jax.formats.peft import write_adapter as write_adapter
+from lora_jax.formats.safetensors import missing_heads as missing_heads
 from lora_jax.formats.safetensors import parse_size as parse_size
 from lora_jax.formats.safetensors import read_params as read_params
 from lora_jax.formats.safetensors import write_model as write_model
@@ -27,9 +28,11 @@ from lora_jax.models.common import Model
 from lora_jax.sharding import make_mesh
 
 
-def describe(directory: Path, ignore: Container[str] = ()) -> Model:
+def describe(
+    directory: Path, ignore: Container[str] = (), labels: Sequence[str] | None = None
+) -> Model:
     """The model of a Hugging Face directory with shapes in place of weights; reads config.json
-    only.
+    only. `labels`: what a model that classifies shall tell apart, if not what its config names.
     """
     file = directory / "config.json"
     try:
@@ -38,11 +41,16 @@ def describe(directory: Path, ignore: Container[str] = ()) -> Model:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object")
-    return models.describe(content, ignore).replace(directory=directory)
+    return models.describe(content, ignore, labels).replace(directory=directory)
 
 
 def load(
-    spec: str | Path, *, mesh: Mesh | None = None, dtype: Any = None, ignore: Container[str] = ()
+    spec: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    ignore: Container[str] = (),
+    labels: Sequence[str] | None = None,
 ) -> Model:
     """A model with its weights on the mesh (all devices, data-parallel, if none is given).
 
@@ -51,13 +59,14 @@ def load(
         mesh: where the weights go.
         dtype: how they are stored; None keeps the dtype of the files.
         ignore: fields of config.json known not to matter.
+        labels: what a model that classifies shall tell apart; a new head starts at random.
 
     Raises:
         UserError: the model cannot be found, is not supported, or its files do not hold what
             config.json describes.
     """
     directory = resolve(str(spec))
-    model = describe(directory, ignore)
+    model = describe(directory, ignore, labels)
     params = read_params(directory, model, mesh or make_mesh(MeshConfig()), dtype)
     return model.replace(params=params)
 

@@ -1,12 +1,14 @@
-"""GGUF to a Hugging Face directory, without torch: llama models with a byte-level BPE tokenizer.
+"""GGUF to a Hugging Face directory, without torch: llama with a byte-level BPE tokenizer, and the
+text part of Gemma 3 with its SentencePiece one.
 
     convert(Path("model.Q4_1.gguf"), Path("cache/model"))
 
     model.gguf ->  cache/model/config.json  generation_config.json  model.safetensors (float32)
                                tokenizer.json  tokenizer_config.json
 
-Quantised tensors are dequantised. The rows of q and k are stored interleaved for llama.cpp's rotary
-embedding and are put back into Hugging Face's order. Formats: ggml's gguf.md, safetensors' README.
+Quantised tensors are dequantised. Llama's rows of q and k are stored interleaved for llama.cpp's
+rotary embedding and are put back into Hugging Face's order; Gemma's norms are stored with the 1
+that Hugging Face adds when it applies them. Formats: ggml's gguf.md, safetensors' README.
 """
 
 import json
@@ -14,6 +16,7 @@ import math
 import shutil
 import struct
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,56 @@ import numpy as np
 from lora_jax.config import UserError
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
 
-# The llama.* settings that are read here, or change nothing; any other that is not zero is refused.
+# The settings that are read here, or change nothing; any other that is not zero is refused.
+_COMMON = (
+    "vocab_size context_length embedding_length block_count feed_forward_length"
+    " attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon"
+    " attention.key_length attention.value_length rope.dimension_count rope.freq_base"
+    " rope.scaling.type rope.scaling.factor rope.scaling.original_context_length"
+    " rope.scaling.finetuned"
+)
 KNOWN = {
-    f"llama.{key}"
-    for key in (
-        "vocab_size context_length embedding_length block_count feed_forward_length"
-        " attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon"
-        " attention.key_length attention.value_length rope.dimension_count rope.freq_base"
-        " rope.scaling.type rope.scaling.factor rope.scaling.original_context_length"
-        " rope.scaling.finetuned tensor_data_layout"
-    ).split()
+    "llama": f"{_COMMON} tensor_data_layout".split(),
+    "gemma3": f"{_COMMON} attention.sliding_window final_logit_softcapping".split(),
 }
+# What the norms and projections of a block are called here and there.
+_ATTENTION = {f"self_attn.{c}_proj": f"attn_{c}" for c in "qkv"} | {
+    "self_attn.o_proj": "attn_output"
+}
+_MLP = {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+BLOCKS = {
+    "llama": {
+        "input_layernorm": "attn_norm",
+        **_ATTENTION,
+        "post_attention_layernorm": "ffn_norm",
+        **_MLP,
+    },
+    "gemma3": {
+        "input_layernorm": "attn_norm",
+        **_ATTENTION,
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        **_MLP,
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+# llama.cpp has these as constants of the architecture, not in the file.
+GEMMA3_FULL_EVERY = 6  # of so many layers the last attends to everything, the others to a window
+GEMMA3_LOCAL_THETA = 10_000.0
+GEMMA3_27B_LAYERS = 62  # the one size whose scores are not scaled by the size of a head
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file and what it becomes."""
+
+    target: str  # its Hugging Face name
+    source: str  # its name in the file
+    shape: tuple[int, ...]  # Hugging Face's
+    heads: int = 0  # so many whose rows are interleaved
+    offset: float = 0.0  # what the stored values have on top
 
 
 def convert(source: Path, target: Path) -> Path:
@@ -58,8 +100,13 @@ def convert(source: Path, target: Path) -> Path:
     except (ValueError, IndexError) as error:
         raise UserError(f"{source} is damaged or truncated: {error}") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(metadata, tensors, source)
-    plan = _plan(config, tensors, source)
+    architecture = metadata_value(metadata, "general.architecture", str, source)
+    if architecture not in KNOWN:
+        raise UserError(
+            f"{source} has architecture {architecture!r}; supported: {', '.join(KNOWN)}"
+        )
+    config = _config(architecture, metadata, tensors, source)
+    plan = _plan(architecture, config, tensors, source)
     tokenizer, tokenizer_config = read_tokenizer(metadata, config, source)
     generation = {
         k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config
@@ -96,29 +143,29 @@ def _open(source: Path) -> gguf.GGUFReader:
         raise UserError(f"{source} is no GGUF file, or damaged or truncated: {error}") from error
 
 
-def _config(metadata: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
-    """config.json of a `LlamaForCausalLM`."""
-    architecture = metadata_value(metadata, "general.architecture", str, source)
-    if architecture != "llama":
-        raise UserError(f"{source} has architecture {architecture!r}; supported: llama")
+def _config(
+    architecture: str, metadata: dict[str, Any], tensors: dict[str, Any], source: Path
+) -> dict[str, Any]:
+    """config.json of a `LlamaForCausalLM` or a `Gemma3ForCausalLM`."""
+    known = {f"{architecture}.{key}" for key in KNOWN[architecture]}
     unknown = [
         f"{key}={value!r}"
         for key, value in metadata.items()
-        if key.startswith("llama.") and value and key not in KNOWN
+        if key.startswith(f"{architecture}.") and value and key not in known
     ]
     if unknown:
         raise UserError(f"{source} has settings that are not supported: {', '.join(unknown)}")
 
     def integer(key: str) -> int:
-        return metadata_value(metadata, f"llama.{key}", int, source)
+        return metadata_value(metadata, f"{architecture}.{key}", int, source)
 
     heads = integer("attention.head_count")
     kv_heads = heads
-    if "llama.attention.head_count_kv" in metadata:
+    if f"{architecture}.attention.head_count_kv" in metadata:
         kv_heads = integer("attention.head_count_kv")
     hidden = integer("embedding_length")
     sizes = {
-        key: metadata.get(f"llama.{key}")
+        key: metadata.get(f"{architecture}.{key}")
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
     }
     head_dim = sizes["attention.key_length"] or hidden // heads
@@ -130,22 +177,19 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any], source: Path) -> 
         )
     if "token_embd.weight" not in tensors:
         raise UserError(f"{source} has no tensor token_embd.weight")
-    # float32 in the file: 1e-5 reads as 9.999999747378752e-06. Seven digits are all that it holds.
-    epsilon = metadata_value(metadata, "llama.attention.layer_norm_rms_epsilon", float, source)
+    key = f"{architecture}.attention.layer_norm_rms_epsilon"
+    epsilon = metadata_value(metadata, key, float, source)
     ids = {
         f"{name}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    theta = float(metadata.get(f"{architecture}.rope.freq_base", 10000.0))
+    config = {
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
         "dtype": "float32",
         "head_dim": head_dim,
-        "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
         "intermediate_size": integer("feed_forward_length"),
@@ -153,33 +197,70 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any], source: Path) -> 
         "num_attention_heads": heads,
         "num_hidden_layers": integer("block_count"),
         "num_key_value_heads": kv_heads,
-        "rms_norm_eps": float(f"{epsilon:.7g}"),
-        "rope_theta": float(metadata.get("llama.rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(metadata, tensors, head_dim, source),
+        "rms_norm_eps": _seven_digits(epsilon),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(architecture, metadata, tensors, head_dim, theta, source),
         "tie_word_embeddings": "output.weight" not in tensors,
         "use_cache": True,
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
         **ids,
     }
+    if architecture == "gemma3":
+        return config | _gemma3_fields(metadata, config)
+    return config | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "mlp_bias": False,
+    }
+
+
+def _gemma3_fields(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of Gemma 3 has beyond that of a llama."""
+    layers, window = config["num_hidden_layers"], metadata.get("gemma3.attention.sliding_window")
+    slides = [bool(window) and (layer + 1) % GEMMA3_FULL_EVERY > 0 for layer in range(layers)]
+    scalar = config["head_dim"]
+    if layers == GEMMA3_27B_LAYERS:
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    limit = metadata.get("gemma3.final_logit_softcapping")
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "final_logit_softcapping": _seven_digits(limit) if limit else None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": GEMMA3_LOCAL_THETA,
+        "sliding_window": window or None,
+    }
+
+
+def _seven_digits(value: float) -> float:
+    """float32 in the file: 1e-5 reads as 9.999999747378752e-06. Seven digits are all it holds."""
+    return float(f"{value:.7g}")
 
 
 def _rope_scaling(
-    metadata: dict[str, Any], tensors: dict, head_dim: int, source: Path
-) -> dict | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    factor = metadata.get("llama.rope.scaling.factor")
-    if "rope_freqs.weight" in tensors:
+    architecture: str,
+    metadata: dict[str, Any],
+    tensors: dict[str, Any],
+    head_dim: int,
+    theta: float,
+    source: Path,
+) -> dict[str, Any] | None:
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    factor = metadata.get(f"{architecture}.rope.scaling.factor")
+    if "rope_freqs.weight" in tensors and architecture == "llama":
         # Llama 3.1 stores its frequency divisors, not the settings they come from. The released
         # models differ in `factor` only; the divisors say whether this is one of them.
         divisors = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
         scaling = {
             "rope_type": "llama3",
-            "factor": float(f"{divisors.max():.7g}"),
+            "factor": _seven_digits(divisors.max()),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        theta = float(metadata.get("llama.rope.freq_base", 10000.0))
         expected = _llama3_divisors(scaling, theta, head_dim)
         if (
             kind == "none"
@@ -211,41 +292,44 @@ def _llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np
 
 
 def _plan(
-    config: dict[str, Any], tensors: dict[str, Any], source: Path
-) -> list[tuple[str, str, tuple, int]]:
-    """(HF name, GGUF name, shape, heads to un-permute or 0) of each tensor; all are in the file."""
+    architecture: str, config: dict[str, Any], tensors: dict[str, Any], source: Path
+) -> list[Entry]:
+    """Every tensor of the model; all of them are in the file."""
     d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    n, k = config["num_attention_heads"], config["num_key_value_heads"]
-    h = config["head_dim"]
-    plan: list[tuple[str, str, tuple[int, ...], int]]
-    plan = [("model.embed_tokens.weight", "token_embd.weight", (v, d), 0)]
+    n, k, h = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    shapes = {
+        **{"q_proj": (n * h, d), "k_proj": (k * h, d), "v_proj": (k * h, d), "o_proj": (d, n * h)},
+        **{"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)},
+        **{"q_norm": (h,), "k_norm": (h,)},
+    }
+    interleaved = {"q_proj": n, "k_proj": k} if architecture == "llama" else {}
+    offset = 1.0 if architecture == "gemma3" else 0.0
+    plan = [Entry("model.embed_tokens.weight", "token_embd.weight", (v, d))]
     for i in range(config["num_hidden_layers"]):
-        plan += [
-            (f"model.layers.{i}.{there}.weight", f"blk.{i}.{here}.weight", shape, heads)
-            for there, here, shape, heads in (
-                ("input_layernorm", "attn_norm", (d,), 0),
-                ("self_attn.q_proj", "attn_q", (n * h, d), n),
-                ("self_attn.k_proj", "attn_k", (k * h, d), k),
-                ("self_attn.v_proj", "attn_v", (k * h, d), 0),
-                ("self_attn.o_proj", "attn_output", (d, n * h), 0),
-                ("post_attention_layernorm", "ffn_norm", (d,), 0),
-                ("mlp.gate_proj", "ffn_gate", (f, d), 0),
-                ("mlp.up_proj", "ffn_up", (f, d), 0),
-                ("mlp.down_proj", "ffn_down", (d, f), 0),
+        for there, here in BLOCKS[architecture].items():
+            module = there.rpartition(".")[2]
+            plan.append(
+                Entry(
+                    f"model.layers.{i}.{there}.weight",
+                    f"blk.{i}.{here}.weight",
+                    shapes.get(module, (d,)),
+                    interleaved.get(module, 0),
+                    offset if module.endswith("norm") else 0.0,
+                )
             )
-        ]
-    plan.append(("model.norm.weight", "output_norm.weight", (d,), 0))
+    plan.append(Entry("model.norm.weight", "output_norm.weight", (d,), offset=offset))
     if not config["tie_word_embeddings"]:
-        plan.append(("lm_head.weight", "output.weight", (v, d), 0))
-    problems = [f"no tensor {here}" for _, here, _, _ in plan if here not in tensors]
-    for _, here, shape, _ in plan:
-        found = (
-            tuple(int(size) for size in reversed(tensors[here].shape)) if here in tensors else shape
-        )
-        if found != shape:
-            problems.append(f"{here} has shape {found}, expected {shape}")
-    extra = sorted(set(tensors) - {here for _, here, _, _ in plan} - {"rope_freqs.weight"})
-    problems += [f"tensor {name} is not one of a plain llama model" for name in extra]
+        plan.append(Entry("lm_head.weight", "output.weight", (v, d)))
+    problems = [f"no tensor {entry.source}" for entry in plan if entry.source not in tensors]
+    for entry in plan:
+        if entry.source in tensors:
+            found = tuple(int(size) for size in reversed(tensors[entry.source].shape))
+            if found != entry.shape:
+                problems.append(f"{entry.source} has shape {found}, expected {entry.shape}")
+    used = {entry.source for entry in plan}
+    used |= {"rope_freqs.weight"} if architecture == "llama" else set()
+    extra = sorted(set(tensors) - used)
+    problems += [f"tensor {name} is not one of a plain {architecture} model" for name in extra]
     if problems:
         shown = "; ".join(problems[:8]) + (
             f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -254,36 +338,40 @@ def _plan(
     return plan
 
 
-def _write_safetensors(path: Path, plan: list, tensors: dict[str, Any], source: Path) -> None:
+def _write_safetensors(
+    path: Path, plan: list[Entry], tensors: dict[str, Any], source: Path
+) -> None:
     """One tensor in memory at a time; the library's own writer wants all of them at once."""
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt"}
     }  # transformers refuses a file without it
     end = 0
-    for there, _, shape, _ in plan:
-        start, end = end, end + 4 * math.prod(shape)
-        header[there] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    for entry in plan:
+        start, end = end, end + 4 * math.prod(entry.shape)
+        header[entry.target] = {"dtype": "F32", "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensor data is aligned to 8 bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, here, shape, heads in plan:
-            tensor = tensors[here]
-            try:
-                array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-            except NotImplementedError as error:
-                supported = ", ".join(sorted(kind.name for kind in _supported_types()))
-                raise UserError(
-                    f"{source}: tensor {here} has type {tensor.tensor_type.name}; supported:"
-                    f" {supported}"
-                ) from error
-            if heads:  # llama.cpp: the two halves of each head, interleaved
-                array = (
-                    array.reshape(heads, shape[0] // heads // 2, 2, -1)
-                    .swapaxes(1, 2)
-                    .reshape(shape)
-                )
-            file.write(np.ascontiguousarray(array, "<f4").data)
+        for entry in plan:
+            file.write(np.ascontiguousarray(_restored(entry, tensors, source), "<f4").data)
+
+
+def _restored(entry: Entry, tensors: dict[str, Any], source: Path) -> np.ndarray:
+    """The float32 values as Hugging Face has them."""
+    tensor = tensors[entry.source]
+    try:
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(entry.shape)
+    except NotImplementedError as error:
+        supported = ", ".join(sorted(kind.name for kind in _supported_types()))
+        raise UserError(
+            f"{source}: tensor {entry.source} has type {tensor.tensor_type.name}; supported:"
+            f" {supported}"
+        ) from error
+    if entry.heads:  # llama.cpp: the two halves of each head, interleaved
+        pairs = array.reshape(entry.heads, entry.shape[0] // entry.heads // 2, 2, -1)
+        array = pairs.swapaxes(1, 2).reshape(entry.shape)
+    return array - np.float32(entry.offset) if entry.offset else array
 
 
 def _supported_types() -> list[gguf.GGMLQuantizationType]:

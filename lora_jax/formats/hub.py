@@ -22,7 +22,7 @@ def resolve(spec: str, weights: bool = True) -> Path:
         UserError: nothing of that name exists, or the hub cannot be reached.
     """
     if spec.startswith("demo:"):
-        return _converted(demo.path(spec.removeprefix("demo:")))
+        return resolve(str(demo.path(spec.removeprefix("demo:"))))
     path = Path(spec).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -5,12 +5,13 @@
 
 `adapter_config.json` (`peft_config`) and `adapter_model.safetensors` (`peft_tensors`) are PEFT's;
 `lora_jax.json` holds what PEFT has no field for. Adapters of an init that takes its part out of the
-base are written as those of twice the rank over the original base.
+base are written as those of twice the rank over the original base, and those of parts of a fused
+projection as one of the sum of their ranks over all of it.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from lora_jax.adapters.lora import as_plain
 from lora_jax.config import AdapterConfig, UserError, raise_all
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
 from lora_jax.formats.peft_tensors import (
+    EXPERTS,
     adapted_modules,
     check,
     copies,
+    is_parameter,
     pack,
     unpack,
     with_one_scale,
+    with_whole_matrices,
     within_limits,
 )
 from lora_jax.formats.safetensors import copy_side_files, new_directory, open_tensors, write_json
@@ -44,6 +48,7 @@ def write_adapter(
     config: AdapterConfig,
     *,
     base_model: str,
+    task_type: str = "CAUSAL_LM",
     source: Path | None = None,
     chat_template: str | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -51,9 +56,12 @@ def write_adapter(
 ) -> None:
     """Write a PEFT adapter directory; equal adapters give equal bytes.
 
-    `params` may hold arrays or shapes. `source` is the base model's directory, whose tokenizer is
-    copied; `chat_template` replaces its template; `extra` joins lora_jax.json. With `profile`
-    "vllm" all modules get one rank and one alpha, as vLLM reads no patterns.
+    `params` may hold arrays or shapes. `task_type` is PEFT's name of the model's kind. `source` is
+    the base model's directory, whose tokenizer is copied; `chat_template` replaces its template;
+    `extra` joins lora_jax.json. With `profile` "vllm" all modules get one rank and one alpha, as
+    vLLM reads no patterns.
+
+    Where routers or experts are adapted, the file says nothing of dropout: PEFT has none for them.
 
     Raises:
         UserError: what PEFT has no form for (`peft_problems`); with a profile also what its reader
@@ -65,7 +73,9 @@ def write_adapter(
     raise_all(peft_problems(found) + (_unservable(found) if profile else []))
     leaves: Any = tree.flatten(jax.device_get(adapters))
     if config.init in CHANGING_INITS:
-        leaves, found = within_limits(*as_plain(leaves, found))
+        leaves, found = as_plain(leaves, found)
+    widths = {path: leaf.shape[-1] for path, leaf in tree.flatten(params).items()}
+    leaves, found = within_limits(*with_whole_matrices(leaves, found, widths))
     if profile:
         leaves, found = with_one_scale(leaves, found)
     with new_directory(target) as temporary:
@@ -74,7 +84,8 @@ def write_adapter(
             temporary / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        write_json(temporary / "adapter_config.json", to_peft_config(found, params, base_model))
+        content = to_peft_config(found, params, base_model, task_type)
+        write_json(temporary / "adapter_config.json", content)
         write_json(temporary / "lora_jax.json", {"base_model": base_model, **(extra or {})})
         if source is not None:
             copy_side_files(source, temporary, chat_template)
@@ -86,13 +97,62 @@ def peft_problems(found: Trainable) -> list[str]:
     config = found.config
     if config.method == "full":
         return ["method=full trains the model itself, which is no adapter; use --format hf"]
-    tied = config.ensure_weight_tying and any(t.leaf == "embedding" for t in found.targets)
-    if config.use_dora and tied:
-        return [
-            "use_dora=true and ensure_weight_tying=true: PEFT gives embedding and output head sizes"
-            " of their own, so that they part; export with --format hf, or leave one out"
-        ]
-    return []
+    problems = [f"use_dora=true and {text}" for text in _dora_problems(found)]
+    embeddings = [t.path for t in found.targets if t.leaf == "embedding"]
+    embeddings += [w.path[:-1] for w in found.whole if w.path[-1] == "embedding"]
+    unknown = [tree.dotted(path) for path in embeddings if path[-1] != "embed_tokens"]
+    if config.ensure_weight_tying and unknown:
+        problems.append(
+            "ensure_weight_tying=true: PEFT keeps an output head tied to an embedding that is "
+            f"called embed_tokens only, and this is {unknown[0]}; export with --format hf, or set "
+            "it to false"
+        )
+    saved = {
+        name
+        for whole in found.whole
+        if tree.has_experts(whole.path)
+        for name, chosen in zip(whole.names, whole.chosen, strict=True)
+        if chosen
+    }
+    for name in sorted(saved):
+        home = name.rpartition(".")[0]
+        if not all(f"{home}.{stack}" in saved for stack in EXPERTS):
+            problems.append(
+                f"modules_to_save={config.modules_to_save!r}: in PEFT {name} is a parameter of "
+                f"{home}, which is saved whole; name that, or export with --format hf"
+            )
+            break
+    return problems
+
+
+def _dora_problems(found: Trainable) -> Iterable[str]:
+    config = found.config
+    if not config.use_dora:
+        return
+    remedy = "export with --format hf, or leave one out"
+    if config.ensure_weight_tying and any(t.leaf == "embedding" for t in found.targets):
+        yield (
+            "ensure_weight_tying=true: PEFT gives embedding and output head sizes of their own, so "
+            f"that they part; {remedy}"
+        )
+    named = sorted({tree.dotted(t.path) for t in found.targets if is_parameter(t)})
+    if named:
+        yield (
+            f"target_modules={config.target_modules!r}: PEFT has no DoRA for routers and stacks of "
+            f"experts, and these are adapted: {', '.join(named)}; {remedy}"
+        )
+    adapted = {n for t in found.targets for n, r in zip(t.names, t.ranks, strict=True) if r}
+    for name in sorted(adapted):
+        whole, _, part = name.rpartition(".")
+        parts = tree.FUSED.get(whole.rpartition(".")[2], ())
+        missing = [other for other in parts if f"{whole}.{other}" not in adapted]
+        if part in parts and missing:
+            yield (
+                f"target_modules={config.target_modules!r}: PEFT's DoRA is over all of {whole}, of "
+                f"which {', '.join(missing)} is not adapted; name it too, or export with "
+                "--format hf"
+            )
+            break
 
 
 def serving_problems(found: Trainable) -> list[str]:
@@ -121,11 +181,18 @@ def _unservable(found: Trainable) -> list[str]:
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
     }
-    return [
+    problems = [
         f"vLLM cannot load adapters with {name}={value!r}; export a merged model with --format hf"
         for name, value in given.items()
         if value
     ]
+    if any(target.experts is not None for target in found.targets):
+        problems.append(
+            f"vLLM cannot load adapters of experts (target_modules={config.target_modules!r}): for "
+            "these models it reads one for every single expert, and PEFT's files hold stacks; "
+            "export a merged model with --format hf"
+        )
+    return problems
 
 
 def read_config(directory: Path, params: Mapping) -> AdapterConfig:

@@ -2,6 +2,10 @@
 
 PEFT names modules by suffix or regex as here, but for modules_to_save, whose entries are the end of
 any path: there `norm` is `input_layernorm` too. Written are full paths, which both read alike.
+
+Routers and stacks of experts are modules here and parameters there, in `target_parameters`: ends of
+paths, to which exclude_modules and layers_to_transform do not apply. PEFT warns that patterns for
+them match no module, and applies them.
 """
 
 import dataclasses
@@ -11,22 +15,22 @@ from typing import Any
 
 from lora_jax import tree
 from lora_jax.config import AdapterConfig, UserError, raise_all
-from lora_jax.formats.peft_tensors import adapted_modules
+from lora_jax.formats.peft_tensors import adapted_modules, is_parameter, parameter_name
 from lora_jax.selection import matches, pattern_value
 from lora_jax.targets import HEAD, Trainable, find_trainable
 
 # Fields that are read, and those that say nothing about the numbers.
 _READ = frozenset(
     """
-    peft_type r lora_alpha lora_dropout use_rslora use_dora target_modules exclude_modules
-    layers_to_transform rank_pattern alpha_pattern bias modules_to_save trainable_token_indices
-    ensure_weight_tying
+    peft_type r lora_alpha lora_dropout use_rslora use_dora target_modules target_parameters
+    exclude_modules layers_to_transform rank_pattern alpha_pattern bias modules_to_save
+    trainable_token_indices ensure_weight_tying
     """.split()
 )
-_INERT = frozenset(
+_INERT = frozenset(  # PEFT looks by itself where fan_in_fan_out holds
     """
     base_model_name_or_path revision task_type inference_mode auto_mapping peft_version
-    megatron_core qalora_group_size layers_pattern runtime_config
+    megatron_core qalora_group_size layers_pattern runtime_config fan_in_fan_out
     """.split()
 )
 # Inits after which PEFT adapts the base as it stands; the others change it again at every load.
@@ -35,25 +39,39 @@ _CONVERTIBLE_INITS = ("pissa", "olora", "corda")
 _HARMLESS_VALUES = (None, False, [], {}, 0, "", "none")
 
 
-def to_peft_config(found: Trainable, params: Mapping, base_model: str) -> dict:
-    """The fields of adapter_config.json. Patterns are written out per module: PEFT takes the first
-    pattern that matches, and sorting would reorder them.
+def to_peft_config(
+    found: Trainable, params: Mapping, base_model: str, task_type: str = "CAUSAL_LM"
+) -> dict:
+    """The fields of adapter_config.json, of whole matrices only. Patterns are written out per
+    module: PEFT takes the first pattern that matches, and sorting would reorder them.
+
+    With parameters among the targets dropout is written as zero: PEFT has none for them, and loads
+    no file that asks for it.
     """
     config, adapted = found.config, adapted_modules(found)
-    named, embedding = dict(adapted), _embedding_name(params)
+    as_parameters = {
+        name: parameter_name(name, target)
+        for target in found.targets
+        if is_parameter(target)
+        for name in target.names
+        if name in adapted
+    }
+    named = {as_parameters.get(name, name): value for name, value in adapted.items()}
+    embedding = _embedding_name(params)
     if config.ensure_weight_tying and embedding in adapted:
         named[HEAD[0]] = adapted[embedding]  # PEFT looks rank and alpha of the head up by its name
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": _integral(config.alpha),
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0 if as_parameters else config.dropout,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "target_modules": _shortest_target_list(set(adapted), params),
+        "target_modules": _shortest_target_list(set(adapted) - set(as_parameters), params),
+        "target_parameters": _shortest_parameter_list(set(as_parameters.values()), params),
         "rank_pattern": {name: rank for name, (rank, _) in named.items() if rank != config.rank},
         "alpha_pattern": {
             name: _integral(alpha) for name, (_, alpha) in named.items() if alpha != config.alpha
@@ -63,7 +81,7 @@ def to_peft_config(found: Trainable, params: Mapping, base_model: str) -> dict:
         "modules_to_save": _saved_modules(config, params),
         "trainable_token_indices": list(found.rows[0].indices) if found.rows else None,
         "ensure_weight_tying": bool(config.ensure_weight_tying),
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(tree.is_conv1d(target.path) for target in found.targets),
         "init_lora_weights": True,
     }
 
@@ -75,6 +93,15 @@ def _shortest_target_list(adapted: set[str], params: Mapping) -> list[str]:
     short = sorted({name.rpartition(".")[2] for name in adapted})
     same = {name for name in _weight_names(params) if matches(name, short)} == adapted
     return short if same else sorted(adapted)
+
+
+def _shortest_parameter_list(adapted: set[str], params: Mapping) -> list[str] | None:
+    """Paths from the layer on, such as mlp.experts.down_proj, when they select exactly the adapted
+    parameters, full paths otherwise.
+    """
+    short = sorted({re.sub(r".*?\.\d+\.", "", name, count=1) for name in adapted})
+    same = {name for name in _parameters(params) if matches(name, short)} == adapted
+    return (short if same else sorted(adapted)) or None
 
 
 def _saved_modules(config: AdapterConfig, params: Mapping) -> list[str] | None:
@@ -97,6 +124,16 @@ def _lies_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def _parameters(params: Mapping) -> dict[str, tuple[str, tree.Path]]:
+    """Module path and leaf of every parameter, by what it is called in transformers."""
+    found = {}
+    for path, leaf in tree.flatten(params).items():
+        ending = ".bias" if path[-1] == "bias" else "" if tree.has_experts(path) else ".weight"
+        for name in tree.slice_names(path[:-1], leaf.shape):
+            found[name + ending] = (name, path)
+    return found
+
+
 def _weight_names(params: Mapping) -> set[str]:
     """Paths of the modules that hold a weight; of a tied head too."""
     names = {
@@ -108,8 +145,10 @@ def _weight_names(params: Mapping) -> set[str]:
 
 
 def _module_names(params: Mapping) -> set[str]:
-    """Paths of all modules, containers included."""
-    split = [name.split(".") for name in _weight_names(params)]
+    """Paths of all modules, containers included; stacks of experts are no modules there."""
+    stacks = {name for name, path in _parameters(params).values() if tree.has_experts(path)}
+    homes = {name.rpartition(".")[0] for name in stacks}
+    split = [name.split(".") for name in (_weight_names(params) - stacks) | homes]
     return {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)}
 
 
@@ -133,10 +172,13 @@ def from_peft_config(content: Mapping[str, Any], params: Mapping) -> AdapterConf
             `find_trainable` refuses.
     """
     problems = [f"not supported: {text}" for text in _unsupported(content)]
-    problems += [f"missing: {n}" for n in ("r", "target_modules") if content.get(n) is None]
+    given = {name for name, value in content.items() if value is not None}
+    if "target_parameters" in given:  # PEFT needs one of the two
+        given.add("target_modules")
+    problems += [f"missing: {name}" for name in ("r", "target_modules") if name not in given]
     raise_all(problems)
     try:
-        config = _adapters(content, params)
+        config = _with_parameters(_adapters(content, params), content, params)
         rows = _rows(content.get("trainable_token_indices"), params)
         saved = _saved(content.get("modules_to_save"), params)
         adapted = adapted_modules(find_trainable(params, config))
@@ -186,7 +228,7 @@ def _adapters(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:
         dropout=float(content.get("lora_dropout", 0.0)),
         use_rslora=bool(content.get("use_rslora", False)),
         use_dora=bool(content.get("use_dora", False)),
-        target_modules=_effective(content["target_modules"], names),
+        target_modules=_effective(content.get("target_modules") or [], names),
         exclude_modules=_effective(content.get("exclude_modules"), names) or None,
         layers_to_transform=content.get("layers_to_transform"),
         rank_pattern={k: int(v) for k, v in (content.get("rank_pattern") or {}).items()},
@@ -199,6 +241,43 @@ def _adapters(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:
     if not any(matches(name, config.target_modules) for name in (HEAD[0], embedding)):
         return config
     return _through_embedding(config, embedding, names - {HEAD[0]})
+
+
+def _with_parameters(
+    config: AdapterConfig, content: Mapping[str, Any], params: Mapping
+) -> AdapterConfig:
+    """With the modules of target_parameters, all of them by their full paths."""
+    entries = content.get("target_parameters") or []
+    if not isinstance(entries, list):
+        raise TypeError(f"target_parameters={entries!r} is no list")
+    if not entries:
+        return config
+    known = _parameters(params)
+    chosen = {full: known[full] for full in known if matches(full, entries)}
+    usual = {f: path for f, (_, path) in chosen.items() if path[-1] == "kernel"}
+    odd = sorted(f for f in chosen if f not in usual or tree.is_conv1d(usual[f][:-1]))
+    if odd or not chosen:
+        what = f"{odd[0]} is no linear weight" if odd else "the model has no such parameter"
+        raise UserError(f"not supported: target_parameters={entries!r}: {what}")
+    names = {name: full for full, (name, _) in chosen.items()}
+    if config.target_modules:
+        alone = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
+        names |= {name: name for name in adapted_modules(find_trainable(params, alone))}
+    adapted = {
+        name: (
+            pattern_value(config.rank_pattern, looked_up, config.rank),
+            pattern_value(config.alpha_pattern, looked_up, config.alpha),
+        )
+        for name, looked_up in sorted(names.items())
+    }
+    return dataclasses.replace(
+        config,
+        target_modules=list(adapted),
+        exclude_modules=None,
+        layers_to_transform=None,
+        rank_pattern={n: rank for n, (rank, _) in adapted.items() if rank != config.rank},
+        alpha_pattern={n: alpha for n, (_, alpha) in adapted.items() if alpha != config.alpha},
+    )
 
 
 def _effective(spec: Any, names: Iterable[str]) -> Any:

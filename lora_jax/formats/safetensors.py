@@ -8,7 +8,8 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NO_WEIGHTS = {  # of buffers, such as the position_ids of old BERT files
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
 _SIDE_FILES = (
     "generation_config.json",
@@ -90,14 +97,16 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
         with open_tensors(file) as handle:
             for name in handle.keys():
                 part = handle.get_slice(name)
-                if part.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{file}: {name} has dtype {part.get_dtype()}; supported are: "
-                        f"{', '.join(_DTYPES)}"
-                    )
-                shape, dtype = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
+                stored = part.get_dtype()
+                if stored not in _DTYPES | _NO_WEIGHTS:
+                    raise _unreadable(file, name, stored)
+                shape, dtype = tuple(part.get_shape()), (_DTYPES | _NO_WEIGHTS)[stored]
                 tensors[name] = Tensor(file, name, shape, dtype)
     return tensors
+
+
+def _unreadable(file: Path, name: str, dtype: Any) -> UserError:
+    return UserError(f"{file}: {name} has dtype {dtype}; supported are: {', '.join(_DTYPES)}")
 
 
 @contextlib.contextmanager
@@ -120,18 +129,18 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
     `dtype` None keeps the dtype of the files. "nf4" and "int8" quantise the kernels of the blocks
     and keep embeddings, norms, biases and the output head as they are in the files; one tensor of
     floats at a time stands in host memory then, and one quantised leaf. Otherwise no more than one
-    device's share of one leaf does.
+    device's share of one leaf does. Heads that the files lack start at random (`missing_heads`).
 
     Raises:
         UserError: tensors that are missing, unexpected, mis-shaped, or to be quantised and not
             finite, all of them listed; a `dtype` that weights are not stored in.
     """
     scheme, cast = _storage(dtype)
-    tensors = list_tensors(directory)
-    known = canonical(tensors, model.names)
-    tensors = {known[name]: tensor for name, tensor in tensors.items() if name in known}
+    tensors = _weights(directory, model)
     leaves = tree.flatten(model.params)
-    _check_tensors(directory, tensors, leaves, model)
+    drawn = {path for path in leaves if _is_in(tree.dotted(path), _missing_heads(tensors, model))}
+    of_files = {path: leaf for path, leaf in leaves.items() if path not in drawn}
+    _check_tensors(directory, tensors, of_files, model)
     specs = tree.flatten(param_specs(model.params, model.rules, mesh))
     handles: dict[Path, Any] = {}
     not_finite: list[str] = []
@@ -140,6 +149,9 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
             handles[file] = stack.enter_context(open_tensors(file))
         params = {}
         for path, leaf in leaves.items():
+            if path in drawn:
+                params[path] = _draw(path, leaf, NamedSharding(mesh, specs[path]))
+                continue
             parts = pieces(path, leaf.shape, model.names)
             found = [tensors[part.name] for part in parts]
             stored = found[0].dtype if cast is None else cast
@@ -161,6 +173,48 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
             "in:\n  " + tree.summarize(not_finite)
         )
     return tree.unflatten(params)
+
+
+def missing_heads(directory: Path, model: Model) -> tuple[str, ...]:
+    """The modules of `model.names.heads` that are not taken from the files: they are not there, or
+    are for other labels.
+    """
+    return _missing_heads(_weights(directory, model), model)
+
+
+def _missing_heads(names: Collection[str], model: Model) -> tuple[str, ...]:
+    return tuple(
+        head
+        for head in model.names.heads
+        if head in model.fresh or not any(_is_in(name, [head]) for name in names)
+    )
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _weights(directory: Path, model: Model) -> dict[str, Tensor]:
+    """The tensors of a directory by the names they have in a whole model, but for those of heads
+    that are not taken.
+    """
+    tensors = list_tensors(directory)
+    names = canonical(tensors, model.names)
+    found = {new: tensors[name] for name, new in names.items()}
+    for one in found.values():
+        if one.dtype not in _DTYPES.values():
+            raise _unreadable(one.file, one.stored, one.dtype)
+    return {name: one for name, one in found.items() if not _is_in(name, model.fresh)}
+
+
+def _draw(path: tree.Path, leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """A weight of a new head: normal with deviation 0.02, alike in every load; a bias is zero."""
+    if path[-1] == "bias":
+        value = np.zeros(leaf.shape, np.float32)
+    else:
+        seed = zlib.crc32(tree.dotted(path).encode())
+        value = np.random.default_rng(seed).normal(0, 0.02, leaf.shape).astype(np.float32)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
 
 
 def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
@@ -190,7 +244,7 @@ def _part_reader(
 
     def read(index: Any) -> np.ndarray:
         ranges = [range(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
-        out = np.empty([len(wanted) for wanted in ranges], stored)
+        out = _empty([len(wanted) for wanted in ranges], stored)
         for piece, source in sources:
             lead, inner = ranges[: len(piece.lead)], ranges[len(piece.lead) :]
             if any(i not in wanted for i, wanted in zip(piece.lead, lead, strict=True)):
@@ -213,6 +267,16 @@ def _part_reader(
     return read
 
 
+def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """As `np.empty`, on a boundary of 64 bytes: the CPU backend takes such an array over as it is,
+    where it would copy another and have the largest leaf in memory twice.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
 def _read_quantized(
     sources: Sequence[tuple[Piece, Any]], shape: tuple[int, ...], stored: np.dtype, scheme: str
 ) -> tuple[QuantizedWeight, list[str]]:
@@ -220,7 +284,7 @@ def _read_quantized(
     at a time on the host's CPU, and the names of tensors that are not finite.
     """
     whole = jax.eval_shape(lambda: quantize(jnp.zeros(shape, stored), scheme))
-    leaf = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), whole)
+    leaf = jax.tree.map(lambda part: _empty(part.shape, part.dtype), whole)
     not_finite = []
     by_matrix: dict[tuple[int, ...], list[tuple[Piece, Any]]] = {}
     for piece, source in sources:
@@ -281,7 +345,8 @@ def _check_tensors(
             problems.append(
                 f"{name} has shape {tensor.shape}, config.json asks for {expected[name]}"
             )
-        tied_copy = name == "lm_head.weight" and model.config.tie_word_embeddings
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        tied_copy = name == "lm_head.weight" and tied
         if name not in expected and not tied_copy:
             problems.append(f"unexpected {name} {tensor.shape}")
     if problems:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.config import UserError
 from lora_jax.models.common import Model
 
 _BUCKET = (
@@ -81,6 +82,9 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
     """A function (bound, prompts, max_new_tokens, stop_tokens, temperature=0, seed=0) -> answers,
     which ends an answer before its stop token. Prompts are rows of one batch; the function compiles
     once per bucket of lengths.
+
+    Raises:
+        UserError: prompt and answer together longer than learned positions reach.
     """
 
     decode = _make_decode(model, compute_dtype)
@@ -94,7 +98,13 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        time = -(-max(map(len, prompts)) // _BUCKET) * _BUCKET
+        longest, limit = max(map(len, prompts)), model.learned_positions
+        if limit is not None and longest + max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than "
+                f"the {limit} positions that the model has; ask for fewer"
+            )
+        time = -(-longest // _BUCKET) * _BUCKET
         tokens, segment_ids = (np.zeros((len(prompts), time), np.int32) for _ in range(2))
         for row, prompt in enumerate(
             prompts

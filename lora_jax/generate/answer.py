@@ -29,12 +29,16 @@ def answer(
     """One answer per prompt, each prompt a user turn of its own conversation.
 
     Raises:
-        UserError: the model or adapter cannot be found or do not fit; base, tokenizer or template
-            are not those that the adapter was trained with (unless named in `allow_change`); the
-            template refuses the conversation.
+        UserError: the model or adapter cannot be found or do not fit, or the model classifies;
+            base, tokenizer or template are not those that the adapter was trained with (unless
+            named in `allow_change`); the template refuses the conversation.
     """
     source = formats.resolve(spec)
     described, found, home = formats.describe(source), None, source
+    if described.labels:
+        raise UserError(
+            f"model={spec!r} classifies and writes no text; `lora-jax eval` scores its labels"
+        )
     if adapter is not None:
         directory = Path(adapter).expanduser()
         if not directory.is_dir():

@@ -1,12 +1,13 @@
 """Model families, one file per Hugging Face `model_type`."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from lora_jax.config import UserError
 from lora_jax.models import (
+    bert,
     gemma2,
     gemma3_text,
     gpt2,
@@ -18,18 +19,27 @@ from lora_jax.models import (
     qwen2,
     qwen3,
     qwen3_moe,
+    roberta,
 )
 from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(gemma2, gemma3_text, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe),
+    *(bert, gemma2, gemma3_text, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3),
+    *(qwen3_moe, roberta),
 )
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 
-def describe(hf_config: Mapping[str, Any], ignore: Container[str] = ()) -> Model:
+def describe(
+    hf_config: Mapping[str, Any],
+    ignore: Container[str] = (),
+    labels: Sequence[str] | None = None,
+) -> Model:
     """The model of a config.json with shapes (float32) in place of weights; allocates nothing.
+
+    `labels` are those that a model shall tell apart that classifies; without them it keeps those of
+    its config. Where they are others, or in another order, its head is a new one.
 
     Raises:
         UserError: a family that is not supported, or fields that are missing, mistyped or not
@@ -41,6 +51,12 @@ def describe(hf_config: Mapping[str, Any], ignore: Container[str] = ()) -> Model
         raise UserError(
             f"model_type={reader.model_type!r} is not supported; these are: {', '.join(FAMILIES)}"
         )
+    fresh: tuple[str, ...] = ()
+    if labels is not None:
+        old = ConfigReader(hf_config).labels()
+        fresh = family.NAMES.heads[:1] if tuple(labels) != old else ()
+        hf_config = _with_labels(hf_config, labels, family.ARCHITECTURE)
+        reader = ConfigReader(hf_config, ignore)
     config = family.read_config(reader)
     reader.finish()
     if config.num_attention_heads % config.num_key_value_heads:
@@ -57,4 +73,14 @@ def describe(hf_config: Mapping[str, Any], ignore: Container[str] = ()) -> Model
         dict(hf_config),
         family.RULES,
         getattr(family, "NAMES", Names()),
+        fresh=fresh,
     )
+
+
+def _with_labels(hf_config: Mapping[str, Any], labels: Sequence[str], architecture: str) -> dict:
+    named = {
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {name: i for i, name in enumerate(labels)},
+        "architectures": [architecture],
+    }
+    return {key: value for key, value in hf_config.items() if key != "num_labels"} | named

@@ -80,6 +80,7 @@ class Names:
     renamed: tuple[tuple[str, str], ...] = ()  # text in a module path -> text in the file
     old: tuple[tuple[str, str], ...] = ()  # ends of names in old files -> what they are now
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # parts joined along out
+    heads: tuple[str, ...] = ()  # modules that files may lack: they start at random, and train
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,17 @@ class Model:
     rules: Rules
     names: Names = Names()
     directory: Path = Path()  # where its files are
+    fresh: tuple[str, ...] = ()  # of `names.heads`: those that are not taken from the files
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it tells apart, of a model that classifies; empty for one that writes text."""
+        return getattr(self.config, "labels", ())
+
+    @property
+    def learned_positions(self) -> int | None:
+        """How many tokens a text can have, where every position has a row of its own."""
+        return getattr(self.config, "learned_positions", None)
 
     def module(self, params: Mapping) -> Any:
         """The NNX module over `params` (plain, bound or merged), with methods `hidden` and
@@ -113,9 +125,11 @@ class Model:
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         compute_dtype: Any = jnp.float32,
+        **inputs: jax.Array,
     ) -> jax.Array:
         """Logits (b, t, vocab) of tokens (b, t). Without segment_ids all tokens of a row are one
-        text.
+        text. A model that classifies gives (b, t, labels), the same at all tokens of a text, and
+        takes `token_types` (b, t).
         """
         tokens = jnp.asarray(tokens)
         if positions is None:
@@ -124,7 +138,11 @@ class Model:
             segment_ids = jnp.ones_like(tokens)
         module = self.module(params)
         hidden, _ = module.hidden(
-            tokens, positions=positions, segment_ids=segment_ids, compute_dtype=compute_dtype
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            compute_dtype=compute_dtype,
+            **inputs,
         )
         return module.logits(hidden)
 
@@ -190,21 +208,26 @@ def read_decoder(
     reader.refuse_unless_zero("attention_dropout")
     if slides is None:
         slides = lambda layer: sliding_window is not None  # noqa: E731
+    kv_heads = reader.optional_integer("num_key_value_heads", num_key_value_heads)
+    head_dim = reader.integer("head_dim", head_dim or hidden // heads)
+    layer_types = reader.layer_types(layers, slides)
+    if SLIDING in layer_types and sliding_window is None:
+        reader.refuse(f"there are layers with {SLIDING}, and sliding_window is null or not in use")
     return {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": reader.integer("intermediate_size"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": reader.integer("num_key_value_heads", num_key_value_heads or heads),
-        "head_dim": reader.integer("head_dim", head_dim or hidden // heads),
+        "num_key_value_heads": kv_heads or heads,
+        "head_dim": head_dim,
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "hidden_act": reader.choice(*hidden_act, ACTIVATIONS),
         "max_position_embeddings": positions,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", tie_word_embeddings),
-        "rope_parameters": reader.rope(positions, **rope_options),
+        "rope_parameters": reader.rope(positions, head_dim, **rope_options),
         "sliding_window": sliding_window,
-        "layer_types": reader.layer_types(layers, slides),
+        "layer_types": layer_types,
     }
 
 

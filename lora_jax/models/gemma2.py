@@ -29,6 +29,7 @@ class Config(DecoderConfig):
 
 def gemma_fields(reader: ConfigReader, **defaults: Any) -> dict[str, Any]:
     """What Gemma 2 and 3 read in one way."""
+    reader.inert("hidden_act")  # beside `hidden_activation` in old files, and never used
     reader.refuse_unless_zero("use_bidirectional_attention")
     return {
         **read_decoder(

@@ -26,8 +26,9 @@ class Config(DecoderConfig):
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
-    pattern = reader.integer("_sliding_window_pattern", reader.integer("sliding_window_pattern", 6))
-    reader.inert("attn_logit_softcapping")  # transformers reads it and never uses it
+    pattern = reader.integer("sliding_window_pattern", 6)
+    # transformers writes the one beside layer_types, and reads the other, and uses neither.
+    reader.inert("_sliding_window_pattern", "attn_logit_softcapping")
     return Config(
         **gemma2.gemma_fields(
             reader,

@@ -69,20 +69,27 @@ class Config:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def learned_positions(self) -> int:
+        """How many tokens a text can have."""
+        return self.max_position_embeddings
+
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
     reader.inert("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn")
     reader.inert("summary_activation", "summary_first_dropout", "summary_proj_to_labels")
-    reader.inert("summary_type", "summary_use_proj")
+    reader.inert("summary_type", "summary_use_proj", "_num_labels", "predict_special_tokens")
     reader.refuse_unless_zero("add_cross_attention")
-    hidden = reader.integer("n_embd", 768)
+    hidden, heads = reader.integer("n_embd", 768), reader.integer("n_head", 12)
+    if hidden % heads:
+        reader.refuse(f"n_embd={hidden} is not a multiple of n_head={heads}")
     return Config(
         vocab_size=reader.integer("vocab_size", 50257),
         hidden_size=hidden,
         intermediate_size=reader.integer("n_inner", 4 * hidden),
         num_hidden_layers=reader.integer("n_layer", 12),
-        num_attention_heads=reader.integer("n_head", 12),
+        num_attention_heads=heads,
         max_position_embeddings=reader.integer("n_positions", 1024),
         layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
         activation_function=reader.choice("activation_function", "gelu_new", ACTIVATIONS),

@@ -25,6 +25,7 @@ def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
     reader.refuse_unless_zero("router_jitter_noise")
     reader.inert("output_router_logits", "router_aux_loss_coef")  # a setting of the run here
+    experts = reader.integer("num_local_experts", 8)
     return Config(
         **read_decoder(
             reader,
@@ -34,8 +35,8 @@ def read_config(reader: ConfigReader) -> Config:
             sliding_window=reader.optional_integer("sliding_window", None),
             theta=1_000_000.0,
         ),
-        num_local_experts=reader.integer("num_local_experts", 8),
-        num_experts_per_tok=reader.integer("num_experts_per_tok", 2),
+        num_local_experts=experts,
+        num_experts_per_tok=sparse.read_chosen(reader, experts, 2),
     )
 
 

@@ -19,6 +19,7 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
     """A `DecoderConfig` from config.json; defaults are those of transformers."""
     for name in ("resid_pdrop", "embd_pdrop"):
         reader.refuse_unless_zero(name)
+    reader.inert("full_attn_mod", "interpolate_factor")  # Phi-4-mini has them, and no code reads it
     fields = read_decoder(
         reader,
         max_position_embeddings=4096,

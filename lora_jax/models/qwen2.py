@@ -25,8 +25,8 @@ def window_fields(reader: ConfigReader) -> dict[str, Any]:
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
     """A `DecoderConfig` from config.json; defaults are those of transformers."""
-    positions = {"max_position_embeddings": 32768}
-    return DecoderConfig(**read_decoder(reader, **positions, **window_fields(reader)))
+    defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+    return DecoderConfig(**read_decoder(reader, **defaults, **window_fields(reader)))
 
 
 class Block(common.Block):

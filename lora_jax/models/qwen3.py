@@ -25,7 +25,11 @@ def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
     return Config(
         **read_decoder(
-            reader, max_position_embeddings=32768, head_dim=128, **window_fields(reader)
+            reader,
+            max_position_embeddings=32768,
+            num_key_value_heads=32,
+            head_dim=128,
+            **window_fields(reader),
         ),
         attention_bias=reader.boolean("attention_bias", False),
     )

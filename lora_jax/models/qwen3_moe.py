@@ -27,15 +27,16 @@ def read_config(reader: ConfigReader) -> Config:
     reader.inert("output_router_logits", "router_aux_loss_coef")  # a setting of the run here
     window = reader.optional_integer("sliding_window", 4096)
     window = window if reader.boolean("use_sliding_window", False) else None
-    experts = "num_experts" if "num_experts" in reader.content else "num_local_experts"
+    name = "num_experts" if "num_experts" in reader.content else "num_local_experts"
+    experts = reader.integer(name, 128)
     return Config(
         **read_decoder(
             reader, max_position_embeddings=32768, num_key_value_heads=4, sliding_window=window
         ),
         attention_bias=reader.boolean("attention_bias", False),
         moe_intermediate_size=reader.integer("moe_intermediate_size", 768),
-        num_experts=reader.integer(experts, 128),
-        num_experts_per_tok=reader.integer("num_experts_per_tok", 8),
+        num_experts=experts,
+        num_experts_per_tok=sparse.read_chosen(reader, experts, 8),
         norm_topk_prob=reader.boolean("norm_topk_prob", False),
     )
 

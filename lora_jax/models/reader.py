@@ -13,13 +13,15 @@ _INERT = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention
     architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id
     diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id
-    length_penalty max_length max_window_layers min_length model_type no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
+    gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder
+    is_llama_config label2id length_penalty max_length max_window_layers min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states
+    output_past output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
@@ -51,20 +53,28 @@ class ConfigReader:
                 return 1  # a stand-in: `finish` raises before it is used
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self._problems.append(f"config.json: {name}={value!r} is not {word}")
+            self.refuse(f"{name}={value!r} is not {word}")
             return 1 if default is _REQUIRED else default
         return value
+
+    def refuse(self, problem: str) -> None:
+        """A problem that `finish` raises."""
+        self._problems.append(f"config.json: {problem}")
 
     def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> int:
         value = self._get(name, default, int, "an integer")
         if value < least:
-            self._problems.append(f"config.json: {name}={value} is below {least}")
-            return 1
+            self.refuse(f"{name}={value} is below {least}")
+            return least
         return value
 
     def optional_integer(self, name: str, default: int | None) -> int | None:
         """Absent: the default. Null: None."""
-        return self._get(name, None if name in self.content else default, int, "an integer or null")
+        default = None if name in self.content else default
+        value = self._get(name, default, int, "an integer or null")
+        if value is not None and value < 1:
+            self.refuse(f"{name}={value} is below 1")
+        return value
 
     def number(self, name: str, default: float) -> float:
         return float(self._get(name, default, (int, float), "a number"))
@@ -81,10 +91,19 @@ class ConfigReader:
     def choice(self, name: str, default: str, choices: Mapping[str, Any]) -> str:
         value = self._get(name, default, str, "a string")
         if value not in choices:
-            self._problems.append(
-                f"config.json: {name}={value!r} is not supported; these are: {', '.join(choices)}"
-            )
+            self.refuse(f"{name}={value!r} is not supported; these are: {', '.join(choices)}")
         return value
+
+    def labels(self) -> tuple[str, ...]:
+        """The names of what a model tells apart, in the order of its outputs."""
+        self._seen |= {"id2label", "label2id", "num_labels", "problem_type"}
+        named = self.content.get("id2label") or {}
+        numbers = {str(i) for i in range(len(named))}
+        if not isinstance(named, Mapping) or {*map(str, named)} != numbers:
+            self.refuse(f"id2label={named!r} does not number the labels")
+            return ("0", "1")
+        names = {int(number): str(name) for number, name in named.items()}
+        return tuple(names[i] for i in range(len(names))) or ("LABEL_0", "LABEL_1")
 
     def refuse_unless_zero(self, name: str) -> None:
         """A field whose values other than 0, false or null change the numbers in a way that is not
@@ -92,17 +111,13 @@ class ConfigReader:
         """
         self._seen.add(name)
         if self.content.get(name) and name not in self.ignore:
-            self._problems.append(
-                f"config.json: {name}={self.content[name]} is not supported, only 0"
-            )
+            self.refuse(f"{name}={self.content[name]} is not supported, only 0")
 
     def refuse_unless(self, name: str, only: Any) -> None:
         """A field of which one value, the default, is supported."""
         self._seen.add(name)
         if self.content.get(name, only) != only:
-            self._problems.append(
-                f"config.json: {name}={self.content[name]} is not supported, only {only}"
-            )
+            self.refuse(f"{name}={self.content[name]} is not supported, only {only}")
 
     def inert(self, *names: str) -> None:
         """Fields that say nothing about the numbers, in this family."""
@@ -114,10 +129,10 @@ class ConfigReader:
         given = self.content.get("layer_types")
         if given is None:
             return tuple(SLIDING if usual(layer) else FULL for layer in range(layers))
-        if not isinstance(given, list) or len(given) != layers or not {*given} <= {FULL, SLIDING}:
-            self._problems.append(
-                f"config.json: layer_types={given!r} must name {FULL} or {SLIDING} for each of "
-                f"{layers} layers"
+        known = isinstance(given, list) and all(kind in (FULL, SLIDING) for kind in given)
+        if not known or len(given) != layers:
+            self.refuse(
+                f"layer_types={given!r} must name {FULL} or {SLIDING} for each of {layers} layers"
             )
             return (FULL,) * layers
         return tuple(given)
@@ -125,6 +140,7 @@ class ConfigReader:
     def rope(
         self,
         max_positions: int,
+        head_dim: int,
         *,
         theta: float = 10000.0,
         local: tuple[str, float] | None = None,
@@ -145,24 +161,28 @@ class ConfigReader:
         for name in ("rope_scaling", "rope_parameters"):
             value = self.content.get(name) or {}
             if not isinstance(value, Mapping):
-                self._problems.append(f"config.json: {name}={value!r} is not a mapping")
+                self.refuse(f"{name}={value!r} is not a mapping")
                 value = {}
             given |= value
         nested = {kind: given.pop(kind) or {} for kind in (FULL, SLIDING) if kind in given}
+        for kind, values in nested.items():
+            if not isinstance(values, Mapping):
+                self.refuse(f"rope of {kind}={values!r} is not a mapping")
+                nested[kind] = {}
         if nested and given:
-            self._problems.append(f"config.json: rope_parameters mix layer types and {list(given)}")
+            self.refuse(f"rope_parameters mix layer types and {list(given)}")
         usual = {"rope_theta": self.number("rope_theta", theta)}
         usual |= (
             {"partial_rotary_factor": self.number("partial_rotary_factor", 1)} if partial else {}
         )
         own = usual if local is None else {"rope_theta": self.number(*local)}
         if local is None and not nested:
-            both = self._one_rope(usual | given, max_positions, types, partial, original)
+            both = self._one_rope(usual | given, max_positions, head_dim, types, partial, original)
             return {FULL: both, SLIDING: both}
         given = {FULL: usual | given, SLIDING: own}
         return {
             kind: self._one_rope(
-                values | nested.get(kind, {}), max_positions, types, partial, original
+                values | nested.get(kind, {}), max_positions, head_dim, types, partial, original
             )
             for kind, values in given.items()
         }
@@ -171,6 +191,7 @@ class ConfigReader:
         self,
         given: dict[str, Any],
         max_positions: int,
+        head_dim: int,
         types: Container[str],
         partial: bool,
         original: int | None,
@@ -182,29 +203,22 @@ class ConfigReader:
             kind = found["rope_type"] = "longrope"  # Phi-3's first names for it
         if kind not in types or kind not in rope.FIELDS:
             known = [name for name in rope.FIELDS if name in types]
-            self._problems.append(
-                f"config.json: rope_type={kind!r} is not supported; these are: {', '.join(known)}"
-            )
+            self.refuse(f"rope_type={kind!r} is not supported; these are: {', '.join(known)}")
             return found
         needed, optional = rope.FIELDS[kind]
         if missing := [name for name in needed if name not in found]:
-            self._problems.append(f"config.json: rope_type={kind!r} needs {', '.join(missing)}")
+            self.refuse(f"rope_type={kind!r} needs {', '.join(missing)}")
         known = {"rope_theta", "rope_type", rope.ORIGINAL, *needed, *optional}
         known |= {"partial_rotary_factor"} if partial else set()
         if unknown := sorted(set(found) - known):
-            self._problems.append(
-                f"config.json: not understood for rope_type={kind!r}: {', '.join(unknown)}"
-            )
-        for name in known & set(found) - {"rope_type", "truncate"}:
-            values = found[name] if name in ("short_factor", "long_factor") else [found[name]]
-            numbers = isinstance(values, list) and all(
-                isinstance(x, int | float) and not isinstance(x, bool) for x in values
-            )
-            if not numbers:
-                self._problems.append(f"config.json: {name}={found[name]!r} is not a number")
+            self.refuse(f"not understood for rope_type={kind!r}: {', '.join(unknown)}")
         if kind in ("llama3", "yarn", "longrope"):
-            top = self.content.get(rope.ORIGINAL)
-            found[rope.ORIGINAL] = top or found.get(rope.ORIGINAL) or original or max_positions
+            # As in transformers: what stands beside the mapping, or has a default, comes first.
+            top = self.content.get(rope.ORIGINAL) or original
+            found[rope.ORIGINAL] = top or found.get(rope.ORIGINAL) or max_positions
+        values = {name: value for name, value in found.items() if name in known}
+        for problem in rope.problems(head_dim, values):
+            self.refuse(problem)
         if kind in ("dynamic", "longrope"):
             found["max_position_embeddings"] = max_positions
         return found
@@ -221,8 +235,8 @@ class ConfigReader:
                 and name not in self.ignore
                 and not inactive
             ):
-                self._problems.append(
-                    f"config.json: {name}={value!r} is not understood for "
+                self.refuse(
+                    f"{name}={value!r} is not understood for "
                     f"model_type={self.model_type!r} and may change "
                     f"the numbers; if it does not, set ignore_config_fields=[{name}]"
                 )

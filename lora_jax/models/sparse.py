@@ -16,6 +16,7 @@ from lora_jax import weights
 from lora_jax.layers import ACTIVATIONS, Linear, RMSNorm
 from lora_jax.models import common
 from lora_jax.models.common import Context, DecoderConfig
+from lora_jax.models.reader import ConfigReader
 
 RULES = (
     *common.RULES,
@@ -23,6 +24,14 @@ RULES = (
     (r"model\.layers\.mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
     (r"model\.layers\.mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
 )
+
+
+def read_chosen(reader: ConfigReader, experts: int, default: int) -> int:
+    """How many experts every token goes through."""
+    chosen = reader.integer("num_experts_per_tok", default)
+    if chosen > experts:
+        reader.refuse(f"num_experts_per_tok={chosen} is above the number of experts, {experts}")
+    return chosen
 
 
 class ExpertLinear(nnx.Module):

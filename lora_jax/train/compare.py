@@ -15,6 +15,7 @@ from lora_jax.config import AdapterConfig, Config, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.train import scores, sets, setup
 from lora_jax.train.evaluate import make_judge
+from lora_jax.train.model import describe
 
 
 def compare(
@@ -33,7 +34,7 @@ def compare(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     source = formats.resolve(config.model)
-    model = formats.describe(source, config.ignore_config_fields)
+    config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
     template = data.template_text(tokenizer, config.data.chat_template)
     prints = fingerprint.take(source, tokenizer, template)
@@ -49,7 +50,7 @@ def compare(
     for path, directory in directories.items():
         found[path] = formats.read_adapter(directory, model.params)
         fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
-    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console, model.config.vocab_size)
+    encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     held_out = sets.read_held_out(config, encoder)
     setup.check_metrics(config, held_out)
     console.print(f"loading {config.model}")

@@ -6,14 +6,13 @@ from lora_jax import adapters as methods
 from lora_jax import formats, sharding, tree
 from lora_jax.config import Config
 from lora_jax.targets import Target, Whole
+from lora_jax.train.model import describe
 from lora_jax.train.setup import continue_adapter, find_trainable
 
 
 def print_targets(config: Config) -> None:
     """Print a row per target (layers that agree share one) and the totals."""
-    model = formats.describe(
-        formats.resolve(config.model, weights=False), config.ignore_config_fields
-    )
+    config, model = describe(config, formats.resolve(config.model, weights=False))
     if config.adapter.path is not None:
         config, _ = continue_adapter(config, model)
     found = find_trainable(config, model)

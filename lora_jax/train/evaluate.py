@@ -17,7 +17,7 @@ from lora_jax.sharding import place_batch
 from lora_jax.train import scores
 from lora_jax.train.scores import Answer
 from lora_jax.train.sets import DataSet
-from lora_jax.train.step import make_eval_step
+from lora_jax.train.step import make_classify, make_eval_step
 
 
 def mean_loss(
@@ -79,7 +79,8 @@ class Judge:
     held_out: Mapping[str, DataSet]  # task, regression: those that the config names
     mesh: Mesh
     eval_step: Callable
-    generate: Callable
+    generate: Callable  # of a model that writes text
+    classify: Callable  # of one that classifies
 
     def score(self, adapters: Any, losses: Mapping[str, float] | None = None) -> Scores:
         """Losses (measured here unless they are known), answers and their metrics."""
@@ -107,6 +108,8 @@ class Judge:
         config = self.config
         if "task" not in self.held_out or not config.eval.generate:
             return []
+        if self.model.labels:
+            return self._labels(adapters, limit)
         questions = dict(scores.spread(list(self._questions().items()), limit))
         if not questions:
             return []
@@ -127,6 +130,29 @@ class Judge:
             )
             for rows, text in zip(questions.values(), texts, strict=True)
         ]
+
+    def _labels(self, adapters: Any, limit: int | None) -> list[Answer]:
+        """The labels that texts of the task get."""
+        task, length = self.held_out["task"], self.config.data.max_length
+        rows = {row.where: row for row in task.rows if isinstance(row, data.LabelRow)}
+        examples = scores.spread(task.examples, limit)
+        packed = data.pack([len(example.tokens) for example in examples], length)
+        answers: dict[int, Answer] = {}
+        size = self.config.eval.batch_size
+        for first in range(0, len(packed), size):
+            chosen = packed[first : first + size]
+            texts = [[examples[i] for i in row] for row in chosen]
+            batch = data.stack(texts + [[]] * (size - len(chosen)), length)
+            placed = place_batch(batch, self.mesh)
+            found = np.asarray(self.classify(adapters, self.model.params, placed))
+            for numbers, row in zip(found, chosen, strict=False):
+                start = 0
+                for i in row:
+                    asked = rows[examples[i].where]
+                    label = self.model.labels[numbers[start]]
+                    answers[i] = Answer(" | ".join(asked.texts), (asked.label,), label)
+                    start += len(examples[i].tokens)
+        return [answers[i] for i in range(len(examples))]
 
     def _questions(self) -> dict[tuple[int, ...], list[data.Row]]:
         """The different prompts of the task, as tokens, with all the rows that ask them."""
@@ -163,6 +189,7 @@ def make_judge(
         mesh=mesh,
         eval_step=make_eval_step(model, config),
         generate=make_generate(model, jnp.dtype(config.train.compute_dtype)),
+        classify=make_classify(model, config),
     )
 
 

@@ -22,6 +22,7 @@ from lora_jax.quantize import SCHEMES
 from lora_jax.sharding import make_mesh
 from lora_jax.targets import find_trainable
 from lora_jax.train import base, checkpoint
+from lora_jax.train.model import describe
 
 
 def own_template(config: Config) -> str | None:
@@ -50,6 +51,7 @@ def export_peft(
         model.params,
         config.adapter,
         base_model=config.model,
+        task_type="SEQ_CLS" if model.labels else "CAUSAL_LM",
         source=model.directory,
         chat_template=own_template(config),
         extra={
@@ -181,7 +183,7 @@ def export_run(
     place = run / "checkpoints"
     record = checkpoint.read_record(place)
     source = formats.resolve(config.model)
-    model = formats.describe(source, config.ignore_config_fields)
+    config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
     template = template_text(tokenizer, config.data.chat_template)
     found = fingerprint.take(source, tokenizer, template)

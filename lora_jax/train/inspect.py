@@ -6,6 +6,7 @@
 Of a stream the first `data.stream_rows` records are read and no more.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
@@ -18,7 +19,9 @@ from rich.console import Console
 from lora_jax import data, formats
 from lora_jax.config import Config, UserError
 from lora_jax.formats import fingerprint
+from lora_jax.models.common import Model
 from lora_jax.train import sets, setup
+from lora_jax.train.model import describe
 from lora_jax.train.report import Measured, Overlap, Packing, Pair, Report, Shown
 from lora_jax.train.report import plot as plot
 from lora_jax.train.report import print_report as print_report
@@ -38,9 +41,12 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
         raise UserError(f"the number of examples to show must be at least 0, not {examples}")
     sets.training_sources(config)
     source = formats.resolve(config.model, weights=False)
-    model = formats.describe(source, config.ignore_config_fields)
+    config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
-    encoder = sets.Encoder(config, tokenizer, fingerprint.tokenizer_digest(tokenizer), console)
+    digest = fingerprint.tokenizer_digest(tokenizer)
+    encoder = dataclasses.replace(
+        sets.make_encoder(config, model, tokenizer, digest, console), vocab_size=None
+    )
     train, held_out = sets.read_sets(config, encoder)
     counts, records = dict(encoder.counts), None
     if train.stream is not None:
@@ -52,9 +58,9 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     everything = dict(zip(_names(train), train.sets.values(), strict=True)) | tests
     measured = {name: _measure(one, counts.get(name)) for name, one in everything.items()}
     warnings = [
-        *_missing(config),
+        *_missing(config, model),
         *_warnings(measured),
-        *_endless(train, tokenizer, config, formats.stop_tokens(source)),
+        *([] if model.labels else _endless(train, tokenizer, config, formats.stop_tokens(source))),
     ]
     try:
         setup.check_sizes(config, model, list(everything.values()), console)
@@ -64,7 +70,7 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
         config=config,
         records=records,
         shown=[
-            show(example, tokenizer)
+            show(example, tokenizer, model.labels)
             for one in train.sets.values()
             for example in one.examples[:examples]
         ],
@@ -93,15 +99,16 @@ def _first_block(source: str, encoder: sets.Encoder) -> tuple[int, TrainData]:
     return len(block), TrainData({source: DataSet([], examples)}, {source: 1.0})
 
 
-def show(example: data.Example, tokenizer: Any) -> Shown:
-    """An example as text, special tokens with it.
+def show(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> Shown:
+    """An example as text, special tokens with it, and its label, if it has one, by name.
 
     A character whose bytes lie in two pieces goes to the later one. Ids that the tokenizer does not
     know stand there as <ID>.
     """
     tokens, weights = example.tokens.tolist(), example.loss_weights
+    label = [] if example.pair_start is None else [(f" -> {labels[tokens.pop()]}", 1.0)]
     unknown = [name is None for name in tokenizer.convert_ids_to_tokens(tokens)]
-    marks = list(zip(weights.tolist(), unknown, strict=True))
+    marks = list(zip(weights[: len(tokens)].tolist(), unknown, strict=True))
     edges = [i for i in range(1, len(tokens)) if marks[i] != marks[i - 1]]
 
     def decode(count: int) -> str:
@@ -120,7 +127,7 @@ def show(example: data.Example, tokenizer: Any) -> Shown:
             text, done = whole[done:upto], upto
         pieces.append((text, weight))
         start = end
-    return Shown(example.where, len(tokens), _supervised(example), pieces)
+    return Shown(example.where, len(tokens), _supervised(example), pieces + label)
 
 
 def _supervised(example: data.Example) -> int:
@@ -194,11 +201,11 @@ def _pack(
     return found
 
 
-def _missing(config: Config) -> Iterator[str]:
+def _missing(config: Config, model: Model) -> Iterator[str]:
     settings = config.data
     if settings.eval is None and settings.eval_size is None:
         yield "neither data.eval nor data.eval_size is set: nothing measures what is learnt"
-    if settings.regression is None:
+    if settings.regression is None and not model.labels:
         yield "data.regression is not set: nothing measures what is forgotten"
 
 

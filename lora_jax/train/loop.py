@@ -32,6 +32,7 @@ from lora_jax.train import (
     setup,
 )
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
+from lora_jax.train.model import describe
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
@@ -55,14 +56,14 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
     source = formats.resolve(config.model)
-    model = formats.describe(source, config.ignore_config_fields)
+    config, model = describe(config, source)
     config, loaded = setup.continue_adapter(config, model)
     if record is not None:
         resume.check_config(record, config)
     found = setup.find_trainable(config, model)
     tokenizer = formats.load_tokenizer(source)
     prints = setup.take_fingerprint(config, source, tokenizer, record)
-    encoder = sets.Encoder(config, tokenizer, prints["tokenizer"], console, model.config.vocab_size)
+    encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     train_data, held_out = sets.read_sets(config, encoder)
     prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}
     if record is not None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax.models.common import Routing
+
 
 def next_token_sums(
     module: Any, hidden: jax.Array, batch: dict[str, jax.Array], chunk: int
@@ -52,11 +54,26 @@ def next_token_sums(
     return total, weights.sum()
 
 
+def load_balancing_loss(routing: Routing) -> jax.Array:
+    """How unevenly the routers of all layers spread the real tokens over their experts (arXiv
+    2101.03961, equations 4 to 6), as in transformers: experts * sum_e f_e P_e.
+
+    f_e is how often a token went to expert e, P_e the mean probability that routers gave it; the
+    chosen ones add up to k, so that routers which spread evenly have k. `routing` holds sums over
+    the tokens of every layer, (layers, experts) and (layers,). Only P_e has a gradient.
+    """
+    tokens = jnp.maximum(routing.tokens.sum(), 1)
+    often = routing.load.sum(axis=0) / tokens
+    likely = routing.probabilities.sum(axis=0) / tokens
+    return often.shape[0] * jnp.sum(often * likely)
+
+
 def _chunk_nll(
     head: Any, leaves: list, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
     logits = head(leaves, hidden).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Of a model that classifies, targets without a weight are no labels: any number does there.
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
 

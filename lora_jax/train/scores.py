@@ -3,8 +3,8 @@
     answers = [Answer("13 of us\\nAsked for: []", ('{"people": "13"}',), '{"people": "13 of us"}')]
     compute(["exact_match", "slot_f1"], answers)    # {"exact_match": 0.0, "slot_f1": 0.0}
 
-exact_match, slot_f1 and rouge_l run from 0 to 1, bleu from 0 to 100, as its users report it. Every
-metric is a function of at least one answer, each with at least one reference.
+accuracy, exact_match, slot_f1 and rouge_l run from 0 to 1, bleu from 0 to 100, as its users report
+it. Every metric is a function of at least one answer, each with at least one reference.
 """
 
 import importlib.util
@@ -29,6 +29,11 @@ def exact_match(answers: Sequence[Answer]) -> float:
     """The share of answers that are the same as any of their references, by `same_answer`."""
     right = [any(same_answer(one.answer, wanted) for wanted in one.references) for one in answers]
     return sum(right) / len(right)
+
+
+def accuracy(answers: Sequence[Answer]) -> float:
+    """The share of texts that got their label."""
+    return sum(one.answer in one.references for one in answers) / len(answers)
 
 
 def same_answer(output: str, expected: str) -> bool:
@@ -110,6 +115,7 @@ def rouge_l(answers: Sequence[Answer]) -> float:
 
 
 METRICS: Mapping[str, Callable[[Sequence[Answer]], float]] = {
+    "accuracy": accuracy,
     "exact_match": exact_match,
     "slot_f1": slot_f1,
     "bleu": bleu,

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lora_jax import data, demo
 from lora_jax.config import Config, UserError
+from lora_jax.models.common import Model
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Encoder:
     tokenizer_digest: str
     console: Console
     vocab_size: int | None = None  # of the model; None does not check tokens against it
+    labels: tuple[str, ...] | None = None  # of a model that classifies
     read: dict[str, data.Rows] = field(default_factory=dict)
     counts: dict[str, data.Counts] = field(default_factory=dict)
 
@@ -89,8 +91,29 @@ class Encoder:
                 prompt=settings.prompt,
                 completion=settings.completion,
                 on_bad_row=settings.on_bad_row,
+                parse=None if self.labels is None else self._parse,
             )
         return self.read[source]
+
+    def _parse(self, record: Any, where: str) -> data.AnyRow:
+        settings = self.config.data
+        if self.labels is not None:
+            return data.parse_label_row(record, where, settings.text, settings.label)
+        return data.parse_row(record, where, settings.prompt, settings.completion)
+
+    def _encode(self, rows: Sequence[Any]) -> tuple[list[data.Example], data.Counts]:
+        """Rows as examples; none need be left."""
+        settings = self.config.data
+        if self.labels is None:
+            return data.encode_rows(rows, **self.options())
+        return data.encode_labelled(
+            rows,
+            self.tokenizer,
+            self.labels,
+            max_length=settings.max_length,
+            too_long=settings.too_long,
+            on_bad_row=settings.on_bad_row,
+        )
 
     def examples(self, source: str, what: str) -> list[data.Example]:
         """All examples of a source, out of the cache where it has them; says what became of it."""
@@ -98,7 +121,10 @@ class Encoder:
 
         def build() -> tuple[list[data.Example], data.Counts]:
             rows = self.rows(source)
-            examples, counts = data.encode_all(rows.rows, **self.options())
+            examples, counts = self._encode(rows.rows)
+            if not examples:
+                length, too_long = settings.max_length, settings.too_long
+                raise data.nothing_left(len(rows.rows), counts, length, too_long)
             return examples, counts.with_bad(rows.dropped)
 
         files = data.source_files(source) if settings.cache else []
@@ -116,6 +142,7 @@ class Encoder:
                     (
                         *(settings.system_prompt, settings.max_length, settings.too_long),
                         *(settings.prompt, settings.completion, settings.on_bad_row),
+                        *(settings.text, settings.label, self.labels),
                     )
                 ),
             }
@@ -151,20 +178,28 @@ class Encoder:
         for where, record, problem in records:
             if problem is None:
                 try:
-                    rows.append(data.parse_row(record, where, settings.prompt, settings.completion))
+                    rows.append(self._parse(record, where))
                 except data.BadRow as error:
                     problem = str(error)
             if problem is not None:
                 problems.append(f"{where}: {problem}")
         if settings.on_bad_row != "drop":
             data.raise_first(problems)
-        examples, counts = data.encode_rows(rows, **self.options())
+        examples, counts = self._encode(rows)
         self._check_vocabulary(examples)
         self.counts["block"] = counts = counts.with_bad(len(problems))
         if counts.dropped or counts.bad:
             told = describe(counts, settings.max_length)
             self.console.print(f"records from {records[0][0]} on: {told}")
         return examples
+
+
+def make_encoder(
+    config: Config, model: Model, tokenizer: Any, tokenizer_digest: str, console: Console
+) -> Encoder:
+    """The `Encoder` of a run with `model`."""
+    vocab_size, labels = model.config.vocab_size, model.labels or None
+    return Encoder(config, tokenizer, tokenizer_digest, console, vocab_size, labels)
 
 
 def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: int) -> None:

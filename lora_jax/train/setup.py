@@ -153,9 +153,23 @@ def check_metrics(config: Config, held_out: Mapping[str, DataSet]) -> None:
 
 
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:
-    """Note lengths beyond the model's, and raise for tokens as `check_vocabulary` does."""
+    """Note lengths beyond the model's, and raise for tokens as `check_vocabulary` does.
+
+    Raises:
+        UserError: examples longer than a model with learned positions can read; unknown tokens.
+    """
     positions = model.config.max_position_embeddings
-    if config.data.max_length > positions:
+    if (limit := model.learned_positions) is not None:
+        data.raise_first(
+            [
+                f"{example.where}: {example.length} tokens, and {config.model} has positions for "
+                f"{limit}; set data.max_length to {limit} or less"
+                for one in sets
+                for example in one.examples
+                if example.length > limit
+            ]
+        )
+    elif config.data.max_length > positions:
         console.print(
             f"note: data.max_length={config.data.max_length} is above the "
             f"max_position_embeddings={positions} that the model was made for"

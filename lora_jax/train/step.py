@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax import tree
 from lora_jax.adapters import bind
-from lora_jax.config import Config
+from lora_jax.config import Config, UserError
 from lora_jax.models.common import Model
-from lora_jax.train.loss import next_token_sums
+from lora_jax.train.loss import load_balancing_loss, next_token_sums
 
 Batch = dict[
     str, jax.Array
@@ -27,14 +28,23 @@ def batch_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted negative log-likelihood (nats) and weights of a batch, summed."""
     module = model.module(bound)
-    hidden, _ = module.hidden(
+    hidden = _hidden(module, batch, config, remat)
+    return next_token_sums(module, hidden, batch, config.train.loss_chunk)
+
+
+def _hidden(module: Any, batch: Batch, config: Config, remat: str = "none") -> jax.Array:
+    return _run(module.hidden, batch, config, remat)[0]
+
+
+def _run(method: Callable, batch: Batch, config: Config, remat: str) -> Any:
+    return method(
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         compute_dtype=jnp.dtype(config.train.compute_dtype),
         remat=remat,
+        **{name: batch[name] for name in ("token_types",) if name in batch},
     )
-    return next_token_sums(module, hidden, batch, config.train.loss_chunk)
 
 
 def make_train_step(
@@ -44,21 +54,46 @@ def make_train_step(
     (before clipping), supervised_tokens (sum of the weights). A step whose loss or gradient is not
     finite changes nothing: the state that came in goes out.
 
+    With `train.router_aux_loss_coef` the gradient is that of loss + coefficient * router_aux_loss,
+    a further metric: `load_balancing_loss` over the real tokens of a micro-batch, and of these the
+    mean. Unlike everything else it depends on how the batch is split.
+
     `placement` holds the shardings of (adapters, opt_state): they come out as they went in, and the
     second step runs the program of the first. Without it the compiler chooses. Optimizer state in
     host memory comes to the device for the update alone.
+
+    Raises:
+        UserError: a router_aux_loss_coef, and the model has no experts.
     """
     rows = config.train.batch_size
     pieces = rows // (config.train.micro_batch_size or rows)
+    coefficient = config.train.router_aux_loss_coef
+    leaves = tree.flatten(model.params)
+    if coefficient and not any(tree.is_router(path, leaves) for path in leaves):
+        raise UserError(
+            f"train.router_aux_loss_coef={coefficient} is for experts, and the model has none; "
+            "leave it at 0"
+        )
 
-    def micro_loss(adapters, params, micro, key):
+    def micro_loss(adapters, params, micro, key, total):
+        """What is differentiated, nats, and the sums for the metrics."""
         bound = bind(params, adapters, config.adapter, key)
-        return batch_sums(model, bound, micro, config, config.train.remat)
+        if not coefficient:
+            nll, weight = batch_sums(model, bound, micro, config, config.train.remat)
+            return nll, {"nll": nll, "weight": weight}
+        module = model.module(bound)
+        hidden, _, routing = _run(module.hidden_and_routing, micro, config, config.train.remat)
+        nll, weight = next_token_sums(module, hidden, micro, config.train.loss_chunk)
+        balance = load_balancing_loss(routing)
+        share = total / pieces  # the sum is divided by `total` in the end
+        sums = {"nll": nll, "weight": weight, "balance": balance}
+        return nll + coefficient * share * balance, sums
 
     def train_step(adapters, opt_state, params, batch, step_key):
         value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+        total = batch["loss_weights"][:, 1:].sum()
         if pieces == 1:
-            (nll, weight), grads = value_and_grad(adapters, params, batch, step_key)
+            (_, sums), grads = value_and_grad(adapters, params, batch, step_key, total)
         else:
             # Every micro-batch takes rows from all over the batch, so that each device keeps its
             # own.
@@ -68,22 +103,25 @@ def make_train_step(
 
             def accumulate(sums, micro_and_key):
                 micro, key = micro_and_key
-                return jax.tree.map(
-                    jnp.add, sums, value_and_grad(adapters, params, micro, key)
-                ), None
+                (_, own), grads = value_and_grad(adapters, params, micro, key, total)
+                return jax.tree.map(jnp.add, sums, (own, grads)), None
 
-            zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, adapters))
+            names = ("nll", "weight", "balance") if coefficient else ("nll", "weight")
+            zeros = (dict.fromkeys(names, jnp.float32(0)), jax.tree.map(jnp.zeros_like, adapters))
             keys = jax.random.split(step_key, pieces)
-            ((nll, weight), grads), _ = jax.lax.scan(accumulate, zeros, (micros, keys))
+            (sums, grads), _ = jax.lax.scan(accumulate, zeros, (micros, keys))
+        weight = sums["weight"]
         grads = jax.tree.map(lambda g: g / weight, grads)
         if placement is not None:
             opt_state = jax.tree.map(_on_device, opt_state, placement[1])
         updates, moved = optimizer.update(grads, opt_state, adapters)
         metrics = {
-            "loss": nll / weight,
+            "loss": sums["nll"] / weight,
             "grad_norm": optax.tree.norm(grads),
             "supervised_tokens": weight,
         }
+        if coefficient:
+            metrics["router_aux_loss"] = sums["balance"] / pieces
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         state = (optax.apply_updates(adapters, updates), moved)
         adapters, opt_state = jax.tree.map(
@@ -99,6 +137,18 @@ def _on_device(x: jax.Array, sharding: Any) -> jax.Array:
     if sharding.memory_kind in (None, "device"):
         return x
     return jax.device_put(x, sharding.with_memory_kind("device"))
+
+
+def make_classify(model: Model, config: Config) -> Callable:
+    """`classify(adapters, params, batch)` -> the number of the likeliest label of its text at every
+    token (b, t), dropout off.
+    """
+
+    def classify(adapters, params, batch):
+        module = model.module(bind(params, adapters, config.adapter))
+        return jnp.argmax(module.logits(_hidden(module, batch, config)), axis=-1)
+
+    return jax.jit(classify)
 
 
 def make_eval_step(model: Model, config: Config) -> Callable:

@@ -123,11 +123,11 @@ def test_compute_keeps_the_order_of_names():
 
 def test_wrong_names_are_collected():
     with pytest.raises(UserError) as error:
-        scores.check(["blue", "exact_match", "accuracy"])
+        scores.check(["blue", "exact_match", "perplexity"])
     assert str(error.value) == (
-        "eval.metrics: 'blue' is not one of: exact_match, slot_f1, bleu, rouge_l. "
+        "eval.metrics: 'blue' is not one of: accuracy, exact_match, slot_f1, bleu, rouge_l. "
         "Did you mean 'bleu'?\n"
-        "eval.metrics: 'accuracy' is not one of: exact_match, slot_f1, bleu, rouge_l."
+        "eval.metrics: 'perplexity' is not one of: accuracy, exact_match, slot_f1, bleu, rouge_l."
     )
     with pytest.raises(UserError, match="'blue' is not one of"):
         scores.compute(["blue"], answers(("a", "a")))

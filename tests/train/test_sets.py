@@ -37,13 +37,13 @@ def read(tmp_path, tokenizer, monkeypatch):
     """
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     built = []
-    encode_all = data.encode_all
+    encode_rows = data.encode_rows
 
     def count(*args, **options):
         built.append(len(args[0]))
-        return encode_all(*args, **options)
+        return encode_rows(*args, **options)
 
-    monkeypatch.setattr(data, "encode_all", count)
+    monkeypatch.setattr(data, "encode_rows", count)
 
     def call(*overrides, tokenizer=tokenizer):
         built.clear()

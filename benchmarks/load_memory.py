@@ -1,0 +1,158 @@
+"""Peak host memory of loading a model; prints one JSON line. Linux only.
+
+    python benchmarks/load_memory.py
+    python benchmarks/load_memory.py --layers 4 --devices 4
+
+Writes a random llama in bfloat16 as safetensors shards of 500 MB into a temporary directory (2.1 GB
+with the 20 layers of the default), loads it in a fresh process with `formats.load`, split by fsdp
+over so many devices of the CPU, and removes it again. `peak` is the most anonymous memory (RssAnon)
+during the load over what it was before; pages of mapped files are not in it. The aim is
+peak <= placed + 1.2 * shard, `shard` being the largest share that one device has of one leaf.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+SHARD_BYTES = 500_000_000
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, in the order of the files."""
+    d, f, v = (SHAPE[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    kv = d * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
+    yield "model.embed_tokens.weight", (v, d)
+    for i in range(layers):
+        for name, shape in {
+            "input_layernorm": (d,),
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, d),
+            "post_attention_layernorm": (d,),
+            "mlp.gate_proj": (f, d),
+            "mlp.up_proj": (f, d),
+            "mlp.down_proj": (d, f),
+        }.items():
+            yield f"model.layers.{i}.{name}.weight", shape
+    yield "model.norm.weight", (d,)
+    yield "lm_head.weight", (v, d)
+
+
+def write(directory: Path, layers: int) -> None:
+    """A Hugging Face directory of random weights."""
+    rng, shard, shards, weight_map = np.random.default_rng(0), {}, 0, {}
+
+    def flush() -> None:
+        nonlocal shards
+        shards += 1
+        file = f"model-{shards:05d}.safetensors"
+        save_file(shard, directory / file)
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, shape in tensors(layers):
+        shard[name] = rng.random(shape, np.float32).astype(ml_dtypes.bfloat16)
+        if sum(array.nbytes for array in shard.values()) > SHARD_BYTES:
+            flush()
+    flush()
+    (directory / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def load(directory: Path) -> dict[str, float]:
+    """Load in this process: MB placed, of the largest shard, at the peak."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax import formats
+    from lora_jax.config import MeshConfig
+    from lora_jax.sharding import make_mesh
+
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    jax.block_until_ready(jnp.ones(()) + 1)  # what the backend keeps for itself comes first
+    before, peak, done = anonymous(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(0.001)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    model = jax.block_until_ready(formats.load(directory, mesh=mesh).params)
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    shards = [
+        shard.data.nbytes for leaf in jax.tree.leaves(model) for shard in leaf.addressable_shards
+    ]
+    placed, largest, peak = sum(shards), max(shards), peak - before
+    return {
+        "placed MB": round(placed / 1e6, 1),
+        "shard MB": round(largest / 1e6, 1),
+        "peak MB": round(peak / 1e6, 1),
+        "peak over placed, in shards": round((peak - placed) / largest, 3),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--devices", type=int, default=1, help="of the CPU, which share the model")
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # the fresh process
+    options = parser.parse_args()
+    if options.load:
+        print(json.dumps(load(options.load)))
+        return
+    flags = f"--xla_force_host_platform_device_count={options.devices}"
+    with tempfile.TemporaryDirectory(prefix="load_memory-") as directory:
+        write(Path(directory), options.layers)
+        child = subprocess.run(
+            [sys.executable, __file__, "--load", directory],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    print(
+        json.dumps(
+            {"layers": options.layers, "devices": options.devices} | json.loads(child.stdout)
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

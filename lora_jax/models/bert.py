@@ -1,0 +1,238 @@
+"""BERT with a sequence-classification head, `model_type` bert.
+
+bert / embeddings / {word,position,token_type}_embeddings / embedding     (vocab, d), ...
+bert / encoder / layer / attention / self / {query,key,value} / {kernel,bias}
+bert / encoder / layer / attention / output / {dense / {kernel,bias}, LayerNorm / {scale,bias}}
+bert / encoder / layer / intermediate / dense, output / {dense, LayerNorm}
+bert / pooler / dense / {kernel,bias}                                     (d, d)
+classifier / {kernel,bias}                                                (d, labels)
+
+Dropout that its configs ask for in training is left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.layers import ACTIVATIONS, Embed, LayerNorm, Linear, attention
+from lora_jax.models.common import Names, scan_layers
+from lora_jax.models.reader import ConfigReader
+from lora_jax.sharding import BATCH, constrain
+
+RULES = (
+    (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),
+    (r"\w+\.embeddings\.(position|token_type)_embeddings\.embedding", P(None, "fsdp")),
+    (r".*\.(query|key|value|intermediate\.dense)\.kernel", P("fsdp", "tensor")),
+    (r".*\.(query|key|value|intermediate\.dense)\.bias", P("tensor")),
+    (r".*\.output\.dense\.kernel", P("tensor", "fsdp")),
+    (r".*LayerNorm\.(scale|bias)|.*\.output\.dense\.bias", P(None)),
+    (r"\w+\.pooler\.dense\.(kernel|bias)|classifier\..*", P(None)),
+)
+ARCHITECTURE = "BertForSequenceClassification"
+NAMES = Names(
+    base="bert.",
+    no_weights=r"cls\..*|.*embeddings\.position_ids",
+    old=((".gamma", ".weight"), (".beta", ".bias")),
+    heads=("classifier", "bert.pooler"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a Hugging Face config that decide the numbers, under their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    layer_norm_eps: float
+    hidden_act: str
+    pad_token_id: int
+    labels: tuple[str, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def learned_positions(self) -> int:
+        """How many tokens a text can have."""
+        return self.max_position_embeddings
+
+
+def read_fields(reader: ConfigReader, pad_token_id: int = 0) -> dict[str, Any]:
+    """The fields of a `Config`; defaults are those of transformers."""
+    reader.inert("attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout")
+    reader.inert("tie_word_embeddings", "gradient_checkpointing", "num_labels")
+    for name in ("is_decoder", "add_cross_attention"):
+        reader.refuse_unless_zero(name)
+    reader.refuse_unless("position_embedding_type", "absolute")
+    heads = reader.integer("num_attention_heads", 12)
+    return {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": reader.integer("hidden_size", 768),
+        "intermediate_size": reader.integer("intermediate_size", 3072),
+        "num_hidden_layers": reader.integer("num_hidden_layers", 12),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": reader.integer("max_position_embeddings", 512),
+        "type_vocab_size": reader.integer("type_vocab_size", 2),
+        "layer_norm_eps": reader.number("layer_norm_eps", 1e-12),
+        "hidden_act": reader.choice("hidden_act", "gelu", ACTIVATIONS),
+        "pad_token_id": reader.integer("pad_token_id", pad_token_id, least=0),
+        "labels": reader.labels(),
+    }
+
+
+def read_config(reader: ConfigReader) -> Config:
+    """A `Config` from config.json."""
+    return Config(**read_fields(reader))
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        d = config.hidden_size
+        self.word_embeddings = Embed(config.vocab_size, d, rngs=rngs)
+        self.position_embeddings = Embed(config.max_position_embeddings, d, rngs=rngs)
+        self.token_type_embeddings = Embed(config.type_vocab_size, d, rngs=rngs)
+        self.LayerNorm = LayerNorm(d, config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, types: jax.Array) -> jax.Array:
+        words, places = self.word_embeddings(tokens), self.position_embeddings(positions)
+        return self.LayerNorm(words + self.token_type_embeddings(types) + places)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        d = config.hidden_size
+        self.query = Linear(d, d, use_bias=True, rngs=rngs)
+        self.key = Linear(d, d, use_bias=True, rngs=rngs)
+        self.value = Linear(d, d, use_bias=True, rngs=rngs)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        q, k, v = (
+            part(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for part in (self.query, self.key, self.value)
+        )
+        blocks = [(k.swapaxes(1, 2), v.swapaxes(1, 2))]
+        return attention(q, blocks, (mask,), self.head_dim**-0.5).reshape(x.shape)
+
+
+class Output(nnx.Module):
+    """A linear whose result is added to what went in before, and the norm of the sum."""
+
+    def __init__(self, config: Config, features_in: int, *, rngs: nnx.Rngs):
+        self.dense = Linear(features_in, config.hidden_size, use_bias=True, rngs=rngs)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, x: jax.Array, before: jax.Array) -> jax.Array:
+        return self.LayerNorm(self.dense(x) + before)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.self = SelfAttention(config, rngs=rngs)
+        self.output = Output(config, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        return self.output(self.self(x, mask), x)
+
+
+class Dense(nnx.Module):
+    def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs):
+        self.dense = Linear(features_in, features_out, use_bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dense(x)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        self.intermediate = Dense(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.output = Output(config, config.intermediate_size, rngs=rngs)
+        self.act = config.hidden_act
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = self.attention(x, mask)
+        return self.output(ACTIVATIONS[self.act](self.intermediate(x)), x)
+
+
+class Layers(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.layer = nnx.vmap(lambda own: Block(config, rngs=own))(
+            rngs.split(config.num_hidden_layers)
+        )
+
+
+class Encoder(nnx.Module):
+    """Embeddings and blocks; every token sees all of its text."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.encoder = Layers(config, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        token_types: jax.Array | None,
+        compute_dtype: Any,
+        remat: str,
+    ) -> jax.Array:
+        """(b, t, d) of tokens (b, t); `positions` are rows of the position embeddings."""
+        types = jnp.zeros_like(tokens) if token_types is None else token_types
+        mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+
+        def block(x, layer, own):
+            return layer(constrain(x, *BATCH, None, None), mask), None
+
+        x = self.embeddings(tokens, positions, types).astype(compute_dtype)
+        return scan_layers(block, self.encoder.layer, x, None, remat)[0]
+
+
+def first_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """At every token (b, t, d) what stands at the first one of its text, whose position is 0."""
+    starts = jnp.arange(x.shape[1]) - positions
+    return jnp.take_along_axis(x, starts[:, :, None], axis=1)
+
+
+class PooledEncoder(Encoder):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.pooler = Dense(config.hidden_size, config.hidden_size, rngs=rngs)
+
+
+class Model(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.bert = PooledEncoder(config, rngs=rngs)
+        self.classifier = Linear(config.hidden_size, len(config.labels), use_bias=True, rngs=rngs)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        token_types: jax.Array | None = None,
+        compute_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ) -> tuple[jax.Array, None]:
+        """What the labels of a text depend on, (b, t, d), the same at all of its tokens."""
+        inputs = (tokens, positions, segment_ids, token_types, compute_dtype, remat)
+        x = first_tokens(self.bert(*inputs), positions)
+        return jnp.tanh(self.bert.pooler(x)), None
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., d) -> (..., labels) in the dtype of `hidden`."""
+        return self.classifier(hidden)

@@ -1,0 +1,103 @@
+"""The model of a run, before its weights are read, and what its config settles about it."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_jax import data, formats
+from lora_jax.config import AdapterConfig, Config, EvalConfig, UserError, raise_all
+from lora_jax.models.common import Model
+
+# Settings of `data` that a model that classifies has no use for.
+_OF_TEXT = ("prompt", "completion", "system_prompt", "chat_template", "regression")
+
+
+def describe(config: Config, source: Path) -> tuple[Config, Model]:
+    """The model in `source` with shapes in place of weights, and the config with what depends on
+    it.
+
+    Of a model that classifies: `data.labels` are those of the training data, if none are given; its
+    head trains (`modules_to_save`), with whatever else its files lack; answers are scored by
+    accuracy.
+
+    Raises:
+        UserError: as `formats.describe`; settings that do not go with such a model; fewer than two
+            labels, or none given for a stream.
+    """
+    model = formats.describe(source, config.ignore_config_fields)
+    given = config.data.labels
+    if not model.labels:
+        if given is not None:
+            kind = model.hf_config.get("model_type")
+            raise UserError(
+                f"data.labels={given!r} is for models that classify (bert, roberta); "
+                f"{config.model} is of model_type={kind!r} and writes text"
+            )
+        return config, model
+    _check_settings(config)
+    labels = tuple(given) if given is not None else _read_labels(config)
+    if not labels:  # nothing is trained: those of the model itself
+        labels = model.labels
+    if len(set(labels)) < max(2, len(labels)):
+        raise UserError(f"data.labels={list(labels)!r}: at least two are needed, each once")
+    model = formats.describe(source, config.ignore_config_fields, labels)
+    settled = dataclasses.replace(config.data, labels=list(labels))
+    return dataclasses.replace(
+        config,
+        data=settled,
+        adapter=_with_heads(config.adapter, source, model),
+        eval=_with_accuracy(config.eval),
+    ), model
+
+
+def _check_settings(config: Config) -> None:
+    default = Config()
+    raise_all(
+        [
+            f"data.{name}={getattr(config.data, name)!r} is for models that write text; "
+            f"{config.model} classifies"
+            for name in _OF_TEXT
+            if getattr(config.data, name) != getattr(default.data, name)
+        ]
+    )
+
+
+def _read_labels(config: Config) -> tuple[str, ...]:
+    settings = config.data
+    if settings.train is None:
+        return ()
+    if settings.streaming:
+        raise UserError(
+            "data.streaming=true, and the labels are not known before the data are read: list them "
+            "in data.labels"
+        )
+    sources = settings.train if isinstance(settings.train, Mapping) else [settings.train]
+
+    def parse(record: object, where: str) -> data.AnyRow:
+        return data.parse_label_row(record, where, settings.text, settings.label)
+
+    rows = [
+        row
+        for source in sources
+        for row in data.read(source, on_bad_row=settings.on_bad_row, parse=parse).rows
+        if isinstance(row, data.LabelRow)
+    ]
+    return data.label_names(rows)
+
+
+def _with_heads(adapter: AdapterConfig, source: Path, model: Model) -> AdapterConfig:
+    if adapter.method == "full":
+        return adapter
+    heads = [model.names.heads[0]]  # trains in any case, as for PEFT's SEQ_CLS
+    if any(source.glob("*.safetensors")):
+        heads += [head for head in formats.missing_heads(source, model) if head not in heads]
+    given = adapter.modules_to_save or []
+    return dataclasses.replace(
+        adapter, modules_to_save=[*given, *(head for head in heads if head not in given)]
+    )
+
+
+def _with_accuracy(settings: EvalConfig) -> EvalConfig:
+    if settings.metrics != EvalConfig().metrics:
+        return settings
+    return dataclasses.replace(settings, metrics=["accuracy"])

@@ -1,0 +1,308 @@
+"""The table of model families that every test of families goes through, and tiny models of them.
+
+A new family is one more row of `FAMILIES`.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import models, tree
+from lora_jax.models.common import Model
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# No two axes are equal: vocabulary, hidden, intermediate, queries (6 x 6 or 6 x 8), keys (2 x 6 or
+# 2 x 8), layers.
+IMPLIED = dict(
+    vocab_size=97,
+    hidden_size=36,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+GIVEN = IMPLIED | dict(head_dim=8)
+QWEN_WINDOW = dict(use_sliding_window=True, sliding_window=7)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def theta(value: float, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": value, **more}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family is called in transformers, fields that give the size of a tiny model, and
+    fields that turn each of its switches on and off; tests of one model take the first variant.
+    """
+
+    config_class: str
+    model_class: str
+    size: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    targets: str | list[str] = "all-linear"  # that both PEFT and we adapt
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return self.size | next(iter(self.variants.values()))
+
+
+FAMILIES = {
+    "llama": Family(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        GIVEN,
+        {"biases": dict(attention_bias=True, mlp_bias=True)},
+    ),
+    "mistral": Family(
+        "MistralConfig", "MistralForCausalLM", GIVEN, {"window": dict(sliding_window=5)}
+    ),
+    "qwen2": Family(
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        IMPLIED,
+        {
+            "window from a layer on, tied": dict(
+                **QWEN_WINDOW, max_window_layers=1, tie_word_embeddings=True, rms_norm_eps=0.05
+            ),
+            "layer types": dict(
+                **QWEN_WINDOW,
+                layer_types=[SLIDING, FULL, SLIDING],
+                head_dim=10,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
+    "qwen3": Family(
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        GIVEN,
+        {
+            "window from a layer on, biases": dict(
+                **QWEN_WINDOW, max_window_layers=1, attention_bias=True, rms_norm_eps=0.05
+            ),
+            "layer types, tied": dict(
+                **QWEN_WINDOW,
+                layer_types=[SLIDING, FULL, SLIDING],
+                tie_word_embeddings=True,
+                hidden_act="relu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
+    "gemma2": Family(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        GIVEN,
+        {
+            "caps that bite, biases": dict(
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+                sliding_window=9,
+                query_pre_attn_scalar=24,
+                attention_bias=True,
+                rms_norm_eps=0.05,
+            ),
+            "no caps, layer types, untied": dict(
+                attn_logit_softcapping=None,
+                final_logit_softcapping=None,
+                sliding_window=5,
+                layer_types=[FULL, SLIDING, SLIDING],
+                query_pre_attn_scalar=2,
+                tie_word_embeddings=False,
+                hidden_activation="silu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
+    "gemma3_text": Family(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        GIVEN,
+        {
+            "two rotations, biases": dict(
+                sliding_window=9,
+                layer_types=[SLIDING, FULL, SLIDING],
+                query_pre_attn_scalar=24,
+                attention_bias=True,
+                rope_parameters={
+                    FULL: dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+                    SLIDING: theta(100.0),
+                },
+            ),
+            "cap, untied": dict(
+                final_logit_softcapping=3.0,
+                sliding_window=5,
+                tie_word_embeddings=False,
+                hidden_activation="silu",
+                rms_norm_eps=0.05,
+            ),
+            "plain": {},
+        },
+    ),
+    "phi3": Family(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        IMPLIED,
+        {
+            "window, part rotated": dict(
+                sliding_window=9,
+                rope_parameters=theta(300.0, partial_rotary_factor=0.7),
+                rms_norm_eps=0.05,
+            ),
+            "odd part rotated, tied": dict(  # 9 of 10 features: the last pair too
+                rope_parameters=theta(10000.0, partial_rotary_factor=0.9),
+                head_dim=10,
+                hidden_act="gelu",
+                tie_word_embeddings=True,
+            ),
+            "plain": {},
+        },
+    ),
+    "gpt2": Family(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        dict(vocab_size=97, n_embd=36, n_layer=3, n_head=6, n_positions=128)
+        | dict(bos_token_id=None, eos_token_id=None),
+        {
+            "scores by layer": dict(
+                scale_attn_by_inverse_layer_idx=True,
+                n_inner=50,
+                layer_norm_epsilon=0.05,
+                activation_function="relu",
+            ),
+            "plain scores, untied": dict(
+                scale_attn_weights=False, tie_word_embeddings=False, activation_function="silu"
+            ),
+            "plain": {},
+        },
+    ),
+    "olmo2": Family(
+        "Olmo2Config",
+        "Olmo2ForCausalLM",
+        IMPLIED,
+        {
+            "biases, tied": dict(
+                attention_bias=True,
+                tie_word_embeddings=True,
+                head_dim=10,
+                hidden_act="gelu",
+                rms_norm_eps=0.05,
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
+    "mixtral": Family(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        GIVEN | dict(num_local_experts=5),
+        {
+            "window, three experts": dict(
+                sliding_window=9,
+                num_experts_per_tok=3,
+                hidden_act="gelu",
+                rms_norm_eps=0.05,
+                rope_parameters=theta(300.0),
+            ),
+            "tied": dict(tie_word_embeddings=True),
+            "plain": {},
+        },
+        targets=ATTENTION,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        GIVEN | dict(num_experts=10, moe_intermediate_size=24, num_experts_per_tok=3),
+        {
+            "window, shares of one, biases": dict(
+                **QWEN_WINDOW, norm_topk_prob=True, attention_bias=True, rms_norm_eps=0.05
+            ),
+            "two experts, tied": dict(
+                num_experts_per_tok=2,
+                tie_word_embeddings=True,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+        targets=ATTENTION,
+    ),
+}
+
+
+def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
+    """A model of transformers with every parameter random: norms and biases too."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # products so small are done before a second thread has woken
+    row = FAMILIES[family]
+    config = getattr(transformers, row.config_class)(**copy.deepcopy(fields))
+    if family == "gemma2":
+        config._attn_implementation = "eager"  # the only one that bends scores
+    model = getattr(transformers, row.model_class)(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(_spread(noise, name, around_zero="gemma" in family))
+    return model
+
+
+def _spread(noise: Any, name: str, around_zero: bool) -> Any:
+    """Noise as large as the weight of that name is: norms vary about one, or about zero where they
+    multiply by 1 + weight, and a product with a kernel keeps the size of its input.
+    """
+    if noise.ndim == 1:
+        is_norm = name.endswith("weight") and not around_zero
+        return 0.3 * noise + is_norm
+    if "embed" in name or ".wte." in name or ".wpe." in name:
+        return 0.3 * noise
+    conv1d = tree.is_conv1d(tuple(name.split("."))[:-1] or ("",))
+    return noise * noise.shape[0 if conv1d else -1] ** -0.5
+
+
+def save(model: Any, directory: Path, dtype: str = "float32", max_shard_size: str = "1GB") -> None:
+    """Write the files of a torch model, and round its own weights to what is in them."""
+    import torch
+
+    stored = copy.deepcopy(model).to(getattr(torch, dtype))
+    stored.save_pretrained(directory, max_shard_size=max_shard_size)
+    with torch.no_grad():  # not model.to: that would round the rotary frequencies too
+        for parameter, rounded in zip(model.parameters(), stored.parameters(), strict=True):
+            parameter.copy_(rounded)
+
+
+def describe(family: str, **fields: Any) -> Model:
+    """The model of a config.json of the family, with shapes in place of weights."""
+    return models.describe({"model_type": family, **fields})
+
+
+def random_model(family: str, seed: int = 0, **fields: Any) -> Model:
+    """The same with random weights, by no help of torch."""
+    model, rng = describe(family, **fields), np.random.default_rng(seed)
+
+    def draw(path: tree.Path, leaf: Any) -> Any:
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1] in ("scale", "bias"):
+            one = path[-1] == "scale" and "gemma" not in family
+            return jnp.asarray(0.3 * noise + one)
+        size = 0.3 if path[-1] == "embedding" else leaf.shape[-2] ** -0.5
+        return jnp.asarray(size * noise)
+
+    leaves = tree.flatten(model.params)
+    params = tree.unflatten({path: draw(path, leaf) for path, leaf in leaves.items()})
+    return model.replace(params=params)

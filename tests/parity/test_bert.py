@@ -1,0 +1,296 @@
+"""BERT and RoBERTa with their classification heads against transformers and PEFT."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from lora_jax import adapters as methods
+from lora_jax import data, formats, targets
+from lora_jax.config import AdapterConfig, Config, UserError
+from lora_jax.train.step import batch_sums
+
+TOLERANCE = 1e-5
+BASE = dict(
+    vocab_size=97,
+    hidden_size=36,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    max_position_embeddings=40,
+    id2label={0: "a", 1: "b", 2: "c"},
+    label2id={"a": 0, "b": 1, "c": 2},
+)
+CLASSES = {
+    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
+}
+VARIANTS = {
+    "bert": dict(family="bert"),
+    "bert, others": dict(family="bert", hidden_act="relu", layer_norm_eps=0.1, type_vocab_size=3),
+    "roberta": dict(family="roberta", type_vocab_size=1),
+    "roberta, others": dict(family="roberta", hidden_act="gelu_new", pad_token_id=3),
+}
+# Lengths of two texts in each of three rows, packed side by side below.
+LENGTHS = ((7, 5), (11, 3), (6, 8))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """`tiny(seed, family=..., **config)`: a directory, and the torch model with its weights."""
+
+    def make(seed=0, family="bert", **config):
+        config_class, model_class = CLASSES[family]
+        model = model_class(config_class(**BASE | config)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                matrix = parameter.ndim > 1
+                scale = parameter.shape[-1] ** -0.5 if matrix and "embeddings" not in name else 0.5
+                parameter.copy_(noise * scale + ("LayerNorm.weight" in name))
+        directory = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(directory)
+        return directory, model
+
+    return make
+
+
+def examples(seed=0, types=2):
+    """Labelled texts, every other one a pair."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i, length in enumerate(n for row in LENGTHS for n in row):
+        tokens = rng.integers(5, 97, length + 1, dtype=np.int32)
+        tokens[-1] = i % 3
+        weights = np.zeros(length + 1, np.float32)
+        weights[-1] = 1
+        start = length // 2 if i % 2 and types > 1 else length
+        found.append(data.Example(tokens, weights, str(i), start))
+    return found
+
+
+def oracle_logits(model, example):
+    """(labels,) of one text."""
+    text = torch.tensor(example.tokens[None, :-1].astype(np.int64))
+    types = torch.zeros_like(text)
+    types[:, example.pair_start :] = 1
+    if model.config.type_vocab_size == 1:
+        types[:] = 0
+    if model.config.model_type == "roberta":
+        types[:] = 0  # what its tokenizers give
+    return model(text, token_type_ids=types).logits[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_packed_texts_equal_transformers(tiny, error, variant):
+    for seed in (0, 1):
+        directory, oracle = tiny(seed, **variant)
+        model = formats.load(directory)
+        assert model.labels == ("a", "b", "c")
+        texts = examples(seed)
+        rows = [texts[i : i + 2] for i in range(0, len(texts), 2)]
+        batch = data.stack(rows, 20)
+        logits = np.asarray(
+            model.apply(
+                model.params,
+                batch["tokens"],
+                positions=batch["positions"],
+                segment_ids=batch["segment_ids"],
+                token_types=batch["token_types"],
+            )
+        )
+        with torch.no_grad():
+            wanted = np.array([oracle_logits(oracle, text).numpy() for text in texts])
+        found = [
+            logits[r, (0, len(row[0].tokens))[i]] for r, row in enumerate(rows) for i in (0, 1)
+        ]
+        assert np.abs(wanted).max() > 0.5 and error(found, wanted) < TOLERANCE
+        last = [logits[r, len(row[0].tokens) - 2] for r, row in enumerate(rows)]
+        np.testing.assert_array_equal(last, found[::2])  # the same at all tokens of a text
+
+
+def test_types_and_texts_side_by_side_matter(tiny):
+    """Otherwise the test above would say nothing about them."""
+    directory, _ = tiny()
+    model = formats.load(directory)
+    batch = data.stack([examples()[:2]], 20)
+    inputs = {name: batch[name] for name in ("positions", "segment_ids")}
+    types = batch["token_types"]
+    typed = model.apply(model.params, batch["tokens"], token_types=types, **inputs)
+    plain = model.apply(model.params, batch["tokens"], **inputs)
+    assert np.abs(typed - plain)[0, 9].max() > 1e-3
+    joined = model.apply(model.params, batch["tokens"], positions=batch["positions"])
+    assert np.abs(joined - plain)[0, 0].max() > 1e-3
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_loss_and_gradients_equal_peft(tiny, error, family):
+    for seed in (0, 1):
+        directory, oracle = tiny(seed, family)
+        model = formats.load(directory)
+        config = AdapterConfig(
+            rank=3,
+            alpha=7,
+            target_modules=["query", "value", "intermediate.dense"],
+            modules_to_save=["classifier"],
+        )
+        _, adapters = methods.init(jax.random.key(seed), model.params, config)
+        keys = iter(jax.random.split(jax.random.key(seed + 5), 99))
+        adapters = jax.tree.map(
+            lambda x, keys=keys: x + 0.3 * jax.random.normal(next(keys), x.shape), adapters
+        )
+        target = directory.parent / f"adapter{seed}"
+        formats.write_adapter(
+            target, adapters, model.params, config, base_model="x", task_type="SEQ_CLS"
+        )
+        content = json.loads((target / "adapter_config.json").read_text())
+        assert content["task_type"] == "SEQ_CLS"
+        assert content["modules_to_save"] == ["classifier"]
+        tuned = peft.PeftModel.from_pretrained(oracle, str(target), is_trainable=True)
+        texts = examples(seed)
+        losses = [
+            torch.nn.functional.cross_entropy(
+                oracle_logits(tuned, text)[None], torch.tensor([int(text.tokens[-1])])
+            )
+            for text in texts
+        ]
+        torch.stack(losses).sum().backward()
+        batch = {n: jnp.asarray(x) for n, x in data.stack([texts[:3], texts[3:]], 40).items()}
+
+        def loss(adapters, model=model, config=config, batch=batch):
+            bound = methods.bind(model.params, adapters, config)
+            return batch_sums(model, bound, batch, Config())[0]
+
+        value, gradients = jax.value_and_grad(loss)(adapters)
+        assert error(value, sum(float(x.detach()) for x in losses)) < TOLERANCE
+        back, _ = formats.read_adapter(target, model.params)
+        for ours, theirs in zip(jax.tree.leaves(adapters), jax.tree.leaves(back), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        named = dict(tuned.named_parameters())
+        layer = "base_model.model.{0}.encoder.layer.1.attention.self.query.lora_{1}.default.weight"
+        own = gradients[family]["encoder"]["layer"]["attention"]["self"]["query"]
+        for leaf, name in (("lora_a", "A"), ("lora_b", "B")):
+            expected = named[layer.format(family, name)].grad.numpy().T
+            assert np.abs(expected).max() > 1e-3
+            assert error(own[leaf][1], expected) < TOLERANCE
+        head, part = ("classifier", "") if family == "bert" else ("classifier", "out_proj.")
+        expected = named[
+            f"base_model.model.{head}.modules_to_save.default.{part}weight"
+        ].grad.numpy()
+        own = gradients["classifier"] if family == "bert" else gradients["classifier"]["out_proj"]
+        assert error(own["full_kernel"], expected.T) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_round_trip_and_merge(tiny, error, tmp_path, family):
+    directory, oracle = tiny(3, family)
+    model = formats.load(directory)
+    config = AdapterConfig(rank=2, target_modules="all-linear", modules_to_save=["classifier"])
+    _, adapters = methods.init(jax.random.key(0), model.params, config)
+    adapters = jax.tree.map(
+        lambda x: x + 0.2 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), adapters
+    )
+    bound = methods.bind(model.params, adapters, config)
+    for name, params in (("same", model.params), ("merged", methods.merge(bound))):
+        formats.write_model(tmp_path / name, model, params, directory)
+        loaded, info = CLASSES[family][1].from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info.values()), info
+        text = examples()[3]
+        with torch.no_grad():
+            wanted = oracle_logits(loaded.eval(), text).numpy()
+        given = model.params if name == "same" else bound
+        types = np.arange(len(text.tokens) - 1)[None] >= text.pair_start
+        logits = model.apply(given, text.tokens[None, :-1], token_types=types.astype(np.int32))
+        assert error(logits[0, 0], wanted) < TOLERANCE
+    before, after = (
+        oracle.state_dict(),
+        dict(CLASSES[family][1].from_pretrained(tmp_path / "same").state_dict()),
+    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_files_without_a_head(tiny, family):
+    directory, oracle = tiny(0, family)
+    bare = directory.parent / "bare"
+    oracle.base_model.save_pretrained(bare)
+    model = formats.load(bare, labels=["x", "y"])
+    assert model.labels == ("x", "y") and formats.missing_heads(bare, model) == ("classifier",)
+    whole = formats.load(directory)
+    np.testing.assert_array_equal(
+        model.params[family]["embeddings"]["word_embeddings"]["embedding"],
+        whole.params[family]["embeddings"]["word_embeddings"]["embedding"],
+    )
+    again = formats.load(bare, labels=["x", "y"])
+    for one, two in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_other_labels_mean_a_new_head(tiny):
+    directory, _ = tiny()
+    same = formats.load(directory, labels=["a", "b", "c"])
+    other = formats.load(directory, labels=["a", "c", "b"])
+    assert formats.missing_heads(directory, same) == ()
+    assert formats.missing_heads(directory, other) == ("classifier",)
+    kernel = lambda model: np.asarray(model.params["classifier"]["kernel"])  # noqa: E731
+    assert kernel(same).shape == kernel(other).shape == (36, 3)
+    assert not np.array_equal(kernel(same), kernel(other))
+    assert 0.01 < kernel(other).std() < 0.03
+    assert other.hf_config["id2label"] == {"0": "a", "1": "c", "2": "b"}
+
+
+def test_old_names_and_buffers(tiny, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    directory, _ = tiny()
+    tensors = load_file(directory / "model.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for name, value in tensors.items()
+        if not name.startswith("classifier")
+    }
+    old["cls.predictions.bias"] = np.zeros(97, np.float32)
+    old["bert.embeddings.position_ids"] = np.arange(40)[None]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_text((directory / "config.json").read_text())
+    save_file(old, tmp_path / "old/model.safetensors")
+    model, new = formats.load(tmp_path / "old"), formats.load(directory)
+    for path in (("embeddings", "LayerNorm"), ("pooler", "dense")):
+        one, two = model.params["bert"], new.params["bert"]
+        for key in path:
+            one, two = one[key], two[key]
+        for leaf in one:
+            np.testing.assert_array_equal(one[leaf], two[leaf])
+
+
+def test_count_of_roberta_base():
+    """The LoRA paper's RoBERTa base: queries and values at rank 8."""
+    content = dict(model_type="roberta", vocab_size=50265, max_position_embeddings=514)
+    from lora_jax import models
+
+    model = models.describe(content)
+    config = AdapterConfig(rank=8, target_modules=["query", "value"])
+    assert targets.find_trainable(model.params, config).parameters == 294_912
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(is_decoder=True), "is_decoder=True is not supported"),
+        (dict(position_embedding_type="relative_key"), "position_embedding_type='relative_key'|="),
+        (dict(id2label={"0": "a", "2": "b"}), "id2label=.* does not number the labels"),
+    ],
+)
+def test_configs_that_are_refused(tiny, edit_json, change, message):
+    directory, _ = tiny()
+    edit_json(directory / "config.json", **change)
+    with pytest.raises(UserError, match=message):
+        formats.describe(directory)
