@@ -34,7 +34,7 @@ def print_targets(config: Config) -> None:
         partition = "; ".join(str(specs[(*target.path, part)]) for part in ("lora_a", "lora_b"))
         scales = target.scales(config.adapter.use_rslora).reshape(-1)
         for (rank, alpha), layers in group_slices(target).items():
-            count = rank * sum(target.shape) * len(layers)
+            count = rank * sum(target.shape) * len(layers) * (target.experts or 1)
             name = layer_range(target, layers)
             rows.append(
                 (

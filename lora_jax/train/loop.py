@@ -140,7 +140,7 @@ def conclude(
         chosen = state.watch.best_step
         adapters, _, _ = checkpoint.restore(place, adapters, step=chosen)
         console.print(f"the adapters of step {chosen} are the best: these are exported")
-    curves = metrics.read_curves(output / "metrics.jsonl")
+    curves = metrics.read_curves(output / "metrics.jsonl", judge.held_out)
     logged = {name: dict(curves.get(name, ())) for name in judge.held_out}
     # A run that was resumed with other settings may end at a step without an evaluation.
     known = all(chosen in points for points in logged.values())

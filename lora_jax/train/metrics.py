@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,16 @@ def cut_back(file: Path, step: int) -> None:
         write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
-def read_curves(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Points (step, loss) of metrics.jsonl by curve: `train`, and each held-out set."""
-    curves: dict[str, list[tuple[int, float]]] = {"train": []}
-    for line in read_lines(file):
-        curves["train"].append((line["step"], line["loss"]))
-        for name, value in line.items():
-            if name.endswith("_loss"):
-                curves.setdefault(name.removesuffix("_loss"), []).append((line["step"], value))
+def read_curves(file: Path, held_out: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
+    """Points (step, loss) of metrics.jsonl by curve: `train`, and those of the held-out sets that
+    have any.
+    """
+    lines = read_lines(file)
+    curves = {"train": [(line["step"], line["loss"]) for line in lines]}
+    for name in held_out:
+        key = f"{name}_loss"
+        if points := [(line["step"], line[key]) for line in lines if key in line]:
+            curves[name] = points
     return curves
 
 

@@ -19,6 +19,7 @@ from lora_jax.train import resume, scores
 from lora_jax.train.metrics import LOGS
 from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.sinks import check_sinks
+from lora_jax.train.step import check_experts
 
 
 def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
@@ -97,7 +98,7 @@ def find_trainable(config: Config, model: Model) -> targets.Trainable:
 
     Raises:
         UserError: as `targets.find_trainable`, of the base as `base_dtype` will have it; adapters
-            that `export.peft` could not write.
+            that `export.peft` could not write; a loss of routers where there are none.
     """
     if config.base_dtype in quantize.SCHEMES:
         # An init that changes the base does so before it is quantised.
@@ -106,6 +107,7 @@ def find_trainable(config: Config, model: Model) -> targets.Trainable:
             lambda params: quantize.quantize_tree(params, str(config.base_dtype)), model.params
         )
         targets.find_trainable(base, adapter)
+    check_experts(model, config)
     found = targets.find_trainable(model.params, config.adapter)
     if config.export.peft and config.adapter.method != "full":
         raise_all([f"export.peft: {problem}" for problem in formats.peft_problems(found)])

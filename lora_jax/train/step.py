@@ -47,6 +47,16 @@ def _run(method: Callable, batch: Batch, config: Config, remat: str) -> Any:
     )
 
 
+def check_experts(model: Model, config: Config) -> None:
+    """Raise a UserError for a router_aux_loss_coef where the model has no experts."""
+    coefficient, leaves = config.train.router_aux_loss_coef, tree.flatten(model.params)
+    if coefficient and not any(tree.is_router(path, leaves) for path in leaves):
+        raise UserError(
+            f"train.router_aux_loss_coef={coefficient} is for experts, and the model has none; "
+            "leave it at 0"
+        )
+
+
 def make_train_step(
     model: Model, config: Config, optimizer: optax.GradientTransformation, placement: Any = None
 ) -> Callable:
@@ -68,12 +78,7 @@ def make_train_step(
     rows = config.train.batch_size
     pieces = rows // (config.train.micro_batch_size or rows)
     coefficient = config.train.router_aux_loss_coef
-    leaves = tree.flatten(model.params)
-    if coefficient and not any(tree.is_router(path, leaves) for path in leaves):
-        raise UserError(
-            f"train.router_aux_loss_coef={coefficient} is for experts, and the model has none; "
-            "leave it at 0"
-        )
+    check_experts(model, config)
 
     def micro_loss(adapters, params, micro, key, total):
         """What is differentiated, nats, and the sums for the metrics."""

@@ -194,7 +194,7 @@ class _Trainer:
             self.kept.wait()
             self.console.print(f"{stop}: step {state.step} is saved; resume=true goes on from it")
             raise
-        evaluated = any(name.endswith("_loss") for name in line)
+        evaluated = any(f"{name}_loss" in line for name in self.judge.held_out)
         if evaluated or self.over or _is_due(state.step, settings.log_every):
             self.journal.write(line)
         every = settings.save_every or max(1, settings.steps // 10)
