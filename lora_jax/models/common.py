@@ -350,27 +350,9 @@ class CausalLM(nnx.Module):
         """(b, t) -> (b, t, d)."""
         return self.model.embed_tokens(tokens).astype(dtype)
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        cache: Cache | None = None,
-        compute_dtype: Any = jnp.float32,
-        remat: str = "none",
-    ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
-        given.
-        """
-        return self.hidden_and_routing(
-            tokens,
-            positions=positions,
-            segment_ids=segment_ids,
-            cache=cache,
-            compute_dtype=compute_dtype,
-            remat=remat,
-        )[:2]
+    def hidden(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
+        """The first two of what `hidden_and_routing` returns."""
+        return self.hidden_and_routing(tokens, **inputs)[:2]
 
     def hidden_and_routing(
         self,
@@ -382,7 +364,9 @@ class CausalLM(nnx.Module):
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
-        """As `hidden`, and how every layer's router spread the tokens, if there are experts."""
+        """Final hidden states (b, t, d) of tokens (b, t), the cache with them written if one is
+        given, and how every layer's router spread the tokens, if there are experts.
+        """
         config = self.config
         kinds = sorted(set(config.layer_types))
         windows = {FULL: None, SLIDING: config.sliding_window}
