@@ -159,7 +159,7 @@ def test_rows(train_refused, tmp_path, text, expected, field):
         ({"vocab_size": "many"}, "vocab_size='many' is not an integer"),
         ({"vocab_size": None}, "config.json has no vocab_size"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type='spiral' is not supported"),
         ({"num_hidden_layers": 3}, "missing model.layers.2."),
         ({"num_hidden_layers": 1}, "unexpected model.layers.1."),
         ({"intermediate_size": 64}, "has shape (48, 32), config.json asks for (64, 32)"),
