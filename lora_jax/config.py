@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    method: str = "lora"  # lora | full: every weight of the model, the baseline
+    method: str = "lora"  # lora | prompt | prefix | full: every weight, the baseline
     rank: int = 8  # r: inner size of the update a @ b (PEFT: r)
     alpha: float = 16.0  # the update is scaled by alpha / rank (PEFT: lora_alpha)
     target_modules: Any = "all-linear"  # all-linear | list of names | regex for whole module paths
@@ -48,6 +48,10 @@ class AdapterConfig:
     trainable_token_indices: list[int] | None = None  # tokens whose embeddings train
     ensure_weight_tying: bool | None = None  # tied models: embedding and head stay one or part
     path: str | None = None  # a PEFT adapter directory to continue from; its settings hold
+    num_virtual_tokens: int | None = None  # prompt, prefix; null: 20, or as many as prompt_text has
+    prompt_init: str = "vocab"  # vocab | text | random: what virtual tokens start as
+    prompt_text: str | None = None  # for prompt_init=text; cut or repeated to num_virtual_tokens
+    prefix_gate: bool = False  # weigh the prefix of a layer, from zero on (arXiv 2303.16199)
 
 
 @dataclass(frozen=True)
@@ -252,9 +256,10 @@ def dump(config: Config) -> str:
 _MAPPINGS = ("data.train", "adapter.rank_pattern", "adapter.alpha_pattern")
 _CHOICES = {
     "base_dtype": (None, "float32", "bfloat16", "int8", "nf4"),
-    "adapter.method": ("lora", "full"),
+    "adapter.method": ("lora", "prompt", "prefix", "full"),
     "adapter.init": ("default", "gaussian", "orthogonal", "pissa", "olora"),
     "adapter.bias": ("none", "lora_only", "all"),
+    "adapter.prompt_init": ("vocab", "text", "random"),
     "data.too_long": ("truncate", "drop", "error"),
     "data.on_bad_row": ("error", "drop"),
     "export.dtype": (None, "float32", "bfloat16", "float16"),
@@ -288,12 +293,15 @@ _AT_LEAST = {
     "seed": 0,
 }
 _ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size")
-# Settings of adapters that contradict method=full; rank, alpha and the like it has no use for.
-_SPECIAL = (
-    *("use_rslora", "use_dora", "init", "freeze_a", "lora_plus_ratio", "bias", "path"),
+# Settings that go with method=lora alone; rank, alpha and the like are read by no other.
+_OF_LORA = (
+    *("use_rslora", "use_dora", "init", "freeze_a", "lora_plus_ratio", "bias", "dropout"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "target_modules"),
     *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
 )
+_OF_VIRTUAL = ("num_virtual_tokens", "prompt_init", "prompt_text", "prefix_gate")
+SOFT = ("prompt", "prefix")  # methods that train virtual tokens
+_VIRTUAL_TOKENS = 20
 _SINKS = ("tensorboard", "wandb", "trackio")
 # Parts of a fingerprint: what a run was made with.
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")
@@ -408,6 +416,11 @@ def _run_problems(config: Config) -> Iterable[str]:
             )
     if config.export.merged and (problem := merge_problem(config)):
         yield problem
+    if config.export.merged and config.adapter.method in SOFT:
+        yield (
+            f"export.merged=true: adapter.method={config.adapter.method} trains virtual tokens, "
+            "which cannot be merged into weights; export.peft writes them"
+        )
     if config.adapter.method == "full" and config.base_dtype in ("int8", "nf4"):
         yield (
             "adapter.method=full trains the weights themselves, and "
@@ -458,15 +471,62 @@ def adapter_problems(adapter: AdapterConfig) -> list[str]:
             value = getattr(adapter, name)
             hint = nearest(str(value), choices)
             problems.append(f"{name}={value!r} is not one of: {', '.join(choices)}.{hint}")
-    if adapter.method == "full":
-        default = AdapterConfig(method="full")
-        problems += [
-            f"method=full trains every weight, and {f.name}={getattr(adapter, f.name)!r} says "
-            "something of adapters; leave one out"
-            for f in dataclasses.fields(AdapterConfig)
-            if f.name in _SPECIAL and getattr(adapter, f.name) != getattr(default, f.name)
-        ]
-    return problems
+    return problems + list(_method_problems(adapter))
+
+
+def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
+    """Settings of other methods than the one that is chosen."""
+    default, method = AdapterConfig(), adapter.method
+    given = {
+        f.name: getattr(adapter, f.name)
+        for f in dataclasses.fields(AdapterConfig)
+        if getattr(adapter, f.name) != getattr(default, f.name)
+    }
+    if method == "full":
+        for name in (*_OF_LORA, "path", *_OF_VIRTUAL):
+            if name in given:
+                yield (
+                    f"method=full trains every weight, and {name}={given[name]!r} says something "
+                    "of adapters; leave one out"
+                )
+        return
+    for name in _OF_LORA if method in SOFT else _OF_VIRTUAL if method == "lora" else ():
+        if name in given:
+            other = "lora" if method in SOFT else "prompt or prefix"
+            yield (
+                f"{name}={given[name]!r} is for method={other}, and this is method={method}; leave "
+                "one out"
+            )
+    if method not in SOFT:
+        return
+    if adapter.num_virtual_tokens is not None and adapter.num_virtual_tokens < 1:
+        yield f"num_virtual_tokens={adapter.num_virtual_tokens} must be at least 1"
+    if (adapter.prompt_init == "text") != bool(adapter.prompt_text):
+        yield (
+            f"prompt_init={adapter.prompt_init} and prompt_text={adapter.prompt_text!r}: the one "
+            "needs the other"
+        )
+    if adapter.prefix_gate and method == "prompt":
+        yield (
+            "prefix_gate=true is for method=prefix: virtual tokens of a prompt are tokens among "
+            "others, which no weight can take out"
+        )
+
+
+def virtual_tokens(adapter: AdapterConfig) -> int:
+    """How many virtual tokens a method has that trains them.
+
+    Raises:
+        UserError: as many as a text has, which is not known here.
+    """
+    if adapter.num_virtual_tokens is not None:
+        return adapter.num_virtual_tokens
+    if adapter.prompt_init == "text":
+        raise UserError(
+            "num_virtual_tokens is not set, and how many tokens prompt_text has is only known to a "
+            "tokenizer; set it"
+        )
+    return _VIRTUAL_TOKENS
 
 
 def _unlock(node: DictConfig) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax import weights
+from lora_jax.virtual import Prefix
 
 _NORMAL = nnx.initializers.normal(0.02)
 
@@ -133,11 +134,23 @@ def empty_cache(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int
     )
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Past:
+    """What a layer's attention sees beside the new tokens."""
+
+    cached: tuple[jax.Array, jax.Array] | None = None  # keys and values (b, k, s, h)
+    prefix: Prefix | None = None  # one layer of it
+
+
 def attention_masks(
-    segment_ids: jax.Array, cache: Cache | None, window: int | None = None
+    segment_ids: jax.Array,
+    cache: Cache | None,
+    window: int | None = None,
+    beside: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """What each query may see: (b, t, t) among the new tokens and, with a cache, (b, t, s) in it
-    before them.
+    before them; then what is to be seen `beside` them.
 
     A query sees keys of its own segment, not after itself, and within `window` tokens (itself
     included) if given. Inside a segment tokens stand next to each other, so distance in slots is
@@ -153,10 +166,10 @@ def attention_masks(
 
     new = visible(time[:, None] - time[None, :], segment_ids)
     if cache is None:
-        return (new,)
+        return (new, *beside)
     slots = jnp.arange(cache.segment_ids.shape[1])
     old = visible(cache.length + time[:, None] - slots[None, :], cache.segment_ids)
-    return new, old & (slots < cache.length)[None, None, :]
+    return new, old & (slots < cache.length)[None, None, :], *beside
 
 
 def bend(x: jax.Array, limit: float) -> jax.Array:
@@ -208,3 +221,24 @@ def attention(
     )
     mixed = jnp.asarray(mixed)
     return mixed.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def attend(
+    queries: jax.Array,
+    new: tuple[jax.Array, jax.Array],
+    past: Past,
+    masks: tuple[jax.Array, ...],
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`attention` over the `new` keys and values (b, k, t, h), those of the past, and a prefix."""
+    blocks = [new] if past.cached is None else [new, past.cached]
+    prefix = past.prefix
+    if prefix is None:
+        return attention(queries, blocks, masks, scale, softcap)
+    own = prefix.heads(queries.shape[0], queries.shape[-1])
+    if prefix.gate is None:
+        return attention(queries, [*blocks, own], masks, scale, softcap)
+    mixed = attention(queries, blocks, masks[:-1], scale, softcap)
+    beside = attention(queries, [own], masks[-1:], scale, softcap)
+    return mixed + jnp.tanh(prefix.gate).astype(mixed.dtype) * beside

@@ -95,7 +95,8 @@ def adapter_specs(
     adapters: Mapping, params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh
 ) -> dict:
     """`lora_a` takes the input axis of its weight, `lora_b` and `magnitude` the output axis; the
-    rank is never split. A weight that trains itself lies as the frozen one does.
+    rank is never split. A weight that trains itself lies as the frozen one does, and a prefix as
+    keys and values do.
     """
     leaves = flatten(params)
     weights = flatten(param_specs(params, rules, mesh))
@@ -108,7 +109,9 @@ def adapter_specs(
     specs = {}
     for path, leaf in flatten(adapters).items():
         module, name = path[:-1], path[-1]
-        if name.startswith("full_"):
+        if not module:  # virtual tokens; keys and values as the projections that make them
+            spec = (None, None, "tensor") if len(leaf.shape) == 3 else (None,) * len(leaf.shape)
+        elif name.startswith("full_"):
             spec = axes[(*module, name.removeprefix("full_"))]
         else:
             homes = (module, module[:-1])  # a part of a fused projection is below its weight

@@ -7,6 +7,8 @@ place that translates. The trainable tree has its leaves beside the weights they
     model/layers/self_attn/q_proj/magnitude            DoRA's size of every column
     model/norm/full_scale, lm_head/full_kernel         the weight itself, trained
     model/embed_tokens/trainable_tokens                rows of an embedding
+    prompt_embeddings                                  virtual tokens (p, d)
+    prefix_{keys,values,gate}                          the same in every layer (layers, p, k * h)
 
 A model whose embedding is its output head too (tied) has no `lm_head` in its tree; it can still be
 named, and then has leaves of its own.
@@ -20,7 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import AdapterConfig, UserError, adapter_problems, nearest, raise_all
+from lora_jax.config import (
+    SOFT,
+    AdapterConfig,
+    UserError,
+    adapter_problems,
+    nearest,
+    raise_all,
+    virtual_tokens,
+)
 from lora_jax.quantize import Int8Weight, NF4Weight
 from lora_jax.selection import (
     is_selected,
@@ -158,6 +168,7 @@ class Trainable:
     whole: tuple[Whole, ...] = ()
     rows: tuple[Rows, ...] = ()
     untied: Path | None = None  # a tied embedding that becomes two weights by this
+    virtual: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # shapes
 
     @property
     def parameters(self) -> int:
@@ -176,6 +187,7 @@ class Trainable:
 
     def _in_files(self, factors: int) -> int:
         count = sum(part.parameters for part in (*self.whole, *self.rows))
+        count += sum(math.prod(shape) for shape in self.virtual.values())
         count += factors * sum(target.parameters for target in self.targets)
         if self.config.use_dora:
             count += sum(
@@ -200,6 +212,8 @@ def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
         everything = Trainable(config, whole=tuple(_whole(params, lambda name, path: True)))
         raise_all(list(_dense_problems(params, everything)))
         return everything
+    if config.method in SOFT:
+        return Trainable(config, virtual=_find_virtual(params, config))
     saved = _find_saved(params, config)
     whole = {
         name
@@ -219,6 +233,29 @@ def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
     found = Trainable(config, tuple(targets), _joined([*saved, *biases]), rows)
     raise_all([*_combination_problems(params, found), *_dense_problems(params, found)])
     return _tie(params, found)
+
+
+def _find_virtual(params: Mapping, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of virtual tokens: their features are those of the embedding, or of the keys of a
+    layer.
+    """
+    count, leaves = virtual_tokens(config), flatten(params)
+    embedding = _token_embedding(leaves)
+    if embedding is None:
+        raise UserError(f"method={config.method}: the model has no embedding of tokens to go with")
+    if config.method == "prompt":
+        return {"prompt_embeddings": (count, leaves[embedding].shape[1])}
+    for path, leaf in leaves.items():
+        start, stop = fused_columns(path, leaves).get("k", (0, leaf.shape[-1]))
+        if path[-1] == "kernel" and (path[-2] == "k_proj" or stop - start < leaf.shape[-1]):
+            shape = (leaf.shape[0], count, stop - start)
+            gate = {"prefix_gate": shape[:1]} if config.prefix_gate else {}
+            return {"prefix_keys": shape, "prefix_values": shape} | gate
+    raise UserError("method=prefix: the model has no k_proj, qkv_proj or c_attn that makes keys")
+
+
+def _token_embedding(leaves: Mapping[Path, Any]) -> Path | None:
+    return next((p for p in leaves if p[-1] == "embedding" and p[-2] in TIED_EMBEDDINGS), None)
 
 
 def find_targets(params: Mapping, config: AdapterConfig) -> list[Target]:
@@ -424,7 +461,7 @@ def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[Rows, ...]:
         return ()
     indices = config.trainable_token_indices
     leaves = flatten(params)
-    path = next((p for p in leaves if p[-1] == "embedding" and p[-2] in TIED_EMBEDDINGS), None)
+    path = _token_embedding(leaves)
     if path is None:
         raise UserError("trainable_token_indices: the model has no embedding of tokens")
     vocab, features = leaves[path].shape

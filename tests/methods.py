@@ -174,6 +174,17 @@ ROWS = {
     "full, tied": Row({"method": "full"}, tied=True),
 }
 
+# Methods that leave the parameters alone, and so have nothing to merge. The prompt is written over
+# the first tokens of a batch.
+VIRTUAL = {
+    "prompt": Row({"method": "prompt", "num_virtual_tokens": 3, "prompt_init": "random"}),
+    "prefix": Row({"method": "prefix", "num_virtual_tokens": 5, "prompt_init": "random"}),
+    "gated prefix, NF4": Row(
+        {"method": "prefix", "num_virtual_tokens": 5, "prompt_init": "random", "prefix_gate": True},
+        scheme="nf4",
+    ),
+}
+
 
 _quantize = jax.jit(quantize_tree, static_argnums=1, compiler_options=QUICK)
 
@@ -210,6 +221,7 @@ def trains(adapters: Any, found: Trainable) -> dict[tree.Path, np.ndarray]:
         masks |= {(*target.path, name): np.zeros(()) for name in ("init_a", "init_b")}
     masks |= {whole.trained: whole.mask() for whole in found.whole}
     masks |= {rows.trained: np.ones(()) for rows in found.rows}
+    masks |= {(name,): np.ones(()) for name in found.virtual}
     return {
         path: np.broadcast_to(np.asarray(masks[path], bool), leaf.shape)
         for path, leaf in tree.flatten(adapters).items()

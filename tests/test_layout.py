@@ -7,7 +7,7 @@ import lora_jax
 
 ROOT = Path(lora_jax.__file__).parent
 LAYERS = (
-    ("config", "reference", "tree", "demo", "rope"),
+    ("config", "reference", "tree", "demo", "rope", "virtual"),
     ("quantize", "selection"),
     ("targets",),
     ("weights", "sharding"),
@@ -26,8 +26,8 @@ LAYERS = (
         "train.watch",
         "generate",
     ),
-    ("train.base", "train.metrics", "train.model", "train.report", "train.resume", "train.sets"),
-    ("train.setup", "train.evaluate", "train.export"),
+    ("train.metrics", "train.model", "train.report", "train.resume", "train.sets"),
+    ("train.base", "train.setup", "train.evaluate", "train.export"),
     ("train.compare", "train.dry_run", "train.inspect", "train.trainer"),
     ("train.loop",),
     ("cli",),

@@ -24,7 +24,7 @@ from lora_jax.train.optimizer import join, label_tree, make_optimizer
 from lora_jax.train.step import make_train_step
 from lora_jax.weights import LoraWeight, Untied, linear
 
-from .methods import DORA, QUICK, ROWS, SVD, make_batch, stirred, tiny_model, trains
+from .methods import DORA, QUICK, ROWS, SVD, VIRTUAL, make_batch, stirred, tiny_model, trains
 
 SEEDS = (0, 1)
 STEPS = 20
@@ -66,12 +66,13 @@ def start(row, seed):
     return model, base, adapters
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=ROWS | VIRTUAL)
 def case(request):
-    row = ROWS[request.param]
+    row = (ROWS | VIRTUAL)[request.param]
     return row, [start(row, seed) for seed in SEEDS]
 
 
+@pytest.mark.parametrize("case", ROWS, indirect=True)
 def test_nothing_changes_at_first_and_live_equals_merged(case, error):
     row, starts = case
     logits = plain_logits(row.tied, row.bias)
@@ -90,8 +91,9 @@ def test_nothing_changes_at_first_and_live_equals_merged(case, error):
 
 def test_twenty_steps_move_what_trains_and_nothing_else(case):
     row, starts = case
+    rate = 3e-3 if row.config.method in ("lora", "full") else 3e-2  # few numbers have a longer way
     train = TrainConfig(
-        batch_size=4, learning_rate=3e-3, schedule="constant", grad_clip=10.0, remat="none"
+        batch_size=4, learning_rate=rate, schedule="constant", grad_clip=10.0, remat="none"
     )
     optimizer = make_optimizer(train, row.config)
     step = None
@@ -120,7 +122,7 @@ def test_twenty_steps_move_what_trains_and_nothing_else(case):
             assert old[~mask].tobytes() == new[~mask].tobytes(), path
             moved = (old != new)[mask].mean() if mask.any() else 1
             # Tokens that do not occur have no gradient in an embedding that is no head.
-            assert moved > (0 if path[-2] == "embed_tokens" else 0.9), path
+            assert moved > (0 if "embed_tokens" in path else 0.9), path
 
 
 # One optimizer over the joint tree. Rows that hold all kinds of leaves, and integers in the base.

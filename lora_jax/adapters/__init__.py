@@ -5,30 +5,41 @@ bound            = bind(params, adapters, config)  # same tree as params, target
 merged           = merge(bound)                    # plain arrays again
 
 `params` comes back as it was, but for inits that take their part out of the base (pissa, olora),
-and for `method: full`, where the trainable tree holds all of it.
+and for `method: full`, where the trainable tree holds all of it. Virtual tokens (`prompt`,
+`prefix`) leave the parameters alone and go to the forward beside them:
+
+logits = model.apply(bound, tokens, prefix=prefix(adapters, config))       # None of other methods
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 
-from lora_jax.adapters import full, lora
-from lora_jax.config import AdapterConfig
+from lora_jax.adapters import full, lora, prompt
+from lora_jax.adapters.prompt import as_model_sees as as_model_sees
+from lora_jax.config import SOFT, AdapterConfig
 from lora_jax.targets import HEAD, Trainable, check_init
 from lora_jax.targets import find_targets as find_targets
 from lora_jax.targets import find_trainable as find_trainable
 from lora_jax.tree import check_same_structure, flatten, unflatten
+from lora_jax.virtual import Virtual
 from lora_jax.weights import Absent, LoraWeight, Untied, materialize
 
 
-def init(key: jax.Array, params: Mapping, config: AdapterConfig) -> tuple[Mapping, dict]:
-    """Trainable adapters (float32) for `params`, and the base they stand on.
+def init(
+    key: jax.Array, params: Mapping, config: AdapterConfig, calibrate: Callable | None = None
+) -> tuple[Mapping, dict]:
+    """Trainable adapters (float32) for `params`, and the base they stand on. `calibrate` runs the
+    model for those that start from what it makes of tokens (`as_model_sees`).
 
     Raises:
         UserError: what `lora_jax.targets.find_trainable` refuses; an init that would take its part
-            out of a quantised weight.
+            out of a quantised weight; one that needs `calibrate`.
     """
     found = find_trainable(params, config)
+    if config.method in SOFT:
+        return params, prompt.init(key, params, found, calibrate)
     check_init(params, found)
     return _init(key, params, found)
 
@@ -54,6 +65,9 @@ def shapes(params: Mapping, config: AdapterConfig) -> dict:
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Absent) else leaf
         for path, leaf in flatten(params).items()
     }
+    if config.method in SOFT:
+        found = find_trainable(params, config)
+        return {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in found.virtual.items()}
     return jax.eval_shape(
         lambda params: _init(jax.random.key(0), params, find_trainable(params, config))[1],
         unflatten(leaves),
@@ -98,6 +112,11 @@ def _untie(embedding: jax.Array, bound: Mapping, found: Trainable) -> Untied:
     elif head is not None:
         head = head.T
     return Untied(bound.get(found.untied, embedding), embedding if head is None else head)
+
+
+def prefix(adapters: Mapping, config: AdapterConfig) -> Virtual | None:
+    """The virtual tokens for the forward; None of methods that change the parameters."""
+    return prompt.value(adapters, config)
 
 
 def merge(bound: Mapping) -> dict:

@@ -19,6 +19,7 @@ from .loader import stack as stack
 from .named_columns import columns as columns
 from .packing import pack as pack
 from .packing import to_row as to_row
+from .packing import with_places as with_places
 from .parse import parse_row as parse_row
 from .readers import Record as Record
 from .render import resolve_template as resolve_template

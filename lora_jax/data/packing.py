@@ -9,6 +9,7 @@ The loss predicts tokens[i + 1] from position i with weight loss_weights[i + 1].
 every segment has weight 0, so no prediction ever crosses from one example into the next.
 """
 
+import dataclasses
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
@@ -62,6 +63,22 @@ def _pack_window(lengths: Sequence[int], indices: range, max_length: int) -> lis
                 insort(rooms, room)
             same.append(row)
     return sorted(sorted(row) for row in rows)
+
+
+def with_places(examples: Sequence[Example], count: int) -> list[Example]:
+    """The examples with `count` tokens in front that stand for virtual ones: what they are does not
+    matter, and none is predicted.
+    """
+    if not count:
+        return list(examples)
+    return [
+        dataclasses.replace(
+            example,
+            tokens=np.pad(example.tokens, (count, 0)),
+            loss_weights=np.pad(example.loss_weights, (count, 0)),
+        )
+        for example in examples
+    ]
 
 
 def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray]:

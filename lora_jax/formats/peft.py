@@ -6,7 +6,7 @@
 `adapter_config.json` (`peft_config`) and `adapter_model.safetensors` (`peft_tensors`) are PEFT's;
 `lora_jax.json` holds what PEFT has no field for. Adapters of an init that takes its part out of the
 base are written as those of twice the rank over the original base, and those of parts of a fused
-projection as one of the sum of their ranks over all of it.
+projection as one of the sum of their ranks over all of it. Virtual tokens are in `peft_virtual`.
 """
 
 import json
@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from lora_jax import adapters as methods
 from lora_jax import tree
 from lora_jax.adapters.lora import as_plain
-from lora_jax.config import AdapterConfig, UserError, raise_all
+from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all
+from lora_jax.formats import peft_virtual
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
 from lora_jax.formats.peft_tensors import (
     EXPERTS,
@@ -72,19 +73,21 @@ def write_adapter(
         raise UserError(f"profile={profile!r} is not one of: {', '.join(_PROFILES)}")
     raise_all(peft_problems(found) + (_unservable(found) if profile else []))
     leaves: Any = tree.flatten(jax.device_get(adapters))
-    if config.init in CHANGING_INITS:
-        leaves, found = as_plain(leaves, found)
-    widths = {path: leaf.shape[-1] for path, leaf in tree.flatten(params).items()}
-    leaves, found = within_limits(*with_whole_matrices(leaves, found, widths))
-    if profile:
-        leaves, found = with_one_scale(leaves, found)
-    with new_directory(target) as temporary:
-        save_file(
-            pack(leaves, found),
-            temporary / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+    if config.method in SOFT:
+        tensors = peft_virtual.pack(tree.unflatten(leaves))
+        content = peft_virtual.to_peft_config(found, base_model, task_type)
+    else:
+        if config.init in CHANGING_INITS:
+            leaves, found = as_plain(leaves, found)
+        widths = {path: leaf.shape[-1] for path, leaf in tree.flatten(params).items()}
+        leaves, found = within_limits(*with_whole_matrices(leaves, found, widths))
+        if profile:
+            leaves, found = with_one_scale(leaves, found)
+        tensors = pack(leaves, found)
         content = to_peft_config(found, params, base_model, task_type)
+    with new_directory(target) as temporary:
+        file = temporary / "adapter_model.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
         write_json(temporary / "adapter_config.json", content)
         write_json(temporary / "lora_jax.json", {"base_model": base_model, **(extra or {})})
         if source is not None:
@@ -97,6 +100,8 @@ def peft_problems(found: Trainable) -> list[str]:
     config = found.config
     if config.method == "full":
         return ["method=full trains the model itself, which is no adapter; use --format hf"]
+    if config.method in SOFT:
+        return peft_virtual.problems(config)
     problems = [f"use_dora=true and {text}" for text in _dora_problems(found)]
     embeddings = [t.path for t in found.targets if t.leaf == "embedding"]
     embeddings += [w.path[:-1] for w in found.whole if w.path[-1] == "embedding"]
@@ -175,6 +180,8 @@ def serving_problems(found: Trainable) -> list[str]:
 
 def _unservable(found: Trainable) -> list[str]:
     config = found.config
+    if config.method in SOFT:
+        return [f"vLLM has no virtual tokens (method={config.method}); transformers and PEFT do"]
     given = {
         "use_dora": config.use_dora,
         "bias": None if config.bias == "none" else config.bias,
@@ -209,11 +216,14 @@ def read_config(directory: Path, params: Mapping) -> AdapterConfig:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        kind = content.get("peft_type") if isinstance(content, dict) else content
-        raise UserError(f"{file}: peft_type={kind!r} is not supported, only 'LORA'")
+    kind = content.get("peft_type") if isinstance(content, dict) else content
+    if kind not in (kinds := ("LORA", *peft_virtual.KINDS)):
+        raise UserError(
+            f"{file}: peft_type={kind!r} is not supported; these are: {', '.join(kinds)}"
+        )
+    read = from_peft_config if kind == "LORA" else peft_virtual.from_peft_config
     try:
-        return from_peft_config(content, params)
+        return read(content, params)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -252,6 +262,8 @@ def read_adapter(directory: Path, params: Mapping) -> tuple[dict, AdapterConfig]
         raise UserError(f"{directory / 'adapter_config.json'}: {error}") from error
     with open_tensors(file) as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+    if config.method in SOFT:
+        return peft_virtual.unpack(tensors, found, str(file)), config
     for key in copies(tensors, found):
         del tensors[key]
     check(tensors, found, f"{file} does not fit the model and its adapter_config.json")

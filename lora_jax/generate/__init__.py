@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_jax.config import UserError
 from lora_jax.models.common import Model
+from lora_jax.virtual import Virtual, first_position, placeholders
 
 _BUCKET = (
     32  # prompt lengths and answer lengths are rounded up to it, so that few shapes are compiled
@@ -32,8 +33,8 @@ def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
     """The compiled part: prompts (b, t), padded on the left, to answers (b, slots)."""
 
     @partial(jax.jit, static_argnames="slots")
-    def decode(bound, tokens, segment_ids, limit, stops, temperature, key, slots: int):
-        module = model.module(bound)
+    def decode(bound, prefix, tokens, segment_ids, limit, stops, temperature, key, slots: int):
+        module, beside = model.module(bound), {} if prefix is None else {"prefix": prefix}
         rows, time = tokens.shape
 
         def advance(cache, tokens, positions, segment_ids):
@@ -43,6 +44,7 @@ def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
                 segment_ids=segment_ids,
                 cache=cache,
                 compute_dtype=compute_dtype,
+                **beside,
             )
             return module.logits(hidden[:, -1]).astype(jnp.float32), cache
 
@@ -79,9 +81,9 @@ def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
 
 
 def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:
-    """A function (bound, prompts, max_new_tokens, stop_tokens, temperature=0, seed=0) -> answers,
-    which ends an answer before its stop token. Prompts are rows of one batch; the function compiles
-    once per bucket of lengths.
+    """A function (bound, prompts, max_new_tokens, stop_tokens, prefix=None, temperature=0, seed=0)
+    -> answers, which ends an answer before its stop token. Prompts are rows of one batch, `prefix`
+    the virtual tokens in front of each; the function compiles once per bucket of lengths.
 
     Raises:
         UserError: prompt and answer together longer than learned positions reach.
@@ -95,14 +97,22 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         *,
         max_new_tokens: int,
         stop_tokens: Collection[int],
+        prefix: Virtual | None = None,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        longest, limit = max(map(len, prompts)), model.learned_positions
-        if limit is not None and longest + max_new_tokens > limit:
+        places, limit = placeholders(prefix), model.learned_positions
+        # An empty row fills up a batch.
+        prompts = [[0] * places + list(prompt) if len(prompt) else [] for prompt in prompts]
+        longest = max(map(len, prompts))
+        last = first_position(prefix) + longest + max_new_tokens
+        if limit is not None and last > limit:
+            virtual = places + first_position(prefix)
             raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than "
-                f"the {limit} positions that the model has; ask for fewer"
+                f"a prompt of {longest - places} tokens"
+                + (f", {virtual} virtual ones" if virtual else "")
+                + f" and max_new_tokens={max_new_tokens} are more than the {limit} positions that "
+                "the model has; ask for fewer"
             )
         time = -(-longest // _BUCKET) * _BUCKET
         tokens, segment_ids = (np.zeros((len(prompts), time), np.int32) for _ in range(2))
@@ -117,6 +127,7 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         answers = np.asarray(
             decode(
                 bound,
+                prefix,
                 tokens,
                 segment_ids,
                 max_new_tokens,

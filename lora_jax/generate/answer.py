@@ -64,13 +64,16 @@ def answer(
     tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
     stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source))
     model = formats.load(source, dtype=base_dtype)
-    bound = model.params if found is None else methods.bind(model.params, found[0], found[1])
+    bound, prefix = model.params, None
+    if found is not None:
+        bound, prefix = methods.bind(bound, *found), methods.prefix(*found)
     generate = make_generate(model, jnp.dtype(compute_dtype))
     answers = generate(
         bound,
         tokens,
         max_new_tokens=max_new_tokens,
         stop_tokens=stops,
+        prefix=prefix,
         temperature=temperature,
         seed=seed,
     )

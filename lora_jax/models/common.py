@@ -25,14 +25,16 @@ from lora_jax.layers import (
     Cache,
     Embed,
     Linear,
+    Past,
     RMSNorm,
-    attention,
+    attend,
     attention_masks,
     empty_cache,
 )
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.rope import rope, rotate
 from lora_jax.sharding import BATCH, Rules, constrain
+from lora_jax.virtual import Virtual, by_layer, first_position, placeholders, put_in
 
 RULES = (
     (r"model\.embed_tokens\.embedding", P("tensor", "fsdp")),
@@ -124,19 +126,28 @@ class Model:
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        prefix: Virtual | None = None,
         compute_dtype: Any = jnp.float32,
-        **inputs: jax.Array,
+        **inputs: Any,
     ) -> jax.Array:
         """Logits (b, t, vocab) of tokens (b, t). Without segment_ids all tokens of a row are one
         text. A model that classifies gives (b, t, labels), the same at all tokens of a text, and
         takes `token_types` (b, t).
+
+        `prefix` holds virtual tokens (`adapters.prefix`), in front of every row: a `Prompt` gets
+        its places here, unless the batch has segment_ids and with them places of its own.
         """
-        tokens = jnp.asarray(tokens)
+        tokens, inserted = jnp.asarray(tokens), 0
+        if segment_ids is None and positions is None:
+            inserted = placeholders(prefix)
+            tokens = jnp.pad(tokens, ((0, 0), (inserted, 0)))
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         module = self.module(params)
+        if prefix is not None:
+            inputs = {"prefix": prefix, **inputs}
         hidden, _ = module.hidden(
             tokens,
             positions=positions,
@@ -144,7 +155,7 @@ class Model:
             compute_dtype=compute_dtype,
             **inputs,
         )
-        return module.logits(hidden)
+        return module.logits(hidden[:, inserted:])
 
     def empty_cache(self, rows: int, slots: int, dtype: Any) -> Cache:
         """A cache for `rows` texts of up to `slots` tokens."""
@@ -283,16 +294,13 @@ class Attention(nnx.Module):
         """(b, t, heads * h) -> (b, t, heads, h)."""
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def __call__(self, x: jax.Array, context: Context, cached: Any) -> tuple[jax.Array, Any]:
-        """x (b, t, d); cached: keys and values (b, k, s, h) of earlier tokens, or None. Returns y
-        and the new ones.
-        """
+    def __call__(self, x: jax.Array, context: Context, past: Past) -> tuple[jax.Array, Any]:
+        """x (b, t, d) -> y, and the new keys and values (b, k, t, h)."""
         q, k, v = self.project(x)
         q, k = rotate(q, context.cos_sin), rotate(k, context.cos_sin)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        blocks = [(k, v)] if cached is None else [(k, v), cached]
-        mixed = attention(q, blocks, context.masks, self.scale, self.softcap)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), (k, v)
+        new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        mixed = attend(q, new, past, context.masks, self.scale, self.softcap)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), new
 
 
 class MLP(nnx.Module):
@@ -318,8 +326,8 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         self.mlp = mlp
 
-    def __call__(self, x: jax.Array, context: Context, cached: Any) -> tuple[jax.Array, Any, Any]:
-        y, new = self.self_attn(self.input_layernorm(x), context, cached)
+    def __call__(self, x: jax.Array, context: Context, past: Past) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(self.input_layernorm(x), context, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), new, None
 
@@ -361,36 +369,45 @@ class CausalLM(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         cache: Cache | None = None,
+        prefix: Virtual | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
         """Final hidden states (b, t, d) of tokens (b, t), the cache with them written if one is
-        given, and how every layer's router spread the tokens, if there are experts.
+        given, and how every layer's router spread the tokens, if there are experts. For a `Prompt`
+        every text of the batch begins with places for it.
         """
         config = self.config
+        x = put_in(self.embed(tokens, compute_dtype), positions, prefix)
+        positions = positions + first_position(prefix)
+        own = by_layer(prefix)
         kinds = sorted(set(config.layer_types))
         windows = {FULL: None, SLIDING: config.sliding_window}
         contexts = [
             Context(
                 rope(positions, config.head_dim, config.rope_parameters[kind]),
-                attention_masks(segment_ids, cache, windows[kind]),
+                attention_masks(
+                    segment_ids,
+                    cache,
+                    windows[kind],
+                    () if own is None else (own.visible(positions, windows[kind]),),
+                ),
                 segment_ids != 0,
             )
             for kind in kinds
         ]
         which = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
-        cached = None if cache is None else (cache.keys, cache.values)
+        past = Past(None if cache is None else (cache.keys, cache.values), own)
 
         def block(x, layer, own):
-            cached, kind = own
+            past, kind = own
             context = contexts[0]
             if len(contexts) > 1:
                 context = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *contexts)
-            x, new, routing = layer(constrain(x, *BATCH, None, None), context, cached)
+            x, new, routing = layer(constrain(x, *BATCH, None, None), context, past)
             return x, (None if cache is None else new, routing)
 
-        x = self.embed(tokens, compute_dtype)
-        x, (new, routing) = scan_layers(block, self.model.layers, x, (cached, which), remat)
+        x, (new, routing) = scan_layers(block, self.model.layers, x, (past, which), remat)
         cache = None if cache is None else cache.write(new[0], new[1], segment_ids)
         return self.model.norm(x), cache, routing
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.layers import OffsetRMSNorm, bend
+from lora_jax.layers import OffsetRMSNorm, Past, bend
 from lora_jax.models import common
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import Context, DecoderConfig, read_decoder
@@ -82,8 +82,8 @@ class Block(nnx.Module):
         self.mlp = common.MLP(config, rngs=rngs)
         self.post_feedforward_layernorm = norm()
 
-    def __call__(self, x: jax.Array, context: Context, cached: Any) -> tuple[jax.Array, Any, Any]:
-        y, new = self.self_attn(self.input_layernorm(x), context, cached)
+    def __call__(self, x: jax.Array, context: Context, past: Past) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(self.input_layernorm(x), context, past)
         x = x + self.post_attention_layernorm(y)
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(y), new, None

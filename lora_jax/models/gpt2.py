@@ -23,12 +23,14 @@ from lora_jax.layers import (
     Embed,
     LayerNorm,
     Linear,
-    attention,
+    Past,
+    attend,
     attention_masks,
 )
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
 from lora_jax.sharding import BATCH, constrain
+from lora_jax.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
     (r"transformer\.wte\.embedding", P("tensor", "fsdp")),
@@ -107,16 +109,15 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
 
-    def __call__(self, x, masks, cached, divisor):
-        """x (b, t, d), scores divided by `divisor`; cached: keys and values (b, n, s, h) of earlier
-        tokens, or None. Returns y and the new ones.
+    def __call__(self, x, masks, past, divisor):
+        """x (b, t, d) -> y, scores divided by `divisor`, and the new keys and values (b, n, t,
+        h).
         """
         parts = jnp.split(self.c_attn(x), 3, axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        blocks = [(k, v)] if cached is None else [(k, v), cached]
-        mixed = attention(q / divisor.astype(q.dtype), blocks, masks, self.scale)
-        return self.c_proj(mixed.reshape(x.shape)), (k, v)
+        new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        mixed = attend(q / divisor.astype(q.dtype), new, past, masks, self.scale)
+        return self.c_proj(mixed.reshape(x.shape)), new
 
 
 class MLP(nnx.Module):
@@ -138,8 +139,8 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(d, epsilon, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, masks, cached, divisor):
-        y, new = self.attn(self.ln_1(x), masks, cached, divisor)
+    def __call__(self, x, masks, past, divisor):
+        y, new = self.attn(self.ln_1(x), masks, past, divisor)
         x = x + y
         return x + self.mlp(self.ln_2(x)), new
 
@@ -160,6 +161,10 @@ class Model(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
+    def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """(b, t) -> (b, t, d), without positions."""
+        return self.transformer.wte(tokens).astype(dtype)
+
     def hidden(
         self,
         tokens: jax.Array,
@@ -167,27 +172,30 @@ class Model(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         cache: Cache | None = None,
+        prefix: Virtual | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
-        given.
+        given. For a `Prompt` every text of the batch begins with places for it.
         """
-        config = self.config
-        masks = attention_masks(segment_ids, cache)
-        cached = None if cache is None else (cache.keys, cache.values)
+        config, own = self.config, by_layer(prefix)
+        x = put_in(self.embed(tokens, jnp.float32), positions, prefix)
+        positions = positions + first_position(prefix)
+        beside = () if own is None else (own.visible(positions, None),)
+        masks = attention_masks(segment_ids, cache, beside=beside)
+        past = Past(None if cache is None else (cache.keys, cache.values), own)
         divisors = jnp.ones(config.num_hidden_layers)
         if config.scale_attn_by_inverse_layer_idx:
             divisors = jnp.arange(1.0, config.num_hidden_layers + 1)
 
         def block(x, layer, own):
-            cached, divisor = own
-            x, new = layer(constrain(x, *BATCH, None, None), masks, cached, divisor)
+            past, divisor = own
+            x, new = layer(constrain(x, *BATCH, None, None), masks, past, divisor)
             return x, None if cache is None else new
 
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
-        x = x.astype(compute_dtype)
-        x, new = scan_layers(block, self.transformer.h, x, (cached, divisors), remat)
+        x = (x + self.transformer.wpe(positions)).astype(compute_dtype)
+        x, new = scan_layers(block, self.transformer.h, x, (past, divisors), remat)
         return self.transformer.ln_f(x), None if cache is None else cache.write(
             new[0], new[1], segment_ids
         )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax.layers import RMSNorm
+from lora_jax.layers import Past, RMSNorm
 from lora_jax.models import common
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import Context, DecoderConfig, read_decoder
@@ -51,8 +51,8 @@ class Block(nnx.Module):
         self.mlp = common.MLP(config, rngs=rngs)
         self.post_feedforward_layernorm = RMSNorm(d, epsilon, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: Context, cached: Any) -> tuple[jax.Array, Any, Any]:
-        y, new = self.self_attn(x, context, cached)
+    def __call__(self, x: jax.Array, context: Context, past: Past) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(x, context, past)
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self.mlp(x)), new, None
 

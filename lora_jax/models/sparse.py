@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import weights
-from lora_jax.layers import ACTIVATIONS, Linear, RMSNorm
+from lora_jax.layers import ACTIVATIONS, Linear, Past, RMSNorm
 from lora_jax.models import common
 from lora_jax.models.common import Context, DecoderConfig
 from lora_jax.models.reader import ConfigReader
@@ -106,9 +106,9 @@ class Block(nnx.Module):
         self.mlp = mlp
 
     def __call__(
-        self, x: jax.Array, context: Context, cached: Any
+        self, x: jax.Array, context: Context, past: Past
     ) -> tuple[jax.Array, Any, common.Routing]:
-        y, new = self.self_attn(self.input_layernorm(x), context, cached)
+        y, new = self.self_attn(self.input_layernorm(x), context, past)
         x = x + y
         y, routing = self.mlp(self.post_attention_layernorm(x), context.real)
         return x + y, new, routing

@@ -1,5 +1,6 @@
 """What a config would train, from shapes alone: no weights, no data, no tokenizer."""
 
+import math
 from collections.abc import Sequence
 
 from lora_jax import adapters as methods
@@ -52,6 +53,8 @@ def print_targets(config: Config) -> None:
         shape = part.shape[-2:] if isinstance(part, Whole) else (len(part.indices), part.features)
         spec = str(specs[part.trained])
         rows.append((name, str(tuple(shape)), "", "", "", f"{part.parameters:,}", spec))
+    for name, shape in found.virtual.items():
+        rows.append((name, str(shape), "", "", "", f"{math.prod(shape):,}", str(specs[(name,)])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print(

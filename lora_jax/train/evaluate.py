@@ -18,6 +18,7 @@ from lora_jax.train import scores
 from lora_jax.train.scores import Answer
 from lora_jax.train.sets import DataSet
 from lora_jax.train.step import make_classify, make_eval_step
+from lora_jax.virtual import placeholders
 
 
 def mean_loss(
@@ -92,10 +93,14 @@ class Judge:
     def losses(self, adapters: Any) -> dict[str, float]:
         """Nats per supervised token on each held-out set."""
         size, length = self.config.eval.batch_size, self.config.data.max_length
+        places = placeholders(methods.prefix(adapters, self.config.adapter))
         found = {}
         for name, held_out in self.held_out.items():
             measured = scores.spread(held_out.examples, self.config.eval.loss_examples)
-            batches = data.eval_batches(measured, size, length)
+            measured = data.with_places(measured, places)
+            # Examples of another adapter's config may leave no room for places.
+            room = max([length, *(len(example.tokens) for example in measured)])
+            batches = data.eval_batches(measured, size, room)
             params = self.model.params
             found[name] = mean_loss(self.eval_step, adapters, params, batches, self.mesh)
         return found
@@ -120,6 +125,7 @@ class Judge:
             config.eval.generate_batch_size,
             max_new_tokens=config.eval.max_new_tokens,
             stop_tokens=self.stop_tokens,
+            prefix=methods.prefix(adapters, config.adapter),
         )
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [

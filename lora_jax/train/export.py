@@ -174,6 +174,11 @@ def export_run(
         raise UserError(f"--profile {profile} is for --format peft; a merged model needs none")
     if kind == "peft" and config.adapter.method == "full":
         raise UserError(f"{run} trained the whole model: it has no adapter; use --format hf")
+    if kind == "hf" and config.adapter.method in configs.SOFT:
+        raise UserError(
+            f"{run} trained virtual tokens (method={config.adapter.method}), which cannot be "
+            "merged into weights; use --format peft"
+        )
     if kind == "hf" and (problem := configs.merge_problem(config)):
         raise UserError(problem)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -79,7 +79,8 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     place = output / "checkpoints"
     if record is None:
-        params, adapters = base.load(config, source, model, mesh, init_key)
+        calibrate = base.make_calibrate(config, model, tokenizer)
+        params, adapters = base.load(config, source, model, mesh, init_key, calibrate)
         state = place_state(config, model, mesh, optimizer, loaded or adapters)
     else:
         empty = methods.shapes(model.params, config.adapter)

@@ -3,9 +3,18 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_jax import data, formats
-from lora_jax.config import AdapterConfig, Config, EvalConfig, UserError, raise_all
+from lora_jax.config import (
+    SOFT,
+    AdapterConfig,
+    Config,
+    EvalConfig,
+    UserError,
+    raise_all,
+    virtual_tokens,
+)
 from lora_jax.models.common import Model
 
 # Settings of `data` that a model that classifies has no use for.
@@ -20,9 +29,12 @@ def describe(config: Config, source: Path) -> tuple[Config, Model]:
     head trains (`modules_to_save`), with whatever else its files lack; answers are scored by
     accuracy.
 
+    Virtual tokens that start as a text are as many as it has, if no number is given.
+
     Raises:
         UserError: as `formats.describe`; settings that do not go with such a model; fewer than two
-            labels, or none given for a stream.
+            labels, or none given for a stream; virtual tokens that leave a text no room, or start
+            as a text without a tokenizer.
     """
     model = formats.describe(source, config.ignore_config_fields)
     given = config.data.labels
@@ -33,7 +45,7 @@ def describe(config: Config, source: Path) -> tuple[Config, Model]:
                 f"data.labels={given!r} is for models that classify (bert, roberta); "
                 f"{config.model} is of model_type={kind!r} and writes text"
             )
-        return config, model
+        return _with_virtual_tokens(config, source, model), model
     _check_settings(config)
     labels = tuple(given) if given is not None else _read_labels(config)
     if not labels:  # nothing is trained: those of the model itself
@@ -50,8 +62,54 @@ def describe(config: Config, source: Path) -> tuple[Config, Model]:
     ), model
 
 
+def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
+    """The tokens that virtual ones start as, with whatever special ones the tokenizer puts around a
+    text; None if they start as none.
+
+    Raises:
+        UserError: a text without tokens.
+    """
+    if adapter.method not in SOFT or adapter.prompt_init != "text":
+        return None
+    tokens = list(tokenizer(adapter.prompt_text)["input_ids"])
+    if not tokens:
+        raise UserError(f"adapter.prompt_text={adapter.prompt_text!r} has no tokens")
+    return tokens
+
+
+def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
+    adapter = config.adapter
+    if adapter.method not in SOFT or adapter.path is not None:
+        return config
+    if adapter.prompt_init == "text":
+        try:
+            tokens = text_tokens(adapter, formats.load_tokenizer(source))
+        except UserError as error:
+            raise UserError(f"adapter.prompt_init=text needs a tokenizer: {error}") from error
+        count = adapter.num_virtual_tokens or len(tokens or ())
+        adapter = dataclasses.replace(adapter, num_virtual_tokens=count)
+    count, limit = virtual_tokens(adapter), model.config.max_position_embeddings
+    problems = []
+    if count >= limit:
+        problems.append(
+            f"adapter.num_virtual_tokens={count} leaves no room for a text: {config.model} has "
+            f"max_position_embeddings={limit}"
+        )
+    if adapter.method == "prompt" and count > config.data.max_length - 2:
+        problems.append(
+            f"adapter.num_virtual_tokens={count} leaves no room for a text in data.max_length="
+            f"{config.data.max_length}, which counts them"
+        )
+    raise_all(problems)
+    return dataclasses.replace(config, adapter=adapter)
+
+
 def _check_settings(config: Config) -> None:
-    default = Config()
+    default, method = Config(), config.adapter.method
+    if method in SOFT:
+        raise UserError(
+            f"adapter.method={method} is for models that write text; {config.model} classifies"
+        )
     raise_all(
         [
             f"data.{name}={getattr(config.data, name)!r} is for models that write text; "

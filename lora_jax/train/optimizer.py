@@ -4,6 +4,8 @@
     labels                                    frozen,  lora_a, lora_b, magnitude
     joint tree  lm_head/{kernel, full_kernel}
     labels               frozen, full
+    joint tree  prompt_embeddings, prefix_{keys,values,gate}
+    labels      prompt
 
 The train step differentiates and updates the adapters alone; the same transformation over the joint
 tree gives the same update, because labels depend on paths only and frozen leaves get neither
@@ -22,7 +24,7 @@ from lora_jax.config import AdapterConfig, TrainConfig
 
 # With epsilon 0, 0 / 0 is read as 0, and gradients whose squares are no float32 move little.
 _LEAST_EPSILON = 1e-18
-TRAINABLE = ("lora_a", "lora_b", "magnitude", "full")
+TRAINABLE = ("lora_a", "lora_b", "magnitude", "full", "prompt")
 
 
 def join(params: Mapping, adapters: Mapping) -> dict:
@@ -36,6 +38,8 @@ def label_tree(parameters: Mapping, freeze_a: bool = False) -> dict:
     def label(name: str) -> str:
         if name.startswith("full_") or name == "trainable_tokens":
             return "full"
+        if name.startswith(("prompt_", "prefix_")):
+            return "prompt"
         trains = name in TRAINABLE and not (freeze_a and name == "lora_a")
         return name if trains else "frozen"
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax import data, demo
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config, UserError, virtual_tokens
 from lora_jax.models.common import Model
 
 
@@ -72,6 +72,17 @@ class Encoder:
     read: dict[str, data.Rows] = field(default_factory=dict)
     counts: dict[str, data.Counts] = field(default_factory=dict)
 
+    @property
+    def places(self) -> int:
+        """Tokens at the start of every text that a batch keeps free for virtual ones."""
+        adapter = self.config.adapter
+        return virtual_tokens(adapter) if adapter.method == "prompt" else 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that an example can have of its own."""
+        return self.config.data.max_length - self.places
+
     def for_general_text(self) -> "Encoder":
         """The same for text that has no part in the task, and so neither its system prompt nor its
         columns.
@@ -110,7 +121,7 @@ class Encoder:
             rows,
             self.tokenizer,
             self.labels,
-            max_length=settings.max_length,
+            max_length=self.max_length,
             too_long=settings.too_long,
             on_bad_row=settings.on_bad_row,
         )
@@ -123,7 +134,7 @@ class Encoder:
             rows = self.rows(source)
             examples, counts = self._encode(rows.rows)
             if not examples:
-                length, too_long = settings.max_length, settings.too_long
+                length, too_long = self.max_length, settings.too_long
                 raise data.nothing_left(len(rows.rows), counts, length, too_long)
             return examples, counts.with_bad(rows.dropped)
 
@@ -140,7 +151,7 @@ class Encoder:
                 "code": data.code_version(),
                 "settings": repr(
                     (
-                        *(settings.system_prompt, settings.max_length, settings.too_long),
+                        *(settings.system_prompt, self.max_length, settings.too_long),
                         *(settings.prompt, settings.completion, settings.on_bad_row),
                         *(settings.text, settings.label, self.labels),
                     )
@@ -152,7 +163,7 @@ class Encoder:
             self.console.print(f"note: {note}")
         self._check_vocabulary(examples)
         self.counts[what] = counts
-        self.console.print(f"{what}: {describe(counts, settings.max_length)}")
+        self.console.print(f"{what}: {describe(counts, self.max_length)}")
         return examples
 
     def _check_vocabulary(self, examples: Sequence[data.Example]) -> None:
@@ -166,7 +177,7 @@ class Encoder:
             "tokenizer": self.tokenizer,
             "system_prompt": settings.system_prompt,
             "chat_template": settings.chat_template,
-            "max_length": settings.max_length,
+            "max_length": self.max_length,
             "too_long": settings.too_long,
             "on_bad_row": settings.on_bad_row,
         }
@@ -189,7 +200,7 @@ class Encoder:
         self._check_vocabulary(examples)
         self.counts["block"] = counts = counts.with_bad(len(problems))
         if counts.dropped or counts.bad:
-            told = describe(counts, settings.max_length)
+            told = describe(counts, self.max_length)
             self.console.print(f"records from {records[0][0]} on: {told}")
         return examples
 
@@ -402,9 +413,16 @@ def make_loader(
         read: Callable[[int], Iterator[data.Record]] = lambda start: data.records(source, start)  # noqa: E731
         console.print(f"{shape} x {settings.max_length} tokens, streamed from {source}")
         return data.StreamLoader(
-            read, encoder.block, *options, block_rows=settings.stream_rows, state=position
+            read,
+            lambda records: data.with_places(encoder.block(records), encoder.places),
+            *options,
+            block_rows=settings.stream_rows,
+            state=position,
         )
-    loaders = {name: data.Loader(one.examples, *options) for name, one in train.sets.items()}
+    loaders = {
+        name: data.Loader(data.with_places(one.examples, encoder.places), *options)
+        for name, one in train.sets.items()
+    }
     if len(loaders) == 1:
         (loader,) = loaders.values()
         filled = f"{loader.efficiency:.0%} filled, {loader.rows_per_epoch} rows an epoch"

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, quantize, sharding, targets
-from lora_jax.config import AdapterConfig, Config, UserError, raise_all
+from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, virtual_tokens
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import resume, scores
@@ -162,13 +162,18 @@ def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: 
     """
     positions = model.config.max_position_embeddings
     if (limit := model.learned_positions) is not None:
+        adapter = config.adapter
+        virtual = virtual_tokens(adapter) if adapter.method in SOFT else 0
+        room = limit - (0 if adapter.prefix_gate else virtual)
+        longest = limit if adapter.method == "prompt" else room  # data.max_length counts these
+        beside = f", {virtual} of them for virtual tokens" if room < limit else ""
         data.raise_first(
             [
                 f"{example.where}: {example.length} tokens, and {config.model} has positions for "
-                f"{limit}; set data.max_length to {limit} or less"
+                f"{limit}{beside}; set data.max_length to {longest} or less"
                 for one in sets
                 for example in one.examples
-                if example.length > limit
+                if example.length > room
             ]
         )
     elif config.data.max_length > positions:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax import tree
-from lora_jax.adapters import bind
+from lora_jax.adapters import bind, prefix
 from lora_jax.config import Config, UserError
 from lora_jax.models.common import Model
 from lora_jax.train.loss import load_balancing_loss, next_token_sums
+from lora_jax.virtual import Virtual
 
 Batch = dict[
     str, jax.Array
@@ -24,26 +25,35 @@ Batch = dict[
 
 
 def batch_sums(
-    model: Model, bound: Any, batch: Batch, config: Config, remat: str = "none"
+    model: Model,
+    bound: Any,
+    batch: Batch,
+    config: Config,
+    remat: str = "none",
+    virtual: Virtual | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted negative log-likelihood (nats) and weights of a batch, summed."""
     module = model.module(bound)
-    hidden = _hidden(module, batch, config, remat)
+    hidden = _run(module.hidden, batch, config, remat, virtual)[0]
     return next_token_sums(module, hidden, batch, config.train.loss_chunk)
 
 
-def _hidden(module: Any, batch: Batch, config: Config, remat: str = "none") -> jax.Array:
-    return _run(module.hidden, batch, config, remat)[0]
-
-
-def _run(method: Callable, batch: Batch, config: Config, remat: str) -> Any:
+def _run(
+    method: Callable,
+    batch: Batch,
+    config: Config,
+    remat: str = "none",
+    virtual: Virtual | None = None,
+) -> Any:
+    """Of `module.hidden` and its like, in training and where its results are measured."""
+    beside = {name: batch[name] for name in ("token_types",) if name in batch}
     return method(
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         compute_dtype=jnp.dtype(config.train.compute_dtype),
         remat=remat,
-        **{name: batch[name] for name in ("token_types",) if name in batch},
+        **(beside if virtual is None else beside | {"prefix": virtual}),
     )
 
 
@@ -83,11 +93,12 @@ def make_train_step(
     def micro_loss(adapters, params, micro, key, total):
         """What is differentiated, nats, and the sums for the metrics."""
         bound = bind(params, adapters, config.adapter, key)
+        virtual, remat = prefix(adapters, config.adapter), config.train.remat
         if not coefficient:
-            nll, weight = batch_sums(model, bound, micro, config, config.train.remat)
+            nll, weight = batch_sums(model, bound, micro, config, remat, virtual)
             return nll, {"nll": nll, "weight": weight}
         module = model.module(bound)
-        hidden, _, routing = _run(module.hidden_and_routing, micro, config, config.train.remat)
+        hidden, _, routing = _run(module.hidden_and_routing, micro, config, remat, virtual)
         nll, weight = next_token_sums(module, hidden, micro, config.train.loss_chunk)
         balance = load_balancing_loss(routing)
         share = total / pieces  # the sum is divided by `total` in the end
@@ -151,7 +162,7 @@ def make_classify(model: Model, config: Config) -> Callable:
 
     def classify(adapters, params, batch):
         module = model.module(bind(params, adapters, config.adapter))
-        return jnp.argmax(module.logits(_hidden(module, batch, config)), axis=-1)
+        return jnp.argmax(module.logits(_run(module.hidden, batch, config)[0]), axis=-1)
 
     return jax.jit(classify)
 
@@ -162,6 +173,7 @@ def make_eval_step(model: Model, config: Config) -> Callable:
     """
 
     def eval_step(adapters, params, batch):
-        return batch_sums(model, bind(params, adapters, config.adapter), batch, config)
+        bound, virtual = bind(params, adapters, config.adapter), prefix(adapters, config.adapter)
+        return batch_sums(model, bound, batch, config, virtual=virtual)
 
     return jax.jit(eval_step)

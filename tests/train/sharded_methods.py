@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `methods`
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import distance
-from methods import PATTERNS, ROWS, Row, make_batch, stirred, tiny_model
+from methods import PATTERNS, ROWS, VIRTUAL, Row, make_batch, stirred, tiny_model
 
 from lora_jax import Config, lora, sharding, tree
 from lora_jax.config import MeshConfig, TrainConfig
@@ -52,6 +52,7 @@ CASES = {
             *("tokens, tied", "DoRA, NF4", "full, tied"),
         )
     },
+    **VIRTUAL,
 }
 
 

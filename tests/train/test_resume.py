@@ -128,6 +128,14 @@ CASES = {
     "packed": (),
     "unpacked": ("data.packing=false", "data.shuffle=false"),
     "stream": ("data.streaming=true", "data.stream_rows=7"),
+    "prompt of a text": (
+        *("adapter.method=prompt", "adapter.dropout=0", "adapter.prompt_init=text"),
+        *("adapter.prompt_text=sum", "data.max_length=99"),
+    ),
+    "prefix, stream": (
+        *("adapter.method=prefix", "adapter.dropout=0", "adapter.num_virtual_tokens=3"),
+        *("data.streaming=true", "data.stream_rows=7"),
+    ),
     "mixture": None,  # two sources; the paths are known in the test only
 }
 

@@ -20,6 +20,9 @@ CASES = (
     "tokens, tied",
     "DoRA, NF4",
     "full, tied",
+    "prompt",
+    "prefix",
+    "gated prefix, NF4",
 )
 
 
@@ -53,6 +56,12 @@ def test_eight_devices_compute_what_one_does(result, name, mesh):
 
 # On the mesh with all three axes: where the leaves lie that LoRA on linears does not have.
 LAID = {
+    "prompt": {"prompt_embeddings": "(None, None)"},
+    "gated prefix, NF4": {
+        "prefix_keys": "(None, None, 'tensor')",
+        "prefix_values": "(None, None, 'tensor')",
+        "prefix_gate": "(None,)",
+    },
     "DoRA, rsLoRA, patterns, bias": {
         "model.layers.self_attn.q_proj.magnitude": "(None, 'tensor')",
         "model.layers.self_attn.q_proj.lora_a": "(None, 'fsdp', None)",
