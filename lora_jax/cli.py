@@ -1,5 +1,5 @@
-"""The command line: `lora-jax train|eval|inspect|export|generate`, and `python train.py`, which is
-`lora-jax train`.
+"""The command line: `lora-jax train|eval|inspect|export|combine|generate`, and `python train.py`,
+which is `lora-jax train`.
 
 A user's mistake ends with status 2 and its message; `--verbose` adds the traceback.
 """
@@ -59,6 +59,21 @@ peft: an adapter directory for PEFT, vLLM and others. vLLM reads no rank and alp
 DoRA: --profile vllm folds the former in and refuses the latter.
 hf: the base with the adapter merged in, for transformers.
 """
+_COMBINE_HELP = """examples:
+  lora-jax combine --model org/name --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.3 \\
+      --output both                                       # exact: ranks add up
+  lora-jax combine --model org/name --adapter runs/a/adapter --adapter runs/b/adapter=-1 \\
+      --output a-without-b
+  lora-jax combine --model org/name --adapter runs/a/adapter --rank 4 --output smaller
+  lora-jax combine --model org/name --adapter runs/a/adapter --adapter runs/b/adapter \\
+      --method ties --density 0.2 --rank 32 --output both
+  lora-jax combine --model org/name --finetuned my-model --rank 64 --output as-adapter
+
+Adapters of one base become one, a PEFT directory again. sum adds the updates weight * scale * A B
+exactly, where adding A to A and B to B would not. svd is the nearest to it of a lower rank; ties
+and dare thin the updates out before they are added (arXiv 2306.01708, 2311.03099) and need a rank
+too, since what they make has full rank. What a rank loses is printed. docs/combine.md has more.
+"""
 _GENERATE_HELP = """examples:
   lora-jax generate --model org/name --prompt "Hello"
   lora-jax generate --model demo:smollm2-135m-instruct --adapter runs/quickstart/adapter \\
@@ -72,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="lora-jax", description="LoRA fine-tuning of language models in JAX."
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train|eval|inspect|export|generate"
+        dest="command", required=True, metavar="train|eval|inspect|export|combine|generate"
     )
     add_train(
         commands.add_parser("train", help="fine-tune as a YAML file says", **_style(_TRAIN_HELP))
@@ -90,6 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_export(
         commands.add_parser(
             "export", help="write the result of a run for other tools", **_style(_EXPORT_HELP)
+        )
+    )
+    add_combine(
+        commands.add_parser(
+            "combine",
+            help="adapters from adapters, or from a fine-tuned model",
+            **_style(_COMBINE_HELP),
         )
     )
     add_generate(
@@ -262,6 +284,97 @@ def export(options: argparse.Namespace) -> None:
     print(f"written to {options.output}")
 
 
+def add_combine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="the base: a directory, a .gguf file, org/name, or demo:NAME"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--adapter",
+        action="append",
+        type=_weighted,
+        metavar="DIR[=WEIGHT]",
+        help="a PEFT adapter directory; may be given several times (default weight: 1)",
+    )
+    source.add_argument(
+        "--finetuned", metavar="MODEL", help="a form of the base that was fine-tuned whole"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="must be empty or absent")
+    parser.add_argument(
+        "--method",
+        choices=("sum", "svd", "ties", "dare_linear", "dare_ties"),
+        help="(default: sum, with --rank svd)",
+    )
+    parser.add_argument(
+        "--rank", type=_positive, metavar="R", help="the most that a module gets (default: the sum)"
+    )
+    parser.add_argument(
+        "--density", type=float, metavar="D", help="share of every update that ties and dare keep"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what dare drops (default: 0)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="with --finetuned: what takes an adapter, as in training (default: all-linear)",
+    )
+    parser.add_argument(
+        "--uncovered",
+        choices=("refuse", "save", "drop"),
+        help="with --finetuned: what else differs (norms, embeddings, biases) is an error, stored "
+        "whole in the adapter, or left as in the base (default: refuse)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    _add_allow_change(parser)
+    _add_verbose(parser)
+    parser.set_defaults(function=combine)
+
+
+def combine(options: argparse.Namespace) -> None:
+    of_tuned = {"--target-modules": options.target_modules, "--uncovered": options.uncovered}
+    of_adapters = {"--method": options.method, "--density": options.density}
+    foreign, other = (of_adapters, "--adapter") if options.finetuned else (of_tuned, "--finetuned")
+    configs.raise_all(
+        [f"{name} goes with {other} only" for name, value in foreign.items() if value is not None]
+    )
+    if options.finetuned and options.rank is None:
+        raise UserError("--finetuned needs --rank: the difference of two models has full rank")
+    from lora_jax.combine import combine_directories, extract_directory
+
+    if options.finetuned:
+        report = extract_directory(
+            options.model,
+            options.finetuned,
+            Path(options.output),
+            rank=options.rank,
+            target_modules=_one_or_list(options.target_modules),
+            uncovered=options.uncovered or "refuse",
+        )
+    else:
+        report = combine_directories(
+            options.model,
+            options.adapter,
+            Path(options.output),
+            method=options.method or ("sum" if options.rank is None else "svd"),
+            rank=options.rank,
+            density=options.density,
+            seed=options.seed,
+            allow_change=options.allow_change,
+        )
+    if options.json:
+        return print(json.dumps(report))
+    low, high = report["ranks"]
+    print(
+        f"{options.output}: {report['parameters']:,} numbers, rank "
+        + (str(high) if low == high else f"{low} to {high}")
+    )
+    if report["method"] != "sum":
+        print(
+            f"away from what was asked for, |made - meant| / |meant|: {report['error']:.2e} over "
+            f"all modules, {report['worst_error']:.2e} in {report['worst_module']}"
+        )
+
+
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="a model directory, a .gguf file, org/name, or demo:NAME"
@@ -351,6 +464,23 @@ def _not_negative(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} must not be negative")
     return value
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """`DIR=WEIGHT`, or `DIR` with a weight of 1; `=` may stand in the name of a directory too."""
+    path, _, weight = text.rpartition("=")
+    if not path or Path(text).expanduser().is_dir():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {weight!r} is no number, and there is no directory of that name"
+        ) from None
+
+
+def _one_or_list(names: list[str] | None) -> str | list[str]:
+    return "all-linear" if names in (None, ["all-linear"]) else names
 
 
 def use_huge_pages() -> None:

@@ -25,6 +25,7 @@ LAYERS = (
         "train.sinks",
         "train.watch",
         "generate",
+        "combine",
     ),
     ("train.metrics", "train.model", "train.report", "train.resume", "train.sets"),
     ("train.base", "train.setup", "train.evaluate", "train.export"),

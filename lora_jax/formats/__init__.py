@@ -15,6 +15,7 @@ from lora_jax import models
 from lora_jax.config import MeshConfig, UserError
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.loralib import read_loralib as read_loralib
+from lora_jax.formats.matrices import open_matrices as open_matrices
 from lora_jax.formats.peft import peft_problems as peft_problems
 from lora_jax.formats.peft import read_adapter as read_adapter
 from lora_jax.formats.peft import read_fingerprint as read_fingerprint

@@ -1,0 +1,351 @@
+"""Several adapters of one base as a new one.
+
+    sum           sum_i w_i D_i, exactly: factors side by side, scales folded in, ranks added up
+    svd           the nearest to it of a given rank
+    ties          trim every D_i, elect a sign, mean of those that have it (arXiv 2306.01708)
+    dare_linear   sum_i w_i drop(D_i), what is left divided by density (arXiv 2311.03099)
+    dare_ties     the sign and the mean of `ties` over drop(D_i)
+
+D_i is the update of one matrix by adapter i, scale and all. The last three make a matrix of full
+rank, of which the nearest product is kept. Means are over w_i D_i: with weights that are all alike
+this is the paper's, whose lambda is the weight, and PEFT's; a negative weight turns the signs
+before they are elected. Weights that train whole, biases and rows of tokens go through the same
+formula, where D_i = V_i - W, and are stored whole: no rank is lost there.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import numpy as np
+
+from lora_jax.adapters import lowrank
+from lora_jax.adapters.updates import (
+    Combined,
+    Key,
+    Product,
+    Read,
+    Trained,
+    Update,
+    base_matrix,
+    build,
+    find_updates,
+    plain_config,
+    rank_problems,
+    reader,
+)
+from lora_jax.config import AdapterConfig, nearest, raise_all
+from lora_jax.targets import HEAD, find_trainable
+from lora_jax.tree import Path, dotted, flatten, tied_embedding
+
+METHODS = ("sum", "svd", "ties", "dare_linear", "dare_ties")
+_SPARSE = ("ties", "dare_linear", "dare_ties")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a combination."""
+
+    adapters: Mapping
+    config: AdapterConfig
+    weight: float = 1.0
+    name: str = "adapter"  # in errors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a combination will be, and what it is made of."""
+
+    config: AdapterConfig
+    params: Mapping
+    parts: tuple[Part, ...]
+    updates: tuple[Mapping[Key, Update], ...]  # of every part
+    method: str
+    density: float
+    seed: int
+
+
+def combine(
+    params: Mapping,
+    parts: Sequence[Part],
+    method: str = "sum",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    read: Read | None = None,
+) -> Combined:
+    """The adapters that `method` makes of `parts`, all of which stand on `params`.
+
+    Args:
+        params: the base, or its shapes.
+        method: one of `METHODS`.
+        rank: the most that a module gets; None: the sum of the ranks. `sum` takes none.
+        density: the share of every update that ties and dare keep.
+        seed: of what dare drops.
+        read: a matrix of the base; None: of `params`. Asked for only where it is needed: for DoRA
+            and for what trains whole.
+
+    Raises:
+        UserError: settings that do not go together or are out of range, a rank that no module can
+            use, an exact sum of DoRA, tokens that train where an embedding does too.
+    """
+    made = plan(params, parts, method, rank=rank, density=density, seed=seed)
+    return carry_out(made, read or reader(params))
+
+
+def plan(
+    params: Mapping,
+    parts: Sequence[Part],
+    method: str = "sum",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The first half of `combine`: all that can be refused, and no work on matrices."""
+    raise_all(list(_setting_problems(parts, method, rank, density)))
+    updates = [find_updates(params, part.adapters, part.config) for part in parts]
+    raise_all(list(_part_problems(params, parts, updates, method)))
+    updates, tie = _with_one_tie(params, parts, updates)
+    whole = {key for own in updates for key, update in own.items() if isinstance(update, Trained)}
+    usual, most = _ranks(updates, whole, method)
+    raise_all(rank_problems(most, rank))
+    ranks = usual if rank is None else {name: min(own, rank) for name, own in most.items()}
+    biases = {part.config.bias for part in parts}
+    saved = {name for part in parts for name in part.config.modules_to_save or ()}
+    saved |= {dotted(path[:-1]) for path, _ in whole if path in (HEAD, tied_embedding(params))}
+    config = plain_config(
+        ranks,
+        bias=next((kind for kind in ("all", "lora_only") if kind in biases), "none"),
+        modules_to_save=sorted(saved) or None,
+        trainable_token_indices=sorted({i for part in parts for i in _tokens(part)}) or None,
+        ensure_weight_tying=tie,
+    )
+    find_trainable(params, config)
+    return Plan(config, params, tuple(parts), tuple(updates), method, density or 1.0, seed)
+
+
+def carry_out(plan: Plan, read: Read) -> Combined:
+    """The second half of `combine`. A few matrices in float64 are in memory at a time, as many as
+    there are parts.
+    """
+
+    def base(key: Key) -> np.ndarray:
+        return base_matrix(plan.params, read, key)
+
+    def factors(key: Key, rank: int) -> lowrank.Factors:
+        own = _at(plan, key)
+        products = [(weight, update) for _, weight, update in own if _is_low_rank(update)]
+        if plan.method in ("sum", "svd") and len(products) == len(own):
+            a = np.concatenate([update.a for _, update in products], axis=1)
+            b = np.concatenate([weight * update.b for weight, update in products])
+            if plan.method == "sum" and rank == a.shape[1]:
+                return a, b, 0.0, 1.0
+            return lowrank.truncate(a, b, rank)
+        changes = [(i, weight, update.dense(lambda: base(key))) for i, weight, update in own]
+        return lowrank.nearest(_mix(plan, key, changes), rank)
+
+    def value(key: Key) -> np.ndarray:
+        own = _at(plan, key)
+        if plan.method in _SPARSE:
+            changes = [(i, weight, update.dense(lambda: base(key))) for i, weight, update in own]
+            return base(key) + (_mix(plan, key, changes) if changes else 0)
+        # The base has the rest of the weights: none of it, if they add up to one.
+        rest = 1 - sum(weight for _, weight, update in own if isinstance(update, Trained))
+        total = base(key) * rest if abs(rest) > 1e-12 else np.zeros(())
+        for _, weight, update in own:
+            whole = isinstance(update, Trained)
+            total = total + weight * (update.value if whole else update.dense(lambda: base(key)))
+        return total
+
+    return build(plan.params, plan.config, factors, value, lambda: _rows(plan, base))
+
+
+def trim(x: np.ndarray, density: float) -> np.ndarray:
+    """The largest numbers, so many of all; zero in place of the others."""
+    kept = max(1, int(density * x.size))
+    if kept == x.size:
+        return x
+    places = np.argpartition(np.abs(x), x.size - kept, axis=None)[-kept:]
+    trimmed = np.zeros_like(x)
+    trimmed.flat[places] = x.flat[places]
+    return trimmed
+
+
+def drop(x: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:
+    """Each number with the chance `density`, divided by it; zero in place of the others."""
+    return np.where(rng.random(x.shape) < density, x / density, 0)
+
+
+def elect(changes: Sequence[np.ndarray]) -> np.ndarray:
+    """Number by number, the mean over those that have the sign of the sum of all; a sum of zero
+    counts as positive.
+    """
+    stacked = np.stack(changes)
+    sign = np.where(stacked.sum(axis=0) >= 0, 1, -1)
+    agree = np.sign(stacked) == sign
+    return np.where(agree, stacked, 0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+
+
+def _mix(plan: Plan, key: Key, changes: Sequence[tuple[int, float, np.ndarray]]) -> np.ndarray:
+    """Of the updates of one matrix, each with its part and its weight."""
+    own = (zlib.crc32(dotted(key[0]).encode()), *key[1])
+
+    def dropped(part: int, x: np.ndarray) -> np.ndarray:
+        return drop(x, plan.density, np.random.default_rng((plan.seed, part, *own)))
+
+    match plan.method:
+        case "ties":
+            return elect([weight * trim(x, plan.density) for _, weight, x in changes])
+        case "dare_ties":
+            return elect([weight * dropped(part, x) for part, weight, x in changes])
+        case "dare_linear":
+            return np.sum([weight * dropped(part, x) for part, weight, x in changes], axis=0)
+        case _:
+            return np.sum([weight * x for _, weight, x in changes], axis=0)
+
+
+def _at(plan: Plan, key: Key) -> list[tuple[int, float, Update]]:
+    """What changes a matrix: part, weight and update of each."""
+    return [
+        (i, part.weight, updates[key])
+        for i, (part, updates) in enumerate(zip(plan.parts, plan.updates, strict=True))
+        if key in updates
+    ]
+
+
+def _is_low_rank(update: Update) -> TypeGuard[Product]:
+    return isinstance(update, Product) and update.magnitude is None
+
+
+def _tokens(part: Part) -> Sequence[int]:
+    return part.config.trainable_token_indices or ()
+
+
+def _embedding(params: Mapping, config: AdapterConfig) -> Path:
+    return find_trainable(params, config).rows[0].path
+
+
+def _rows(plan: Plan, base: Callable[[Key], np.ndarray]) -> np.ndarray:
+    """The rows of tokens that any part trains; ties and dare take them for one matrix."""
+    tokens = list(plan.config.trainable_token_indices or ())
+    path = _embedding(plan.params, plan.config)
+    start = base((path, ()))[tokens]
+    changes = []
+    for i, part in enumerate(plan.parts):
+        own = _tokens(part)
+        if not own:
+            continue
+        places = [tokens.index(token) for token in own]
+        change = np.zeros_like(start)
+        trained = flatten(part.adapters)[(*path[:-1], "trainable_tokens")]
+        change[places] = np.asarray(trained, np.float64) - start[places]
+        changes.append((i, part.weight, change))
+    return start + _mix(plan, (path, ()), changes)
+
+
+def _ranks(
+    updates: Sequence[Mapping[Key, Update]], whole: set[Key], method: str
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The rank that modules get where none is asked for, and the most that they can use."""
+    shapes: dict[Key, tuple[int, int]] = {}
+    sums: dict[Key, int] = {}
+    full: set[Key] = set()
+    names = {}
+    for own in updates:
+        for key, update in own.items():
+            if key in whole or isinstance(update, Trained):
+                continue
+            names[key] = update.name
+            shapes[key] = (update.a.shape[0], update.b.shape[1])
+            sums[key] = sums.get(key, 0) + update.a.shape[1]
+            if method in _SPARSE or not _is_low_rank(update):
+                full.add(key)
+    usual = {names[key]: min(rank, *shapes[key]) for key, rank in sums.items()}
+    most = {
+        names[key]: min(shapes[key]) if key in full else min(rank, *shapes[key])
+        for key, rank in sums.items()
+    }
+    return usual, most
+
+
+def _with_one_tie(
+    params: Mapping, parts: Sequence[Part], updates: Sequence[Mapping[Key, Update]]
+) -> tuple[list[Mapping[Key, Update]], bool | None]:
+    """What a part does to a tied embedding in both its uses, as an update of each where another
+    part changes one of them alone; and whether all of them keep the two as one.
+    """
+    tied = tied_embedding(params)
+    if tied is None:
+        return list(updates), None
+    keys = {(tied, ()), (HEAD, ())}
+    ties = [
+        bool(part.config.ensure_weight_tying) if keys & set(own) else None
+        for part, own in zip(parts, updates, strict=True)
+    ]
+    if False not in ties:
+        return list(updates), True if True in ties else None
+    return [
+        {**own, (HEAD, ()): own[tied, ()].transposed()} if tie else own
+        for own, tie in zip(updates, ties, strict=True)
+    ], False
+
+
+def _setting_problems(
+    parts: Sequence[Part], method: str, rank: int | None, density: float | None
+) -> Iterable[str]:
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        yield f"method={method!r} is not one of: {known}.{nearest(str(method), METHODS)}"
+    if not parts:
+        yield "there is no adapter to combine"
+    for part in parts:
+        if not np.isfinite(part.weight) or part.weight == 0:
+            yield f"{part.name}: weight={part.weight} must be a number other than zero"
+        if part.config.method == "full":
+            yield f"{part.name}: method=full trains the model itself, which is no adapter"
+    if method == "sum" and rank is not None:
+        yield f"method=sum is exact and has the sum of the ranks; for rank={rank} use method=svd"
+    if method == "svd" and rank is None:
+        yield "method=svd needs a rank; without one, method=sum is exact"
+    if method in _SPARSE and density is None:
+        yield (
+            f"method={method} needs a density, the share of every update that is kept: 0.2 in the "
+            "paper of TIES, 0.1 to 0.5 in that of DARE"
+        )
+    if density is not None and method in METHODS and method not in _SPARSE:
+        yield f"density={density} is for {', '.join(_SPARSE)}, not for method={method}"
+    if density is not None and not 0 < density <= 1:
+        yield f"density={density} must be above 0 and at most 1"
+
+
+def _part_problems(
+    params: Mapping, parts: Sequence[Part], updates: Sequence[Mapping[Key, Update]], method: str
+) -> Iterable[str]:
+    tied = tied_embedding(params)
+    for part, own in zip(parts, updates, strict=True):
+        if part.config.use_dora and method == "sum":
+            yield (
+                f"{part.name} is a DoRA adapter (use_dora), whose update has full rank, so that no "
+                "adapter is its exact sum with others; use method=svd and a rank, or merge it into "
+                "the model"
+            )
+        if part.config.use_dora and part.config.ensure_weight_tying and (tied, ()) in own:
+            yield (
+                f"{part.name}: use_dora=true and ensure_weight_tying=true: embedding and head have "
+                "sizes of their own in any adapter of both"
+            )
+    trains = [part for part in parts if _tokens(part)]
+    if not trains:
+        return
+    path = _embedding(params, trains[0].config)
+    keys = {(path, ()), (HEAD, ())} if path == tied else {(path, ())}
+    for part, own in zip(parts, updates, strict=True):
+        if keys & set(own):
+            yield (
+                f"{trains[0].name} trains tokens (trainable_token_indices) and {part.name} the "
+                f"embedding {dotted(path[:-1])}: no adapter holds both; merge one of them into the "
+                "model"
+            )

@@ -1,0 +1,150 @@
+"""A LoRA from a model that was fine-tuned whole: the nearest product to every V - W.
+
+changes = find_changes(params, read, tuned)     which weights moved, and how far
+config  = plan(params, changes, rank=16)        what takes an adapter, what is stored whole
+made    = extract(params, config, read, tuned)
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_jax.adapters import lowrank
+from lora_jax.adapters.updates import (
+    Combined,
+    Key,
+    Read,
+    base_matrix,
+    build,
+    places,
+    plain_config,
+    rank_problems,
+)
+from lora_jax.config import AdapterConfig, UserError, raise_all
+from lora_jax.selection import is_selected
+from lora_jax.targets import HEAD, find_trainable
+from lora_jax.tree import dotted, flatten, lead_axes, slice_names, summarize, tied_embedding
+
+UNCOVERED = ("refuse", "save", "drop")
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far one matrix or vector moved."""
+
+    name: str  # module path
+    numbers: int
+    lost: float  # |V - W|
+    size: float  # |W|
+
+
+def find_changes(params: Mapping, read: Read, tuned: Read) -> dict[Key, Change]:
+    """The matrices and vectors of a model that differ in another one; one is read at a time.
+
+    Args:
+        params: the model, or its shapes.
+        read: a matrix of it.
+        tuned: the same matrix of the other.
+    """
+    found = {}
+    for path, leaf in flatten(params).items():
+        names = slice_names(path[:-1], leaf.shape)
+        lead = leaf.shape[: lead_axes(path)]
+        for index in np.ndindex(*lead):
+            weight = np.asarray(read(path, index), np.float64)
+            distance = float(np.linalg.norm(np.asarray(tuned(path, index), np.float64) - weight))
+            if distance:
+                name = names[index[0] if len(names) > 1 else 0]
+                size = float(np.linalg.norm(weight))
+                found[path, index] = Change(name, weight.size, distance, size)
+    return found
+
+
+def plan(
+    params: Mapping,
+    changes: Mapping[Key, Change],
+    *,
+    rank: int,
+    target_modules: Any = "all-linear",
+    uncovered: str = "refuse",
+) -> AdapterConfig:
+    """Adapters of at most `rank` for the targets that moved. What else did (norms, embeddings,
+    biases) is refused, stored whole ("save") or left as it was ("drop").
+
+    Raises:
+        UserError: nothing moved, or nothing of the targets; a rank that no module can use; a part
+            of a fused projection among the targets; something else moved, which is not decided on;
+            what `find_trainable` refuses.
+    """
+    if uncovered not in UNCOVERED:
+        raise UserError(f"uncovered={uncovered!r} is not one of: {', '.join(UNCOVERED)}")
+    if not changes:
+        raise UserError("the two models have the same weights: there is nothing to extract")
+    tied = tied_embedding(params)
+    one_weight = [HEAD[0], dotted(tied[:-1])] if tied is not None else []
+    wanted = AdapterConfig(rank=1, target_modules=target_modules)
+    if target_modules != "all-linear" and any(is_selected(name, wanted) for name in one_weight):
+        wanted = dataclasses.replace(wanted, ensure_weight_tying=True)
+    found = find_trainable(params, wanted)
+    raise_all(
+        [
+            f"target_modules={target_modules!r}: {target.names[0]} is a part of a fused "
+            "projection; name the whole"
+            for target in found.targets
+            if target.columns is not None
+        ]
+    )
+    matrices = {
+        (target.weight, index): (name, min(target.shape))
+        for target in found.targets
+        for index, name, _ in places(target)
+    }
+    most = {name: limit for key, (name, limit) in matrices.items() if key in changes}
+    if not most:
+        raise UserError(f"target_modules={target_modules!r}: none of these weights differ")
+    raise_all(rank_problems(most, rank))
+    others = [key for key in changes if key not in matrices]
+    if others and uncovered == "refuse":
+        raise UserError(
+            "besides the targets, the fine-tuned model differs in:\n  "
+            + summarize(_told(others, changes))
+            + "\nStore them whole (uncovered=save), leave them as in the base (uncovered=drop), or "
+            "name them in target_modules where they are matrices"
+        )
+    ranks = {name: min(limit, rank) for name, limit in most.items()}
+    kept = others if uncovered == "save" else []
+    saved = {changes[key].name for key in kept if key[0][-1] != "bias"}
+    biases = any(key[0][-1] == "bias" and changes[key].name not in saved for key in kept)
+    config = plain_config(
+        ranks,
+        modules_to_save=sorted(saved) or None,
+        bias="all" if biases else "none",
+        ensure_weight_tying=bool({*saved, *ranks} & {*one_weight}) or None,
+    )
+    find_trainable(params, config)
+    return config
+
+
+def _told(keys: Sequence[Key], changes: Mapping[Key, Change]) -> list[str]:
+    """A line for every leaf."""
+    lines = []
+    for path in dict.fromkeys(path for path, _ in keys):
+        own = [changes[key] for key in keys if key[0] == path]
+        lost, size = (np.linalg.norm([getattr(one, f) for one in own]) for f in ("lost", "size"))
+        far = f"{lost / size:.1e} of their size" if size else "from zero"
+        numbers = sum(one.numbers for one in own)
+        lines.append(f"{dotted(path)}: {numbers:,} numbers of {len(own)} modules, by {far}")
+    return lines
+
+
+def extract(params: Mapping, config: AdapterConfig, read: Read, tuned: Read) -> Combined:
+    """The adapters that `plan` planned. A few matrices in float64 are in memory at a time."""
+
+    def factors(key: Key, rank: int) -> lowrank.Factors:
+        change = base_matrix(params, tuned, key) - base_matrix(params, read, key)
+        return lowrank.nearest(change, rank)
+
+    return build(params, config, factors, lambda key: base_matrix(params, tuned, key))
