@@ -110,7 +110,7 @@ def plan(
     if others and uncovered == "refuse":
         raise UserError(
             "besides the targets, the fine-tuned model differs in:\n  "
-            + summarize(_told(others, changes))
+            + summarize(_told(others, changes), most=24)
             + "\nStore them whole (uncovered=save), leave them as in the base (uncovered=drop), or "
             "name them in target_modules where they are matrices"
         )
