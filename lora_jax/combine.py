@@ -55,11 +55,12 @@ def combine_directories(
         except UserError as error:
             problems.append(str(error))
     raise_all(problems)
-    options = {"rank": rank, "density": density, "seed": seed}
+    options: dict[str, Any] = {"rank": rank, "density": density, "seed": seed}
     plan = methods.plan(model.params, parts, method, **options)
     raise_all(formats.peft_problems(find_trainable(model.params, plan.config)))
     with formats.open_matrices(source, model) as read:
         made = methods.carry_out(plan, read)
+    options |= {"seed": seed if method.startswith("dare") else None}
     report = _report(made, model, method=method, **options) | {
         "adapters": [{"path": path, "weight": weight} for path, weight in adapters]
     }

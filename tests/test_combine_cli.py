@@ -232,7 +232,8 @@ def test_sparse_methods_load_in_peft(make, run, tmp_path, method):
     arguments = ("--method", method, "--density", 0.5, "--seed", 3, "--json")
     outputs = ("--output", tmp_path / "made")
     report = json.loads(run("--model", directory, *weighted(paths), *arguments, *outputs))
-    assert report["ranks"] == [6, 6] and 0.05 < report["error"] < 1 and report["seed"] == 3
+    assert report["ranks"] == [6, 6] and 0.05 < report["error"] < 1
+    assert report.get("seed") == (None if method == "ties" else 3)
     if method == "ties":
         found, each = updates(oracle, tmp_path / "made"), [updates(oracle, p) for p in paths]
         for name, update in found.items():

@@ -164,7 +164,9 @@ def carry_out(plan: Plan, read: Read) -> Combined:
 
 
 def trim(x: np.ndarray, density: float) -> np.ndarray:
-    """The largest numbers, so many of all; zero in place of the others."""
+    """The share `density` of the numbers, those largest in size and at least one; zero in place of
+    the others.
+    """
     kept = max(1, int(density * x.size))
     if kept == x.size:
         return x
@@ -304,8 +306,11 @@ def _setting_problems(
     for part in parts:
         if not np.isfinite(part.weight) or part.weight == 0:
             yield f"{part.name}: weight={part.weight} must be a number other than zero"
-        if part.config.method == "full":
-            yield f"{part.name}: method=full trains the model itself, which is no adapter"
+        if part.config.method != "lora":
+            yield (
+                f"{part.name}: method={part.config.method} has no updates of weights beside the "
+                "base; only adapters of method=lora (rsLoRA, DoRA, .. too) are combined"
+            )
     if method == "sum" and rank is not None:
         yield f"method=sum is exact and has the sum of the ranks; for rank={rank} use method=svd"
     if method == "svd" and rank is None:

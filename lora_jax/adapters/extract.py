@@ -83,25 +83,7 @@ def plan(
         raise UserError(f"uncovered={uncovered!r} is not one of: {', '.join(UNCOVERED)}")
     if not changes:
         raise UserError("the two models have the same weights: there is nothing to extract")
-    tied = tied_embedding(params)
-    one_weight = [HEAD[0], dotted(tied[:-1])] if tied is not None else []
-    wanted = AdapterConfig(rank=1, target_modules=target_modules)
-    if target_modules != "all-linear" and any(is_selected(name, wanted) for name in one_weight):
-        wanted = dataclasses.replace(wanted, ensure_weight_tying=True)
-    found = find_trainable(params, wanted)
-    raise_all(
-        [
-            f"target_modules={target_modules!r}: {target.names[0]} is a part of a fused "
-            "projection; name the whole"
-            for target in found.targets
-            if target.columns is not None
-        ]
-    )
-    matrices = {
-        (target.weight, index): (name, min(target.shape))
-        for target in found.targets
-        for index, name, _ in places(target)
-    }
+    matrices = _matrices(params, target_modules)
     most = {name: limit for key, (name, limit) in matrices.items() if key in changes}
     if not most:
         raise UserError(f"target_modules={target_modules!r}: none of these weights differ")
@@ -118,14 +100,41 @@ def plan(
     kept = others if uncovered == "save" else []
     saved = {changes[key].name for key in kept if key[0][-1] != "bias"}
     biases = any(key[0][-1] == "bias" and changes[key].name not in saved for key in kept)
+    tied = tied_embedding(params)
+    as_one = tied is not None and dotted(tied[:-1]) in {*saved, *ranks}
     config = plain_config(
         ranks,
         modules_to_save=sorted(saved) or None,
         bias="all" if biases else "none",
-        ensure_weight_tying=bool({*saved, *ranks} & {*one_weight}) or None,
+        ensure_weight_tying=as_one or None,
     )
     find_trainable(params, config)
     return config
+
+
+def _matrices(params: Mapping, target_modules: Any) -> dict[Key, tuple[str, int]]:
+    """Module path and largest rank of every matrix that the targets name; of a head and an
+    embedding that are tied, the embedding.
+    """
+    tied = tied_embedding(params)
+    one_weight = [] if tied is None else [HEAD[0], dotted(tied[:-1])]
+    wanted = AdapterConfig(rank=1, target_modules=target_modules)
+    if target_modules != "all-linear" and any(is_selected(name, wanted) for name in one_weight):
+        wanted = dataclasses.replace(wanted, ensure_weight_tying=True)
+    found = find_trainable(params, wanted)
+    raise_all(
+        [
+            f"target_modules={target_modules!r}: {target.names[0]} is a part of a fused "
+            "projection; name the whole"
+            for target in found.targets
+            if target.columns is not None
+        ]
+    )
+    return {
+        (target.weight, index): (name, min(target.shape))
+        for target in found.targets
+        for index, name, _ in places(target)
+    }
 
 
 def _told(keys: Sequence[Key], changes: Mapping[Key, Change]) -> list[str]:
