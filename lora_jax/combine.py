@@ -142,7 +142,7 @@ def _report(made: Combined, model: Model, **settings: Any) -> dict[str, Any]:
     """
     found = find_trainable(model.params, made.config)
     ranks = [rank for target in found.targets for rank in target.ranks if rank]
-    worst = max(made.errors, key=lambda name: made.errors[name], default=None)
+    worst = max(made.errors, key=lambda name: made.errors[name]) if made.error else None
     return {
         **{name: value for name, value in settings.items() if value is not None},
         "ranks": [min(ranks), max(ranks)],
