@@ -20,7 +20,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from lora_jax.adapters import lowrank
+from lora_jax.adapters import lowrank, shapes
 from lora_jax.adapters.updates import (
     Combined,
     Key,
@@ -37,7 +37,7 @@ from lora_jax.adapters.updates import (
 )
 from lora_jax.config import AdapterConfig, nearest, raise_all
 from lora_jax.targets import HEAD, find_trainable
-from lora_jax.tree import Path, dotted, flatten, tied_embedding
+from lora_jax.tree import Path, check_same_structure, dotted, flatten, tied_embedding
 
 METHODS = ("sum", "svd", "ties", "dare_linear", "dare_ties")
 _SPARSE = ("ties", "dare_linear", "dare_ties")
@@ -89,7 +89,8 @@ def combine(
 
     Raises:
         UserError: settings that do not go together or are out of range, a rank that no module can
-            use, an exact sum of DoRA, tokens that train where an embedding does too.
+            use, an exact sum of DoRA, tokens that train where an embedding does too, adapters that
+            do not fit their config.
     """
     made = plan(params, parts, method, rank=rank, density=density, seed=seed)
     return carry_out(made, read or reader(params))
@@ -106,6 +107,9 @@ def plan(
 ) -> Plan:
     """The first half of `combine`: all that can be refused, and no work on matrices."""
     raise_all(list(_setting_problems(parts, method, rank, density)))
+    for part in parts:
+        expected = shapes(params, part.config)
+        check_same_structure(part.adapters, expected, f"{part.name} does not fit model and config")
     updates = [find_updates(params, part.adapters, part.config) for part in parts]
     raise_all(list(_part_problems(params, parts, updates, method)))
     updates, tie = _with_one_tie(params, parts, updates)
@@ -252,7 +256,7 @@ def _ranks(
     updates: Sequence[Mapping[Key, Update]], whole: set[Key], method: str
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The rank that modules get where none is asked for, and the most that they can use."""
-    shapes: dict[Key, tuple[int, int]] = {}
+    sides: dict[Key, tuple[int, int]] = {}
     sums: dict[Key, int] = {}
     full: set[Key] = set()
     names = {}
@@ -261,13 +265,13 @@ def _ranks(
             if key in whole or isinstance(update, Trained):
                 continue
             names[key] = update.name
-            shapes[key] = (update.a.shape[0], update.b.shape[1])
+            sides[key] = (update.a.shape[0], update.b.shape[1])
             sums[key] = sums.get(key, 0) + update.a.shape[1]
             if method in _SPARSE or not _is_low_rank(update):
                 full.add(key)
-    usual = {names[key]: min(rank, *shapes[key]) for key, rank in sums.items()}
+    usual = {names[key]: min(rank, *sides[key]) for key, rank in sums.items()}
     most = {
-        names[key]: min(shapes[key]) if key in full else min(rank, *shapes[key])
+        names[key]: min(sides[key]) if key in full else min(rank, *sides[key])
         for key, rank in sums.items()
     }
     return usual, most

@@ -79,7 +79,11 @@ TABLE = {
     "biases of all, of adapted, of none": (
         "llama",
         BIASED,
-        [dict(bias="all", target_modules=QV), dict(bias="lora_only"), dict(rank=2)],
+        [
+            dict(bias="all", target_modules=QV),
+            dict(bias="lora_only", target_modules=["q_proj"]),
+            dict(rank=2, target_modules=["q_proj", "down_proj"]),
+        ],
     ),
     "biases of adapted": (
         "llama",
@@ -465,6 +469,14 @@ def test_weights_are_numbers_other_than_zero(weight):
     parts = make_parts(model, [{}], 0, weights=(weight,))
     with pytest.raises(UserError, match="adapter 0: weight=.* must be a number other than zero"):
         plan(model.params, parts)
+
+
+def test_adapters_must_fit_their_config():
+    model = tiny("llama", num_hidden_layers=2)
+    (part,) = make_parts(model, [{}], 0)
+    wrong = Part(part.adapters, AdapterConfig(rank=3), name="adapter 0")
+    with pytest.raises(UserError, match="adapter 0 does not fit model and config.*expected"):
+        plan(model.params, [wrong])
 
 
 def test_tokens_and_a_tied_head_are_refused():
