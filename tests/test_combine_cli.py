@@ -408,6 +408,13 @@ def test_adapters_of_other_shapes_are_refused(make, refused, tiny_llama, tmp_pat
     assert "adapter0" in message and "adapter1" in message and "expected (4, 80)" in message
 
 
+def test_prompts_are_no_updates_of_weights(make, refused, tmp_path):
+    soft = dict(method="prompt", num_virtual_tokens=3)
+    directory, _, paths = make(UNTIED, soft, dict(rank=2))
+    message = refused("--model", directory, *weighted(paths), "--output", tmp_path / "made")
+    assert "adapter0: method=prompt has no updates of weights" in message
+
+
 def test_mistakes_on_the_command_line(make, refused, tmp_path):
     directory, _, paths = make(UNTIED, dict(target_modules=QV), dict(rank=2, use_dora=True))
     model, output = ("--model", directory), ("--output", tmp_path / "made")
