@@ -25,6 +25,11 @@ METHODS = {
     "pissa": ("adapter.init=pissa", "adapter.alpha=16", "train.learning_rate=5e-4"),
     "nf4": ("base_dtype=nf4",),
     "int8": ("base_dtype=int8",),
+    "eva": ("adapter.init=eva",),
+    "lora-ga": ("adapter.init=lora_ga",),
+    "loftq": ("base_dtype=nf4", "adapter.init=loftq"),
+    "prompt": ("adapter.method=prompt", "train.learning_rate=0.1"),
+    "prefix": ("adapter.method=prefix", "train.learning_rate=0.01"),
     "full": ("adapter.method=full", "train.learning_rate=2e-4"),
 }
 COLUMNS = {

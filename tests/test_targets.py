@@ -163,7 +163,11 @@ def test_modules_to_save_match_whole_parts_of_a_path():
 
 MISTAKES = [
     # values that no model takes
-    (TIED, {"method": "lroa"}, ["method='lroa' is not one of: lora, prompt, prefix, full", "Did you mean 'lora'?"]),
+    (
+        TIED,
+        {"method": "lroa"},
+        ["method='lroa' is not one of: lora, prompt", "Did you mean 'lora'?"],
+    ),
     (TIED, {"init": "pisa"}, ["init='pisa' is not one of:", "Did you mean 'pissa'?"]),
     (TIED, {"bias": "lora"}, ["bias='lora' is not one of: none, lora_only, all", "'lora_only'?"]),
     (TIED, {"lora_plus_ratio": 0.0}, ["lora_plus_ratio=0.0 must be above 0"]),
@@ -393,7 +397,7 @@ def test_problems_of_a_combination_are_told_together():
         (["adapter.method=full", "base_dtype=nf4"], "adapter.method=full trains the weights them"),
         (["adapter.method=full", "base_dtype=int8"], "base_dtype=int8 keeps them in a form"),
         (["adapter.method=full", "adapter.use_dora=true"], "adapter.method=full trains every"),
-        (["adapter.method=dora"], "adapter.method='dora' is not one of: lora, prompt, prefix, full"),
+        (["adapter.method=dora"], "adapter.method='dora' is not one of: lora, prompt"),
         (["adapter.init=gausian"], "Did you mean 'gaussian'?"),
         (["adapter.bias=some"], "adapter.bias='some' is not one of"),
         (["adapter.lora_plus_ratio=0"], "adapter.lora_plus_ratio=0.0 must be above 0"),
