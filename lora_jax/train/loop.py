@@ -160,8 +160,6 @@ def conclude(
             methods.find_trainable(model.params, config.adapter)
         ):
             console.print(f"note: {problem}")
-    if config.export.merged or full:
-        extra |= export.export_merged(output / "merged", config, model, adapters, console, probed)
     for name, loss in before.losses.items():
         curves[name] = [(0, loss), *curves.get(name, [])]
     metrics.plot_losses(output / "plots" / "loss.png", curves)
@@ -170,6 +168,8 @@ def conclude(
     samples = scores.spread(after.answers, config.eval.samples)
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
+    if config.export.merged or full:  # last, as a gate may refuse it
+        extra |= export.export_merged(output / "merged", config, model, adapters, console, probed)
     return {
         "steps": state.step,
         "exported_step": chosen,
