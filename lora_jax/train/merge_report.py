@@ -151,10 +151,6 @@ def _compare(
     changed, and the sums of realised * intended and of the square of each.
     """
 
-    def total(x: jax.Array) -> jax.Array:
-        # Row by row, and kept apart: one long sum of float32 stands still in the end.
-        return jax.lax.optimization_barrier(x.sum(axis=-1)).sum()
-
     def of_one(own: tuple[Any, Any, jax.Array]) -> jax.Array:
         bound, start, new = own
         trained, before = (materialize(widen(w))[..., first:stop] for w in (bound, start))
@@ -163,7 +159,7 @@ def _compare(
         intended = trained - before
         realised = new.astype(jnp.float32) - old.astype(jnp.float32)
         pairs = (realised * intended, jnp.square(realised), jnp.square(intended))
-        return jnp.stack([total((new != old).astype(jnp.float32)), *map(total, pairs)])
+        return jnp.stack([x.sum() for x in ((new != old).astype(jnp.float32), *pairs)])
 
     of_all: Any = of_one
     for _ in range(lead):
