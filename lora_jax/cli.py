@@ -57,7 +57,8 @@ _EXPORT_HELP = """examples:
 
 peft: an adapter directory for PEFT, vLLM and others. vLLM reads no rank and alpha patterns and no
 DoRA: --profile vllm folds the former in and refuses the latter.
-hf: the base with the adapter merged in, for transformers.
+hf: the base with the adapter merged in, for transformers, and a report on what the merge kept;
+export.min_merge_cosine and export.max_merge_kl refuse a bad one.
 """
 _COMBINE_HELP = """examples:
   lora-jax combine --model org/name --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.3 \\

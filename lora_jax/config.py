@@ -133,6 +133,9 @@ class ExportConfig:
     dtype: str | None = None  # float32 | bfloat16 | float16 of merged weights; null: as the base
     quantized_base: str | None = None  # original | dequantized: what int8 and nf4 runs merge into
     max_shard_size: str = "5GB"  # of the merged safetensors files
+    min_merge_cosine: float | None = None  # below it, in any module, an update does not merge
+    max_merge_kl: float | None = None  # above it, in nats per token, merging fails
+    probe_rows: int = 8  # held-out rows, or else training rows, for that KL; 0: it is not measured
 
 
 @dataclass(frozen=True)
@@ -290,9 +293,10 @@ _AT_LEAST = {
     "eval.generate_batch_size": 1,
     "eval.max_new_tokens": 1,
     "eval.samples": 0,
+    "export.probe_rows": 0,
     "seed": 0,
 }
-_ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size")
+_ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size", "export.max_merge_kl")
 # Settings that go with method=lora alone; rank, alpha and the like are read by no other.
 _OF_LORA = (
     *("use_rslora", "use_dora", "init", "freeze_a", "lora_plus_ratio", "bias", "dropout"),
@@ -421,6 +425,11 @@ def _run_problems(config: Config) -> Iterable[str]:
             f"export.merged=true: adapter.method={config.adapter.method} trains virtual tokens, "
             "which cannot be merged into weights; export.peft writes them"
         )
+    cosine = config.export.min_merge_cosine
+    if cosine is not None and not 0 < cosine <= 1:
+        yield f"export.min_merge_cosine={cosine} must be above 0 and at most 1"
+    if config.export.max_merge_kl is not None and config.export.probe_rows == 0:
+        yield "export.max_merge_kl is measured on export.probe_rows, which is 0; leave one out"
     if config.adapter.method == "full" and config.base_dtype in ("int8", "nf4"):
         yield (
             "adapter.method=full trains the weights themselves, and "

@@ -10,6 +10,7 @@ A model calls `linear`, `embed` and `unembed` on whatever leaf it finds and neve
 Leaves may carry a leading `layers` axis; inside a scanned stack the functions see one slice.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -257,6 +258,15 @@ def _unembed(x: jax.Array, w: Weight) -> jax.Array:
     return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())))
 
 
+def widen(w: Weight) -> Any:
+    """The same weight over a base in float32: `materialize` then rounds nothing."""
+    if isinstance(w, Untied):
+        return Untied(widen(w.embed), widen(w.head))
+    if isinstance(w, LoraWeight):
+        return dataclasses.replace(w, base=widen(w.base))
+    return dequantize(w) if isinstance(w, NF4Weight | Int8Weight) else w.astype(jnp.float32)
+
+
 def materialize(w: Weight) -> Any:
     """The plain array that a leaf stands for, W' = gain * (W + a @ b), added in float32 and rounded
     once; of an `Untied`, both its arrays.
@@ -269,9 +279,7 @@ def materialize(w: Weight) -> Any:
         return dequantize(w, w.dtype)
     if not isinstance(w, LoraWeight):
         return w
-    base = w.base
-    quantized = isinstance(base, NF4Weight | Int8Weight)
-    wide = dequantize(base) if quantized else base.astype(jnp.float32)
+    wide = widen(w.base)
     update = jnp.matmul(w.a, w.b, precision="highest", preferred_element_type=jnp.float32)
     zero = jax.lax.stop_gradient(update) - update  # and its gradient is that of -update
     total = jnp.where(update == 0, wide - zero, wide + update)

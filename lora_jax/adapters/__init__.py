@@ -83,6 +83,15 @@ def residual(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mappi
     return unflatten(leaves | changed) if changed else params
 
 
+def started(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mapping:
+    """The model before the first step, of the base that `adapters` stand on: that base, and what an
+    init took out of it put back. Not of `method: full`, whose start stands in the files alone.
+    """
+    found, leaves = find_trainable(params, config), flatten(params)
+    put_back = lora.started(leaves, flatten(adapters), found)
+    return unflatten(leaves | put_back) if put_back else params
+
+
 def bind(
     params: Mapping, adapters: Mapping, config: AdapterConfig, key: jax.Array | None = None
 ) -> dict:

@@ -57,6 +57,21 @@ def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Train
     return changed
 
 
+def started(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
+    """The weights that a changing init took its part out of, with that part bound to them: as they
+    were before the first step, whose magnitudes change nothing.
+    """
+    targets = tuple(t for t in found.targets if (*t.path, "init_a") in small)
+    config = dataclasses.replace(found.config, use_dora=False, freeze_a=False)
+    first = {
+        (*target.path, name): small[(*target.path, name.replace("lora", "init"))]
+        for target in targets
+        for name in ("lora_a", "lora_b")
+    }
+    changing = dataclasses.replace(found, config=config, targets=targets)
+    return bind(dict(leaves), first, changing, None)
+
+
 def _subtract(
     target: Target, weight: jax.Array, a: jax.Array, b: jax.Array, use_rslora: bool
 ) -> jax.Array:

@@ -418,9 +418,10 @@ def write_model(
     source: Path,
     max_shard_size: str = "5GB",
     chat_template: str | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face directory: safetensors (sharded with an index above the limit),
-    config.json, side files.
+    config.json, side files, and what `beside` writes into it.
 
     `source` is the directory that the model came from; its tokenizer, chat template and generation
     config are copied. One shard at a time is brought to the host.
@@ -470,6 +471,8 @@ def write_model(
             config["dtype"] = dtypes.pop()
         write_json(temporary / "config.json", config)
         copy_side_files(source, temporary, chat_template)
+        if beside is not None:
+            beside(temporary)
 
 
 def copy_side_files(source: Path, target: Path, chat_template: str | None = None) -> None:

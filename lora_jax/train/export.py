@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import adapters as methods
@@ -15,14 +16,15 @@ from lora_jax import config as configs
 from lora_jax import formats, tree
 from lora_jax.adapters import bind, merge
 from lora_jax.config import Config, UserError
-from lora_jax.data import resolve_template, template_text
+from lora_jax.data import Example, resolve_template, template_text
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES
 from lora_jax.sharding import make_mesh
 from lora_jax.targets import find_trainable
-from lora_jax.train import base, checkpoint
+from lora_jax.train import base, checkpoint, merge_report, probe, sets
 from lora_jax.train.model import describe
+from lora_jax.weights import materialize, widen
 
 
 def own_template(config: Config) -> str | None:
@@ -64,39 +66,99 @@ def export_peft(
 
 
 def export_merged(
-    target: Path, config: Config, model: Model, adapters: Mapping, console: Console
+    target: Path,
+    config: Config,
+    model: Model,
+    adapters: Mapping,
+    console: Console,
+    examples: Sequence[Example] = (),
 ) -> dict[str, Any]:
     """Write a Hugging Face model directory with the adapters merged in, in `export.dtype`, or the
-    dtype of the base.
+    dtype of the base, and beside the weights what `merge_report` measures of them, and of
+    `examples`, those of `probe`.
 
-    Over a quantised base, `export.quantized_base` says what they are merged into. Returns how far
-    either choice is from the model that was trained, |W - W_trained| / |W_trained| over all
-    weights, under `merged_distance`; nothing over a plain base.
+    Over a quantised base, `export.quantized_base` says what they are merged into. Returns, for the
+    summary, the figures of the report under `merge`, and over such a base `merged_distance`: how
+    far either choice is from the model that was trained, |W - W_trained| / |W_trained| over all
+    weights.
 
     Raises:
-        UserError: numbers that `export.dtype` cannot hold.
+        UserError: numbers that `export.dtype` cannot hold; a merge that `export.min_merge_cosine`
+            or `export.max_merge_kl` refuses, or the latter without examples. Nothing is written.
     """
-    merged, report = merge(bind(model.params, adapters, config.adapter)), {}
-    if config.base_dtype in SCHEMES:
-        mesh = make_mesh(config.mesh)
-        original = formats.read_params(model.directory, model, mesh)
-        own = methods.residual(original, adapters, config.adapter)
-        other = merge(bind(own, adapters, config.adapter))
-        report = {"original": _distance(other, merged), "dequantized": 0.0}
-        console.print(
-            f"merged into the original weights, the model is {report['original']:.2%} away from "
-            "the one that was trained; into the dequantised ones, it is that one"
+    settings, mesh, summary = config.export, make_mesh(config.mesh), {}
+    if settings.max_merge_kl is not None and not examples:
+        raise UserError(
+            f"export.max_merge_kl={settings.max_merge_kl:g} is measured on rows of data.eval or "
+            "data.train, and there are none; leave it out"
         )
-        merged = other if config.export.quantized_base == "original" else merged
-    formats.write_model(
-        target,
+    with jax.set_mesh(mesh):
+        live = bind(model.params, adapters, config.adapter)
+        start = _start(config, model, adapters, mesh)
+        bound, before = live, start  # what is merged, and the same before the first step
+        if config.base_dtype in SCHEMES:
+            own = methods.residual(
+                formats.read_params(model.directory, model, mesh), adapters, config.adapter
+            )
+            other = bind(own, adapters, config.adapter)
+            far = _distance(merge(other), merge(live))
+            summary["merged_distance"] = {"original": far, "dequantized": 0.0}
+            console.print(
+                f"merged into the original weights, the model is {far:.2%} away from the one that "
+                "was trained; into the dequantised ones, it is that one"
+            )
+            if settings.quantized_base == "original":
+                bound, before = other, methods.started(own, adapters, config.adapter)
+        merged = _merge(bound, model.params, settings.dtype)
+        found = find_trainable(model.params, config.adapter)
+        report = merge_report.Report(
+            dtype=_dtypes(merged),
+            modules=merge_report.measure(found, bound, before, merged),
+            kl=_measure_kl(config, model, live, merged, start, examples, mesh),
+            probe_rows=len(examples),
+        )
+        merge_report.print_report(report, console)
+        merge_report.check(report, settings)
+        formats.write_model(
+            target,
+            model,
+            merged,
+            model.directory,
+            max_shard_size=settings.max_shard_size,
+            chat_template=own_template(config),
+            beside=lambda directory: merge_report.write(report, directory),
+        )
+    return {"merge": merge_report.summarize(report), **summary}
+
+
+def _start(config: Config, model: Model, adapters: Mapping, mesh: Mesh) -> Mapping:
+    """The model before the first step."""
+    if config.adapter.method == "full":  # it holds the trained weights alone
+        return formats.read_params(model.directory, model, mesh, config.base_dtype)
+    return methods.started(model.params, adapters, config.adapter)
+
+
+def _measure_kl(
+    config: Config,
+    model: Model,
+    live: Mapping,
+    merged: Mapping,
+    start: Mapping,
+    examples: Sequence[Example],
+    mesh: Mesh,
+) -> dict[str, float] | None:
+    if not examples:
+        return None
+    return probe.divergences(
         model,
-        _cast(merged, model.params, config.export.dtype),
-        model.directory,
-        max_shard_size=config.export.max_shard_size,
-        chat_template=own_template(config),
+        live,
+        {"merged": merged, "base": start},
+        examples,
+        mesh,
+        batch_size=config.eval.batch_size,
+        # The logits of two models stand there at once, and what is made of them.
+        chunk=-(-config.train.loss_chunk // 4),
     )
-    return {"merged_distance": report} if report else {}
 
 
 def _distance(params: Mapping, trained: Mapping) -> float:
@@ -112,20 +174,19 @@ def _distance(params: Mapping, trained: Mapping) -> float:
     return float(np.sqrt(apart / whole))
 
 
-def _cast(merged: Mapping, params: Mapping, dtype: str | None) -> dict:
-    """Every weight in `dtype`, or in that of the base: what trained whole did so in float32."""
-    leaves = tree.flatten(params)
-    if dtype is None:
-        dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
-    else:
-        dtypes = dict.fromkeys(leaves, jnp.dtype(dtype))
-    cast = {
-        path: jax.tree.map(lambda x, path=path: x.astype(dtypes[path]), leaf)
-        for path, leaf in tree.flatten(merged).items()
+def _merge(bound: Mapping, params: Mapping, dtype: str | None) -> dict:
+    """Every weight in `dtype`, or in that of the base: added in float32, where it is adapted or
+    trained whole, and rounded once.
+    """
+    given = None if dtype is None else jnp.dtype(dtype)
+    dtypes = {path: given or leaf.dtype for path, leaf in tree.flatten(params).items()}
+    merged = {
+        path: jax.tree.map(lambda x, path=path: x.astype(dtypes[path]), _exact(leaf))
+        for path, leaf in tree.flatten(bound).items()
     }
     lost = [
         tree.dotted(path)
-        for path, leaf in cast.items()
+        for path, leaf in merged.items()
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(leaf))
     ]
     if lost:
@@ -133,7 +194,16 @@ def _cast(merged: Mapping, params: Mapping, dtype: str | None) -> dict:
             f"merged weights hold numbers that {dtype or 'their dtype'} cannot hold, in:\n  "
             + tree.summarize(lost)
         )
-    return tree.unflatten(cast)
+    return tree.unflatten(merged)
+
+
+def _exact(leaf: Any) -> Any:
+    """The weight that trained, not rounded; a plain one as it is."""
+    return leaf if isinstance(leaf, jax.Array) else materialize(widen(leaf))
+
+
+def _dtypes(merged: Mapping) -> str:
+    return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(merged)}))
 
 
 def load_run(directory: Path, overrides: Sequence[str] = ()) -> Config:
@@ -148,6 +218,23 @@ def load_run(directory: Path, overrides: Sequence[str] = ()) -> Config:
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory} is no run directory: it has no config.yaml")
     return configs.load(directory / "config.yaml", overrides)
+
+
+def _read_probe(config: Config, encoder: sets.Encoder) -> list[Example]:
+    """The rows of the run, which need not be where they were: unless `export.max_merge_kl` asks for
+    them, a line says so and there are none.
+    """
+    try:
+        return probe.read(config, encoder)
+    except UserError as error:
+        reason = str(error).splitlines()[0]
+        if config.export.max_merge_kl is not None:
+            raise UserError(
+                f"export.max_merge_kl={config.export.max_merge_kl:g} needs the data of the run, "
+                f"and they cannot be read: {error}"
+            ) from error
+        encoder.console.print(f"note: KL(live, merged) is left out, without data: {reason}")
+        return []
 
 
 def export_run(
@@ -201,5 +288,7 @@ def export_run(
         for problem in [] if profile else formats.serving_problems(trainable):
             console.print(f"note: {problem}")
         return export_peft(output, config, model, adapters, found, profile)
+    encoder = sets.make_encoder(config, model, tokenizer, found["tokenizer"], console)
+    examples = _read_probe(config, encoder)
     params = base.load_under(config, source, model, make_mesh(config.mesh), adapters)
-    export_merged(output, config, model.replace(params=params), adapters, console)
+    export_merged(output, config, model.replace(params=params), adapters, console, examples)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import formats, tree
+from lora_jax import data, formats, tree
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
 from lora_jax.train import (
@@ -26,6 +26,7 @@ from lora_jax.train import (
     interrupt,
     metrics,
     norms,
+    probe,
     resume,
     scores,
     sets,
@@ -92,6 +93,8 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     trained, model = found.parameters, model.replace(params=params)
     console.print(f"training {trained:,} parameters beside {frozen:,} frozen ones")
 
+    merges = config.export.merged or config.adapter.method == "full"
+    probed = probe.choose(config, encoder, train_data, held_out) if merges else []
     judge = make_judge(config, model, tokenizer, held_out, mesh)
     with jax.set_mesh(mesh):
         if record is None:
@@ -115,7 +118,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         speed = train(judge, state, loader, optimizer, dropout_key, about, console, signals, record)
         summary = {"tokens_per_second": speed, "total_parameters": frozen + trained}
         summary |= {"trainable_parameters": trained, "adapter_bytes": 4 * found.exported}
-        summary |= conclude(judge, state, before, prints, output, console)
+        summary |= conclude(judge, state, before, prints, output, console, probed)
     summary |= {"seconds": time.monotonic() - started}
     metrics.write_summary(output / "summary.json", summary)
     metrics.print_summary(console, summary)
@@ -131,6 +134,7 @@ def conclude(
     prints: Mapping[str, str],
     output: Path,
     console: Console,
+    probed: Sequence[data.Example] = (),
 ) -> dict[str, Any]:
     """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
     summary says of them.
@@ -157,8 +161,6 @@ def conclude(
             methods.find_trainable(model.params, config.adapter)
         ):
             console.print(f"note: {problem}")
-    if config.export.merged or full:
-        extra |= export.export_merged(output / "merged", config, model, adapters, console)
     for name, loss in before.losses.items():
         curves[name] = [(0, loss), *curves.get(name, [])]
     metrics.plot_losses(output / "plots" / "loss.png", curves)
@@ -167,6 +169,8 @@ def conclude(
     samples = scores.spread(after.answers, config.eval.samples)
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
+    if config.export.merged or full:  # last, as a gate may refuse it
+        extra |= export.export_merged(output / "merged", config, model, adapters, console, probed)
     return {
         "steps": state.step,
         "exported_step": chosen,

@@ -1,0 +1,275 @@
+"""What is left of an update once it is merged and written.
+
+    intended = W' - W                   in float32; W' is the weight that trained, W what it was
+                                        before the first step
+    realised = round(W') - round(W)     in the dtype that is written
+
+Of every module and layer: the share of weights that round(W') changes, the cosine between the two
+updates and the ratio of their norms. bfloat16 rounds an update away that is small beside its weight
+(of 0.02 % of the size of the weights it leaves 95 % of them as they were).
+
+W is the weight of the files, in the dtype of the base; of a quantised base that is merged into as
+it was trained on, its dequantised one; under an init that changes the base, what that left with its
+part put back. So neither quantisation nor the part counts as an update, beside which a lost one
+would not show. A stack of experts is one module.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax import tree
+from lora_jax.config import ExportConfig, UserError
+from lora_jax.sharding import constrain
+from lora_jax.targets import HEAD, Trainable
+from lora_jax.weights import Untied, materialize, widen
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Sums over the weights of a module, or of several."""
+
+    weights: int
+    changed: float  # weights
+    product: float  # of both updates
+    realised: float  # its square
+    intended: float  # its square
+
+    @property
+    def share_changed(self) -> float:
+        return self.changed / self.weights
+
+    @property
+    def cosine(self) -> float | None:
+        """None where nothing was to change, 0 where nothing did."""
+        if not self.intended:
+            return None
+        return self.product / math.sqrt(self.realised * self.intended) if self.realised else 0.0
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """|realised| / |intended|, None where nothing was to change."""
+        return math.sqrt(self.realised / self.intended) if self.intended else None
+
+    def numbers(self) -> dict[str, float | None]:
+        return {
+            "weights": self.weights,
+            "share_changed": self.share_changed,
+            "cosine": self.cosine,
+            "norm_ratio": self.norm_ratio,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """modules: by Hugging Face path, in the order of the tree
+    kl: nats per token of the probe, `merged` and `base`, each KL(live, it); None: not measured
+    """
+
+    dtype: str  # of the weights as they are written
+    modules: Mapping[str, Fit]
+    kl: Mapping[str, float] | None = None
+    probe_rows: int = 0
+
+    @property
+    def whole(self) -> Fit:
+        sums = np.sum([_sums(fit) for fit in self.modules.values()], axis=0)
+        return Fit(int(sums[0]), *map(float, sums[1:]))
+
+    def worst(self) -> list[tuple[float, str]]:
+        """Cosines with their modules, the lowest first."""
+        found = [(fit.cosine, name) for name, fit in self.modules.items()]
+        return sorted((cosine, name) for cosine, name in found if cosine is not None)
+
+
+def _sums(fit: Fit) -> tuple[float, ...]:
+    return fit.weights, fit.changed, fit.product, fit.realised, fit.intended
+
+
+def measure(found: Trainable, bound: Mapping, start: Mapping, merged: Mapping) -> dict[str, Fit]:
+    """How every module that trains came through, layer by layer.
+
+    Args:
+        found: what trains.
+        bound: the tree that was trained, bound; only one matrix of it is ever made whole.
+        start: the same before the first step, plain, quantised or bound.
+        merged: what is written, in its dtype.
+    """
+    trees = [tree.flatten(one) for one in (bound, start, merged)]
+    fits: dict[str, Fit] = {}
+    for path, names, chosen, columns in _parts(found):
+        leaves = [_leaf(leaves, path, found) for leaves in trees]
+        lead = tree.lead_axes(path)
+        first, stop = columns or (0, leaves[0].shape[-1])
+        sums = np.asarray(_compare(*leaves, lead, first, stop), np.float64)
+        stacked = tree.stack_position(path) is not None
+        by_layer = sums.reshape(4, len(names) if stacked else 1, -1).sum(axis=-1)
+        size = math.prod(leaves[0].shape[:-1]) * (stop - first) // by_layer.shape[1]
+        for name, is_chosen, own in zip(names, chosen, by_layer.T, strict=True):
+            if is_chosen:
+                fits[name] = Fit(size, *map(float, own))
+    return fits
+
+
+def _parts(found: Trainable):
+    """The path of a weight that trains, names of its slices, which of them train, and in which
+    columns (None: all).
+    """
+    for target in found.targets:
+        yield target.weight, target.names, [rank > 0 for rank in target.ranks], target.columns
+    for whole in found.whole:
+        ending = ".bias" if whole.path[-1] == "bias" else ""
+        yield whole.path, [name + ending for name in whole.names], whole.chosen, None
+    for rows in found.rows:
+        yield rows.path, [tree.dotted(rows.path[:-1])], [True], None
+
+
+def _leaf(leaves: Mapping[tree.Path, Any], path: tree.Path, found: Trainable) -> Any:
+    """The weight of a path; of an embedding that is untied, the use that is meant."""
+    leaf = leaves[found.untied if path == HEAD and found.untied else path]
+    if not isinstance(leaf, Untied):
+        return leaf
+    return leaf.head if path == HEAD else leaf.embed
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _compare(
+    bound: Any, start: Any, merged: jax.Array, lead: int, first: int, stop: int
+) -> jax.Array:
+    """(4, *lead axes) in float32: of each slice, in columns `first` to `stop`, the weights that
+    changed, and the sums of realised * intended and of the square of each.
+    """
+
+    def of_one(own: tuple[Any, Any, jax.Array]) -> jax.Array:
+        bound, start, new = own
+        trained, before = (materialize(widen(w))[..., first:stop] for w in (bound, start))
+        new = new[..., first:stop]
+        old = before.astype(new.dtype)
+        intended = trained - before
+        realised = new.astype(jnp.float32) - old.astype(jnp.float32)
+        pairs = (realised * intended, jnp.square(realised), jnp.square(intended))
+        return jnp.stack([x.sum() for x in ((new != old).astype(jnp.float32), *pairs)])
+
+    of_all: Any = of_one
+    for _ in range(lead):
+        of_all = functools.partial(jax.lax.map, of_all)
+    return constrain(jnp.moveaxis(of_all((bound, start, merged)), -1, 0))
+
+
+def check(report: Report, settings: ExportConfig) -> None:
+    """Raise a UserError for a merge that `min_merge_cosine` or `max_merge_kl` refuses."""
+    problems, advice = [], []
+    if report.dtype != "float32":
+        advice.append("write export.dtype=float32")
+    least, most = settings.min_merge_cosine, settings.max_merge_kl
+    if least is not None:
+        below = [(cosine, name) for cosine, name in report.worst() if not cosine >= least]
+        lines = [
+            f"{name}: {cosine:.6f}, {report.modules[name].share_changed:.1%} of its weights change"
+            for cosine, name in below
+        ]
+        if lines:
+            problems.append(
+                f"the cosine between the update as {report.dtype} would hold it and the update "
+                f"that was trained is below export.min_merge_cosine={least:g} in {len(lines)} of "
+                f"{len(report.modules)} modules:\n  {tree.summarize(lines)}"
+            )
+    if most is not None and report.kl is not None and not report.kl["merged"] <= most:
+        problems.append(
+            f"KL(live, merged) is {report.kl['merged']:.3g} nats per token, above "
+            f"export.max_merge_kl={most:g} (KL(live, base) is {report.kl['base']:.3g}): the merged "
+            "model is not the one that was trained"
+        )
+        if settings.quantized_base == "original":
+            advice.append("merge into what it was trained on, export.quantized_base=dequantized")
+    if problems:
+        advice.append("keep the adapter apart (a PEFT directory loses nothing)")
+        raise UserError(
+            "\n".join(problems) + f"\nThe merged model is not written. {_sentence(advice)}"
+        )
+
+
+def _sentence(advice: Sequence[str]) -> str:
+    text = ", or ".join(advice)
+    return text[0].upper() + text[1:]
+
+
+def summarize(report: Report) -> dict[str, Any]:
+    """The figures of the whole merge."""
+    lowest = report.worst()[:1]
+    kl = report.kl or {}
+    return {
+        "dtype": report.dtype,
+        **report.whole.numbers(),
+        "lowest_cosine": lowest[0][0] if lowest else None,
+        "lowest_cosine_module": lowest[0][1] if lowest else None,
+        **{f"kl_live_{name}": kl[name] if np.isfinite(kl[name]) else None for name in kl},
+        "probe_rows": report.probe_rows,
+    }
+
+
+def print_report(report: Report, console: Console) -> None:
+    """A few lines for people."""
+    whole, lowest = report.whole, report.worst()[:1]
+    table = Table(title=f"merged into {report.dtype}", show_header=False)
+    changed = f"{whole.share_changed:.2%} of {whole.weights:,}"
+    table.add_row("weights that change", changed)
+    if lowest:
+        table.add_row("cosine with what was trained", f"{whole.cosine:.4f}")
+        table.add_row("the lowest", f"{lowest[0][0]:.4f} in {lowest[0][1]}")
+    for name, value in (report.kl or {}).items():
+        table.add_row(f"KL(live, {name})", f"{value:.3g} nats per token")
+    console.print(table)
+
+
+def write(report: Report, directory: Path) -> None:
+    """`merge_report.json` and `merge_report.png`; equal reports give equal bytes."""
+    modules = {name: fit.numbers() for name, fit in report.modules.items()}
+    content = summarize(report) | {"modules": modules}
+    text = json.dumps(content, indent=2) + "\n"
+    (directory / "merge_report.json").write_text(text, encoding="utf-8")
+    plot(report, directory / "merge_report.png")
+
+
+def plot(report: Report, file: Path) -> None:
+    """Cosine and share changed over the layers, a line per kind of module; modules outside of the
+    layers as a line across.
+    """
+    kinds: dict[str, dict[int | None, Fit]] = {}
+    for name, fit in report.modules.items():
+        layer = tree.layer_index(name)
+        kind = name if layer is None else name.partition(f".{layer}.")[2]
+        kinds.setdefault(kind, {})[layer] = fit
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    for number, (kind, layers) in enumerate(kinds.items()):
+        style = {"color": f"C{number % 10}", "label": kind}
+        for axes, values in (
+            (upper, {layer: fit.cosine for layer, fit in layers.items()}),
+            (lower, {layer: fit.share_changed for layer, fit in layers.items()}),
+        ):
+            known = {layer: value for layer, value in values.items() if value is not None}
+            if None in known:
+                axes.axhline(known[None], linestyle="--", **style)
+            elif known:
+                axes.plot(list(known), list(known.values()), marker=".", **style)
+    upper.set(ylabel="cosine, realised and intended", ylim=(min(0, upper.get_ylim()[0]), 1.05))
+    lower.set(xlabel="layer", ylabel="share of weights changed", ylim=(-0.05, 1.05))
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    upper.set_title(f"merged into {report.dtype}")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    handles, labels = lower.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figure.savefig(file, dpi=120)
