@@ -4,15 +4,16 @@ Shape letters: b batch, t time (queries), s source time (keys), d model, n heads
 / k, h head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax import weights
+from lora_jax import kernels, weights
 
 _NORMAL = nnx.initializers.normal(0.02)
 
@@ -159,6 +160,21 @@ def attention_masks(
     return new, old & (slots < cache.length)[None, None, :]
 
 
+def sights(
+    kernel: str,
+    segment_ids: jax.Array,
+    cache: Cache | None = None,
+    windows: Sequence[int | None] = (None,),
+) -> list[Any]:
+    """What queries may see in layers of each of `windows`: for `attention`, masks, or with a fused
+    kernel and no cache, which they do not read, a `Sight`.
+    """
+    if kernel == "xla" or cache is not None:
+        return [attention_masks(segment_ids, cache, window) for window in windows]
+    kinds = range(len(windows))
+    return [kernels.Sight(segment_ids, jnp.int32(i), kernel, tuple(windows)) for i in kinds]
+
+
 def bend(x: jax.Array, limit: float) -> jax.Array:
     """x where it is small, never beyond +-limit."""
     return limit * jnp.tanh(x / limit)
@@ -167,7 +183,7 @@ def bend(x: jax.Array, limit: float) -> jax.Array:
 def attention(
     queries: jax.Array,
     keys_values: list[tuple[jax.Array, jax.Array]],
-    masks: tuple[jax.Array, ...],
+    masks: tuple[jax.Array, ...] | kernels.Sight,
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
@@ -176,7 +192,12 @@ def attention(
     queries (b, t, n, h); each block is keys and values (b, k, s, h) with a mask (b, t, s). Returns
     (b, t, n, h). Scores and softmax are in float32; with `softcap` scores are bent to stay below it
     (arXiv 2408.00118). Blocks are joined at the scores, so a cache is read and never copied.
+
+    With a `Sight` in place of masks a fused kernel computes it, over one block.
     """
+    if isinstance(masks, kernels.Sight):
+        ((keys, values),) = keys_values
+        return kernels.attend(queries, keys, values, masks, scale, softcap)
     b, t, n, h = queries.shape
     kv_heads = keys_values[0][0].shape[1]
     group = n // kv_heads

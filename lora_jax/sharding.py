@@ -215,3 +215,14 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def constrain_stream(x: jax.Array) -> jax.Array:
+    """Lay what runs from layer to layer, (b, t, d), with its rows over data and fsdp and its tokens
+    over tensor (arXiv 2205.05198, sequence parallelism), which saves the backward pass as much of
+    what it keeps per layer. Tokens that the tensor axis does not divide, as one that is decoded,
+    stay together.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or x.shape[1] % mesh.shape["tensor"]
+    return constrain(x, *BATCH, None if whole else "tensor", None)

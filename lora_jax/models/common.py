@@ -27,12 +27,12 @@ from lora_jax.layers import (
     Linear,
     RMSNorm,
     attention,
-    attention_masks,
     empty_cache,
+    sights,
 )
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.rope import rope, rotate
-from lora_jax.sharding import BATCH, Rules, constrain
+from lora_jax.sharding import Rules, constrain_stream
 
 RULES = (
     (r"model\.embed_tokens\.embedding", P("tensor", "fsdp")),
@@ -237,7 +237,7 @@ class Context:
     """What the attention of a layer needs to know of where the tokens stand."""
 
     cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
-    masks: tuple[jax.Array, ...]  # of every block of keys: (b, t, s)
+    masks: Any  # of every block of keys: (b, t, s), or the `Sight` of a fused kernel
     real: jax.Array  # (b, t): no padding
 
 
@@ -363,6 +363,7 @@ class CausalLM(nnx.Module):
         cache: Cache | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
+        kernel: str = "xla",
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
         """Final hidden states (b, t, d) of tokens (b, t), the cache with them written if one is
         given, and how every layer's router spread the tokens, if there are experts.
@@ -370,13 +371,14 @@ class CausalLM(nnx.Module):
         config = self.config
         kinds = sorted(set(config.layer_types))
         windows = {FULL: None, SLIDING: config.sliding_window}
+        seen = sights(kernel, segment_ids, cache, [windows[kind] for kind in kinds])
         contexts = [
             Context(
                 rope(positions, config.head_dim, config.rope_parameters[kind]),
-                attention_masks(segment_ids, cache, windows[kind]),
+                masks,
                 segment_ids != 0,
             )
-            for kind in kinds
+            for kind, masks in zip(kinds, seen, strict=True)
         ]
         which = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
         cached = None if cache is None else (cache.keys, cache.values)
@@ -386,7 +388,7 @@ class CausalLM(nnx.Module):
             context = contexts[0]
             if len(contexts) > 1:
                 context = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *contexts)
-            x, new, routing = layer(constrain(x, *BATCH, None, None), context, cached)
+            x, new, routing = layer(constrain_stream(x), context, cached)
             return x, (None if cache is None else new, routing)
 
         x = self.embed(tokens, compute_dtype)

@@ -24,11 +24,11 @@ from lora_jax.layers import (
     LayerNorm,
     Linear,
     attention,
-    attention_masks,
+    sights,
 )
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.sharding import BATCH, constrain
+from lora_jax.sharding import constrain_stream
 
 RULES = (
     (r"transformer\.wte\.embedding", P("tensor", "fsdp")),
@@ -169,12 +169,13 @@ class Model(nnx.Module):
         cache: Cache | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
+        kernel: str = "xla",
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
         given.
         """
         config = self.config
-        masks = attention_masks(segment_ids, cache)
+        (masks,) = sights(kernel, segment_ids, cache)
         cached = None if cache is None else (cache.keys, cache.values)
         divisors = jnp.ones(config.num_hidden_layers)
         if config.scale_attn_by_inverse_layer_idx:
@@ -182,7 +183,7 @@ class Model(nnx.Module):
 
         def block(x, layer, own):
             cached, divisor = own
-            x, new = layer(constrain(x, *BATCH, None, None), masks, cached, divisor)
+            x, new = layer(constrain_stream(x), masks, cached, divisor)
             return x, None if cache is None else new
 
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
