@@ -71,6 +71,16 @@ def check_batch(rows: int, mesh: Mesh, what: str) -> None:
         )
 
 
+def check_length(tokens: int, mesh: Mesh, what: str) -> None:
+    """Raise if rows of so many tokens cannot be split evenly over the tensor axis."""
+    parts = mesh.shape["tensor"]
+    if tokens % parts:
+        raise UserError(
+            f"{what}={tokens} tokens cannot be split over {parts} devices (tensor={parts}); use a "
+            f"multiple of {parts}"
+        )
+
+
 def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dict:
     """A PartitionSpec per parameter. An axis that a dimension does not divide is left out for that
     leaf.
