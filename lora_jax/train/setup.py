@@ -28,8 +28,8 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
 
     Raises:
         UserError: no training data named; a metric or sink whose package is missing; a mesh that
-            does not fit the devices, the batch or the rows; a shard size that is none; an output directory
-            that holds something or cannot be written; as `resume.find_record`.
+            does not fit the devices, the batch or the rows; a shard size that is none; an output
+            directory that holds something or cannot be written; as `resume.find_record`.
     """
     training_sources(config)
     if jax.process_count() > 1:
