@@ -103,6 +103,7 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio
     compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
     remat: str = "full"  # none | full | dots | offload: what the backward pass recomputes
+    attention: str = "auto"  # auto | xla | cudnn (NVIDIA GPUs) | splash (TPUs): docs/devices.md
     loss_chunk: int = 1024  # tokens whose logits stand in memory at once
     router_aux_loss_coef: float = 0.0  # weight of the loss by which experts are used alike
 
@@ -270,6 +271,7 @@ _CHOICES = {
     "train.schedule": ("constant", "linear", "cosine"),
     "train.compute_dtype": ("float32", "bfloat16"),
     "train.optimizer_memory": ("device", "host"),
+    "train.attention": ("auto", "xla", "cudnn", "splash"),
     "train.remat": ("none", "full", "dots", "offload"),
 }
 _AT_LEAST = {

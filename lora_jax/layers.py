@@ -4,15 +4,16 @@ Shape letters: b batch, t time (queries), s source time (keys), d model, n heads
 / k, h head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax import weights
+from lora_jax import kernels, weights
 from lora_jax.virtual import Prefix
 
 _NORMAL = nnx.initializers.normal(0.02)
@@ -144,13 +145,10 @@ class Past:
 
 
 def attention_masks(
-    segment_ids: jax.Array,
-    cache: Cache | None,
-    window: int | None = None,
-    beside: tuple[jax.Array, ...] = (),
+    segment_ids: jax.Array, cache: Cache | None, window: int | None = None
 ) -> tuple[jax.Array, ...]:
     """What each query may see: (b, t, t) among the new tokens and, with a cache, (b, t, s) in it
-    before them; then what is to be seen `beside` them.
+    before them.
 
     A query sees keys of its own segment, not after itself, and within `window` tokens (itself
     included) if given. Inside a segment tokens stand next to each other, so distance in slots is
@@ -166,10 +164,32 @@ def attention_masks(
 
     new = visible(time[:, None] - time[None, :], segment_ids)
     if cache is None:
-        return (new, *beside)
+        return (new,)
     slots = jnp.arange(cache.segment_ids.shape[1])
     old = visible(cache.length + time[:, None] - slots[None, :], cache.segment_ids)
-    return new, old & (slots < cache.length)[None, None, :], *beside
+    return new, old & (slots < cache.length)[None, None, :]
+
+
+def sights(
+    kernel: str,
+    segment_ids: jax.Array,
+    cache: Cache | None = None,
+    windows: Sequence[int | None] = (None,),
+    beside: Sequence[jax.Array] = (),
+) -> list[Any]:
+    """What queries may see in layers of each of `windows`: for `attention`, masks, or with a fused
+    kernel and neither cache nor prefix, which they do not read, a `Sight`. `beside` says what is
+    seen of a prefix in each, (b, t, p).
+    """
+    if beside:
+        return [
+            (*attention_masks(segment_ids, cache, window), mask)
+            for window, mask in zip(windows, beside, strict=True)
+        ]
+    if kernel == "xla" or cache is not None:
+        return [attention_masks(segment_ids, cache, window) for window in windows]
+    kinds = range(len(windows))
+    return [kernels.Sight(segment_ids, jnp.int32(i), kernel, tuple(windows)) for i in kinds]
 
 
 def bend(x: jax.Array, limit: float) -> jax.Array:
@@ -180,7 +200,7 @@ def bend(x: jax.Array, limit: float) -> jax.Array:
 def attention(
     queries: jax.Array,
     keys_values: list[tuple[jax.Array, jax.Array]],
-    masks: tuple[jax.Array, ...],
+    masks: tuple[jax.Array, ...] | kernels.Sight,
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
@@ -189,7 +209,12 @@ def attention(
     queries (b, t, n, h); each block is keys and values (b, k, s, h) with a mask (b, t, s). Returns
     (b, t, n, h). Scores and softmax are in float32; with `softcap` scores are bent to stay below it
     (arXiv 2408.00118). Blocks are joined at the scores, so a cache is read and never copied.
+
+    With a `Sight` in place of masks a fused kernel computes it, over one block.
     """
+    if isinstance(masks, kernels.Sight):
+        ((keys, values),) = keys_values
+        return kernels.attend(queries, keys, values, masks, scale, softcap)
     b, t, n, h = queries.shape
     kv_heads = keys_values[0][0].shape[1]
     group = n // kv_heads

@@ -71,6 +71,16 @@ def check_batch(rows: int, mesh: Mesh, what: str) -> None:
         )
 
 
+def check_length(tokens: int, mesh: Mesh, what: str) -> None:
+    """Raise if rows of so many tokens cannot be split evenly over the tensor axis."""
+    parts = mesh.shape["tensor"]
+    if tokens % parts:
+        raise UserError(
+            f"{what}={tokens} tokens cannot be split over {parts} devices (tensor={parts}); use a "
+            f"multiple of {parts}"
+        )
+
+
 def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dict:
     """A PartitionSpec per parameter. An axis that a dimension does not divide is left out for that
     leaf.
@@ -213,8 +223,25 @@ def place_batch(
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     """Fix how an activation lies on the mesh that `jax.set_mesh` made current; nothing without
-    one.
+    one. An axis that a dimension does not divide is left out.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _fit(P(*spec), x.shape, mesh))
+
+
+def constrain_stream(x: jax.Array) -> jax.Array:
+    """Lay what runs from layer to layer, (b, t, d), with its rows over data and fsdp and its tokens
+    over tensor (sequence parallelism, arXiv 2205.05198): what the backward pass keeps per layer is
+    split by all axes then.
+    """
+    return constrain(x, *BATCH, "tensor", None)
+
+
+def logits_axes(vocab: int) -> tuple[Any, Any]:
+    """Axes for the rows and for the vocabulary of logits: the vocabulary over as many devices as
+    hold a part of the weights, so that no device holds all of the head.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or vocab % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0:
+        return "data", ("fsdp", "tensor")
+    return ("data", "fsdp"), "tensor"

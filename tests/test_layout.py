@@ -11,6 +11,7 @@ LAYERS = (
     ("quantize", "selection"),
     ("targets",),
     ("weights", "sharding"),
+    ("kernels",),
     ("layers",),
     ("models", "adapters", "data"),
     ("formats",),

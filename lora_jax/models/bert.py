@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.kernels import Sight
 from lora_jax.layers import ACTIVATIONS, Embed, LayerNorm, Linear, attention
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.sharding import BATCH, constrain
+from lora_jax.sharding import constrain_stream
 
 RULES = (
     (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),
@@ -118,13 +119,13 @@ class SelfAttention(nnx.Module):
         self.value = Linear(d, d, use_bias=True, rngs=rngs)
         self.head_dim = config.head_dim
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, masks: Any) -> jax.Array:
         q, k, v = (
             part(x).reshape(*x.shape[:2], -1, self.head_dim)
             for part in (self.query, self.key, self.value)
         )
         blocks = [(k.swapaxes(1, 2), v.swapaxes(1, 2))]
-        return attention(q, blocks, (mask,), self.head_dim**-0.5).reshape(x.shape)
+        return attention(q, blocks, masks, self.head_dim**-0.5).reshape(x.shape)
 
 
 class Output(nnx.Module):
@@ -143,8 +144,8 @@ class Attention(nnx.Module):
         self.self = SelfAttention(config, rngs=rngs)
         self.output = Output(config, config.hidden_size, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        return self.output(self.self(x, mask), x)
+    def __call__(self, x: jax.Array, masks: Any) -> jax.Array:
+        return self.output(self.self(x, masks), x)
 
 
 class Dense(nnx.Module):
@@ -162,8 +163,8 @@ class Block(nnx.Module):
         self.output = Output(config, config.intermediate_size, rngs=rngs)
         self.act = config.hidden_act
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = self.attention(x, mask)
+    def __call__(self, x: jax.Array, masks: Any) -> jax.Array:
+        x = self.attention(x, masks)
         return self.output(ACTIVATIONS[self.act](self.intermediate(x)), x)
 
 
@@ -189,13 +190,17 @@ class Encoder(nnx.Module):
         token_types: jax.Array | None,
         compute_dtype: Any,
         remat: str,
+        kernel: str,
     ) -> jax.Array:
         """(b, t, d) of tokens (b, t); `positions` are rows of the position embeddings."""
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+        if kernel == "xla":
+            masks: Any = (segment_ids[:, :, None] == segment_ids[:, None, :],)
+        else:
+            masks = Sight(segment_ids, jnp.int32(0), kernel, causal=False)
 
         def block(x, layer, own):
-            return layer(constrain(x, *BATCH, None, None), mask), None
+            return layer(constrain_stream(x), masks), None
 
         x = self.embeddings(tokens, positions, types).astype(compute_dtype)
         return scan_layers(block, self.encoder.layer, x, None, remat)[0]
@@ -227,9 +232,10 @@ class Model(nnx.Module):
         token_types: jax.Array | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
+        kernel: str = "xla",
     ) -> tuple[jax.Array, None]:
         """What the labels of a text depend on, (b, t, d), the same at all of its tokens."""
-        inputs = (tokens, positions, segment_ids, token_types, compute_dtype, remat)
+        inputs = (tokens, positions, segment_ids, token_types, compute_dtype, remat, kernel)
         x = first_tokens(self.bert(*inputs), positions)
         return jnp.tanh(self.bert.pooler(x)), None
 

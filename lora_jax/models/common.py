@@ -28,12 +28,12 @@ from lora_jax.layers import (
     Past,
     RMSNorm,
     attend,
-    attention_masks,
     empty_cache,
+    sights,
 )
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.rope import rope, rotate
-from lora_jax.sharding import BATCH, Rules, constrain
+from lora_jax.sharding import Rules, constrain_stream
 from lora_jax.virtual import Virtual, by_layer, first_position, placeholders, put_in
 
 RULES = (
@@ -248,7 +248,7 @@ class Context:
     """What the attention of a layer needs to know of where the tokens stand."""
 
     cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
-    masks: tuple[jax.Array, ...]  # of every block of keys: (b, t, s)
+    masks: Any  # of every block of keys: (b, t, s), or the `Sight` of a fused kernel
     real: jax.Array  # (b, t): no padding
 
 
@@ -372,6 +372,7 @@ class CausalLM(nnx.Module):
         prefix: Virtual | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
+        kernel: str = "xla",
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
         """Final hidden states (b, t, d) of tokens (b, t), the cache with them written if one is
         given, and how every layer's router spread the tokens, if there are experts. For a `Prompt`
@@ -383,18 +384,16 @@ class CausalLM(nnx.Module):
         own = by_layer(prefix)
         kinds = sorted(set(config.layer_types))
         windows = {FULL: None, SLIDING: config.sliding_window}
+        own_windows = [windows[kind] for kind in kinds]
+        beside = [own.visible(positions, window) for window in own_windows] if own else []
+        seen = sights(kernel, segment_ids, cache, own_windows, beside)
         contexts = [
             Context(
                 rope(positions, config.head_dim, config.rope_parameters[kind]),
-                attention_masks(
-                    segment_ids,
-                    cache,
-                    windows[kind],
-                    () if own is None else (own.visible(positions, windows[kind]),),
-                ),
+                masks,
                 segment_ids != 0,
             )
-            for kind in kinds
+            for kind, masks in zip(kinds, seen, strict=True)
         ]
         which = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
         past = Past(None if cache is None else (cache.keys, cache.values), own)
@@ -404,7 +403,7 @@ class CausalLM(nnx.Module):
             context = contexts[0]
             if len(contexts) > 1:
                 context = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *contexts)
-            x, new, routing = layer(constrain(x, *BATCH, None, None), context, past)
+            x, new, routing = layer(constrain_stream(x), context, past)
             return x, (None if cache is None else new, routing)
 
         x, (new, routing) = scan_layers(block, self.model.layers, x, (past, which), remat)

@@ -25,11 +25,11 @@ from lora_jax.layers import (
     Linear,
     Past,
     attend,
-    attention_masks,
+    sights,
 )
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.sharding import BATCH, constrain
+from lora_jax.sharding import constrain_stream
 from lora_jax.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
@@ -175,6 +175,7 @@ class Model(nnx.Module):
         prefix: Virtual | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
+        kernel: str = "xla",
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
         given. For a `Prompt` every text of the batch begins with places for it.
@@ -182,8 +183,8 @@ class Model(nnx.Module):
         config, own = self.config, by_layer(prefix)
         x = put_in(self.embed(tokens, jnp.float32), positions, prefix)
         positions = positions + first_position(prefix)
-        beside = () if own is None else (own.visible(positions, None),)
-        masks = attention_masks(segment_ids, cache, beside=beside)
+        beside = [own.visible(positions, None)] if own else []
+        (masks,) = sights(kernel, segment_ids, cache, beside=beside)
         past = Past(None if cache is None else (cache.keys, cache.values), own)
         divisors = jnp.ones(config.num_hidden_layers)
         if config.scale_attn_by_inverse_layer_idx:
@@ -191,7 +192,7 @@ class Model(nnx.Module):
 
         def block(x, layer, own):
             past, divisor = own
-            x, new = layer(constrain(x, *BATCH, None, None), masks, past, divisor)
+            x, new = layer(constrain_stream(x), masks, past, divisor)
             return x, None if cache is None else new
 
         x = (x + self.transformer.wpe(positions)).astype(compute_dtype)

@@ -62,11 +62,12 @@ class Model(nnx.Module):
         token_types: jax.Array | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
+        kernel: str = "xla",
     ) -> tuple[jax.Array, None]:
         """What the labels of a text depend on, (b, t, d), the same at all of its tokens."""
         rows = positions + self.config.pad_token_id + 1
         # It has one type only; its tokenizer does not tell the texts of a pair apart by it.
-        inputs = (tokens, rows, segment_ids, None, compute_dtype, remat)
+        inputs = (tokens, rows, segment_ids, None, compute_dtype, remat, kernel)
         return bert.first_tokens(self.roberta(*inputs), positions), None
 
     def logits(self, hidden: jax.Array) -> jax.Array:

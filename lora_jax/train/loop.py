@@ -62,6 +62,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     if record is not None:
         resume.check_config(record, config)
     found = setup.find_trainable(config, model)
+    setup.check_attention(config, model, mesh, console)
     tokenizer = formats.load_tokenizer(source)
     prints = setup.take_fingerprint(config, source, tokenizer, record)
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)

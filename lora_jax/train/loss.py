@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax import tree
 from lora_jax.models.common import Routing
+from lora_jax.sharding import BATCH, constrain, logits_axes
 
 
 def next_token_sums(
@@ -29,6 +31,8 @@ def next_token_sums(
         batch: tokens (b, t) int32 and loss_weights (b, t) float32.
         chunk: tokens whose logits stand in memory at once.
     """
+    # By features: every device can put the tokens of its rows in order, and none holds them whole.
+    hidden = constrain(hidden, *BATCH, None, "tensor")
     targets = jnp.roll(batch["tokens"], -1, axis=1)
     weights = jnp.roll(batch["loss_weights"], -1, axis=1).at[:, -1].set(0.0)
     # Supervised positions first in every row: chunks without any come last and are skipped.
@@ -45,13 +49,31 @@ def next_token_sums(
         return x.swapaxes(0, 1)  # (chunks, rows, width, ...)
 
     graphdef, state = nnx.split(module)
-    leaves, structure = jax.tree.flatten(state)
+    leaves, structure = jax.tree.flatten(_lay_head(state, module, hidden))
 
     def head(leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)).logits(hidden)
 
     total = _chunked_nll(head, leaves, split(hidden), split(targets), split(weights))
     return total, weights.sum()
+
+
+def _lay_head(state: Any, module: Any, hidden: jax.Array) -> Any:
+    """The weights of the head, split by the vocabulary as the logits are: once, not per chunk."""
+    vocab = jax.eval_shape(module.logits, hidden[:1, :1]).shape[-1]
+    axes = logits_axes(vocab)[1]
+    paths = [tuple(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+    heads = tree.OUTPUT_HEADS
+    if not any(set(path) & set(heads) for path in paths):
+        heads = tree.TIED_EMBEDDINGS
+
+    def lay(path: Any, leaf: jax.Array) -> jax.Array:
+        names = {str(getattr(key, "key", key)) for key in path}
+        if not names & set(heads):
+            return leaf
+        return constrain(leaf, *(axes if size == vocab else None for size in leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(lay, state)
 
 
 def load_balancing_loss(routing: Routing) -> jax.Array:
@@ -71,9 +93,14 @@ def load_balancing_loss(routing: Routing) -> jax.Array:
 def _chunk_nll(
     head: Any, leaves: list, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    logits = head(leaves, hidden).astype(jnp.float32)
-    # Of a model that classifies, targets without a weight are no labels: any number does there.
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+    vocab = jax.eval_shape(head, leaves, hidden).shape[-1]
+    rows, columns = logits_axes(vocab)
+    logits = head(leaves, constrain(hidden, rows, None, None)).astype(jnp.float32)
+    logits = constrain(logits, rows, None, columns)
+    # Not an index: each device looks in its own part of the vocabulary. Of a model that classifies,
+    # targets without a weight are no labels, and pick nothing.
+    here = jnp.arange(vocab) == targets[..., None]
+    picked = jnp.sum(jnp.where(here, logits, 0), axis=-1)
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
 
@@ -128,6 +155,7 @@ def _forward(
     def body(sums, chunk):
         compute = functools.partial(jax.value_and_grad(nll, argnums=(0, 1)), trained)
         value, (of_leaves, of_hidden) = _skip_unsupervised(compute, *chunk)
+        of_hidden = constrain(of_hidden, *BATCH, None, "tensor")
         return jax.tree.map(jnp.add, sums, (value, of_leaves)), of_hidden
 
     start = (jnp.float32(0), [jnp.zeros_like(leaf) for leaf in trained])

@@ -17,7 +17,7 @@ _FREE = (
     *("eval.batch_size", "eval.generate_batch_size", "eval.samples"),
     *("train.save_every", "train.save_total_limit", "train.eval_every", "train.log_every"),
     *("train.report_to", "train.early_stopping_patience", "train.load_best_model_at_end"),
-    *("train.divergence", "train.remat", "train.loss_chunk"),
+    *("train.divergence", "train.remat", "train.loss_chunk", "train.attention"),
 )
 
 

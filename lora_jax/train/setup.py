@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax import data, formats, quantize, sharding, targets
+from lora_jax import data, formats, kernels, quantize, sharding, targets
 from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, virtual_tokens
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
@@ -28,8 +28,8 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
 
     Raises:
         UserError: no training data named; a metric or sink whose package is missing; a mesh that
-            does not fit the devices or the batch; a shard size that is none; an output directory
-            that holds something or cannot be written; as `resume.find_record`.
+            does not fit the devices, the batch or the rows; a shard size that is none; an output
+            directory that holds something or cannot be written; as `resume.find_record`.
     """
     training_sources(config)
     if jax.process_count() > 1:
@@ -45,6 +45,7 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
         micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
     )
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    sharding.check_length(config.data.max_length, mesh, "data.max_length")
     if config.train.optimizer_memory == "host" and sharding.host_memory(mesh) is None:
         raise UserError(
             f"train.optimizer_memory=host: {mesh.devices.flat[0].device_kind} has no host memory "
@@ -91,6 +92,33 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
                 )
     raise_all(problems)
     return dataclasses.replace(config, adapter=dataclasses.replace(found, **kept)), adapters
+
+
+def check_attention(config: Config, model: Model, mesh: Mesh, console: Console) -> None:
+    """Note heads that the mesh cannot split.
+
+    Raises:
+        UserError: a `train.attention` that cannot compute the model on these devices, or a prefix.
+    """
+    settings, device = config.train, mesh.devices.flat[0]
+    if config.adapter.method == "prefix" and settings.attention not in ("auto", "xla"):
+        raise UserError(
+            f"train.attention={settings.attention} does not read the keys and values of "
+            "adapter.method=prefix; use auto or xla"
+        )
+    kernels.choose(settings.attention, model.config, settings.compute_dtype, device)
+    splits = mesh.shape["tensor"]
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    if heads % splits:
+        console.print(
+            f"note: {heads} heads cannot be split over mesh.tensor={splits}; every device along it "
+            "computes the attention of all of them"
+        )
+    elif kv_heads % splits:
+        console.print(
+            f"note: {kv_heads} key and value heads cannot be split over mesh.tensor={splits}; they "
+            "are replicated, and only the heads of queries are split"
+        )
 
 
 def find_trainable(config: Config, model: Model) -> targets.Trainable:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import tree
+from lora_jax import kernels, tree
 from lora_jax.adapters import bind, prefix
 from lora_jax.config import Config, UserError
 from lora_jax.models.common import Model
@@ -30,19 +30,31 @@ def batch_sums(
     batch: Batch,
     config: Config,
     remat: str = "none",
+    kernel: str = "xla",
     virtual: Virtual | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted negative log-likelihood (nats) and weights of a batch, summed."""
+    """Weighted negative log-likelihood (nats) and weights of a batch, summed. `kernel`: one of
+    `kernels.NAMES`.
+    """
     module = model.module(bound)
-    hidden = _run(module.hidden, batch, config, remat, virtual)[0]
+    hidden = _run(module.hidden, batch, config, remat, kernel, virtual)[0]
     return next_token_sums(module, hidden, batch, config.train.loss_chunk)
+
+
+def _kernel(model: Model, config: Config, placement: Any = None) -> str:
+    """What `train.attention` means on the devices of `placement`, or of this process."""
+    shardings = jax.tree.leaves(placement)
+    device = next(iter(shardings[0].device_set)) if shardings else jax.devices()[0]
+    settings = config.train
+    return kernels.choose(settings.attention, model.config, settings.compute_dtype, device)
 
 
 def _run(
     method: Callable,
     batch: Batch,
     config: Config,
-    remat: str = "none",
+    remat: str,
+    kernel: str,
     virtual: Virtual | None = None,
 ) -> Any:
     """Of `module.hidden` and its like, in training and where its results are measured."""
@@ -53,6 +65,7 @@ def _run(
         segment_ids=batch["segment_ids"],
         compute_dtype=jnp.dtype(config.train.compute_dtype),
         remat=remat,
+        kernel=kernel,
         **(beside if virtual is None else beside | {"prefix": virtual}),
     )
 
@@ -83,22 +96,24 @@ def make_train_step(
     host memory comes to the device for the update alone.
 
     Raises:
-        UserError: a router_aux_loss_coef, and the model has no experts.
+        UserError: a router_aux_loss_coef, and the model has no experts; as `kernels.choose`.
     """
     rows = config.train.batch_size
     pieces = rows // (config.train.micro_batch_size or rows)
     coefficient = config.train.router_aux_loss_coef
     check_experts(model, config)
+    kernel = _kernel(model, config, placement)
 
     def micro_loss(adapters, params, micro, key, total):
         """What is differentiated, nats, and the sums for the metrics."""
         bound = bind(params, adapters, config.adapter, key)
         virtual, remat = prefix(adapters, config.adapter), config.train.remat
         if not coefficient:
-            nll, weight = batch_sums(model, bound, micro, config, remat, virtual)
+            nll, weight = batch_sums(model, bound, micro, config, remat, kernel, virtual)
             return nll, {"nll": nll, "weight": weight}
         module = model.module(bound)
-        hidden, _, routing = _run(module.hidden_and_routing, micro, config, remat, virtual)
+        run = module.hidden_and_routing
+        hidden, _, routing = _run(run, micro, config, remat, kernel, virtual)
         nll, weight = next_token_sums(module, hidden, micro, config.train.loss_chunk)
         balance = load_balancing_loss(routing)
         share = total / pieces  # the sum is divided by `total` in the end
@@ -160,9 +175,12 @@ def make_classify(model: Model, config: Config) -> Callable:
     token (b, t), dropout off.
     """
 
+    kernel = _kernel(model, config)
+
     def classify(adapters, params, batch):
         module = model.module(bind(params, adapters, config.adapter))
-        return jnp.argmax(module.logits(_run(module.hidden, batch, config)[0]), axis=-1)
+        hidden = _run(module.hidden, batch, config, "none", kernel)[0]
+        return jnp.argmax(module.logits(hidden), axis=-1)
 
     return jax.jit(classify)
 
@@ -172,8 +190,10 @@ def make_eval_step(model: Model, config: Config) -> Callable:
     off.
     """
 
+    kernel = _kernel(model, config)
+
     def eval_step(adapters, params, batch):
         bound, virtual = bind(params, adapters, config.adapter), prefix(adapters, config.adapter)
-        return batch_sums(model, bound, batch, config, virtual=virtual)
+        return batch_sums(model, bound, batch, config, kernel=kernel, virtual=virtual)
 
     return jax.jit(eval_step)

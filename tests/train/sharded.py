@@ -1,11 +1,13 @@
 """The same training on several meshes of eight virtual devices, told as one JSON object."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import distance, make_config, random_adapters, random_batch, tiny_model
@@ -14,7 +16,7 @@ from lora_jax import adapters as methods
 from lora_jax import sharding, tree
 from lora_jax.config import MeshConfig, UserError
 from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.setup import prepare
+from lora_jax.train.setup import check_attention, prepare
 from lora_jax.train.step import make_eval_step, make_train_step
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
@@ -88,6 +90,14 @@ def message(call):
     return None
 
 
+def notes(mesh, *overrides, **fields):
+    """What a run says of the heads of a model on a mesh."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere, width=500, record=True)
+        check_attention(make_config(*overrides), tiny_model(**FIELDS | fields), mesh, console)
+        return console.export_text()
+
+
 def main():
     result = {}
     jax.config.update("jax_disable_most_optimizations", True)
@@ -128,6 +138,13 @@ def main():
         "batch": message(lambda: start(**{"train.batch_size": 12})),
         "micro": message(lambda: start(**{"train.batch_size": 16, "train.micro_batch_size": 4})),
         "eval": message(lambda: start(**{"eval.batch_size": 12})),
+        "length": message(lambda: start(**{"mesh.tensor": 8, "data.max_length": 12})),
+        "attention": message(lambda: notes(mesh, "train.attention=splash")),
+    }
+    result["notes"] = {
+        "split": notes(mesh),
+        "kv": notes(mesh, num_key_value_heads=1),
+        "none": notes(mesh, num_attention_heads=3, num_key_value_heads=3),
     }
     print(json.dumps(result))
 

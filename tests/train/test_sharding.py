@@ -82,10 +82,19 @@ def test_where_every_parameter_lies(result):
         ("batch", "train.batch_size=12 rows cannot be split over 8 devices"),
         ("micro", "train.micro_batch_size=4 rows cannot be split over 8 devices"),
         ("eval", "eval.batch_size=12 rows cannot be split over 8 devices"),
+        ("length", "data.max_length=12 tokens cannot be split over 8 devices (tensor=8)"),
+        ("attention", "train.attention=splash cannot be used on cpu: it runs on TPUs; auto would"),
     ],
 )
 def test_mistakes_are_told(result, mistake, expected):
     assert expected in result["errors"][mistake]
+
+
+def test_heads_that_are_not_split_are_told(result):
+    notes = result["notes"]
+    assert notes["split"] == ""
+    assert notes["kv"].startswith("note: 1 key and value heads cannot be split over mesh.tensor=2")
+    assert notes["none"].startswith("note: 3 heads cannot be split over mesh.tensor=2")
 
 
 def on_hosts(count):

@@ -126,6 +126,10 @@ def test_virtual_tokens_start_as_the_model_sees_a_text(config, tmp_path):
             ["adapter.method=prompt", "adapter.prompt_init=text"],
             "prompt_init=text and prompt_text=None: the one needs the other",
         ),
+        (
+            ["adapter.method=prefix", "train.attention=splash"],
+            "train.attention=splash does not read the keys and values of adapter.method=prefix",
+        ),
         (["adapter.method=prompts"], "Did you mean 'prompt'?"),
         (["adapter.method=prompt", "adapter.use_dora=true"], "use_dora=True is for method=lora"),
     ],

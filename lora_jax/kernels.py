@@ -1,0 +1,191 @@
+"""Fused attention, which never holds the scores of all pairs of tokens, and the choice of it.
+
+    xla      `layers.attention`: every platform, every model, float32 and bfloat16, with a cache too
+    cudnn    NVIDIA GPUs from compute capability 8.0 on, bfloat16, heads of a multiple of 8 features
+             up to 128 (256 from 9.0 on), no bent scores; `jax.nn.dot_product_attention`
+    splash   TPUs; JAX's Pallas kernel of that name. Elsewhere it is interpreted, for tests
+
+A fused kernel serves tokens that see each other alone, as in training and held-out losses. What
+reads other keys besides (a cache) takes xla. Rows are filled up to whole blocks of 128 tokens, with
+tokens that no real one sees.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.config import UserError
+
+NAMES = ("xla", "cudnn", "splash")
+_BLOCK = 128  # tokens; the lanes of a TPU
+_dot_product = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sight:
+    """What queries may see, told in place of masks (b, t, t): keys of their own segment, none after
+    themselves if `causal`, and the last `windows[which]` tokens only where that is a number.
+    """
+
+    segment_ids: jax.Array  # (b, t)
+    which: jax.Array  # (); traced, as layers of several kinds run in one scan
+    kernel: str = field(metadata={"static": True})  # cudnn | splash
+    windows: tuple[int | None, ...] = field(default=(None,), metadata={"static": True})
+    causal: bool = field(default=True, metadata={"static": True})
+
+
+def choose(name: str, config: Any, dtype: Any, device: jax.Device) -> str:
+    """The kernel that `train.attention` means for a model (its `config`), a compute dtype and the
+    devices of a mesh. auto: splash on TPUs, cudnn where it can compute the model, otherwise xla.
+
+    Raises:
+        UserError: a kernel asked for by name that cannot compute the model there.
+    """
+    problems = {
+        "xla": None,
+        "cudnn": _cudnn_problem(config, jnp.dtype(dtype), device),
+        "splash": None if device.platform == "tpu" else "it runs on TPUs",
+    }
+    if name == "auto":
+        return next(kernel for kernel in ("splash", "cudnn", "xla") if problems[kernel] is None)
+    if problems[name] is not None:
+        raise UserError(
+            f"train.attention={name} cannot be used on {device.device_kind}: {problems[name]}; "
+            f"auto would take {choose('auto', config, dtype, device)}"
+        )
+    return name
+
+
+def _cudnn_problem(config: Any, dtype: np.dtype, device: jax.Device) -> str | None:
+    capability = getattr(device, "compute_capability", None)  # "9.0"; AMD's is a name
+    try:
+        version = float(str(capability))
+    except ValueError:
+        version = 0.0
+    largest = 256 if version >= 9 else 128
+    if device.platform != "gpu" or version < 8:
+        return "it runs on NVIDIA GPUs from compute capability 8.0 on"
+    if dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, and train.compute_dtype is {dtype}"
+    if config.head_dim % 8 or config.head_dim > largest:
+        return f"its heads have a multiple of 8 features up to {largest}, not {config.head_dim}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the model bends scores (attn_logit_softcapping), which it cannot do"
+    return None
+
+
+def attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    sight: Sight,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Grouped-query attention: queries (b, t, n, h), keys and values (b, k, t, h) -> (b, t, n, h),
+    every device its own rows and heads.
+
+    Where the tensor axis does not divide the kv heads they are repeated as often as it takes, so
+    that each device has those of its queries; where it does not divide the queries' heads, devices
+    along it compute the same.
+    """
+    compute = functools.partial(_local, sight, scale, softcap)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, heads = None, None
+    if not mesh.empty:
+        splits, kv_heads = mesh.shape["tensor"], keys.shape[1]
+        if queries.shape[2] % splits == 0:
+            heads = "tensor"
+            times = int(np.lcm(kv_heads, splits)) // kv_heads
+            keys, values = (jnp.repeat(x, times, axis=1) for x in (keys, values))
+        if len(queries) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+            rows = ("data", "fsdp")
+        wide, narrow = P(rows, None, heads, None), P(rows, heads, None, None)
+        compute = jax.shard_map(
+            compute,
+            in_specs=(wide, narrow, narrow, P(rows, None), P()),
+            out_specs=wide,
+            check_vma=False,  # Pallas calls do not say along which axes their outputs vary
+        )
+    return compute(queries, keys, values, sight.segment_ids, sight.which)
+
+
+def _local(
+    sight: Sight,
+    scale: float,
+    softcap: float | None,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segment_ids: jax.Array,
+    which: jax.Array,
+) -> jax.Array:
+    """`attend` on one device."""
+    time = queries.shape[1]
+    padding = -time % _BLOCK
+    queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (keys, values))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+    kernel = {"splash": _splash, "cudnn": _cudnn}[sight.kernel]
+    branches: list[Callable] = [
+        functools.partial(kernel, window=window, causal=sight.causal, scale=scale, softcap=softcap)
+        for window in sight.windows
+    ]
+    arguments = (queries, keys, values, segment_ids)
+    one = len(branches) == 1
+    mixed = branches[0](*arguments) if one else jax.lax.switch(which, branches, *arguments)
+    return mixed[:, :time]
+
+
+def _splash(queries, keys, values, segment_ids, *, window, causal, scale, softcap):
+    """https://docs.jax.dev/en/latest/pallas, on one device."""
+    heads, time = queries.shape[2], queries.shape[1]
+    if not causal:
+        mask: Any = splash.FullMask((time, time))
+    elif window is None:
+        mask = splash.CausalMask((time, time))
+    else:
+        mask = splash.LocalMask((time, time), (window - 1, 0), 0)
+    block = next(size for size in (512, 256, _BLOCK) if time % size == 0)
+    sides = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+
+    def run(interpret: bool, *arguments: jax.Array) -> jax.Array:
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(**{f"block_{side}": block for side in sides}),
+            attn_logits_soft_cap=softcap,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        *arrays, ids = arguments
+        return jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
+
+    scaled = (queries * scale).astype(queries.dtype).swapaxes(1, 2)
+    mixed = jax.lax.platform_dependent(
+        *(scaled, keys, values, segment_ids),
+        tpu=functools.partial(run, False),
+        default=functools.partial(run, True),
+    )
+    return mixed.swapaxes(1, 2)
+
+
+def _cudnn(queries, keys, values, segment_ids, *, window, causal, scale, softcap):
+    """Segments and window come as a mask (b, 1, t, t), of one layer at a time; `is_causal` lets the
+    kernel skip what lies above the diagonal.
+    """
+    assert softcap is None  # `choose` does not come here
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if window is not None:
+        time = jnp.arange(queries.shape[1])
+        mask &= time[:, None] - time[None, :] < window
+    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    return _dot_product(queries, keys, values, mask=mask[:, None], scale=scale, is_causal=causal)

@@ -1,0 +1,64 @@
+"""Every family trains on eight virtual devices as on one: a process of its own, read here.
+
+A new family is one more line of `ON`. All rows on all meshes: see `sharded_families.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_jax import models
+
+from ..methods import QUICK
+
+# Every family and every mesh; Llama on all meshes is in `tests/train/test_sharding.py`.
+ON = {
+    "llama, DoRA, NF4": "1x8x1",
+    "mistral": "1x1x8",
+    "qwen2": "8x1x1",
+    "qwen3, splash": "1x1x8",
+    "gemma2, splash": "2x2x2",
+    "gemma3_text": "1x8x1",
+    "phi3": "1x1x8",
+    "gpt2, DoRA, all biases": "2x2x2",
+    "olmo2": "2x2x2",
+    "mixtral, router loss": "2x2x2",
+    "qwen3_moe": "1x8x1",
+    "bert": "1x1x8",
+    "roberta": "2x2x2",
+}
+
+
+@pytest.fixture(scope="module")
+def result():
+    flags = " ".join(
+        ["--xla_force_host_platform_device_count=8"]
+        + [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    script = Path(__file__).with_name("sharded_families.py")
+    rows = [f"{name}:{mesh}" for name, mesh in ON.items()]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, *rows],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_family_has_a_row():
+    assert {name.partition(",")[0] for name in ON} == set(models.FAMILIES)
+
+
+@pytest.mark.parametrize("name", ON)
+def test_eight_devices_compute_what_one_does(result, name):
+    found = result[name]
+    assert max(found[ON[name]]["distances"].values()) <= 1e-5, found
+    assert found["moved"] > 0.01 and found["norm"] > 0.1
+    assert found[ON[name]]["split"] > 5 or ON[name] == "8x1x1"
