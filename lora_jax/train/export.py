@@ -71,13 +71,14 @@ def export_merged(
 
     Over a quantised base, `export.quantized_base` says what they are merged into. Returns how far
     either choice is from the model that was trained, |W - W_trained| / |W_trained| over all
-    weights, under `merged_distance`; nothing over a plain base.
+    weights, under `merged_distance`; nothing over a plain base, or with the start of loftq, which
+    leaves no choice.
 
     Raises:
         UserError: numbers that `export.dtype` cannot hold.
     """
     merged, report = merge(bind(model.params, adapters, config.adapter)), {}
-    if config.base_dtype in SCHEMES:
+    if config.base_dtype in SCHEMES and config.adapter.init != "loftq":
         mesh = make_mesh(config.mesh)
         original = formats.read_params(model.directory, model, mesh)
         own = methods.residual(original, adapters, config.adapter)
