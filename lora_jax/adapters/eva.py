@@ -67,26 +67,12 @@ def measure(
         shape = leaves[path].shape
         bases[path] = _first_basis(key, path, shape, min(shape[-2], 2 * count + _SPARE))
 
-    @jax.jit
-    def count_inputs(bases: dict, params: Mapping, calibrate: Any) -> dict:
-        leaves = flatten(params)
-        zeros = {
-            path: jnp.zeros((*q.shape[:-2], q.shape[-2] + 1, q.shape[-1] + 2))
-            for path, q in bases.items()
-        }
-
-        def loss(zeros: dict) -> jax.Array:
-            probes = {path: Probe(leaves[path], q, zeros[path]) for path, q in bases.items()}
-            return calibrate(unflatten(leaves | probes))
-
-        return jax.grad(loss)(zeros)
-
     exact = all(q.shape[-2] == q.shape[-1] for q in bases.values())
     products, energies = {}, {}
     for i in range(1 if exact else _PASSES):
         if i:
             bases = {path: jnp.linalg.qr(product)[0] for path, product in products.items()}
-        moments = count_inputs(bases, params, calibrate)
+        moments = _count_inputs(bases, params, calibrate)
         if not i:
             _check_counts(moments, wanted)
         for path, q in bases.items():
@@ -148,6 +134,22 @@ def _first_basis(key: jax.Array, path: Path, shape: Sequence[int], width: int) -
         return jnp.broadcast_to(jnp.eye(rows), (*lead, rows, rows))
     own = jax.random.fold_in(key, zlib.crc32(dotted(path).encode()))
     return jnp.linalg.qr(jax.random.normal(own, (*lead, rows, width)))[0]
+
+
+@jax.jit
+def _count_inputs(bases: dict, params: Mapping, calibrate: Any) -> dict:
+    """The moments that `weights.Probe` counts, by weight."""
+    leaves = flatten(params)
+    zeros = {
+        path: jnp.zeros((*q.shape[:-2], q.shape[-2] + 1, q.shape[-1] + 2))
+        for path, q in bases.items()
+    }
+
+    def loss(zeros: dict) -> jax.Array:
+        probes = {path: Probe(leaves[path], q, zeros[path]) for path, q in bases.items()}
+        return calibrate(unflatten(leaves | probes))
+
+    return jax.grad(loss)(zeros)
 
 
 def _check_counts(moments: Mapping[Path, jax.Array], wanted: Mapping[Path, int]) -> None:

@@ -8,6 +8,7 @@ With the gradient of a weight (in, out) as U diag(s) V^T, in falling order of s,
 (`scale="stable"`). These are PEFT's factors; the paper leaves s out and scales lora_a as well.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ def factors(
     as `jax.tree_util.Partial`. One forward and backward pass; beside those, memory for the weight's
     stack and its gradient in float32.
     """
-    gradient = _gradient(params, target.weight, calibrate)
+    weight = flatten(params)[target.weight].astype(jnp.float32)  # and so is the gradient
+    gradient = _gradient(target.weight, weight, params, calibrate)
     ranks = np.broadcast_to(target.per_layer(target.ranks), (*target.lead, 1, 1))[..., 0, 0]
 
     def of_one(gradient: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -49,12 +51,8 @@ def factors(
     return a * mask, b * mask.swapaxes(-1, -2)
 
 
-def _gradient(params: Mapping, path: Path, calibrate: Callable[..., jax.Array]) -> jax.Array:
-    """Of the loss by one weight, in float32 whatever the weight is."""
-
-    @jax.jit
-    def of(weight: jax.Array, params: Mapping, calibrate: Any) -> jax.Array:
-        leaves = flatten(params)
-        return jax.grad(lambda weight: calibrate(unflatten(leaves | {path: weight})))(weight)
-
-    return of(flatten(params)[path].astype(jnp.float32), params, calibrate)
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(path: Path, weight: jax.Array, params: Mapping, calibrate: Any) -> jax.Array:
+    """Of the loss, by `weight` in the place of the one at `path`."""
+    leaves = flatten(params)
+    return jax.grad(lambda weight: calibrate(unflatten(leaves | {path: weight})))(weight)
