@@ -40,7 +40,10 @@ class AdapterConfig:
     dropout: float = 0.0  # on the input of lora_a, in training only (PEFT: lora_dropout)
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (arXiv 2312.03732)
     use_dora: bool = False  # train the size of every column on its own (arXiv 2402.09353)
-    init: str = "default"  # default | gaussian | orthogonal | pissa | olora: how lora_a, b start
+    init: str = "default"  # .. | gaussian | orthogonal | pissa | olora | loftq | eva | lora_ga
+    calibration_batches: int = 1  # batches of data.train that init=eva and lora_ga look at
+    eva_rho: float = 1.0  # eva: a rank grows up to so many times; others shrink (PEFT's is 2)
+    loftq_iter: int = 1  # loftq: how often quantisation and factors are fitted to each other
     freeze_a: bool = False  # train lora_b alone (LoRA-FA, arXiv 2308.03303)
     lora_plus_ratio: float = 1.0  # rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354)
     bias: str = "none"  # none | lora_only | all: biases that train, of adapted modules or of all
@@ -261,7 +264,9 @@ _MAPPINGS = ("data.train", "adapter.rank_pattern", "adapter.alpha_pattern")
 _CHOICES = {
     "base_dtype": (None, "float32", "bfloat16", "int8", "nf4"),
     "adapter.method": ("lora", "prompt", "prefix", "full"),
-    "adapter.init": ("default", "gaussian", "orthogonal", "pissa", "olora"),
+    "adapter.init": (
+        *("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"),
+    ),
     "adapter.bias": ("none", "lora_only", "all"),
     "adapter.prompt_init": ("vocab", "text", "random"),
     "data.too_long": ("truncate", "drop", "error"),
@@ -304,10 +309,14 @@ _OF_LORA = (
     *("use_rslora", "use_dora", "init", "freeze_a", "lora_plus_ratio", "bias", "dropout"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "target_modules"),
     *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
+    *("calibration_batches", "eva_rho", "loftq_iter"),
 )
 _OF_VIRTUAL = ("num_virtual_tokens", "prompt_init", "prompt_text", "prefix_gate")
 SOFT = ("prompt", "prefix")  # methods that train virtual tokens
 _VIRTUAL_TOKENS = 20
+DATA_INITS = ("eva", "lora_ga")  # look at data
+# Settings of some inits alone.
+_OF_INITS = {"calibration_batches": DATA_INITS, "eva_rho": ("eva",), "loftq_iter": ("loftq",)}
 _SINKS = ("tensorboard", "wandb", "trackio")
 # Parts of a fingerprint: what a run was made with.
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")
@@ -438,6 +447,18 @@ def _run_problems(config: Config) -> Iterable[str]:
             f"base_dtype={config.base_dtype} keeps them in a form that cannot be trained; choose "
             "float32 or bfloat16"
         )
+    for name, inits in _OF_INITS.items():
+        value = getattr(config.adapter, name)
+        if value != getattr(AdapterConfig(), name) and config.adapter.init not in inits:
+            yield (
+                f"adapter.{name}={value} is for adapter.init={' and '.join(inits)}, and it is "
+                f"{config.adapter.init}"
+            )
+    if config.adapter.init == "loftq" and config.base_dtype not in ("int8", "nf4"):
+        yield (
+            f"adapter.init=loftq corrects the error of a quantised base, and base_dtype="
+            f"{config.base_dtype} has none; set base_dtype to nf4 or int8"
+        )
     held_out = config.data.eval is not None or config.data.eval_size is not None
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(train, name) and not (held_out and train.eval_every):
@@ -448,7 +469,15 @@ def _run_problems(config: Config) -> Iterable[str]:
 
 def merge_problem(config: Config) -> str | None:
     """Why this run cannot be merged without a decision, or None."""
-    if config.base_dtype not in ("int8", "nf4") or config.export.quantized_base is not None:
+    chosen = config.export.quantized_base
+    if config.base_dtype not in ("int8", "nf4"):
+        return None
+    if config.adapter.init == "loftq" and chosen != "dequantized":
+        return (
+            f"export.quantized_base={chosen}: adapters of init=loftq start as a correction of the "
+            "quantised base, which has no place on the model's own weights; set it to dequantized"
+        )
+    if chosen is not None:
         return None
     return (
         f"base_dtype={config.base_dtype}: adapters train on dequantised weights, which are not "
@@ -482,6 +511,9 @@ def adapter_problems(adapter: AdapterConfig) -> list[str]:
             value = getattr(adapter, name)
             hint = nearest(str(value), choices)
             problems.append(f"{name}={value!r} is not one of: {', '.join(choices)}.{hint}")
+    for name, least in (("calibration_batches", 1), ("eva_rho", 1), ("loftq_iter", 1)):
+        if not least <= getattr(adapter, name) < float("inf"):
+            problems.append(f"{name}={getattr(adapter, name)} must be at least {least}")
     return problems + list(_method_problems(adapter))
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config import (
+    DATA_INITS,
     SOFT,
     AdapterConfig,
     UserError,
@@ -31,7 +32,7 @@ from lora_jax.config import (
     raise_all,
     virtual_tokens,
 )
-from lora_jax.quantize import Int8Weight, NF4Weight
+from lora_jax.quantize import Int8Weight, NF4Weight, quantizes
 from lora_jax.selection import (
     is_selected,
     matches,
@@ -56,7 +57,18 @@ from lora_jax.tree import (
 )
 
 HEAD = ("lm_head", "kernel")  # where a tied head would have its weight
-CHANGING_INITS = ("pissa", "olora")  # take their part out of the base
+
+
+def changes_base(config: AdapterConfig) -> bool:
+    """Whether the init takes its part out of the base; loftq does from its second round on."""
+    if config.init == "loftq":
+        return config.loftq_iter > 1
+    return config.init in ("pissa", "olora", "lora_ga")
+
+
+def needs_floats(config: AdapterConfig) -> bool:
+    """Whether the init needs the weights as they are before they are quantised."""
+    return config.init == "loftq" or changes_base(config)
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ class Trainable:
     @property
     def exported(self) -> int:
         """Numbers in the exported adapter; an init that changes the base doubles the rank there."""
-        return self._in_files(factors=2 if self.config.init in CHANGING_INITS else 1)
+        return self._in_files(factors=2 if changes_base(self.config) else 1)
 
     def _in_files(self, factors: int) -> int:
         count = sum(part.parameters for part in (*self.whole, *self.rows))
@@ -510,6 +522,7 @@ def _combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
             if rows.path in paths or (rows.path == tied and HEAD in paths):
                 name = dotted(rows.path[:-1] if rows.path in paths else HEAD[:-1])
                 yield f"trainable_token_indices and {field} both train {name}; choose one"
+    yield from _init_problems(params, found)
     # A head that is tied to its embedding is adapted as one.
     as_one = {HEAD} if tied is not None and config.ensure_weight_tying else set()
     embeddings = [path for path in lora if path[-1] == "embedding" or path in as_one]
@@ -538,7 +551,7 @@ def _combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
             f"ensure_weight_tying=true, and neither target_modules nor modules_to_save names "
             f"{name} or lm_head"
         )
-    if config.init in CHANGING_INITS and not tie and (tied in lora or HEAD in lora):
+    if changes_base(config) and not tie and (tied in lora or HEAD in lora):
         yield (
             f"init={config.init} takes its part out of {name}, which is the output head too; with "
             "target_modules naming one of the two, ensure_weight_tying must be true"
@@ -547,6 +560,33 @@ def _combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
         yield (
             f"ensure_weight_tying=true, and of {name} and lm_head one is in target_modules and the "
             "other in modules_to_save"
+        )
+
+
+def _init_problems(params: Mapping, found: Trainable) -> Iterable[str]:
+    """Weights that an init has no start for, the first of each kind."""
+    init, leaves = found.config.init, flatten(params)
+    if init not in (*DATA_INITS, "loftq"):
+        return
+    refused: dict[str, Target] = {}
+    for target in found.targets:
+        path, why = target.weight, None
+        if path not in leaves or target.leaf == "embedding":
+            why = "is an embedding"
+        elif init == "eva" and set(path) & set(OUTPUT_HEADS):
+            why = "is an output head"
+        elif init == "eva" and target.experts is not None:
+            why = "is a stack of experts"
+        elif init == "loftq" and not quantizes(path, leaves):
+            why = "is never quantised"
+        elif init == "lora_ga" and 2 * target.rank > min(target.shape):
+            why = f"has {min(target.shape)} directions, and needs 2 * rank = {2 * target.rank}"
+        if why is not None:
+            refused.setdefault(why, target)
+    for why, target in refused.items():
+        yield (
+            f"init={init} has no start for {dotted(target.path)}, which {why}; leave it out of "
+            f"target_modules{' or lower its rank' if 'rank' in why else ''}"
         )
 
 
@@ -562,8 +602,7 @@ def check_init(params: Mapping, found: Trainable) -> None:
     quantised afterwards, so this is asked where adapters begin, not wherever they are bound.
     """
     for target in found.targets:
-        changes = found.config.init in CHANGING_INITS
-        if changes and _is_quantized(params, target.weight):
+        if needs_floats(found.config) and _is_quantized(params, target.weight):
             raise UserError(
                 f"init={found.config.init} takes its part out of {dotted(target.path)}"
                 f"{_NO_NUMBERS}: init on float weights first, and quantise what is left with "

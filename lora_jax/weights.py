@@ -3,6 +3,7 @@
     Array                          a plain kernel (in, out) or embedding (vocab, d)
     NF4Weight, Int8Weight          a kernel of 4 or 8 bits per number
     LoraWeight(base, a, b, gain)   y = gain * (x @ base + (x @ a) @ b)
+    Probe(base, basis, moments)    a base whose inputs are counted
     Untied(embed, head)            an embedding (vocab, d) that is the output head too, adapted in
                                    one of its two uses only
 
@@ -85,6 +86,37 @@ class Untied:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Probe:
+    """A weight that counts what goes into it. To the forward pass it is its base; the gradient of
+    any loss by `moments`, which are zeros, is the sum over all rows x of the inputs
+
+        [x, 1]^T [x @ basis, 1, |x|^2]        (in + 1, k + 2)
+
+    in float32, once however often the backward pass runs the forward again. Only `linear` counts.
+    """
+
+    base: Any  # (..., in, out): an array or a quantised leaf
+    basis: jax.Array  # (..., in, k)
+    moments: jax.Array  # (..., in + 1, k + 2)
+    counted: jax.Array | None = (
+        None  # (..., rows), 1 for a row that counts, 0 for one that does not
+    )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Absent:
     """The place of a weight that stands in the trainable tree alone: no array, only its form."""
 
@@ -92,7 +124,7 @@ class Absent:
     dtype: Any = field(metadata={"static": True})
 
 
-Weight = jax.Array | QuantizedWeight | LoraWeight | Untied
+Weight = jax.Array | QuantizedWeight | LoraWeight | Untied | Probe
 
 
 def linear(x: jax.Array, w: Weight) -> jax.Array:
@@ -111,7 +143,28 @@ def _matmul(x: jax.Array, w: Weight) -> jax.Array:
         return y if w.gain is None else y * w.gain.astype(x.dtype)
     if isinstance(w, NF4Weight | Int8Weight):
         return _quantized_matmul(x, w)
+    if isinstance(w, Probe):
+        return _matmul(_count(x, w.basis, w.moments, w.counted), w.base)
     return x @ materialize(w).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _count(x: jax.Array, basis: jax.Array, moments: jax.Array, counted: Any) -> jax.Array:
+    """x (rows, in) as it is; see `Probe` for the gradient."""
+    return x
+
+
+def _count_backward(saved: tuple[Any, ...], slope: jax.Array) -> tuple[Any, ...]:
+    x, basis, counted = saved
+    ones = jnp.ones((len(x), 1)) if counted is None else counted[:, None]
+    wide = jnp.where(ones > 0, x.astype(jnp.float32), 0)
+    with jax.default_matmul_precision("highest"):
+        sizes = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        right = jnp.concatenate([wide @ basis, ones, sizes], axis=-1)
+        return slope, None, jnp.concatenate([wide, ones], axis=-1).T @ right, None
+
+
+_count.defvjp(lambda x, basis, moments, counted: (x, (x, basis, counted)), _count_backward)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -277,6 +330,8 @@ def materialize(w: Weight) -> Any:
         return Untied(materialize(w.embed), materialize(w.head))
     if isinstance(w, NF4Weight | Int8Weight):
         return dequantize(w, w.dtype)
+    if isinstance(w, Probe):
+        return materialize(w.base)
     if not isinstance(w, LoraWeight):
         return w
     wide = widen(w.base)

@@ -3,6 +3,7 @@
 A new method, init or field is one more row of `ROWS`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import AdapterConfig, tree
+from lora_jax import AdapterConfig, Config, lora, tree
+from lora_jax.config import DATA_INITS, TrainConfig
 from lora_jax.models import describe
 from lora_jax.models.common import Model
 from lora_jax.quantize import quantize_tree
 from lora_jax.targets import Trainable, find_trainable
+from lora_jax.train import calibration
 
 # No two axes are equal: layers, vocabulary, hidden, intermediate, queries (6 x 8), keys (2 x 8),
 # rank.
@@ -61,6 +64,7 @@ class Row:
 
 DORA = 1e-6  # a magnitude over its own norm
 SVD = 1e-5  # W - s a b + s a b
+NF4 = 0.5  # what LoftQ leaves of the error of NF4
 ROWS = {
     "LoRA": Row({}),
     "LoRA of everything": Row({"target_modules": "all-linear"}, tied=True),
@@ -93,6 +97,20 @@ ROWS = {
     ),
     "OLoRA": Row({"init": "olora"}, start=SVD),
     "OLoRA, DoRA": Row({"init": "olora", "use_dora": True}, start=SVD),
+    "EVA": Row({"init": "eva"}, tied=True),
+    "EVA, rsLoRA, DoRA, patterns, NF4": Row(
+        {"init": "eva", "use_rslora": True, "use_dora": True, **PATTERNS}, scheme="nf4", start=DORA
+    ),
+    "LoRA-GA, rsLoRA, patterns": Row(
+        {"init": "lora_ga", "use_rslora": True, **PATTERNS}, bias=True, start=SVD
+    ),
+    "LoRA-GA, DoRA, head": Row(
+        {"init": "lora_ga", "use_dora": True, "target_modules": ["lm_head", "v_proj"]}, start=SVD
+    ),
+    "LoftQ": Row({"init": "loftq"}, start=NF4),
+    "LoftQ of three rounds, DoRA, patterns": Row(
+        {"init": "loftq", "loftq_iter": 3, "use_dora": True, **PATTERNS}, start=NF4
+    ),
     "bias all": Row({"bias": "all"}, bias=True),
     "bias lora_only, a layer": Row(
         {"bias": "lora_only", "layers_to_transform": [1], "use_dora": True}, bias=True, start=DORA
@@ -206,6 +224,31 @@ def tiny_model(hf_config: dict[str, Any], seed: int = 0, scheme: str | None = No
     leaves = tree.flatten(model.params)
     params = tree.unflatten({path: draw(path, leaf) for path, leaf in leaves.items()})
     return model.replace(params=params if scheme is None else _quantize(params, scheme))
+
+
+_losses: dict[str, jax.tree_util.Partial] = {}
+
+
+def calibrate_on(model: Model, row: Row, batch: Mapping[str, Any]) -> jax.tree_util.Partial:
+    """The loss of a batch, as a run gives it to data-driven inits: one function for each row, so
+    that what is compiled for one batch is for all.
+    """
+    train = TrainConfig(batch_size=len(batch["tokens"]), remat="full")
+    batch = jax.tree.map(jnp.asarray, dict(batch))
+    new = calibration.calibrate_on(model, Config(adapter=row.config, train=train), [batch])
+    old = _losses.setdefault(repr((row, model.hf_config)), new)
+    return jax.tree_util.Partial(old.func, *new.args)
+
+
+def start(row: Row, model: Model, seed: int) -> tuple[Mapping, dict]:
+    """The base and fresh adapters, in the order of a run: what LoftQ leaves is NF4 then."""
+    needs = {}
+    if row.config.init in DATA_INITS:
+        needs["calibrate"] = calibrate_on(model, row, make_batch(seed))
+    if row.config.init == "loftq":
+        needs["scheme"] = "nf4"
+    base, adapters = lora.init(jax.random.key(seed), model.params, row.config, **needs)
+    return _quantize(base, "nf4") if row.config.init == "loftq" else base, adapters
 
 
 def trains(adapters: Any, found: Trainable) -> dict[tree.Path, np.ndarray]:

@@ -4,22 +4,25 @@ params, adapters = init(key, params, config)       # trainable tree: only what t
 bound            = bind(params, adapters, config)  # same tree as params, targeted leaves adapted
 merged           = merge(bound)                    # plain arrays again
 
-`params` comes back as it was, but for inits that take their part out of the base (pissa, olora),
-and for `method: full`, where the trainable tree holds all of it. Virtual tokens (`prompt`,
-`prefix`) leave the parameters alone and go to the forward beside them:
+`params` comes back as it was, but for inits that take their part out of the base (pissa, olora,
+lora_ga, loftq of several rounds), and for `method: full`, where the trainable tree holds all of it.
+Virtual tokens (`prompt`, `prefix`) leave the parameters alone and go to the forward beside them:
 
 logits = model.apply(bound, tokens, prefix=prefix(adapters, config))       # None of other methods
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import full, lora, prompt
+from lora_jax.adapters import eva, full, lora, prompt
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
-from lora_jax.config import SOFT, AdapterConfig
-from lora_jax.targets import HEAD, Trainable, check_init
+from lora_jax.config import DATA_INITS, SOFT, AdapterConfig, UserError
+from lora_jax.quantize import SCHEMES, check_scheme
+from lora_jax.targets import HEAD, Trainable, changes_base, check_init
 from lora_jax.targets import find_targets as find_targets
 from lora_jax.targets import find_trainable as find_trainable
 from lora_jax.tree import check_same_structure, flatten, unflatten
@@ -28,29 +31,77 @@ from lora_jax.weights import Absent, LoraWeight, Untied, materialize
 
 
 def init(
-    key: jax.Array, params: Mapping, config: AdapterConfig, calibrate: Callable | None = None
+    key: jax.Array,
+    params: Mapping,
+    config: AdapterConfig,
+    calibrate: Callable | None = None,
+    *,
+    scheme: str | None = None,
 ) -> tuple[Mapping, dict]:
-    """Trainable adapters (float32) for `params`, and the base they stand on. `calibrate` runs the
-    model for those that start from what it makes of tokens (`as_model_sees`).
+    """Trainable adapters (float32) for `params`, and the base they stand on.
+
+    `calibrate`, for init eva and lora_ga, is a differentiable function from parameters to the mean
+    loss of some data; arrays that it needs are best the arguments of a `jax.tree_util.Partial`.
+    For virtual tokens it is `as_model_sees`. `scheme`, for loftq, is what the base will be
+    quantised with (`quantize_tree`).
 
     Raises:
         UserError: what `lora_jax.targets.find_trainable` refuses; an init that would take its part
-            out of a quantised weight; one that needs `calibrate`.
+            out of a quantised weight; one without the data, the model or the scheme that it needs.
     """
     found = find_trainable(params, config)
     if config.method in SOFT:
         return params, prompt.init(key, params, found, calibrate)
     check_init(params, found)
-    return _init(key, params, found)
+    _check_given(config, calibrate, scheme)
+    return _init(key, params, found, _as_tree(calibrate), scheme)
 
 
-def _init(key: jax.Array, params: Mapping, found: Trainable) -> tuple[Mapping, dict]:
+def redistribute(
+    key: jax.Array, params: Mapping, config: AdapterConfig, calibrate: Callable
+) -> AdapterConfig:
+    """The config with the ranks that EVA gives every module, up to `eva_rho` times its own; as it
+    is, unless `init` is eva and `eva_rho` above 1. `init` takes ranks as they are.
+
+    Raises:
+        UserError: as `init`.
+    """
+    if config.init != "eva" or config.eva_rho == 1:
+        return config
+    _check_given(config, calibrate, None)
+    return eva.redistribute(key, params, config, _as_tree(calibrate))
+
+
+def _check_given(config: AdapterConfig, calibrate: Any, scheme: str | None) -> None:
+    if config.init in DATA_INITS and calibrate is None:
+        raise UserError(
+            f"init={config.init} looks at data, and none are given: pass calibrate, a function "
+            "from parameters to the mean loss of a batch (a run takes it from data.train)"
+        )
+    if config.init == "loftq":
+        if scheme is None:
+            raise UserError(
+                "init=loftq makes up for what quantisation loses: pass scheme, what the base will "
+                f"be quantised with ({' or '.join(SCHEMES)}; a run takes it from base_dtype)"
+            )
+        check_scheme(scheme)
+
+
+def _as_tree(function: Any) -> Any:
+    """A function as a pytree, that a compiled function can take."""
+    known = function is None or isinstance(function, jax.tree_util.Partial)
+    return function if known else jax.tree_util.Partial(function)
+
+
+def _init(
+    key: jax.Array, params: Mapping, found: Trainable, calibrate: Any, scheme: str | None
+) -> tuple[Mapping, dict]:
     config, leaves = found.config, flatten(params)
     adapters = full.init(leaves, found)
     if config.method == "full":
         absent = {path: Absent(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
         return unflatten(absent), unflatten(adapters)
-    changed, factors = lora.init(key, leaves, found)
+    changed, factors = lora.init(key, leaves, found, calibrate, scheme)
     base = unflatten(leaves | changed) if changed else params
     return base, unflatten(adapters | factors)
 
@@ -68,10 +119,16 @@ def shapes(params: Mapping, config: AdapterConfig) -> dict:
     if config.method in SOFT:
         found = find_trainable(params, config)
         return {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in found.virtual.items()}
-    return jax.eval_shape(
-        lambda params: _init(jax.random.key(0), params, find_trainable(params, config))[1],
-        unflatten(leaves),
-    )
+    # Starts of all kinds have the same shapes; these need neither data nor a scheme.
+    kind = "pissa" if changes_base(config) else "default"
+
+    def of(params: Mapping) -> dict:
+        found = find_trainable(params, config)
+        plain = dataclasses.replace(config, init=kind)
+        found = dataclasses.replace(found, config=plain)
+        return _init(jax.random.key(0), params, found, None, None)[1]
+
+    return jax.eval_shape(of, unflatten(leaves))
 
 
 def residual(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mapping:

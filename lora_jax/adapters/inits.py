@@ -7,7 +7,8 @@
     olora        the first rows and columns of its QR factors (arXiv 2406.01775)
 
 The last two take their part out of the base, so that the model starts unchanged. An embedding
-starts with lora_a zero and lora_b normal under `default` and `gaussian`, as in PEFT.
+starts with lora_a zero and lora_b normal under `default` and `gaussian`, as in PEFT. The starts
+that look at data or at the quantised base are in `eva`, `lora_ga` and `loftq`.
 """
 
 import functools
@@ -20,7 +21,9 @@ import jax.numpy as jnp
 from lora_jax.quantize import Int8Weight, NF4Weight, dequantize
 from lora_jax.targets import Target
 from lora_jax.tree import dotted
-from lora_jax.weights import Weight
+from lora_jax.weights import LoraWeight, Weight, materialize
+
+Factors = tuple[jax.Array, jax.Array]
 
 
 def draw(
@@ -37,14 +40,12 @@ def draw(
     a_mask = target.rank_mask()
     b_mask = a_mask.swapaxes(-1, -2)
     match init:
-        case "pissa" | "olora":
-            factors = _pissa if init == "pissa" else _olora
-            a, b = over_slices(factors, target, weight)
+        case "pissa":
+            a, b = over_slices(singular_factors, target, weight)
+            a, b = without_scale(target, a, b, use_rslora)
+        case "olora":
+            a, b = over_slices(_olora, target, weight)
             a, b = a[..., : target.rank], b[..., : target.rank, :]
-            scales = jnp.asarray(target.scales(use_rslora))
-            if init == "pissa":  # PEFT shares the scale out over both
-                root = jnp.sqrt(jnp.where(scales > 0, scales, 1))
-                a, b = a / root, b / root
         case "orthogonal":
             a, b = jnp.zeros(a_shape), jnp.zeros(b_shape)
             for rank in sorted({*target.ranks} - {0}):
@@ -82,10 +83,37 @@ def over_slices(function: Callable, target: Target, weight: Weight, *others: jax
     return of_all((weight, *others))
 
 
-def _pissa(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    left, values, right = jnp.linalg.svd(weight, full_matrices=False)
+def subtract(
+    target: Target, weight: jax.Array, a: jax.Array, b: jax.Array, use_rslora: bool
+) -> jax.Array:
+    """A weight without the update of factors a and b, in its own dtype."""
+    b = in_columns(target, b * target.scales(use_rslora), weight.shape[-1])
+    return materialize(LoraWeight(weight, a, -b))
+
+
+def in_columns(target: Target, x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
+    """(..., columns of the target) -> (..., columns of the weight)."""
+    if target.columns is None:
+        return x
+    start, stop = target.columns
+    outside = [(0, 0)] * (x.ndim - 1) + [(start, width - stop)]
+    return jnp.pad(x, outside, constant_values=fill)
+
+
+def singular_factors(matrix: jax.Array) -> Factors:
+    """All singular vectors of a matrix (in, out), both halves with the root of the values."""
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values)
     return left * root, root[:, None] * right
+
+
+def without_scale(target: Target, a: jax.Array, b: jax.Array, use_rslora: bool) -> Factors:
+    """The first `rank` columns and rows, both divided by the root of the scale (as PEFT's PiSSA),
+    so that with it their product is that of what came in.
+    """
+    scales = jnp.asarray(target.scales(use_rslora))
+    root = jnp.sqrt(jnp.where(scales > 0, scales, 1))
+    return a[..., : target.rank] / root, b[..., : target.rank, :] / root
 
 
 def _olora(weight: jax.Array) -> tuple[jax.Array, jax.Array]:

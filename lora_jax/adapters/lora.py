@@ -15,32 +15,69 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import dora, inits
-from lora_jax.targets import CHANGING_INITS, HEAD, Target, Trainable
-from lora_jax.tree import Path
-from lora_jax.weights import LoraWeight, materialize
+from lora_jax.adapters import dora, eva, inits, loftq, lora_ga
+from lora_jax.quantize import quantize
+from lora_jax.targets import HEAD, Target, Trainable, changes_base
+from lora_jax.tree import Path, unflatten
+from lora_jax.weights import LoraWeight
 
 Leaves = dict[Path, Any]
+Factors = inits.Factors
 
 
-def init(key: jax.Array, leaves: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Leaves]:
+def init(
+    key: jax.Array,
+    leaves: Mapping[Path, Any],
+    found: Trainable,
+    calibrate: Any = None,
+    scheme: str | None = None,
+) -> tuple[Leaves, Leaves]:
     """Fresh adapters in float32, and the weights that take the place of those in `leaves`."""
     config, changed, adapters = found.config, {}, {}
+    starts = _starts(key, leaves, found, calibrate, scheme)
     for target in found.targets:
-        weight = changed.get(target.weight, _weight(leaves, target, found))
-        a, b = inits.draw(key, target, weight, config.init, config.use_rslora)
+        (a, b), taken = starts[target.path]
         adapters[(*target.path, "lora_a")], adapters[(*target.path, "lora_b")] = a, b
-        if config.init in CHANGING_INITS:
+        if changes_base(config):
             # Copies: a step that takes `lora_a` over in place would take the very same array twice.
-            adapters[(*target.path, "init_a")] = jnp.copy(a)
-            adapters[(*target.path, "init_b")] = jnp.copy(b)
-            weight = _subtract(target, weight, a, b, config.use_rslora)
-            changed[target.weight] = weight
-        if config.use_dora:
-            scaled = b * target.scales(config.use_rslora)
-            norms = dora.column_norms(target, weight, a, scaled)
-            adapters[(*target.path, "magnitude")] = norms
+            a0, b0 = jax.tree.map(jnp.copy, taken)
+            adapters[(*target.path, "init_a")], adapters[(*target.path, "init_b")] = a0, b0
+            weight = changed.get(target.weight, _weight(leaves, target, found))
+            changed[target.weight] = inits.subtract(target, weight, a0, b0, config.use_rslora)
+    for target in found.targets if config.use_dora else ():
+        weight = changed.get(target.weight, _weight(leaves, target, found))
+        weight = quantize(weight, str(scheme)) if config.init == "loftq" else weight
+        a, b = starts[target.path][0]
+        norms = dora.column_norms(target, weight, a, b * target.scales(config.use_rslora))
+        adapters[(*target.path, "magnitude")] = norms
     return changed, adapters
+
+
+def _starts(
+    key: jax.Array,
+    leaves: Mapping[Path, Any],
+    found: Trainable,
+    calibrate: Any,
+    scheme: str | None,
+) -> dict[Path, tuple[Factors, Factors]]:
+    """By target the factors that its update starts from, and those that are taken out of the base,
+    if any are.
+    """
+    config, targets = found.config, found.targets
+    match config.init:
+        case "loftq":
+            return loftq.factors(leaves, targets, str(scheme), config)
+        case "eva":
+            first = eva.factors(key, unflatten(leaves), targets, calibrate)
+        case "lora_ga":
+            params = unflatten(leaves)
+            first = {t.path: lora_ga.factors(params, t, calibrate) for t in targets}
+        case init:
+            first = {
+                t.path: inits.draw(key, t, _weight(leaves, t, found), init, config.use_rslora)
+                for t in targets
+            }
+    return {path: (pair, pair) for path, pair in first.items()}
 
 
 def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
@@ -53,7 +90,7 @@ def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Train
             path = target.weight
             a, b = (small[(*target.path, part)] for part in ("init_a", "init_b"))
             weight = changed.get(path, leaves[path])
-            changed[path] = _subtract(target, weight, a, b, found.config.use_rslora)
+            changed[path] = inits.subtract(target, weight, a, b, found.config.use_rslora)
     return changed
 
 
@@ -72,22 +109,6 @@ def started(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Traina
     return bind(dict(leaves), first, changing, None)
 
 
-def _subtract(
-    target: Target, weight: jax.Array, a: jax.Array, b: jax.Array, use_rslora: bool
-) -> jax.Array:
-    b = _in_columns(target, b * target.scales(use_rslora), weight.shape[-1])
-    return materialize(LoraWeight(weight, a, -b))
-
-
-def _in_columns(target: Target, x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
-    """(..., columns of the target) -> (..., columns of the weight)."""
-    if target.columns is None:
-        return x
-    start, stop = target.columns
-    outside = [(0, 0)] * (x.ndim - 1) + [(start, width - stop)]
-    return jnp.pad(x, outside, constant_values=fill)
-
-
 def bind(
     leaves: Leaves, small: Mapping[Path, Any], found: Trainable, key: jax.Array | None
 ) -> Leaves:
@@ -104,8 +125,8 @@ def bind(
         # As in PEFT, what a token's embedding adds has no dropout.
         drops = config.dropout > 0 and target.leaf != "embedding"
         own = _dropout_keys(key, index, target) if drops else None
-        b = _in_columns(target, b, weight.shape[-1])
-        gain = None if gain is None else _in_columns(target, gain, weight.shape[-1], 1.0)
+        b = inits.in_columns(target, b, weight.shape[-1])
+        gain = None if gain is None else inits.in_columns(target, gain, weight.shape[-1], 1.0)
         leaf = LoraWeight(weight, a, b, gain, own, config.dropout)
         other = bound.get(target.weight)
         bound[target.weight] = leaf if other is None else _side_by_side(other, leaf)

@@ -37,7 +37,7 @@ from lora_jax.formats.peft_tensors import (
     within_limits,
 )
 from lora_jax.formats.safetensors import copy_side_files, new_directory, open_tensors, write_json
-from lora_jax.targets import CHANGING_INITS, Trainable, find_trainable
+from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)
 
@@ -77,7 +77,7 @@ def write_adapter(
         tensors = peft_virtual.pack(tree.unflatten(leaves))
         content = peft_virtual.to_peft_config(found, base_model, task_type)
     else:
-        if config.init in CHANGING_INITS:
+        if changes_base(config):
             leaves, found = as_plain(leaves, found)
         widths = {path: leaf.shape[-1] for path, leaf in tree.flatten(params).items()}
         leaves, found = within_limits(*with_whole_matrices(leaves, found, widths))
@@ -103,6 +103,12 @@ def peft_problems(found: Trainable) -> list[str]:
     if config.method in SOFT:
         return peft_virtual.problems(config)
     problems = [f"use_dora=true and {text}" for text in _dora_problems(found)]
+    if config.init == "loftq" and changes_base(config):
+        problems.append(
+            f"init=loftq and loftq_iter={config.loftq_iter}: the adapter stands on a quantised "
+            "base that is not the model's own; set loftq_iter to 1, or export with --format hf "
+            "(export.peft=false, export.merged=true)"
+        )
     embeddings = [t.path for t in found.targets if t.leaf == "embedding"]
     embeddings += [w.path[:-1] for w in found.whole if w.path[-1] == "embedding"]
     unknown = [tree.dotted(path) for path in embeddings if path[-1] != "embed_tokens"]
@@ -162,11 +168,17 @@ def _dora_problems(found: Trainable) -> Iterable[str]:
 
 def serving_problems(found: Trainable) -> list[str]:
     """Why vLLM cannot load the PEFT directory of these adapters, or would get other numbers, each
-    with what to do; empty if it serves them rightly.
+    with what to do, and what else is to know of its base; empty if it serves them rightly.
     """
     config, problems = found.config, _unservable(found)
     power = 0.5 if config.use_rslora else 1.0
     usual = config.alpha / config.rank**power
+    if config.init == "loftq":
+        problems.append(
+            "init=loftq made up for the error of the quantised base: load the model quantised as "
+            "base_dtype said (nf4: bitsandbytes' 4 bits with double quantisation); over the "
+            "model's own weights the adapter is off by that error"
+        )
     if any(
         rank > config.rank or not math.isclose(alpha / rank**power, usual)
         for rank, alpha in adapted_modules(found).values()

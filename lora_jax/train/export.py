@@ -80,7 +80,7 @@ def export_merged(
     Over a quantised base, `export.quantized_base` says what they are merged into. Returns, for the
     summary, the figures of the report under `merge`, and over such a base `merged_distance`: how
     far either choice is from the model that was trained, |W - W_trained| / |W_trained| over all
-    weights.
+    weights; not with the start of loftq, which leaves no choice.
 
     Raises:
         UserError: numbers that `export.dtype` cannot hold; a merge that `export.min_merge_cosine`
@@ -96,7 +96,7 @@ def export_merged(
         live = bind(model.params, adapters, config.adapter)
         start = _start(config, model, adapters, mesh)
         bound, before = live, start  # what is merged, and the same before the first step
-        if config.base_dtype in SCHEMES:
+        if config.base_dtype in SCHEMES and config.adapter.init != "loftq":
             own = methods.residual(
                 formats.read_params(model.directory, model, mesh), adapters, config.adapter
             )

@@ -21,6 +21,7 @@ from lora_jax.config import Config
 from lora_jax.formats import fingerprint
 from lora_jax.train import (
     base,
+    calibration,
     checkpoint,
     export,
     interrupt,
@@ -59,7 +60,9 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     source = formats.resolve(config.model)
     config, model = describe(config, source)
     config, loaded = setup.continue_adapter(config, model)
+    given = config.adapter
     if record is not None:
+        config = resume.with_ranks(record, config)
         resume.check_config(record, config)
     found = setup.find_trainable(config, model)
     setup.check_attention(config, model, mesh, console)
@@ -81,8 +84,9 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     place = output / "checkpoints"
     if record is None:
-        calibrate = base.make_calibrate(config, model, tokenizer)
-        params, adapters = base.load(config, source, model, mesh, init_key, calibrate)
+        calibrate = calibration.make_calibrate(config, model, train_data, encoder, mesh)
+        config, params, adapters = base.load(config, source, model, mesh, init_key, calibrate)
+        found = setup.find_trainable(config, model)  # init=eva moves ranks
         state = place_state(config, model, mesh, optimizer, loaded or adapters)
     else:
         empty = methods.shapes(model.params, config.adapter)
@@ -109,6 +113,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         metrics.write_whole(output / "config.yaml", configs.dump(config))
         about = {
             "config": dataclasses.asdict(config),
+            "given_adapter": dataclasses.asdict(given),
             "versions": export.versions(),
             "fingerprint": prints,
             "rng": np.asarray(jax.random.key_data(dropout_key)).tolist(),

@@ -14,13 +14,18 @@ from lora_jax.train.metrics import LOGS
 _FREE = (
     *("output_dir", "resume", "allow_change", "model", "mesh", "export"),
     *("data.train", "data.chat_template", "data.cache", "adapter.path"),
+    "adapter.calibration_batches",
     *("eval.batch_size", "eval.generate_batch_size", "eval.samples"),
     *("train.save_every", "train.save_total_limit", "train.eval_every", "train.log_every"),
     *("train.report_to", "train.early_stopping_patience", "train.load_best_model_at_end"),
     *("train.divergence", "train.remat", "train.loss_chunk", "train.attention"),
 )
 
-
+# What `adapters.redistribute` settles.
+_RANKS = (
+    *("target_modules", "exclude_modules", "layers_to_transform"),
+    *("rank_pattern", "alpha_pattern"),
+)
 _EARLY = {"config.yaml", "checkpoints", "run_id.txt", "tensorboard", *LOGS}
 
 
@@ -49,6 +54,17 @@ def find_record(config: Config, output: Path) -> dict[str, Any] | None:
             f"remove it{advice}"
         )
     return None
+
+
+def with_ranks(record: Mapping[str, Any], config: Config) -> Config:
+    """The config with the ranks that init=eva has found, where those of the config are the ones
+    that the run of `record` was asked for.
+    """
+    given, found = record.get("given_adapter"), record["config"]["adapter"]
+    if given is None or any(getattr(config.adapter, name) != given[name] for name in _RANKS):
+        return config
+    ranks = {name: found[name] for name in _RANKS}
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **ranks))
 
 
 def check_config(record: Mapping[str, Any], config: Config) -> None:

@@ -98,7 +98,10 @@ def stack(path, leaf, read, ranks=None) -> np.ndarray:
 
 def to_peft(module, config: AdapterConfig) -> peft.PeftModel:
     given = dataclasses.asdict(config)
-    for ours in ("method", "init", "path", "freeze_a", "lora_plus_ratio"):
+    for ours in (
+        *("method", "init", "path", "freeze_a", "lora_plus_ratio"),
+        *("calibration_batches", "eva_rho", "loftq_iter"),
+    ):
         del given[ours]
     names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     given["ensure_weight_tying"] = bool(given["ensure_weight_tying"])

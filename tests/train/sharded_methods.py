@@ -1,5 +1,6 @@
 """Methods on eight virtual devices and on one, told as one JSON object."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `methods`
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import distance
-from methods import PATTERNS, ROWS, VIRTUAL, Row, make_batch, stirred, tiny_model
+from methods import PATTERNS, ROWS, VIRTUAL, Row, calibrate_on, make_batch, stirred, tiny_model
 
 from lora_jax import Config, lora, sharding, tree
-from lora_jax.config import MeshConfig, TrainConfig
+from lora_jax.config import DATA_INITS, MeshConfig, TrainConfig
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
 
@@ -49,7 +50,7 @@ CASES = {
         name: ROWS[name]
         for name in (
             *("embedding, DoRA, tied", "embedding and head, DoRA, untied"),
-            *("tokens, tied", "DoRA, NF4", "full, tied"),
+            *("tokens, tied", "DoRA, NF4", "full, tied", "EVA", "LoRA-GA, rsLoRA, patterns"),
         )
     },
     **VIRTUAL,
@@ -83,7 +84,13 @@ def place_base(model, mesh):
 def train(row, mesh):
     """What init gives, losses of five steps, norms of their gradients, and the final adapters."""
     model = tiny_model(row.hf_config | FIELDS, 0, row.scheme)
-    base, adapters = lora.init(jax.random.key(0), place_base(model, mesh), row.config)
+    calibrate = None
+    if row.config.init in DATA_INITS:
+        batch = sharding.place_batch(make_batch(9, rows=8, vocab=96), mesh)
+        calibrate = calibrate_on(model, row, batch)
+    with contextlib.nullcontext() if calibrate is None else jax.set_mesh(mesh):
+        placed = place_base(model, mesh)
+        base, adapters = lora.init(jax.random.key(0), placed, row.config, calibrate)
     fresh = jax.tree.map(np.asarray, adapters)
     adapters = stirred(base, jax.tree.map(jax.numpy.asarray, fresh), row.config, 0)
     specs = sharding.adapter_specs(adapters, model.params, model.rules, mesh)

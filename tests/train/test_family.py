@@ -30,6 +30,11 @@ METHODS = {
     "olora and dora": "adapter.init=olora adapter.use_dora=true",
     "nf4": "base_dtype=nf4 adapter.use_dora=true export.quantized_base=dequantized",
     "pissa over nf4": "base_dtype=nf4 adapter.init=pissa export.quantized_base=original",
+    "eva, ranks that move": "adapter.init=eva adapter.eva_rho=2 train.batch_size=2",
+    "lora-ga, two batches in halves": (
+        "adapter.init=lora_ga adapter.calibration_batches=2 train.micro_batch_size=2"
+    ),
+    "loftq": "base_dtype=nf4 adapter.init=loftq export.quantized_base=dequantized",
     "int8": "base_dtype=int8 export.quantized_base=original adapter.modules_to_save=[norm]",
     "embedding": "adapter.target_modules=[q_proj,embed_tokens]",
     "embedding and head": "adapter.target_modules=[embed_tokens] adapter.ensure_weight_tying=true",
@@ -82,6 +87,9 @@ def test_a_resumed_run_is_the_run_and_its_exports_are_its_model(files, tmp_path,
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
     far = summary.get("merged_distance", {"dequantized": 0.0, "original": 1.0})
     assert far["dequantized"] == 0 < far["original"]
+    assert ("merged_distance" in summary) == (
+        config.base_dtype is not None and config.adapter.init != "loftq"
+    )
     adapter = tmp_path / "whole/adapter"
     assert adapter.is_dir() == (config.adapter.method != "full")
     if adapter.is_dir() and not (config.base_dtype and config.adapter.init == "pissa"):
@@ -91,6 +99,22 @@ def test_a_resumed_run_is_the_run_and_its_exports_are_its_model(files, tmp_path,
         assert distance(again, live) < 1e-5
         size = sum(x.size for x in jax.tree.leaves(read))
         assert summary["adapter_bytes"] == 4 * size
+
+
+def test_ranks_that_eva_moved_stand_in_the_config_and_are_found_again(files, tmp_path, refused):
+    settings = ("adapter.init=eva", "adapter.eva_rho=2", "train.batch_size=2")
+    train(files, tmp_path / "run", *settings)
+    given = configs.load(files / "run.yaml").adapter
+    resolved = export.load_run(tmp_path / "run").adapter
+    ranks = [resolved.rank_pattern.get(name, resolved.rank) for name in resolved.target_modules]
+    assert len(set(ranks)) > 1 and max(ranks) <= 2 * given.rank and min(ranks) >= 1
+    assert sum(ranks) == 2 * 7 * given.rank
+    # What was asked for, and what came of it, both go on; anything else is another run.
+    command = [str(tmp_path / "run/config.yaml"), f"output_dir={tmp_path / 'run'}"]
+    assert train_main(["--config", *command, "resume=true"]) == 0
+    again = ("--config", files / "run.yaml", command[1], *STEPS, *settings, "resume=true")
+    found = refused(train_main, *again, "adapter.rank_pattern={q_proj: 2}")
+    assert "adapter.rank_pattern" in found
 
 
 def test_checkpoints_of_an_svd_init_hold_its_start_and_no_more(files, tmp_path):
@@ -163,6 +187,13 @@ def test_what_is_refused_before_anything_is_loaded(files, tmp_path, refused):
         "base_dtype=nf4", "adapter.modules_to_save=[q_proj]", "adapter.target_modules=[k_proj]"
     )
     assert "modules_to_save=['q_proj'] trains the numbers" in found and "base_dtype" in found
+    found = text(
+        *("base_dtype=nf4", "adapter.init=loftq", "adapter.loftq_iter=2"),
+        "export.quantized_base=dequantized",
+    )
+    assert "export.peft: init=loftq and loftq_iter=2" in found and "export.peft=false" in found
+    found = text("adapter.init=eva", "data.train=null")
+    assert "data.train is not set" in found
     found = text("base_dtype=int8", "adapter.method=full")
     assert "adapter.method=full" in found and "base_dtype=int8" in found
     one = ("adapter.target_modules=[embed_tokens]", "adapter.ensure_weight_tying=true")

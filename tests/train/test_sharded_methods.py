@@ -20,6 +20,8 @@ CASES = (
     "tokens, tied",
     "DoRA, NF4",
     "full, tied",
+    "EVA",
+    "LoRA-GA, rsLoRA, patterns",
     "prompt",
     "prefix",
     "gated prefix, NF4",

@@ -1,0 +1,70 @@
+"""LoftQ (arXiv 2310.08659): factors that make up for what quantisation loses.
+
+    Q_t = quantised(W - s A_{t-1} B_{t-1}),    s A_t B_t = the r largest directions of W - Q_t
+
+from A_0 B_0 = 0 on. The base is the last Q_t and the update starts as s A_t B_t, so that after one
+round the base is the quantised weight itself. As in PEFT, A and B share the singular values evenly;
+PEFT leaves s out, and has this start where alpha = rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.inits import (
+    Factors,
+    over_slices,
+    singular_factors,
+    subtract,
+    without_scale,
+)
+from lora_jax.config import AdapterConfig
+from lora_jax.quantize import QuantizedWeight, quantize
+from lora_jax.targets import Target
+from lora_jax.tree import Path
+
+
+def factors(
+    leaves: Mapping[Path, Any], targets: Sequence[Target], scheme: str, config: AdapterConfig
+) -> dict[Path, tuple[Factors, Factors]]:
+    """Of every target, by its path, the last factors and the ones before, which the base is to be
+    without: `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
+
+    Every round takes as long as the singular values of all weights. Beside the factors one weight's
+    stack is in memory without its update, and quantised.
+    """
+    found = {}
+    for path in dict.fromkeys(target.weight for target in targets):
+        # The parts of a fused projection are quantised together.
+        parts = [target for target in targets if target.weight == path]
+        last, before = [_zeros(part) for part in parts], []
+        for _ in range(config.loftq_iter):
+            before, left = last, leaves[path]
+            for part, (a, b) in zip(parts, before, strict=True):
+                left = subtract(part, left, a, b, config.use_rslora)
+            base = quantize(left, scheme)
+            last = [_make_up(part, base, leaves[path], config.use_rslora) for part in parts]
+        for part, *both in zip(parts, last, before, strict=True):
+            found[part.path] = tuple(both)
+    return found
+
+
+def _zeros(target: Target) -> Factors:
+    rows, columns = target.shape
+    a, b = (*target.lead, rows, target.rank), (*target.lead, target.rank, columns)
+    return jnp.zeros(a), jnp.zeros(b)
+
+
+def _make_up(target: Target, base: QuantizedWeight, weight: jax.Array, use_rslora: bool) -> Factors:
+    """Factors for what a quantised weight lacks."""
+    columns = slice(*(target.columns or (None,)))
+
+    def of_one(base: jax.Array, weight: jax.Array) -> Factors:
+        return singular_factors(weight[:, columns].astype(jnp.float32) - base)
+
+    a, b = over_slices(of_one, target, base, weight)
+    a, b = without_scale(target, a, b, use_rslora)
+    mask = target.rank_mask()
+    return a * mask, b * mask.swapaxes(-1, -2)
