@@ -311,7 +311,7 @@ def _unembed(x: jax.Array, w: Weight) -> jax.Array:
     return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())))
 
 
-def widen(w: Weight) -> Any:
+def widen(w: Any) -> Any:
     """The same weight over a base in float32: `materialize` then rounds nothing."""
     if isinstance(w, Untied):
         return Untied(widen(w.embed), widen(w.head))
