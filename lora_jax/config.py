@@ -40,7 +40,7 @@ class AdapterConfig:
     dropout: float = 0.0  # on the input of lora_a, in training only (PEFT: lora_dropout)
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (arXiv 2312.03732)
     use_dora: bool = False  # train the size of every column on its own (arXiv 2402.09353)
-    init: str = "default"  # .. | gaussian | orthogonal | pissa | olora | loftq | eva | lora_ga
+    init: str = "default"  # default | gaussian | orthogonal | pissa | olora | loftq | eva | lora_ga
     calibration_batches: int = 1  # batches of data.train that init=eva and lora_ga look at
     eva_rho: float = 1.0  # eva: a rank grows up to so many times; others shrink (PEFT's is 2)
     loftq_iter: int = 1  # loftq: how often quantisation and factors are fitted to each other

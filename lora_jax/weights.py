@@ -315,7 +315,7 @@ def widen(w: Any) -> Any:
     """The same weight over a base in float32: `materialize` then rounds nothing."""
     if isinstance(w, Untied):
         return Untied(widen(w.embed), widen(w.head))
-    if isinstance(w, LoraWeight):
+    if isinstance(w, LoraWeight | Probe):
         return dataclasses.replace(w, base=widen(w.base))
     return dequantize(w) if isinstance(w, NF4Weight | Int8Weight) else w.astype(jnp.float32)
 
