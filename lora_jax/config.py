@@ -105,7 +105,7 @@ class TrainConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio
     compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
-    remat: str = "full"  # none | full | dots | offload: what the backward pass recomputes
+    remat: str = "full"  # none | dots | full | offload (to the host): less memory, more work
     attention: str = "auto"  # auto | xla | cudnn (NVIDIA GPUs) | splash (TPUs): docs/devices.md
     loss_chunk: int = 1024  # tokens whose logits stand in memory at once
     router_aux_loss_coef: float = 0.0  # weight of the loss by which experts are used alike

@@ -42,7 +42,7 @@ class Sight:
     causal: bool = field(default=True, metadata={"static": True})
 
 
-def choose(name: str, config: Any, dtype: Any, device: jax.Device) -> str:
+def choose(name: str, config: Any, dtype: Any, device: Any) -> str:
     """The kernel that `train.attention` means for a model (its `config`), a compute dtype and the
     devices of a mesh. auto: splash on TPUs, cudnn where it can compute the model, otherwise xla.
 
@@ -64,7 +64,7 @@ def choose(name: str, config: Any, dtype: Any, device: jax.Device) -> str:
     return name
 
 
-def _cudnn_problem(config: Any, dtype: np.dtype, device: jax.Device) -> str | None:
+def _cudnn_problem(config: Any, dtype: np.dtype, device: Any) -> str | None:
     capability = getattr(device, "compute_capability", None)  # "9.0"; AMD's is a name
     try:
         version = float(str(capability))
@@ -146,7 +146,7 @@ def _local(
 
 
 def _splash(queries, keys, values, segment_ids, *, window, causal, scale, softcap):
-    """https://docs.jax.dev/en/latest/pallas, on one device."""
+    """Masks are functions of two positions here, and never stand in memory."""
     heads, time = queries.shape[2], queries.shape[1]
     if not causal:
         mask: Any = splash.FullMask((time, time))
@@ -156,11 +156,12 @@ def _splash(queries, keys, values, segment_ids, *, window, causal, scale, softca
         mask = splash.LocalMask((time, time), (window - 1, 0), 0)
     block = next(size for size in (512, 256, _BLOCK) if time % size == 0)
     sides = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{side}": block for side in sides}
 
-    def run(interpret: bool, *arguments: jax.Array) -> jax.Array:
+    def run(interpret: bool, *arguments: jax.Array) -> Any:
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
-            block_sizes=splash.BlockSizes(**{f"block_{side}": block for side in sides}),
+            block_sizes=splash.BlockSizes(**blocks),
             attn_logits_soft_cap=softcap,
             head_shards=1,
             q_seq_shards=1,

@@ -22,7 +22,6 @@ from lora_jax.kernels import Sight
 from lora_jax.layers import ACTIVATIONS, Embed, LayerNorm, Linear, attention
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.sharding import constrain_stream
 
 RULES = (
     (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),
@@ -200,7 +199,7 @@ class Encoder(nnx.Module):
             masks = Sight(segment_ids, jnp.int32(0), kernel, causal=False)
 
         def block(x, layer, own):
-            return layer(constrain_stream(x), masks), None
+            return layer(x, masks), None
 
         x = self.embeddings(tokens, positions, types).astype(compute_dtype)
         return scan_layers(block, self.encoder.layer, x, None, remat)[0]

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.layers import (
@@ -51,12 +52,14 @@ def scan_layers(
     block: Callable, layers: nnx.Module, x: jax.Array, per_layer: Any, remat: str
 ) -> tuple[jax.Array, Any]:
     """Run `block(x, layer, own) -> (x, out)` over stacked layers, `own` being each layer's slice of
-    `per_layer`; `remat` says what the backward pass keeps.
+    `per_layer`. `remat` says what the backward pass keeps: none, everything; dots, the results of
+    products; full, what runs from layer to layer; offload, the same in host memory.
     """
     graphdef, state = nnx.split(layers)
 
     def body(x, slices):
         state, own = slices
+        x = checkpoint_name(constrain_stream(x), "stream")
         return block(x, nnx.merge(graphdef, state), own)
 
     policies = jax.checkpoint_policies
@@ -68,7 +71,12 @@ def scan_layers(
                 body, prevent_cse=False, policy=policies.dots_with_no_batch_dims_saveable
             )
         case "offload":
-            keep = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+            keep = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["stream"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
             body = jax.checkpoint(body, prevent_cse=False, policy=keep)
     return jax.lax.scan(body, x, (state, per_layer))
 
@@ -403,7 +411,7 @@ class CausalLM(nnx.Module):
             context = contexts[0]
             if len(contexts) > 1:
                 context = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *contexts)
-            x, new, routing = layer(constrain_stream(x), context, past)
+            x, new, routing = layer(x, context, past)
             return x, (None if cache is None else new, routing)
 
         x, (new, routing) = scan_layers(block, self.model.layers, x, (past, which), remat)

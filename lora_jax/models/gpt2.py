@@ -29,7 +29,6 @@ from lora_jax.layers import (
 )
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.sharding import constrain_stream
 from lora_jax.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
@@ -192,7 +191,7 @@ class Model(nnx.Module):
 
         def block(x, layer, own):
             past, divisor = own
-            x, new = layer(constrain_stream(x), masks, past, divisor)
+            x, new = layer(x, masks, past, divisor)
             return x, None if cache is None else new
 
         x = (x + self.transformer.wpe(positions)).astype(compute_dtype)

@@ -16,10 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import FAMILIES, random_model
-from methods import stirred
+from methods import stirred  # the table of tests
 
-from lora_jax import AdapterConfig, Config, kernels, lora, quantize, sharding
-from lora_jax.config import MeshConfig, TrainConfig
+from lora_jax import AdapterConfig, Config, kernels, quantize, sharding
+from lora_jax import adapters as methods
+from lora_jax.config import SOFT, MeshConfig, TrainConfig
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
 
@@ -34,6 +35,7 @@ EVEN_BERT |= {"type_vocab_size": 2, "id2label": {"0": "a", "1": "b", "2": "c"}}
 ENCODERS = ("bert", "roberta")
 MESHES = ("8x1x1", "1x8x1", "1x1x8", "2x2x2")
 ROWS_OF_BATCH, TIME = 8, 16
+VIRTUAL = {"num_virtual_tokens": 8, "prompt_init": "random"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ ROWS = {name: Row(name) for name in (*FAMILIES, *ENCODERS)} | {
     "llama, DoRA, NF4": Row("llama", {"use_dora": True}, scheme="nf4"),
     "mixtral, router loss": Row("mixtral", train={"router_aux_loss_coef": 0.02}),
     "gpt2, DoRA, all biases": Row("gpt2", {"use_dora": True, "bias": "all"}),
+    "mistral, prefix": Row("mistral", {"method": "prefix", **VIRTUAL}),
+    "qwen2, prompt": Row("qwen2", {"method": "prompt", **VIRTUAL}),
     "gemma2, splash": Row("gemma2", kernel="splash"),
     "qwen3, splash": Row("qwen3", kernel="splash"),
 }
@@ -90,14 +94,15 @@ def train(row, mesh):
     many leaves of the base are split.
     """
     model, adapter = make_model(row.family)
-    adapter = AdapterConfig(**vars(adapter) | row.adapter)
+    soft = row.adapter.get("method") in SOFT
+    adapter = AdapterConfig(**({} if soft else vars(adapter)) | row.adapter)
     specs = sharding.param_specs(model.params, model.rules, mesh)
     params = sharding.place(model.params, specs, mesh)
     if row.scheme is not None:
         params = quantize.quantize_tree(params, row.scheme)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-    _, fresh = lora.init(jax.random.key(0), params, adapter)
-    adapters = stirred(params, fresh, adapter, 0)
+    _, fresh = methods.init(jax.random.key(0), params, adapter)
+    adapters = fresh if soft else stirred(params, fresh, adapter, 0)
     specs = sharding.adapter_specs(adapters, model.params, model.rules, mesh)
     adapters = sharding.place(jax.tree.map(np.asarray, adapters), specs, mesh)
     settings = TrainConfig(

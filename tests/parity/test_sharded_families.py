@@ -18,8 +18,8 @@ from ..methods import QUICK
 # Every family and every mesh; Llama on all meshes is in `tests/train/test_sharding.py`.
 ON = {
     "llama, DoRA, NF4": "1x8x1",
-    "mistral": "1x1x8",
-    "qwen2": "8x1x1",
+    "mistral, prefix": "1x1x8",
+    "qwen2, prompt": "8x1x1",
     "qwen3, splash": "1x1x8",
     "gemma2, splash": "2x2x2",
     "gemma3_text": "1x8x1",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.setup import check_attention, prepare
 from lora_jax.train.step import make_eval_step, make_train_step
 
+LAYERS = 5  # no other axis is as long
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 FIELDS = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64}
 OVERRIDES = ("adapter.rank=4", "train.batch_size=16", "train.learning_rate=1e-2", "train.steps=5")
@@ -82,6 +84,31 @@ def train(mesh, micro):
     }
 
 
+def collectives(mesh):
+    """Shapes of what the devices exchange in a step over five layers, by the kind of exchange."""
+    config, model = make_config(*OVERRIDES), tiny_model(**FIELDS, num_hidden_layers=LAYERS)
+    params = sharding.place(
+        model.params, sharding.param_specs(model.params, model.rules, mesh), mesh
+    )
+    adapters = methods.init(jax.random.key(0), params, config.adapter)[1]
+    specs = sharding.adapter_specs(adapters, params, model.rules, mesh)
+    adapters = sharding.place(adapters, specs, mesh)
+    optimizer = make_optimizer(config.train)
+    state = sharding.replicate_scalars(optimizer.init(adapters), mesh)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, (adapters, state))
+    step = make_train_step(model, config, optimizer, placement)
+    with jax.set_mesh(mesh):
+        batch = sharding.place_batch(random_batch(16, 24), mesh)
+        lowered = step.lower(adapters, state, params, batch, jax.random.key(0))
+    text = re.sub(r"/\*.*?\*/", "", lowered.compile().as_text())
+    found = {}
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for shapes, kind in re.findall(rf" = ([^=\n]*?) ({kinds})(?:-start)?\(", text):
+        sizes = re.findall(r"\[([\d,]*)\]", shapes)
+        found.setdefault(kind, set()).update(sizes)
+    return {kind: sorted(sizes) for kind, sizes in found.items()}
+
+
 def message(call):
     try:
         call()
@@ -113,6 +140,10 @@ def main():
             result[name] |= {
                 key: found[key] for key in ("stays", "moments_follow", "split_adapters", "compiled")
             }
+    result["collectives"] = {
+        "x".join(map(str, shape)): collectives(sharding.make_mesh(MeshConfig(*shape)))
+        for shape in MESHES[1:]
+    }
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     shapes = tiny_model(**FIELDS, tie_word_embeddings=False, attention_bias=True).params
     rules = tiny_model(**FIELDS).rules

@@ -90,6 +90,22 @@ def test_mistakes_are_told(result, mistake, expected):
     assert expected in result["errors"][mistake]
 
 
+@pytest.mark.parametrize("mesh", ["1x8x1", "1x1x8", "2x2x2"])
+def test_devices_exchange_one_layer_at_a_time_and_reduce_gradients_of_adapters_alone(result, mesh):
+    found = {
+        kind: [tuple(map(int, shape.split(","))) for shape in shapes if shape]
+        for kind, shapes in result["collectives"][mesh].items()
+    }
+    assert not [shape for shapes in found.values() for shape in shapes if shape[0] == 5]
+    kernels = ({32}, {32, 64}, {32, 272})
+    reduced = [*found.get("all-reduce", []), *found.get("reduce-scatter", [])]
+    assert not [shape for shape in reduced if len(shape) == 2 and set(shape) in kernels]
+    # The rank is 4; rows are split wherever `data` or `fsdp` is.
+    assert any({32, 4} >= set(shape) for shape in reduced) or mesh == "1x1x8"
+    if mesh == "1x8x1":  # and weights are gathered, each by itself
+        assert {(32, 32), (32, 64), (64, 32)} <= set(found["all-gather"])
+
+
 def test_heads_that_are_not_split_are_told(result):
     notes = result["notes"]
     assert notes["split"] == ""
