@@ -131,6 +131,12 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    start_timeout: int = 300  # seconds until all processes of the run must have met
+    lost_after: int = 30  # seconds without a sign of life after which a host is lost, and all end
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     peft: bool = True  # OUTPUT/adapter, a PEFT adapter directory
     merged: bool = False  # OUTPUT/merged, a Hugging Face model directory; full: always
@@ -156,6 +162,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
@@ -301,6 +308,8 @@ _AT_LEAST = {
     "eval.max_new_tokens": 1,
     "eval.samples": 0,
     "export.probe_rows": 0,
+    "hosts.start_timeout": 1,
+    "hosts.lost_after": 5,
     "seed": 0,
 }
 _ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size", "export.max_merge_kl")

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import data, formats, tree
+from lora_jax import data, formats, hosts, tree
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
 from lora_jax.train import (
@@ -45,11 +44,14 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake in config, model, data or adapter files, found before training starts;
-            a loss that diverges; files that cannot be written.
+            a loss that diverges; files that cannot be written; hosts that do not meet.
         Interrupted: SIGTERM or Ctrl-C came; a checkpoint holds what was done.
     """
-    with interrupt.catch() as signals:
-        return _run(config, console or metrics.make_console(), signals)
+    with hosts.joined(config.hosts):
+        agree = hosts.agree if jax.process_count() > 1 else None
+        console = console or metrics.make_console(quiet=not hosts.is_main())
+        with interrupt.catch(agree) as signals:
+            return _run(config, console, signals)
 
 
 def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
     setup.check_metrics(config, held_out)
-    if record is not None and (done := _finished(output, record, config)):
+    if record is not None and (done := hosts.from_main(lambda: _finished(output, record, config))):
         console.print(f"{output} is finished: {done['steps']} steps; nothing is left to do")
         return done
 
@@ -90,7 +92,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         state = place_state(config, model, mesh, optimizer, loaded or adapters)
     else:
         empty = methods.shapes(model.params, config.adapter)
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
+        empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
         state = place_state(config, model, mesh, optimizer, empty)
         _restore(state, place, record)
         params = base.load_under(config, source, model, mesh, state.adapters)
@@ -151,7 +153,8 @@ def conclude(
         chosen = state.watch.best_step
         adapters, _, _ = checkpoint.restore(place, adapters, step=chosen)
         console.print(f"the adapters of step {chosen} are the best: these are exported")
-    curves = metrics.read_curves(output / "metrics.jsonl", judge.held_out)
+    file = output / "metrics.jsonl"
+    curves: dict[str, Any] = hosts.from_main(lambda: metrics.read_curves(file, judge.held_out))
     logged = {name: dict(curves.get(name, ())) for name in judge.held_out}
     # A run that was resumed with other settings may end at a step without an evaluation.
     known = all(chosen in points for points in logged.values())
@@ -183,7 +186,9 @@ def conclude(
         "supervised_tokens": round(state.supervised_tokens),
         "peak_rss_bytes": metrics.peak_rss_bytes(),
         **metrics.device_memory(),
-        "checkpoint_bytes": metrics.directory_bytes(place / str(state.step)),
+        "checkpoint_bytes": hosts.from_main(
+            lambda: metrics.directory_bytes(place / str(state.step))
+        ),
         "task": score_pair("task", before, after),
         "regression": score_pair("regression", before, after),
         **norms.summarize(sizes),

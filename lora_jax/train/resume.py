@@ -12,7 +12,7 @@ from lora_jax.train.metrics import LOGS
 # What may differ at any time: it does not change what the remaining steps compute, or the
 # fingerprint says whether it does (the model, the training data and the chat template by path).
 _FREE = (
-    *("output_dir", "resume", "allow_change", "model", "mesh", "export"),
+    *("output_dir", "resume", "allow_change", "model", "mesh", "hosts", "export"),
     *("data.train", "data.chat_template", "data.cache", "adapter.path"),
     "adapter.calibration_batches",
     *("eval.batch_size", "eval.generate_batch_size", "eval.samples"),
