@@ -152,6 +152,7 @@ class ExportConfig:
 class Config:
     model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
     output_dir: str = "runs/default"  # must be empty or absent, unless resume is set
+    checkpoint_dir: str | None = None  # directory or gs://bucket/path; null: OUTPUT_DIR/checkpoints
     resume: Any = False  # false | true: go on from the last checkpoint | auto: if there is one
     allow_change: list[str] = field(default_factory=list)  # what may differ from the checkpoint
     seed: int = 0  # of the adapter's init, the data order and dropout
@@ -424,6 +425,17 @@ def _run_problems(config: Config) -> Iterable[str]:
     train = config.train
     if not (isinstance(config.resume, bool) or config.resume == "auto"):
         yield f"resume={config.resume!r} is not one of: false, true, auto."
+    if "://" in config.output_dir:
+        yield (
+            f"output_dir={config.output_dir!r} is no directory: logs and exports go to one; "
+            "checkpoint_dir may be a bucket, as in gs://bucket/path"
+        )
+    place = config.checkpoint_dir or ""
+    if "://" in place and not place.startswith("gs://"):
+        yield (
+            f"checkpoint_dir={place!r}: checkpoints can be written to directories and to buckets "
+            "of Google Cloud, gs://bucket/path, where they are committed at once or not at all"
+        )
     for name in train.report_to:
         if name not in _SINKS:
             yield (

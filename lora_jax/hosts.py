@@ -290,7 +290,7 @@ def _watch(place: str, over: threading.Event) -> None:
             continue
         if over.wait(_GRACE):
             return
-        text = f"ended with host {told['host']}: {told['message']}"
+        text = f"host {told['host']} ended the run: {told['message']}"
         print(text, file=sys.stderr, flush=True)
         _part(place)
         sys.stdout.flush()

@@ -275,7 +275,7 @@ def export_run(
         raise UserError(
             f"{output} already exists and is not empty; choose another directory or remove it"
         )
-    place = run / "checkpoints"
+    place = checkpoint.find_place(config, run)
     record = checkpoint.read_record(place)
     source = formats.resolve(config.model)
     config, model = describe(config, source)

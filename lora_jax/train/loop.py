@@ -84,7 +84,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     console.print(f"loading {config.model}")
     optimizer = make_optimizer(config.train, config.adapter)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    place = output / "checkpoints"
+    place = checkpoint.find_place(config, output)
     if record is None:
         calibrate = calibration.make_calibrate(config, model, train_data, encoder, mesh)
         config, params, adapters = base.load(config, source, model, mesh, init_key, calibrate)
@@ -94,7 +94,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         empty = methods.shapes(model.params, config.adapter)
         empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
         state = place_state(config, model, mesh, optimizer, empty)
-        _restore(state, place, record)
+        _restore(state, place, output, record)
         params = base.load_under(config, source, model, mesh, state.adapters)
     frozen = 0 if config.adapter.method == "full" else tree.count(model.params)
     trained, model = found.parameters, model.replace(params=params)
@@ -130,8 +130,9 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     summary |= {"seconds": time.monotonic() - started}
     metrics.write_summary(output / "summary.json", summary)
     metrics.print_summary(console, summary)
-    written = ", ".join(sorted(path.name for path in output.iterdir()))
-    console.print(f"written to {output}: {written}")
+    if hosts.is_main():
+        written = ", ".join(sorted(path.name for path in output.iterdir()))
+        console.print(f"written to {output}: {written}")
     return summary
 
 
@@ -147,7 +148,8 @@ def conclude(
     """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
     summary says of them.
     """
-    config, model, place = judge.config, judge.model, output / "checkpoints"
+    config, model = judge.config, judge.model
+    place = checkpoint.find_place(config, output)
     adapters, chosen = state.adapters, state.step
     if config.train.load_best_model_at_end and state.watch.best_step not in (None, chosen):
         chosen = state.watch.best_step
@@ -186,9 +188,7 @@ def conclude(
         "supervised_tokens": round(state.supervised_tokens),
         "peak_rss_bytes": metrics.peak_rss_bytes(),
         **metrics.device_memory(),
-        "checkpoint_bytes": hosts.from_main(
-            lambda: metrics.directory_bytes(place / str(state.step))
-        ),
+        "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(place, state.step)),
         "task": score_pair("task", before, after),
         "regression": score_pair("regression", before, after),
         **norms.summarize(sizes),
@@ -208,7 +208,9 @@ def _finished(output: Path, record: Mapping[str, Any], config: Config) -> dict[s
     return None
 
 
-def _restore(state: State, place: Path, record: Mapping[str, Any]) -> None:
+def _restore(
+    state: State, place: checkpoint.Place, output: Path, record: Mapping[str, Any]
+) -> None:
     """Put what the checkpoint of `record` holds into `state`, and cut the logs back to its step."""
     step = record["step"]
     state.adapters, state.opt_state, _ = checkpoint.restore(
@@ -219,4 +221,4 @@ def _restore(state: State, place: Path, record: Mapping[str, Any]) -> None:
     # The line of a step whose evaluation was interrupted is written when it is made up for.
     last = step - 1 if record["pending"] else step
     for name in metrics.LOGS:
-        metrics.cut_back(place.parent / name, last)
+        metrics.cut_back(output / name, last)

@@ -283,8 +283,3 @@ def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | Non
 
 def write_summary(file: Path, summary: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(summary, indent=2) + "\n")
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

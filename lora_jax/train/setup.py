@@ -17,7 +17,7 @@ from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
 from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, virtual_tokens
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
-from lora_jax.train import resume, scores
+from lora_jax.train import checkpoint, resume, scores
 from lora_jax.train.metrics import LOGS
 from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.sinks import check_sinks
@@ -54,27 +54,34 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
     formats.parse_size(config.export.max_shard_size)
     output = Path(config.output_dir).expanduser()
     record = hosts.from_main(lambda: _open_output(config, output))
-    if jax.process_count() > 1:
-        _check_shared(output)
+    place = checkpoint.find_place(config, output)
+    if jax.process_count() > 1 and "://" not in str(place):
+        _check_shared(output if config.checkpoint_dir is None else Path(place))
     return output, mesh, record
 
 
 def _open_output(config: Config, output: Path) -> dict[str, Any] | None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={str(output)!r} is a file; choose a directory")
+    checkpoint.check_place(config)
     record = resume.find_record(config, output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={str(output)!r} cannot be made: {error.strerror}") from error
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir={str(output)!r} is not writable")
+    needed = {"output_dir": output}
+    if config.checkpoint_dir is not None and "://" not in config.checkpoint_dir:
+        needed["checkpoint_dir"] = Path(config.checkpoint_dir).expanduser()
+    for name, directory in needed.items():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"{name}={str(directory)!r} cannot be made: {reason}") from error
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UserError(f"{name}={str(directory)!r} is not writable")
     return record
 
 
-def _check_shared(output: Path) -> None:
-    """Raise if a host does not see what the main one writes into the output directory."""
-    mark = output / hosts.from_main(lambda: f".shared-{secrets.token_hex(4)}")
+def _check_shared(directory: Path) -> None:
+    """Raise if a host does not see there what the main one writes."""
+    mark = directory / hosts.from_main(lambda: f".shared-{secrets.token_hex(4)}")
     hosts.from_main(lambda: mark.write_bytes(b""))
     until = time.monotonic() + _SHARED
     while not (seen := mark.exists()) and time.monotonic() < until:
@@ -83,13 +90,13 @@ def _check_shared(output: Path) -> None:
     hosts.from_main(lambda: mark.unlink())
     if not seen:
         raise UserError(
-            f"output_dir={str(output)!r} is not the same directory on host {jax.process_index()} "
-            "as on host 0; several hosts need one that they share"
+            f"{str(directory)!r} is not the same directory on host {jax.process_index()} as on "
+            "host 0: checkpoints need one that all hosts share, or a bucket; set checkpoint_dir"
         )
     if not seen_by_all:
         raise UserError(
-            f"output_dir={str(output)!r} is not the same directory on all hosts; several hosts "
-            "need one that they share"
+            f"{str(directory)!r} is not the same directory on all hosts: checkpoints need one "
+            "that they share, or a bucket; set checkpoint_dir"
         )
 
 

@@ -76,9 +76,10 @@ def train(
     config, output = judge.config, Path(judge.config.output_dir).expanduser()
     settings = config.train
     placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
+    place = checkpoint.find_place(config, output)
     with (
         signals.held(),
-        checkpoint.open_checkpoints(output / "checkpoints", settings.save_total_limit) as kept,
+        checkpoint.open_checkpoints(place, settings.save_total_limit) as kept,
         open_sinks(config, output, state.step + 1) as sinks,
         metrics.Journal(output / "metrics.jsonl", settings.steps, console, sinks) as journal,
     ):

@@ -1,9 +1,11 @@
 """Runs of `lora-jax train` on several hosts: processes of this machine, without the seconds of
 imports of each.
 
-Reads a JSON object per line: `hosts`, their number; `arguments` of the command; `logs`, a directory;
-`environment`, a mapping; `harm`, [host, step, signal] or [host, "read"]. Forks the hosts, which
-write host-N.txt and, at their end, host-N.json there, and answers with their statuses and seconds.
+Reads a JSON object per line: `hosts`, their number; `arguments` of the command; `logs`, a
+directory; perhaps `own`, further arguments of a host by its number; `absent`, hosts that do not
+start; `harm`: [host, step, signal] or [host, "data"]. Forks the hosts, which write host-N.txt and,
+at their end, host-N.json into the logs, and answers with their statuses. Hosts that outlive the
+first that failed by a minute are ended, and have the status "hung".
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import orbax.checkpoint  # noqa: F401 - what a run imports, before the fork
 from transformers import AutoTokenizer, LlamaConfig  # noqa: F401
 
@@ -22,7 +25,7 @@ from lora_jax import data
 from lora_jax.cli import train_main
 from lora_jax.config import UserError
 from lora_jax.formats import safetensors
-from lora_jax.train import loop, trainer
+from lora_jax.train import loop, setup, trainer
 
 COUNTS = {"weights": 0, "rows": 0}
 
@@ -71,9 +74,9 @@ def count():
     safetensors.open_tensors, data.Loader.row = open_tensors, counted
 
 
-def harm(host, what, number=None):
+def harm(_, what, number=None):
     """Send this process a signal after a step, or let it find damaged data."""
-    if what == "read":
+    if what == "data":
 
         def damaged(*_):
             raise UserError("rows.jsonl is damaged on this host")
@@ -104,14 +107,12 @@ def run(host, job, port):
             "JAX_NUM_PROCESSES": str(job["hosts"]),
             "JAX_PROCESS_ID": str(host),
         }
-    import jax
-
-    for name, value in job.get("jax", {}).items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", True)
+    setup._SHARED = 2.0
     count()
-    if job.get("harm") and job["harm"][0] == host:
+    if job.get("harm", [None])[0] == host:
         harm(*job["harm"])
-    status = train_main(job["arguments"])
+    status = train_main([*job["arguments"], *job.get("own", {}).get(str(host), ())])
     (logs / f"host-{host}.json").write_text(json.dumps(COUNTS))
     sys.exit(status)
 
@@ -122,24 +123,38 @@ def free_port():
         return free.getsockname()[1]
 
 
-def main():
-    for line in sys.stdin:
-        job, port, started = json.loads(line), free_port(), time.monotonic()
-        pids = {}
-        for host in range(job["hosts"]):
-            pid = os.fork()
-            if pid == 0:
-                run(host, job, port)
-            pids[pid] = host
-        statuses, seconds = {}, {}
-        while pids:
-            pid, status = os.wait()
+def collect(pids):
+    """The statuses of the processes, hosts by process id, in the order of the hosts."""
+    statuses, until = {}, None
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
             host = pids.pop(pid)
             statuses[host] = os.waitstatus_to_exitcode(status)
-            seconds[host] = time.monotonic() - started
-        hosts = range(job["hosts"])
-        answer = [[statuses[i] for i in hosts], [round(seconds[i], 1) for i in hosts]]
-        print(json.dumps(answer), flush=True)
+            if statuses[host] and until is None:
+                until = time.monotonic() + 60
+        elif until is not None and time.monotonic() > until:
+            for pid, host in pids.items():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                statuses[host] = "hung"
+            pids = {}
+        else:
+            time.sleep(0.05)
+    return [statuses[host] for host in sorted(statuses)]
+
+
+def main():
+    for line in sys.stdin:
+        job, port = json.loads(line), free_port()
+        pids = {}
+        for host in range(job["hosts"]):
+            if host not in job.get("absent", ()):
+                pid = os.fork()
+                if pid == 0:
+                    run(host, job, port)
+                pids[pid] = host
+        print(json.dumps(collect(pids)), flush=True)
 
 
 if __name__ == "__main__":
