@@ -244,12 +244,16 @@ def evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output}: its directory is missing or not writable")
     from rich.console import Console
 
+    from lora_jax import hosts
     from lora_jax.train.compare import compare, print_table
     from lora_jax.train.metrics import make_console
 
-    rows = compare(config, options.adapter, make_console(), options.allow_change)
-    print_table(rows, Console())
-    if options.output:
+    with hosts.joined(config.hosts):
+        main = hosts.is_main()
+        rows = compare(config, options.adapter, make_console(not main), options.allow_change)
+    if main:
+        print_table(rows, Console())
+    if main and options.output:
         text = json.dumps(rows, indent=2) + "\n"
         Path(options.output).write_text(text, encoding="utf-8")
 

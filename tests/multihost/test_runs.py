@@ -72,9 +72,8 @@ def launch(files):
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
-    yield run
-    process.stdin.close()
-    process.wait()
+    with process:  # which closes its input, and waits
+        yield run
 
 
 @pytest.fixture(scope="module")
