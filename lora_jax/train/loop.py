@@ -59,6 +59,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     output, mesh, record = setup.prepare(config)
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
+    hosts.from_main(lambda: str(formats.resolve(config.model)))  # hosts may share the cache
     source = formats.resolve(config.model)
     config, model = describe(config, source)
     config, loaded = setup.continue_adapter(config, model)

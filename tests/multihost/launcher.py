@@ -3,9 +3,9 @@ imports of each.
 
 Reads a JSON object per line: `hosts`, their number; `arguments` of the command; `logs`, a
 directory; perhaps `own`, further arguments of a host by its number; `absent`, hosts that do not
-start; `harm`: [host, step, signal] or [host, "data"]. Forks the hosts, which write host-N.txt and,
-at their end, host-N.json into the logs, and answers with their statuses. Hosts that outlive the
-first that failed by a minute are ended, and have the status "hung".
+start; `harm`: [host, step or "data", signal] or [host, "data"]. Forks the hosts, which write
+host-N.txt and, at their end, host-N.json into the logs, and answers with their statuses. Hosts that
+outlive the first that failed by a minute are ended, and have the status "hung".
 """
 
 import contextlib
@@ -75,10 +75,14 @@ def count():
 
 
 def harm(_, what, number=None):
-    """Send this process a signal after a step, or let it find damaged data."""
+    """Send this process a signal after a step, or where it reads data, or let it find damaged
+    data.
+    """
     if what == "data":
 
         def damaged(*_):
+            if number is not None:
+                os.kill(os.getpid(), getattr(signal, number))
             raise UserError("rows.jsonl is damaged on this host")
 
         loop.sets.read_sets = damaged
@@ -88,6 +92,7 @@ def harm(_, what, number=None):
     def then_signal(self):
         line = take_step(self)
         if self.state.step == what:
+            self.kept.wait()  # how much is saved depends on the step alone
             os.kill(os.getpid(), getattr(signal, number))
             time.sleep(0.05)
         return line

@@ -27,7 +27,8 @@ SETTINGS = {
         "steps": 6,
         "batch_size": 4,
         "remat": "none",
-        "learning_rate": 5e-3,
+        "learning_rate": 2e-3,
+        "epsilon": 1e-5,  # AdamW makes whole steps of the rounding of small gradients otherwise
         "eval_every": 3,
         "save_every": 2,
     },
@@ -175,7 +176,7 @@ def test_a_killed_host_ends_the_other_and_a_restart_of_both_goes_on(files, launc
 
 
 def test_without_the_coordinator_the_others_end(files, launch):
-    killed, survivor = launch("headless", 2, *PLAIN, harm=[0, 1, "SIGKILL"])
+    killed, survivor = launch("headless", 2, *PLAIN, harm=[0, "data", "SIGKILL"])
     assert killed == -9 and survivor not in (0, "hung"), survivor
 
 
