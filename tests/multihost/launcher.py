@@ -113,6 +113,8 @@ def run(host, job, port):
             "JAX_PROCESS_ID": str(host),
         }
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(logs.parent / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     setup._SHARED = 2.0
     count()
     if job.get("harm", [None])[0] == host:
