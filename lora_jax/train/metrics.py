@@ -239,7 +239,7 @@ def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
     """Points (step, loss) by curve: `train` with a running mean, held-out sets as they were
     measured.
     """
-    if not hosts.is_main():
+    if not hosts.is_main() or not curves["train"]:  # the logs may be on another machine
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -132,15 +132,15 @@ def free_port():
 
 def collect(pids):
     """The statuses of the processes, hosts by process id, in the order of the hosts."""
-    statuses, until = {}, None
+    statuses, until, failed = {}, time.monotonic() + 900, False
     while pids:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             host = pids.pop(pid)
             statuses[host] = os.waitstatus_to_exitcode(status)
-            if statuses[host] and until is None:
-                until = time.monotonic() + 60
-        elif until is not None and time.monotonic() > until:
+            if statuses[host] and not failed:
+                until, failed = time.monotonic() + 60, True
+        elif time.monotonic() > until:
             for pid, host in pids.items():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
