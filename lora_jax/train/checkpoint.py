@@ -322,12 +322,13 @@ def _leaf_digests(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
     flat = {
         f"{item}/{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()
     }
-    sums = {name: _digest_leaf(sharding.on_device(leaf)) for name, leaf in flat.items()}
+    # One after the other: devices of a CPU that add up several at once may wait for one another.
+    sums = {name: np.asarray(_digest_leaf(sharding.on_device(leaf))) for name, leaf in flat.items()}
     return {
         name: {
             "dtype": str(leaf.dtype),
             "shape": list(leaf.shape),
-            "sum": "".join(f"{int(part):08x}" for part in np.asarray(sums[name])),
+            "sum": "".join(f"{int(part):08x}" for part in sums[name]),
         }
         for name, leaf in flat.items()
     }
