@@ -2,11 +2,13 @@
 
     python benchmarks/load_memory.py
     python benchmarks/load_memory.py --layers 4 --devices 4
+    python benchmarks/load_memory.py --layers 4 --hosts 2
 
 Writes a random llama in bfloat16 as safetensors shards of 500 MB into a temporary directory (2.1 GB
 with the 20 layers of the default), loads it in a fresh process with `formats.load`, split by fsdp
-over so many devices of the CPU, and removes it again. `peak` is the most anonymous memory (RssAnon)
-during the load over what it was before; pages of mapped files are not in it. The aim is
+over so many devices of the CPU, and removes it again; with `--hosts` in so many processes that
+share it, of which the one with the highest peak is printed. `peak` is the most anonymous memory
+(RssAnon) during the load over what it was before; pages of mapped files are not in it. The aim is
 peak <= placed + 1.2 * shard, `shard` being the largest share that one device has of one leaf.
 """
 
@@ -126,32 +128,49 @@ def load(directory: Path) -> dict[str, float]:
     }
 
 
+def environment(host: int, hosts: int) -> dict[str, str]:
+    """What tells a process of several its place."""
+    if hosts == 1:
+        return {}
+    address = f"localhost:{20_000 + os.getpid() % 20_000}"
+    numbers = {"JAX_NUM_PROCESSES": str(hosts), "JAX_PROCESS_ID": str(host)}
+    return {"JAX_COORDINATOR_ADDRESS": address, **numbers}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--devices", type=int, default=1, help="of the CPU, which share the model")
+    parser.add_argument("--hosts", type=int, default=1, help="processes that share the model")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # the fresh process
     options = parser.parse_args()
     if options.load:
-        print(json.dumps(load(options.load)))
+        from lora_jax import hosts
+        from lora_jax.config import HostsConfig
+
+        with hosts.joined(HostsConfig()):
+            print(json.dumps(load(options.load)))
         return
     flags = f"--xla_force_host_platform_device_count={options.devices}"
     with tempfile.TemporaryDirectory(prefix="load_memory-") as directory:
         write(Path(directory), options.layers)
-        child = subprocess.run(
-            [sys.executable, __file__, "--load", directory],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    print(
-        json.dumps(
-            {"layers": options.layers, "devices": options.devices} | json.loads(child.stdout)
-        )
-    )
+        children = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--load", directory],
+                env=os.environ
+                | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+                | environment(host, options.hosts),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for host in range(options.hosts)
+        ]
+        found = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
+    worst = max(found, key=lambda one: one["peak over placed, in shards"])
+    about = {"layers": options.layers, "devices": options.devices, "hosts": options.hosts}
+    print(json.dumps(about | worst))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_jax import config as configs
 from lora_jax.config import UserError
@@ -82,6 +83,10 @@ _GENERATE_HELP = """examples:
 """
 
 
+# Of several processes the first speaks; who that is, JAX would take seconds to tell.
+_RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -150,6 +155,26 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 def _run(options: argparse.Namespace) -> int:
     try:
+        status = _status(options)
+    except Exception:
+        if not (hosts := _failed_hosts()):
+            raise
+        traceback.print_exc()
+        hosts.leave(1)
+        raise
+    if hosts := _failed_hosts():
+        hosts.leave(status)
+    return status
+
+
+def _failed_hosts() -> Any:
+    """The module `hosts`, if a run on several of them has failed here."""
+    hosts = sys.modules.get("lora_jax.hosts")  # not loaded: there was no run
+    return hosts if hosts and hosts.failed() else None
+
+
+def _status(options: argparse.Namespace) -> int:
+    try:
         options.function(options)
     except UserError as error:
         if options.verbose:
@@ -187,11 +212,12 @@ def train(options: argparse.Namespace) -> None:
         from lora_jax.train.dry_run import print_targets
 
         return print_targets(config)
-    print(
-        f"starting {config.output_dir}: {config.model} on {config.data.train}",
-        file=sys.stderr,
-        flush=True,
-    )
+    if not any(os.environ.get(name, "0") != "0" for name in _RANKS):
+        print(
+            f"starting {config.output_dir}: {config.model} on {config.data.train}",
+            file=sys.stderr,
+            flush=True,
+        )
     from lora_jax.train.loop import run  # seconds of imports: after the config is known to be right
 
     run(config)
@@ -218,12 +244,16 @@ def evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output}: its directory is missing or not writable")
     from rich.console import Console
 
+    from lora_jax import hosts
     from lora_jax.train.compare import compare, print_table
     from lora_jax.train.metrics import make_console
 
-    rows = compare(config, options.adapter, make_console(), options.allow_change)
-    print_table(rows, Console())
-    if options.output:
+    with hosts.joined(config.hosts):
+        main = hosts.is_main()
+        rows = compare(config, options.adapter, make_console(not main), options.allow_change)
+    if main:
+        print_table(rows, Console())
+    if main and options.output:
         text = json.dumps(rows, indent=2) + "\n"
         Path(options.output).write_text(text, encoding="utf-8")
 

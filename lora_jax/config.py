@@ -131,6 +131,12 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    start_timeout: int = 300  # seconds until all processes of the run must have met
+    lost_after: int = 30  # seconds without a sign of life after which a host is lost, and all end
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     peft: bool = True  # OUTPUT/adapter, a PEFT adapter directory
     merged: bool = False  # OUTPUT/merged, a Hugging Face model directory; full: always
@@ -146,6 +152,7 @@ class ExportConfig:
 class Config:
     model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
     output_dir: str = "runs/default"  # must be empty or absent, unless resume is set
+    checkpoint_dir: str | None = None  # directory or gs://bucket/path; null: OUTPUT_DIR/checkpoints
     resume: Any = False  # false | true: go on from the last checkpoint | auto: if there is one
     allow_change: list[str] = field(default_factory=list)  # what may differ from the checkpoint
     seed: int = 0  # of the adapter's init, the data order and dropout
@@ -156,6 +163,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
@@ -301,6 +309,8 @@ _AT_LEAST = {
     "eval.max_new_tokens": 1,
     "eval.samples": 0,
     "export.probe_rows": 0,
+    "hosts.start_timeout": 1,
+    "hosts.lost_after": 5,
     "seed": 0,
 }
 _ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size", "export.max_merge_kl")
@@ -415,6 +425,17 @@ def _run_problems(config: Config) -> Iterable[str]:
     train = config.train
     if not (isinstance(config.resume, bool) or config.resume == "auto"):
         yield f"resume={config.resume!r} is not one of: false, true, auto."
+    if "://" in config.output_dir:
+        yield (
+            f"output_dir={config.output_dir!r} is no directory: logs and exports go to one; "
+            "checkpoint_dir may be a bucket, as in gs://bucket/path"
+        )
+    place = config.checkpoint_dir or ""
+    if "://" in place and not place.startswith("gs://"):
+        yield (
+            f"checkpoint_dir={place!r}: checkpoints can be written to directories and to buckets "
+            "of Google Cloud, gs://bucket/path, where they are committed at once or not at all"
+        )
     for name in train.report_to:
         if name not in _SINKS:
             yield (

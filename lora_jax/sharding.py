@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -165,17 +166,31 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
-    """Put a tree on the mesh."""
-    return jax.tree.map(jax.device_put, tree, shardings(specs, mesh))
+    """Put a tree on the mesh. Every host of several gives all of it, and keeps its part."""
+    return jax.tree.map(_put, tree, shardings(specs, mesh))
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, sharding)
+    array = np.asarray(x)  # device_put would have the hosts compare what each of them has
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def whole(x: Any) -> np.ndarray:
+    """All of an array in the memory of every host. Of one that lies on several hosts, all of them
+    must ask.
+    """
+    if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
     """Put the scalars of a tree (step counts) on every device of the mesh; its arrays stay where
     they are.
     """
-    return jax.tree.map(
-        lambda x: x if x.ndim else jax.device_put(x, NamedSharding(mesh, P())), tree
-    )
+    return jax.tree.map(lambda x: x if x.ndim else _put(x, NamedSharding(mesh, P())), tree)
 
 
 def host_memory(mesh: Mesh) -> str | None:
@@ -187,6 +202,13 @@ def host_memory(mesh: Mesh) -> str | None:
 def to_host(x: jax.Array) -> jax.Array:
     """An array in host memory, split as it is; scalars stay where they are."""
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if x.ndim else x
+
+
+def on_device(x: jax.Array) -> jax.Array:
+    """The inverse of `to_host`: an array where programs compute; others stay where they are."""
+    if x.sharding.memory_kind != "pinned_host":
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 def local_rows(rows: int, mesh: Mesh) -> range:

@@ -13,7 +13,7 @@ from lora_jax import cli, reference
 from lora_jax import config as configs
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("configuration.md", "combine.md", "troubleshooting.md")
+PAGES = ("configuration.md", "combine.md", "pods.md", "troubleshooting.md")
 SETTINGS = reference.describe_config()
 KEYS = {key for key, *_ in SETTINGS}
 SECTIONS = {f.name for f in dataclasses.fields(configs.Config)} - KEYS

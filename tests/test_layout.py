@@ -10,7 +10,7 @@ LAYERS = (
     ("config", "reference", "tree", "demo", "rope", "virtual"),
     ("quantize", "selection"),
     ("targets",),
-    ("weights", "sharding"),
+    ("weights", "sharding", "hosts"),
     ("kernels",),
     ("layers",),
     ("models", "adapters", "data"),

@@ -22,12 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lora_jax import tree
+from lora_jax import hosts, tree
 from lora_jax.config import UserError, nearest
 from lora_jax.formats.names import Piece, canonical, pieces
 from lora_jax.models import Model
 from lora_jax.quantize import SCHEMES, QuantizedWeight, quantize, quantizes
-from lora_jax.sharding import _fit, param_specs
+from lora_jax.sharding import _fit, param_specs, whole
 from lora_jax.targets import HEAD
 from lora_jax.weights import Untied
 
@@ -424,7 +424,8 @@ def write_model(
     config.json, side files, and what `beside` writes into it.
 
     `source` is the directory that the model came from; its tokenizer, chat template and generation
-    config are copied. One shard at a time is brought to the host.
+    config are copied. One shard at a time is brought to the host; of several hosts the main one
+    writes, and all of them must call.
     """
     limit = parse_size(max_shard_size)
     leaves, config = tree.flatten(params), dict(model.hf_config)
@@ -447,7 +448,7 @@ def write_model(
             filled = 0
         shards[-1].append(name)
         filled += sizes[name]
-    with new_directory(target) as temporary:
+    with new_directory(target) if hosts.is_main() else contextlib.nullcontext() as temporary:
         weight_map = {}
         for number, names in enumerate(shards, 1):
             file = (
@@ -458,10 +459,15 @@ def write_model(
             content = {}
             for name in names:
                 path, piece = places[name]
-                array = np.asarray(leaves[path][piece.place()])
-                content[name] = np.ascontiguousarray(array.T if piece.transposed else array)
+                array = whole(leaves[path][piece.place()])
+                if temporary is not None:
+                    content[name] = np.ascontiguousarray(array.T if piece.transposed else array)
                 weight_map[name] = file
+            if temporary is None:
+                continue
             save_file(content, temporary / file, metadata={"format": "pt"})
+        if temporary is None:
+            return
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             write_json(temporary / "model.safetensors.index.json", index)

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_jax.config import UserError
 from lora_jax.models.common import Model
+from lora_jax.sharding import whole
 from lora_jax.virtual import Virtual, first_position, placeholders
 
 _BUCKET = (
@@ -124,7 +125,7 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
                 segment_ids[row, -len(prompt) :] = 1
         stops = np.asarray(sorted(stop_tokens) or [-1], np.int32)
         slots = -(-max_new_tokens // _BUCKET) * _BUCKET
-        answers = np.asarray(
+        answers = whole(
             decode(
                 bound,
                 prefix,

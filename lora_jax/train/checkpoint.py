@@ -14,6 +14,7 @@ every file, and reading compares them all. A step that was committed but killed 
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -22,15 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from etils import epath
 
-from lora_jax import tree
-from lora_jax.config import UserError
+from lora_jax import hosts, sharding, tree
+from lora_jax.config import Config, UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
+Place = Path | epath.Path  # a directory, or one in a bucket
 ITEMS = ("adapters", "optimizer", "record")
 _SEAL = "sha256.json"
 
@@ -38,12 +41,12 @@ _SEAL = "sha256.json"
 class Checkpoints:
     """The checkpoints of one run. Leave it by `close`, which waits for what is under way."""
 
-    def __init__(self, directory: Path, save_total_limit: int | None = None):
+    def __init__(self, directory: Place, save_total_limit: int | None = None):
         self._kept = _Kept(save_total_limit)
         options = ocp.CheckpointManagerOptions(
             create=True, preservation_policy=self._kept, cleanup_tmp_directories=True
         )
-        self._directory = directory.absolute()
+        self._directory = epath.Path(directory).absolute()
         with _as_user_error(f"{directory} cannot be opened"):
             self._manager = ocp.CheckpointManager(
                 self._directory, item_names=ITEMS, options=options
@@ -96,7 +99,7 @@ class Checkpoints:
         """Put another record into a committed step. Whenever it is cut off, one of the two records
         is there whole, and a step without a seal is checked leaf by leaf.
         """
-        if jax.process_index() == 0:
+        if hosts.is_main():
             place = self._directory / str(step)
             with _as_user_error(f"the record of step {step} cannot be written"):
                 (place / _SEAL).unlink(missing_ok=True)
@@ -108,7 +111,7 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         with _as_user_error(f"the checkpoint of step {step} cannot be written"):
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if hosts.is_main():
                 _seal(self._directory / str(step))
 
     def wait(self) -> None:
@@ -152,7 +155,9 @@ class _Kept:
 
 
 @contextlib.contextmanager
-def open_checkpoints(directory: Path, save_total_limit: int | None = None) -> Iterator[Checkpoints]:
+def open_checkpoints(
+    directory: Place, save_total_limit: int | None = None
+) -> Iterator[Checkpoints]:
     """The checkpoints of `directory`; leaving the block waits for a save that is under way."""
     checkpoints = Checkpoints(directory, save_total_limit)
     try:
@@ -173,15 +178,46 @@ def _as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}") from error
 
 
-def list_steps(directory: Path) -> list[int]:
+def find_place(config: Config, output: Path) -> Place:
+    """Where the checkpoints of a run in `output` are."""
+    if config.checkpoint_dir is None:
+        return output / "checkpoints"
+    return epath.Path(config.checkpoint_dir).expanduser()
+
+
+def check_place(config: Config) -> None:
+    """Raise if `checkpoint_dir` is in a bucket that cannot be opened."""
+    if config.checkpoint_dir is None or not config.checkpoint_dir.startswith("gs://"):
+        return
+    if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+        raise UserError(
+            f"checkpoint_dir={config.checkpoint_dir!r} needs a package that is not installed; "
+            "pip install 'lora_jax[bucket]'"
+        )
+    try:
+        epath.Path(config.checkpoint_dir).exists()
+    except Exception as error:  # no login, no network, no such bucket: of many kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"checkpoint_dir={config.checkpoint_dir!r} cannot be opened: {reason}"
+        ) from error
+
+
+def list_steps(directory: Place) -> list[int]:
     """Committed steps below a run's `checkpoints`, in order; none if there is no such directory."""
     if not directory.is_dir():
         return []
-    found = (int(path.name) for path in directory.iterdir() if path.name.isdigit())
-    return sorted(found)
+    found = (path for path in directory.iterdir() if path.name.isdigit())
+    # In a directory a step gets its name when it is committed; in a bucket a mark says so.
+    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
 
 
-def read_record(directory: Path, step: int | None = None) -> dict[str, Any]:
+def size(directory: Place, step: int) -> int:
+    """Bytes of all files of a step."""
+    return sum(file.stat().length for file in _files(epath.Path(directory / str(step))))
+
+
+def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
     """The record of a step (the latest if none is named), after a check of the step's files.
 
     Raises:
@@ -208,7 +244,7 @@ def read_record(directory: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def restore(
-    directory: Path, adapters: Any, opt_state: Any = None, step: int | None = None
+    directory: Place, adapters: Any, opt_state: Any = None, step: int | None = None
 ) -> tuple[Any, Any, dict]:
     """Adapters, optimizer state (if its structure is given) and record of a step, the latest if
     none is named.
@@ -230,7 +266,7 @@ def restore(
     _check_leaves(place, record["leaves"], wanted)
     with (
         _as_user_error(f"checkpoint {place} cannot be read"),
-        ocp.CheckpointManager(directory.absolute(), item_names=ITEMS) as manager,
+        ocp.CheckpointManager(epath.Path(directory).absolute(), item_names=ITEMS) as manager,
     ):
         found = manager.restore(record["step"], args=ocp.args.Composite(**items))
     loaded = {"adapters": _paths(found["adapters"])}
@@ -241,14 +277,14 @@ def restore(
     changed = [
         f"{name} does not hold what was saved"
         for name, described in _leaf_digests(loaded).items()
-        if described != record["leaves"][name]
+        if described != {**described, **record["leaves"][name]}
     ]
     if changed:
         raise _damaged(place, changed)
     return found["adapters"], opt_state, record
 
 
-def _damaged(place: Path, problems: list[str]) -> UserError:
+def _damaged(place: Place, problems: list[str]) -> UserError:
     others = [step for step in list_steps(place.parent) if str(step) != place.name]
     advice = (
         f"remove {place} to go on from step {others[-1]}"
@@ -258,7 +294,7 @@ def _damaged(place: Path, problems: list[str]) -> UserError:
     return UserError(f"checkpoint {place} is damaged ({advice}):\n  {tree.summarize(problems)}")
 
 
-def _check_leaves(place: Path, stored: Mapping[str, Any], wanted: Mapping[str, Mapping]) -> None:
+def _check_leaves(place: Place, stored: Mapping[str, Any], wanted: Mapping[str, Mapping]) -> None:
     """Raise, with every leaf named, if structure, shapes or dtypes are not those of the save."""
     expected = {
         f"{item}/{name}": (list(leaf.shape), str(leaf.dtype))
@@ -283,25 +319,46 @@ def _check_leaves(place: Path, stored: Mapping[str, Any], wanted: Mapping[str, M
 
 def _leaf_digests(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
     """dtype, shape and digest of every leaf, under `item/path`."""
-    described = {}
-    for item, leaves in items.items():
-        for name, leaf in leaves.items():
-            array = np.ascontiguousarray(_whole(leaf))
-            described[f"{item}/{name}"] = {
-                "dtype": str(array.dtype),
-                "shape": list(leaf.shape),
-                "sha256": hashlib.sha256(array.data).hexdigest(),
-            }
-    return described
+    flat = {
+        f"{item}/{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()
+    }
+    # One after the other: devices of a CPU that add up several at once may wait for one another.
+    sums = {name: np.asarray(_digest_leaf(sharding.on_device(leaf))) for name, leaf in flat.items()}
+    return {
+        name: {
+            "dtype": str(leaf.dtype),
+            "shape": list(leaf.shape),
+            "sum": "".join(f"{int(part):08x}" for part in sums[name]),
+        }
+        for name, leaf in flat.items()
+    }
 
 
-def _whole(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
+@jax.jit
+def _digest_leaf(leaf: jax.Array) -> jax.Array:
+    """(2,) uint32: the sums of two hashes of every element's bits and place, modulo 2^32.
+
+    A sum is the same however the leaf is split over devices and hosts, and each of them adds up
+    what it holds: nothing is gathered. A hash is one-to-one in the bits of its element
+    (MurmurHash3's last mixing step), so that no change of one element is missed.
+    """
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize]).astype(jnp.uint32)
+    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+
+    def mixed(seed: int) -> jax.Array:
+        x = bits ^ (place * jnp.uint32(0x9E3779B1) + jnp.uint32(seed))
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
+
+    return jnp.stack([mixed(0x2545F491), mixed(0x6C078965)])
 
 
-def _seal(place: Path) -> None:
+def _seal(place: Place) -> None:
     """Write the digest of every file of a committed step, at once or not at all."""
     files = _file_digests(place)
     content = {"files": files, "sha256": _digest_json(files)}
@@ -310,7 +367,7 @@ def _seal(place: Path) -> None:
     temporary.replace(place / _SEAL)
 
 
-def _check_seal(place: Path) -> None:
+def _check_seal(place: Place) -> None:
     file = place / _SEAL
     if not file.is_file():
         return  # killed between commit and seal: the leaves are checked on their own
@@ -333,12 +390,21 @@ def _check_seal(place: Path) -> None:
         raise _damaged(place, problems)
 
 
-def _file_digests(place: Path) -> dict[str, str]:
+def _file_digests(place: Place) -> dict[str, str]:
     return {
         file.relative_to(place).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(place.rglob("*"))
-        if file.is_file() and file.name.lstrip(".") != _SEAL
+        for file in _files(place)
+        if file.name.lstrip(".") != _SEAL
     }
+
+
+def _files(place: Place) -> Iterator[Any]:
+    """All files below a directory; in a bucket there is no `rglob`."""
+    for path in sorted(place.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        elif path.is_file():
+            yield path
 
 
 def _digest_json(content: Any) -> str:

@@ -13,7 +13,7 @@ from lora_jax import data, formats
 from lora_jax.config import Config
 from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
-from lora_jax.sharding import place_batch
+from lora_jax.sharding import place_batch, whole
 from lora_jax.train import scores
 from lora_jax.train.scores import Answer
 from lora_jax.train.sets import DataSet
@@ -22,13 +22,19 @@ from lora_jax.virtual import placeholders
 
 
 def mean_loss(
-    eval_step: Callable, adapters: Any, params: Any, batches: Iterable[dict], mesh: Mesh
+    eval_step: Callable,
+    adapters: Any,
+    params: Any,
+    batches: Iterable[dict],
+    mesh: Mesh,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
     """Nats per supervised token over all batches (every token counts the same, whatever batch it is
-    in).
+    in). `check` is called before each.
     """
     total, weight = 0.0, 0.0
     for batch in batches:
+        check()
         nll, weights = eval_step(adapters, params, place_batch(batch, mesh))
         total += float(nll)
         weight += float(weights)
@@ -90,8 +96,8 @@ class Judge:
         metrics = scores.compute(self.config.eval.metrics, answers) if answers else {}
         return Scores(losses, metrics, answers)
 
-    def losses(self, adapters: Any) -> dict[str, float]:
-        """Nats per supervised token on each held-out set."""
+    def losses(self, adapters: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Nats per supervised token on each held-out set; `check` may end it between batches."""
         size, length = self.config.eval.batch_size, self.config.data.max_length
         places = placeholders(methods.prefix(adapters, self.config.adapter))
         found = {}
@@ -102,7 +108,7 @@ class Judge:
             room = max([length, *(len(example.tokens) for example in measured)])
             batches = data.eval_batches(measured, size, room)
             params = self.model.params
-            found[name] = mean_loss(self.eval_step, adapters, params, batches, self.mesh)
+            found[name] = mean_loss(self.eval_step, adapters, params, batches, self.mesh, check)
         return found
 
     def answers(self, adapters: Any, limit: int | None) -> list[Answer]:
@@ -150,7 +156,7 @@ class Judge:
             texts = [[examples[i] for i in row] for row in chosen]
             batch = data.stack(texts + [[]] * (size - len(chosen)), length)
             placed = place_batch(batch, self.mesh)
-            found = np.asarray(self.classify(adapters, self.model.params, placed))
+            found = whole(self.classify(adapters, self.model.params, placed))
             for numbers, row in zip(found, chosen, strict=False):
                 start = 0
                 for i in row:

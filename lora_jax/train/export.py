@@ -13,14 +13,14 @@ from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import formats, tree
+from lora_jax import formats, hosts, tree
 from lora_jax.adapters import bind, merge
 from lora_jax.config import Config, UserError
 from lora_jax.data import Example, resolve_template, template_text
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES
-from lora_jax.sharding import make_mesh
+from lora_jax.sharding import make_mesh, whole
 from lora_jax.targets import find_trainable
 from lora_jax.train import base, checkpoint, merge_report, probe, sets
 from lora_jax.train.model import describe
@@ -47,6 +47,9 @@ def export_peft(
     profile: str | None = None,
 ) -> None:
     """Write a PEFT adapter directory with the tokenizer, template and fingerprint of the run."""
+    adapters = jax.tree.map(whole, adapters)
+    if not hosts.is_main():
+        return
     formats.write_adapter(
         target,
         adapters,
@@ -272,7 +275,7 @@ def export_run(
         raise UserError(
             f"{output} already exists and is not empty; choose another directory or remove it"
         )
-    place = run / "checkpoints"
+    place = checkpoint.find_place(config, run)
     record = checkpoint.read_record(place)
     source = formats.resolve(config.model)
     config, model = describe(config, source)

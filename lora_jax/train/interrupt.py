@@ -10,7 +10,7 @@ with catch() as signals:
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -26,9 +26,14 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """What has come since `catch`; a second signal never waits."""
+    """What has come since `catch`; a second signal never waits.
 
-    def __init__(self) -> None:
+    agree: of a run on several hosts, the largest number that any of them gives; all must call it
+        together. Inside `held` such a run ends in `check` alone, which all must call then.
+    """
+
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        self._agree = agree
         self._number: int | None = None
         self._waits = False
 
@@ -38,9 +43,12 @@ class Signals:
         self._number = number
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal waits."""
-        if self._number is not None:
-            raise Interrupted(self._number)
+        """Raise `Interrupted` if a signal waits, here or on another host."""
+        number = self._number or 0
+        if self._agree is not None:
+            number = self._agree(number)
+        if number:
+            raise Interrupted(number)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -53,8 +61,10 @@ class Signals:
 
     @contextlib.contextmanager
     def free(self) -> Iterator[None]:
-        """Inside `held`, signals raise at once again, one that waits already too."""
-        before, self._waits = self._waits, False
+        """Inside `held`, signals raise at once again, one that waits already too. Hosts that work
+        together stop together: theirs wait for `check` here as well.
+        """
+        before, self._waits = self._waits, self._waits and self._agree is not None
         try:
             self.check()
             yield
@@ -63,11 +73,11 @@ class Signals:
 
 
 @contextlib.contextmanager
-def catch() -> Iterator[Signals]:
+def catch(agree: Callable[[int], int] | None = None) -> Iterator[Signals]:
     """Receive SIGTERM and SIGINT until the block ends. Only the main thread may; elsewhere (some
-    notebooks) the signals keep their meaning.
+    notebooks) the signals keep their meaning. `agree`: as in `Signals`.
     """
-    signals = Signals()
+    signals = Signals(agree)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import data, formats, tree
+from lora_jax import data, formats, hosts, tree
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
 from lora_jax.train import (
@@ -45,11 +44,14 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake in config, model, data or adapter files, found before training starts;
-            a loss that diverges; files that cannot be written.
+            a loss that diverges; files that cannot be written; hosts that do not meet.
         Interrupted: SIGTERM or Ctrl-C came; a checkpoint holds what was done.
     """
-    with interrupt.catch() as signals:
-        return _run(config, console or metrics.make_console(), signals)
+    with hosts.joined(config.hosts):
+        agree = hosts.agree if jax.process_count() > 1 else None
+        console = console or metrics.make_console(quiet=not hosts.is_main())
+        with interrupt.catch(agree) as signals:
+            return _run(config, console, signals)
 
 
 def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     output, mesh, record = setup.prepare(config)
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
+    hosts.from_main(lambda: str(formats.resolve(config.model)))  # hosts may share the cache
     source = formats.resolve(config.model)
     config, model = describe(config, source)
     config, loaded = setup.continue_adapter(config, model)
@@ -75,14 +78,14 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
     setup.check_metrics(config, held_out)
-    if record is not None and (done := _finished(output, record, config)):
+    if record is not None and (done := hosts.from_main(lambda: _finished(output, record, config))):
         console.print(f"{output} is finished: {done['steps']} steps; nothing is left to do")
         return done
 
     console.print(f"loading {config.model}")
     optimizer = make_optimizer(config.train, config.adapter)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    place = output / "checkpoints"
+    place = checkpoint.find_place(config, output)
     if record is None:
         calibrate = calibration.make_calibrate(config, model, train_data, encoder, mesh)
         config, params, adapters = base.load(config, source, model, mesh, init_key, calibrate)
@@ -90,9 +93,9 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         state = place_state(config, model, mesh, optimizer, loaded or adapters)
     else:
         empty = methods.shapes(model.params, config.adapter)
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), empty)
+        empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
         state = place_state(config, model, mesh, optimizer, empty)
-        _restore(state, place, record)
+        _restore(state, place, output, record)
         params = base.load_under(config, source, model, mesh, state.adapters)
     frozen = 0 if config.adapter.method == "full" else tree.count(model.params)
     trained, model = found.parameters, model.replace(params=params)
@@ -128,8 +131,9 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     summary |= {"seconds": time.monotonic() - started}
     metrics.write_summary(output / "summary.json", summary)
     metrics.print_summary(console, summary)
-    written = ", ".join(sorted(path.name for path in output.iterdir()))
-    console.print(f"written to {output}: {written}")
+    if hosts.is_main():
+        written = ", ".join(sorted(path.name for path in output.iterdir()))
+        console.print(f"written to {output}: {written}")
     return summary
 
 
@@ -145,13 +149,15 @@ def conclude(
     """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
     summary says of them.
     """
-    config, model, place = judge.config, judge.model, output / "checkpoints"
+    config, model = judge.config, judge.model
+    place = checkpoint.find_place(config, output)
     adapters, chosen = state.adapters, state.step
     if config.train.load_best_model_at_end and state.watch.best_step not in (None, chosen):
         chosen = state.watch.best_step
         adapters, _, _ = checkpoint.restore(place, adapters, step=chosen)
         console.print(f"the adapters of step {chosen} are the best: these are exported")
-    curves = metrics.read_curves(output / "metrics.jsonl", judge.held_out)
+    file = output / "metrics.jsonl"
+    curves: dict[str, Any] = hosts.from_main(lambda: metrics.read_curves(file, judge.held_out))
     logged = {name: dict(curves.get(name, ())) for name in judge.held_out}
     # A run that was resumed with other settings may end at a step without an evaluation.
     known = all(chosen in points for points in logged.values())
@@ -183,7 +189,7 @@ def conclude(
         "supervised_tokens": round(state.supervised_tokens),
         "peak_rss_bytes": metrics.peak_rss_bytes(),
         **metrics.device_memory(),
-        "checkpoint_bytes": metrics.directory_bytes(place / str(state.step)),
+        "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(place, state.step)),
         "task": score_pair("task", before, after),
         "regression": score_pair("regression", before, after),
         **norms.summarize(sizes),
@@ -203,7 +209,9 @@ def _finished(output: Path, record: Mapping[str, Any], config: Config) -> dict[s
     return None
 
 
-def _restore(state: State, place: Path, record: Mapping[str, Any]) -> None:
+def _restore(
+    state: State, place: checkpoint.Place, output: Path, record: Mapping[str, Any]
+) -> None:
     """Put what the checkpoint of `record` holds into `state`, and cut the logs back to its step."""
     step = record["step"]
     state.adapters, state.opt_state, _ = checkpoint.restore(
@@ -214,4 +222,4 @@ def _restore(state: State, place: Path, record: Mapping[str, Any]) -> None:
     # The line of a step whose evaluation was interrupted is written when it is made up for.
     last = step - 1 if record["pending"] else step
     for name in metrics.LOGS:
-        metrics.cut_back(place.parent / name, last)
+        metrics.cut_back(output / name, last)

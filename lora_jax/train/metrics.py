@@ -5,6 +5,7 @@ summary.json.
 import contextlib
 import dataclasses
 import json
+import os
 import resource
 import sys
 import time
@@ -18,13 +19,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from lora_jax import hosts
 from lora_jax.train.scores import Answer
 from lora_jax.train.sinks import Sink
 
 
-def make_console() -> Console:
+def make_console(quiet: bool = False) -> Console:
     """Messages go to stderr as they are: brackets and colons in names and answers are no markup."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Console(
+        stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet
+    )
 
 
 class Clock:
@@ -70,7 +74,11 @@ LOGS = ("metrics.jsonl", "norms.jsonl", "samples.jsonl")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file at once: it holds what it held before, or all of `text`."""
+    """Write a file at once: it holds what it held before, or all of `text`. Of several hosts the
+    main one does, here and below.
+    """
+    if not hosts.is_main():
+        return
     temporary = file.with_name(f".{file.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
@@ -78,6 +86,8 @@ def write_whole(file: Path, text: str) -> None:
 
 def append_line(file: Path, content: Mapping[str, Any]) -> None:
     """One more object in a .jsonl file."""
+    if not hosts.is_main():
+        return
     with file.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(content, ensure_ascii=False) + "\n")
 
@@ -104,7 +114,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def cut_back(file: Path, step: int) -> None:
     """Keep the lines of a .jsonl file up to `step`: the later ones are written again."""
-    if file.is_file():
+    if hosts.is_main() and file.is_file():
         kept = [line for line in read_lines(file) if line["step"] <= step]
         write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
@@ -128,7 +138,7 @@ class Journal:
     """
 
     def __init__(self, file: Path, steps: int, console: Console, sinks: Sequence[Sink] = ()):
-        self._file = file.open("a", encoding="utf-8")
+        self._file = (file if hosts.is_main() else Path(os.devnull)).open("a", encoding="utf-8")
         self._sinks = sinks
         self._console, self._steps = console, steps
         self._next_line = 0.0
@@ -229,6 +239,8 @@ def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
     """Points (step, loss) by curve: `train` with a running mean, held-out sets as they were
     measured.
     """
+    if not hosts.is_main() or not curves["train"]:  # the logs may be on another machine
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     steps, losses = zip(*curves["train"], strict=True)
@@ -254,6 +266,8 @@ def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
 
 def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
     """A map of the update's size relative to the weight: a row per module, a column per layer."""
+    if not hosts.is_main():
+        return
     values = [[x or 0.0 for x in module["relative"]] for module in norms.values()]
     width = max(map(len, values))
     grid = [[*row, *[float("nan")] * (width - len(row))] for row in values]
@@ -269,8 +283,3 @@ def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | Non
 
 def write_summary(file: Path, summary: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(summary, indent=2) + "\n")
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax import tree
 from lora_jax.adapters.inits import over_slices
 from lora_jax.config import AdapterConfig
+from lora_jax.sharding import whole
 from lora_jax.targets import HEAD, Target, find_trainable
 
 
@@ -58,7 +59,7 @@ def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[s
 def _by_layer(numbers: jax.Array, target: Target) -> list[float | None]:
     return [
         float(x) if rank and np.isfinite(x) else None
-        for x, rank in zip(np.atleast_1d(numbers), target.ranks, strict=True)
+        for x, rank in zip(np.atleast_1d(whole(numbers)), target.ranks, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from lora_jax.train.metrics import LOGS
 # What may differ at any time: it does not change what the remaining steps compute, or the
 # fingerprint says whether it does (the model, the training data and the chat template by path).
 _FREE = (
-    *("output_dir", "resume", "allow_change", "model", "mesh", "export"),
+    *("output_dir", "checkpoint_dir", "resume", "allow_change", "model", "mesh", "hosts", "export"),
     *("data.train", "data.chat_template", "data.cache", "adapter.path"),
     "adapter.calibration_batches",
     *("eval.batch_size", "eval.generate_batch_size", "eval.samples"),
@@ -36,21 +36,22 @@ def find_record(config: Config, output: Path) -> dict[str, Any] | None:
         UserError: `resume=true` without a checkpoint; a directory in use without `resume`, or
             whose files are not those of a run; a damaged checkpoint.
     """
-    if config.resume is not False and checkpoint.list_steps(output / "checkpoints"):
-        return checkpoint.read_record(output / "checkpoints")
+    place = checkpoint.find_place(config, output)
+    steps = checkpoint.list_steps(place)
+    if config.resume is not False and steps:
+        return checkpoint.read_record(place)
     if config.resume is True:
         raise UserError(
-            f"resume=true, but output_dir={str(output)!r} has no checkpoint to go on from; "
+            f"resume=true, but {_named(config, output)} has no checkpoint to go on from; "
             "resume=auto starts anew where there is none"
         )
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     # Killed before its first save, a run has left nothing but these.
     begun = config.resume == "auto" and "config.yaml" in found and found <= _EARLY
-    if found and not begun:
-        has_steps = checkpoint.list_steps(output / "checkpoints")
-        advice = "; resume=true goes on from its last checkpoint" if has_steps else ""
+    if steps or (found and not begun):
+        advice = "; resume=true goes on from its last checkpoint" if steps else ""
         raise UserError(
-            f"output_dir={str(output)!r} already holds a run or other files; choose another or "
+            f"{_named(config, output)} already holds a run or other files; choose another or "
             f"remove it{advice}"
         )
     return None
@@ -65,6 +66,12 @@ def with_ranks(record: Mapping[str, Any], config: Config) -> Config:
         return config
     ranks = {name: found[name] for name in _RANKS}
     return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **ranks))
+
+
+def _named(config: Config, output: Path) -> str:
+    if config.checkpoint_dir is None:
+        return f"output_dir={str(output)!r}"
+    return f"output_dir={str(output)!r} or checkpoint_dir={config.checkpoint_dir!r}"
 
 
 def check_config(record: Mapping[str, Any], config: Config) -> None:

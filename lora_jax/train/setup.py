@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,17 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax import data, formats, kernels, quantize, sharding, targets
+from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
 from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, virtual_tokens
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
-from lora_jax.train import resume, scores
+from lora_jax.train import checkpoint, resume, scores
 from lora_jax.train.metrics import LOGS
 from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.sinks import check_sinks
 from lora_jax.train.step import check_experts
+
+_SHARED = 15.0  # seconds until a file that one host wrote must be there on the others
 
 
 def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
@@ -29,14 +33,10 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
     Raises:
         UserError: no training data named; a metric or sink whose package is missing; a mesh that
             does not fit the devices, the batch or the rows; a shard size that is none; an output
-            directory that holds something or cannot be written; as `resume.find_record`.
+            directory that holds something, cannot be written or is not shared by all hosts; as
+            `resume.find_record`.
     """
     training_sources(config)
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes; a run writes its files from one, "
-            "over all devices of one host"
-        )
     scores.check(config.eval.metrics)
     check_sinks(config.train.report_to)
     mesh = sharding.make_mesh(config.mesh)
@@ -53,16 +53,51 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
         )
     formats.parse_size(config.export.max_shard_size)
     output = Path(config.output_dir).expanduser()
+    record = hosts.from_main(lambda: _open_output(config, output))
+    place = checkpoint.find_place(config, output)
+    if jax.process_count() > 1 and "://" not in str(place):
+        _check_shared(output if config.checkpoint_dir is None else Path(place))
+    return output, mesh, record
+
+
+def _open_output(config: Config, output: Path) -> dict[str, Any] | None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={str(output)!r} is a file; choose a directory")
+    checkpoint.check_place(config)
     record = resume.find_record(config, output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={str(output)!r} cannot be made: {error.strerror}") from error
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir={str(output)!r} is not writable")
-    return output, mesh, record
+    needed = {"output_dir": output}
+    if config.checkpoint_dir is not None and "://" not in config.checkpoint_dir:
+        needed["checkpoint_dir"] = Path(config.checkpoint_dir).expanduser()
+    for name, directory in needed.items():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"{name}={str(directory)!r} cannot be made: {reason}") from error
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UserError(f"{name}={str(directory)!r} is not writable")
+    return record
+
+
+def _check_shared(directory: Path) -> None:
+    """Raise if a host does not see there what the main one writes."""
+    mark = directory / hosts.from_main(lambda: f".shared-{secrets.token_hex(4)}")
+    hosts.from_main(lambda: mark.write_bytes(b""))
+    until = time.monotonic() + _SHARED
+    while not (seen := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    seen_by_all = not hosts.agree(not seen)
+    hosts.from_main(lambda: mark.unlink())
+    if not seen:
+        raise UserError(
+            f"{str(directory)!r} is not the same directory on host {jax.process_index()} as on "
+            "host 0: checkpoints need one that all hosts share, or a bucket; set checkpoint_dir"
+        )
+    if not seen_by_all:
+        raise UserError(
+            f"{str(directory)!r} is not the same directory on all hosts: checkpoints need one "
+            "that they share, or a bucket; set checkpoint_dir"
+        )
 
 
 def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | None]:
@@ -164,12 +199,16 @@ def take_fingerprint(
 
 def clear_logs(output: Path) -> None:
     """Remove what a run that was killed before its first checkpoint has written."""
+    if not hosts.is_main():
+        return
     for name in LOGS:
         (output / name).unlink(missing_ok=True)
 
 
 def remove_exports(output: Path) -> None:
     """Remove earlier exports of this very run, and what a kill left of one that was under way."""
+    if not hosts.is_main():
+        return
     for pattern in ("adapter", "merged", ".adapter-*", ".merged-*"):
         for directory in output.glob(pattern):
             shutil.rmtree(directory)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax import hosts
 from lora_jax.config import Config, UserError
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -29,14 +30,14 @@ def check_sinks(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def open_sinks(config: Config, output: Path, first_step: int) -> Iterator[list[Sink]]:
-    """One function per name of `train.report_to`. `first_step` is the first that will be sent: a
-    run that goes on is the same run to every sink, and what it sent from there on before is dropped
-    by those that can do so (not by Trackio).
+    """One function per name of `train.report_to`, on the main host. `first_step` is the first that
+    will be sent: a run that goes on is the same run to every sink, and what it sent from there on
+    before is dropped by those that can do so (not by Trackio).
 
     Raises:
         UserError: a sink that cannot be started, such as for want of a login.
     """
-    names, own = config.train.report_to, ""
+    names, own = config.train.report_to if hosts.is_main() else [], ""
     if any(name != "tensorboard" for name in names):
         own = _run_id(output, first_step)
     with contextlib.ExitStack() as stack:

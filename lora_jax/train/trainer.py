@@ -76,9 +76,10 @@ def train(
     config, output = judge.config, Path(judge.config.output_dir).expanduser()
     settings = config.train
     placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
+    place = checkpoint.find_place(config, output)
     with (
         signals.held(),
-        checkpoint.open_checkpoints(output / "checkpoints", settings.save_total_limit) as kept,
+        checkpoint.open_checkpoints(place, settings.save_total_limit) as kept,
         open_sinks(config, output, state.step + 1) as sinks,
         metrics.Journal(output / "metrics.jsonl", settings.steps, console, sinks) as journal,
     ):
@@ -166,7 +167,9 @@ class _Trainer:
         rate = float(self.schedule(state.step))
         state.step += 1
         state.supervised_tokens += measured["supervised_tokens"]
-        self.clock.lap(int(np.count_nonzero(batch["segment_ids"])))
+        # Of several hosts each has seen its own rows only.
+        share = rows / len(batch["segment_ids"])
+        self.clock.lap(round(share * np.count_nonzero(batch["segment_ids"])))
         self.journal.show(state.step, measured["loss"], rate, self.clock)
         speed = self.clock.tokens_per_second
         return {
@@ -186,7 +189,7 @@ class _Trainer:
             last = state.step == settings.steps
             if self.judge.held_out and (last or _is_due(state.step, settings.eval_every)):
                 with self.signals.free(), self.clock.paused():
-                    losses = self.judge.losses(state.adapters)
+                    losses = self.judge.losses(state.adapters, self.signals.check)
                     line |= self._evaluated(losses)
                 better = state.watch.evaluated(state.step, losses)
         except Interrupted as stop:

@@ -168,7 +168,7 @@ def test_an_evaluation_that_a_signal_prevents_is_made_up_for(
 def test_a_signal_ends_an_evaluation_at_once(config, tmp_path, monkeypatch, whole):
     losses, calls = Judge.losses, 0
 
-    def signal_inside(self, adapters):
+    def signal_inside(self, adapters, *check):
         nonlocal calls
         calls += 1
         if calls == 3:  # before training, at step 6, at step 12
