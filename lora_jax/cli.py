@@ -1,4 +1,4 @@
-"""The command line: `lora-jax train|eval|inspect|export|combine|generate`, and `python train.py`,
+"""The command line: `lora-jax train|eval|inspect|plan|export|combine|generate`, and `train.py`,
 which is `lora-jax train`.
 
 A user's mistake ends with status 2 and its message; `--verbose` adds the traceback.
@@ -48,6 +48,15 @@ What a run would train on: examples as the model sees them, lengths, drops, over
 Supervised text is green, or between « and » where nothing can be coloured. No weights are loaded;
 of a stream only the first data.stream_rows records are read.
 """
+_PLAN_HELP = """examples:
+  lora-jax plan --config configs/quickstart.yaml
+  lora-jax plan --config configs/quickstart.yaml --topology v5e:2x2 mesh.fsdp=4
+  lora-jax plan --config configs/quickstart.yaml --topology v5e:4x4 --search
+  lora-jax plan --parameters 70e9
+
+Does it fit? Memory from shapes, at once; then the train step compiled, for the devices here or for
+a TPU slice that need not be (pip install 'lora_jax[plan]'). No weights, no data. docs/plan.md
+"""
 _EXPORT_HELP = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter
   lora-jax export --run runs/quickstart --format hf --output my-model
@@ -93,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="lora-jax", description="LoRA fine-tuning of language models in JAX."
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train|eval|inspect|export|combine|generate"
+        dest="command", required=True, metavar="train|eval|inspect|plan|export|combine|generate"
     )
     add_train(
         commands.add_parser("train", help="fine-tune as a YAML file says", **_style(_TRAIN_HELP))
@@ -106,6 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_inspect(
         commands.add_parser(
             "inspect", help="what a run would train on, and how", **_style(_INSPECT_HELP)
+        )
+    )
+    add_plan(
+        commands.add_parser(
+            "plan", help="whether a run fits its devices, and how fast", **_style(_PLAN_HELP)
         )
     )
     add_export(
@@ -286,6 +300,56 @@ def inspect(options: argparse.Namespace) -> None:
         inspection.plot(report, Path(options.plot))
 
 
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser, required=False)
+    parser.add_argument(
+        "--topology", metavar="CHIP:SHAPE", help="a TPU slice, such as v5p:2x2x4; need not be here"
+    )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="so many devices that need not be here, as CPUs"
+    )
+    parser.add_argument(
+        "--parameters", type=float, metavar="N", help="the memory of N parameters, such as 70e9"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="try meshes, micro-batches and remat policies"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="print what shapes tell, and stop"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="let the compiler optimise less; sizes stay close"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, no text")
+    _add_verbose(parser)
+    parser.set_defaults(function=plan)
+
+
+def plan(options: argparse.Namespace) -> None:
+    if (options.config is None) == (options.parameters is None):
+        raise UserError("plan needs either --config FILE or --parameters N")
+    if options.topology is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # no device here is used, or held from others
+    from lora_jax import plan as planning
+
+    if options.parameters is not None:
+        return planning.plan_parameters(options.parameters, options.json)
+    from lora_jax.train.metrics import make_console
+
+    result = planning.plan(
+        configs.load(options.config, options.overrides),
+        topology=options.topology,
+        devices=options.devices,
+        quick=options.quick,
+        compiles=not options.no_compile,
+        searches=options.search,
+        say=(lambda text: None) if options.json else (lambda text: print(text, flush=True)),
+        working=make_console().status,
+    )
+    if options.json:
+        print(json.dumps(result))
+
+
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="DIR", help="the output directory of a run")
     parser.add_argument(
@@ -459,8 +523,10 @@ def generate(options: argparse.Namespace) -> None:
     print(*texts, sep="\n\n")
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the run")
+def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--config", required=required, metavar="FILE", help="the YAML file of the run"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -40,20 +40,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         UserError: the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = _axis_sizes(config, len(devices))
-    if math.prod(shape) != len(devices):
-        raise UserError(
-            f"mesh={dataclasses.asdict(config)} does not fit {len(devices)} devices; "
-            "the axes must multiply to their number, and -1 takes what is left"
-        )
+    shape = _fitting_sizes(config, len(devices))
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The shape of the mesh without its devices, to plan for machines that are not here."""
-    return AbstractMesh(
-        _axis_sizes(config, len(jax.devices())), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+def abstract_mesh(config: MeshConfig, devices: int | None = None) -> AbstractMesh:
+    """The shape of the mesh without its devices, to plan for machines that are not here. Of
+    `devices` devices, if it is given; otherwise of as many as the axes ask for, and -1 takes those
+    of this process.
+
+    Raises:
+        UserError: the axes do not multiply to `devices`.
+    """
+    sizes = (
+        _axis_sizes(config, len(jax.devices()))
+        if devices is None
+        else _fitting_sizes(config, devices)
     )
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _fitting_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    sizes = _axis_sizes(config, devices)
+    if math.prod(sizes) != devices:
+        raise UserError(
+            f"mesh={dataclasses.asdict(config)} does not fit {devices} devices; "
+            "the axes must multiply to their number, and -1 takes what is left"
+        )
+    return sizes
 
 
 def _axis_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
@@ -62,7 +76,7 @@ def _axis_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     return tuple(left if size == -1 else size for size in sizes)
 
 
-def check_batch(rows: int, mesh: Mesh, what: str) -> None:
+def check_batch(rows: int, mesh: Mesh | AbstractMesh, what: str) -> None:
     """Raise if `rows` cannot be split evenly over the data and fsdp axes."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:

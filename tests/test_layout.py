@@ -40,7 +40,7 @@ LAYERS = (
     ("train.calibration", "train.probe", "train.setup", "train.evaluate"),
     ("train.export",),
     ("train.compare", "train.dry_run", "train.inspect", "train.trainer"),
-    ("train.loop",),
+    ("train.loop", "plan"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,275 @@
+"""The train step compiled, for devices that are here or for a TPU slice that is not; nothing runs.
+
+A slice is compiled for in a process of its own (`python -m lora_jax.plan.compiled`): libtpu reads
+its environment when JAX starts, and may end the process that it is loaded into.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_jax import config as configs
+from lora_jax import demo
+from lora_jax.config import Config, UserError
+from lora_jax.plan.chips import Topology, parse_topology
+from lora_jax.plan.hlo import Collective, collectives
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Bytes on each device, as the compiler gives them, and what is sent between devices."""
+
+    arguments: int
+    outputs: int
+    aliased: int  # of the outputs: they take the place of arguments
+    temporaries: int
+    code: int
+    host: int  # in the memory of the host
+    unread: int  # base weights that the step does not read: no arguments, yet there
+    collectives: list[Collective]
+    seconds: float  # that the compiler took
+
+    @property
+    def total(self) -> int:
+        own = self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        return own + self.unread
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A step that the compiler refuses: it needs more memory than a device has."""
+
+    needed: int  # bytes on each device
+    available: int
+    message: str  # of the compiler
+
+    @property
+    def missing(self) -> int:
+        return self.needed - self.available
+
+
+def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Compiled:
+    """The step of `config` compiled for `devices`, those of this process if none are given.
+
+    Raises:
+        UserError: as a run would; a mesh that does not fit the devices.
+    """
+    from lora_jax import sharding
+    from lora_jax.plan import program
+
+    config, model = program.describe(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    built = program.build(config, model, mesh)
+    lowered = built.lower()
+    started = time.monotonic()
+    with _settings(quick):
+        compiled = lowered.compile()
+    stats = compiled.memory_analysis()
+    return Compiled(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
+        unread=program.device_bytes(built.unread),
+        collectives=collectives(compiled.as_text(), mesh.size),
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextlib.contextmanager
+def _settings(quick: bool) -> Iterator[None]:
+    """With `quick` the compiler does less: sizes stay close, the program gets slower."""
+    import jax
+
+    before = jax.config.values["jax_optimization_level"]
+    try:
+        if quick:
+            jax.config.update("jax_optimization_level", "O0")
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
+
+
+def find_libtpu() -> Path:
+    """The library of the installed package libtpu.
+
+    Raises:
+        UserError: it is not installed, or not the one that goes with the installed jax.
+    """
+    wanted = wanted_libtpu()
+    advice = f"pip install 'libtpu{wanted or ''}'"
+    spec = importlib.util.find_spec("libtpu")
+    library = Path(spec.origin or "").parent / "libtpu.so" if spec is not None else None
+    jax_version = importlib.metadata.version("jax")
+    if library is None or not library.is_file():
+        raise UserError(
+            "a TPU topology is compiled for by libtpu, which is not installed; with jax "
+            f"{jax_version}: {advice}"
+        )
+    version = importlib.metadata.version("libtpu")
+    if wanted is not None and not _matches(version, wanted):
+        raise UserError(
+            f"libtpu {version} does not go with jax {jax_version}, which wants libtpu{wanted}: "
+            f"{advice}"
+        )
+    return library
+
+
+def wanted_libtpu() -> str | None:
+    """The version of libtpu that the installed jax asks for in its extra `tpu`, as `==0.0.42.*`."""
+    for requirement in importlib.metadata.requires("jax") or ():
+        found = re.match(r"libtpu\s*([=<>!~][^;\s]*)", requirement)
+        if found is not None:
+            return found[1]
+    return None
+
+
+def _matches(version: str, wanted: str) -> bool:
+    exact = re.fullmatch(r"==([\d.]+?)(\.\*)?", wanted)
+    if exact is None:
+        return True  # a range: jax says itself what it cannot use
+    prefix = exact[1].split(".")
+    parts = version.split(".")
+    return parts[: len(prefix)] == prefix if exact[2] else version == exact[1]
+
+
+def compile_for(
+    config: Config, target: Topology | int, quick: bool = False
+) -> Compiled | Shortfall:
+    """The step of `config` compiled for a TPU slice, or so many CPU devices, that need not be here,
+    in a process of its own.
+
+    Raises:
+        UserError: libtpu is missing or is not the one for this jax; as a run would.
+        RuntimeError: the compiler failed otherwise.
+    """
+    if isinstance(target, Topology):
+        where, environment = target.name, _for_tpu(find_libtpu())
+    else:
+        where, environment = (
+            target,
+            {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={target}",
+            },
+        )
+    job = {"config": configs.dump(config), "target": where, "quick": quick}
+    child = subprocess.run(
+        [sys.executable, "-m", "lora_jax.plan.compiled"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    lines = child.stdout.splitlines()
+    result = json.loads(lines[-1]) if child.returncode == 0 and lines else {}
+    match result:
+        case {"compiled": found}:
+            sent = [Collective(**one) for one in found.pop("collectives")]
+            return Compiled(**found, collectives=sent)
+        case {"shortfall": found}:
+            return Shortfall(**found)
+        case {"mistake": message}:
+            raise UserError(message)
+    tail = "\n".join(child.stderr.splitlines()[-30:])
+    raise RuntimeError(f"the compiler for {where} ended with status {child.returncode}:\n{tail}")
+
+
+def _for_tpu(library: Path) -> dict[str, str]:
+    """What makes libtpu compile on a machine without a TPU."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_LIBRARY_PATH": str(library),
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology says which chip it is
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is opened, so there is nothing to lock
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }
+
+
+def read_shortfall(message: str, arguments: int) -> Shortfall | None:
+    """What a compiler says that ran out of memory; None for another message.
+
+    It counts the arguments in, or, where temporaries alone are too large, leaves them out.
+    """
+    size = r"([\d.]+[KMGT]?)"
+    alone = re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
+    found = alone or re.search(rf"Used {size} of {size} hbm", message)
+    if found is None:
+        return None
+    line = next((line for line in message.splitlines() if found[0] in line), message)
+    needed = _read_bytes(found[1]) + (arguments if alone else 0)
+    return Shortfall(needed, _read_bytes(found[2]), line.strip())
+
+
+def _read_bytes(text: str) -> int:
+    """`15.75G` as bytes."""
+    power = " KMGT".find(text[-1])
+    return round(float(text[:-1]) * 1024**power) if power > 0 else round(float(text))
+
+
+def _child() -> None:
+    """Read a job from stdin and write the result, one line of JSON, as the last of stdout."""
+    job = json.load(sys.stdin)
+    config = configs.parse(yaml.safe_load(job["config"]))
+    use_cache()
+    try:
+        result = _run_job(config, job["target"], job["quick"])
+    except UserError as error:
+        result = {"mistake": str(error)}
+    print(json.dumps(result), flush=True)
+
+
+def _run_job(config: Config, target: str | int, quick: bool) -> dict[str, Any]:
+    import jax
+    from jax.experimental import topologies
+
+    from lora_jax import sharding
+    from lora_jax.plan import program
+
+    if isinstance(target, int):
+        devices: Any = jax.devices()
+    else:
+        topology = parse_topology(target)
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **topology.options
+        ).devices
+    try:
+        return {"compiled": dataclasses.asdict(compile_here(config, devices, quick))}
+    except jax.errors.JaxRuntimeError as error:
+        settled, model = program.describe(config)
+        built = program.build(settled, model, sharding.make_mesh(config.mesh, devices))
+        found = read_shortfall(str(error), built.argument_bytes)
+        if found is None:
+            raise
+        return {"shortfall": dataclasses.asdict(found)}
+
+
+def use_cache() -> None:
+    """Keep compiled programs in the cache directory, for the next plan of the same step."""
+    import jax
+
+    directory = demo.cache_directory() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,80 @@
+"""The train step compiled for TPU slices, on a machine without a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lora_jax import demo
+from lora_jax.config import UserError
+from lora_jax.plan.compiled import find_libtpu
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libtpu():
+    """Nothing is skipped: a suite that could not compile for a TPU has not tested it."""
+    try:
+        find_libtpu()
+    except UserError as error:
+        pytest.fail(f"install the extra `test` or `plan` of this package: {error}")
+
+
+def plan(tmp_path, *arguments, **fields):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | fields))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {tmp_path}\nadapter: {{rank: 16}}\nmesh: {{data: 1, fsdp: -1}}\n")
+    child = subprocess.run(
+        [sys.executable, "-m", "lora_jax", "plan", "--config", file, "--quick", *arguments],
+        env=os.environ
+        | {
+            "LORA_JAX_CACHE": str(tmp_path / "cache"),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return child.stdout
+
+
+def test_smollm2_on_four_v5e_chips(tmp_path):
+    overrides = ("train.compute_dtype=bfloat16", "train.batch_size=8")
+    text = plan(tmp_path, "--topology", "v5e:2x2", "--json", *overrides)
+    found = json.loads(text)
+    shapes, real = found["estimate"], found["compiled"]
+    # A TPU pads arrays to its tiles: no less than what shapes say, and not much more.
+    assert shapes["arguments"] <= real["arguments"] <= 1.15 * shapes["arguments"]
+    assert real["aliased"] >= shapes["adapters"] + shapes["optimizer"]
+    assert 0.7 < shapes["total"] / real["total"] < 1.3
+    assert found["fits"] and real["total"] < found["hbm"]
+    sent = {one["kind"]: one for one in real["collectives"]}
+    head = SMOLLM2["vocab_size"] * SMOLLM2["hidden_size"] * 2
+    assert sent["all-gather"]["largest"] <= head  # never the whole base
+    assert sent["all-gather"]["count"] > SMOLLM2["num_hidden_layers"]
+    assert found["roofline"]["seconds"] > 0
+    assert any((tmp_path / "cache" / "compiled").iterdir())
+
+
+def test_a_step_that_does_not_fit_one_chip(tmp_path):
+    small = dict(num_hidden_layers=2, hidden_size=256, intermediate_size=512, vocab_size=512)
+    overrides = ("train.batch_size=4096", "data.max_length=1024", "train.remat=none")
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    text = plan(tmp_path, "--topology", "v5e:1x1", *overrides, **small, **heads)
+    assert "does not fit" in text and "bytes too many" in text
+    assert "(fits)" in text and "train.micro_batch_size=1" in text
+    assert demo.cache_directory() != tmp_path  # the cache of the child is its own
