@@ -86,7 +86,7 @@ def check_batch(rows: int, mesh: Mesh | AbstractMesh, what: str) -> None:
         )
 
 
-def check_length(tokens: int, mesh: Mesh, what: str) -> None:
+def check_length(tokens: int, mesh: Mesh | AbstractMesh, what: str) -> None:
     """Raise if rows of so many tokens cannot be split evenly over the tensor axis."""
     parts = mesh.shape["tensor"]
     if tokens % parts:

@@ -11,13 +11,13 @@ they do not know.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from lora_jax import tree
+from lora_jax import kernels, sharding, tree
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.models.common import Model
 from lora_jax.plan.program import Program, build, device_bytes, device_numbers, host_bytes
@@ -88,14 +88,14 @@ class Sizes:
 
     number: int  # of one number
     stream: int  # (tokens, d)
+    split: int  # the same between layers, its tokens split over `tensor`
     queries: int  # (tokens, n h)
     keys: int  # (tokens, k h)
     ffn: int  # (tokens, f), f of all experts that a token goes through
-    scores: int  # (rows, n, time, time), in float32
+    scores: int  # (rows, n, time, time), in float32; 0 of a fused kernel
     ranks: int  # (tokens, r), of all modules with adapters
     inputs: int  # of all modules with adapters
-    chunk: int  # tokens whose logits stand in memory at once
-    tokens: int
+    chunk: int  # tokens whose logits stand in memory at once, of all devices
     layers: int
     tensor: int
 
@@ -122,17 +122,28 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
     return Sizes(
         number=number,
         stream=tokens * c.hidden_size * number,
+        split=tokens * c.hidden_size * number // tensor,
         queries=tokens * split(c.num_attention_heads * c.head_dim) * number,
         keys=tokens * split(c.num_key_value_heads * c.head_dim) * number,
         ffn=tokens * split(ffn) * chosen * number,
-        scores=rows // parts * heads * time * time * 4,
+        scores=0 if _is_fused(program, platform) else rows // parts * heads * time * time * 4,
         ranks=tokens * sum(rank for _, rank in adapted) * number,
         inputs=tokens * sum(features for features, _ in adapted) * number,
-        chunk=rows // parts * max(1, min(time, config.train.loss_chunk // rows)),
-        tokens=tokens,
+        chunk=rows * max(1, min(time, config.train.loss_chunk // rows)),
         layers=c.num_hidden_layers,
         tensor=tensor,
     )
+
+
+def _is_fused(program: Program, platform: str) -> bool:
+    """Whether attention never holds the scores of all pairs."""
+    settings = program.config.train
+    if platform == "cpu" or program.config.adapter.method == "prefix":
+        return False
+    if platform == "tpu":
+        return settings.attention != "xla"
+    config, dtype = program.model.config, settings.compute_dtype
+    return kernels.choose(settings.attention, config, dtype, jax.devices()[0]) != "xla"
 
 
 def estimate(program: Program, platform: str = "tpu") -> Estimate:
@@ -208,15 +219,15 @@ def _kept(program: Program, s: Sizes) -> int:
             # the adapters beside it; nothing reads that of down, and those of experts are no dots.
             products = s.queries + 2 * s.keys + s.stream
             products += 0 if b.experts else (1 + b.gated) * s.ffn
-            return s.layers * (s.stream + (2 if s.ranks else 1) * products + s.ranks)
-    return s.layers * s.stream  # with `offload`, the products are in the memory of the host
+            return s.layers * (s.split + (2 if s.ranks else 1) * products + s.ranks)
+    return s.layers * s.split  # with `offload`, the products are in the memory of the host
 
 
 def _residuals(b: _Block, s: Sizes) -> int:
     """Inputs, norms and residual sums of a layer; queries, keys, values; probabilities, whole and
     in the dtype of the products; what the activation leaves, and the input of the last projection.
     """
-    total = (7 + b.norms) * s.stream + (2 + 2 * b.head_norms) * s.queries
+    total = 2 * s.stream + (5 + b.norms) * s.split + (2 + 2 * b.head_norms) * s.queries
     total += (2 + 2 * b.head_norms) * s.keys + (b.act + 1) * s.ffn
     return total + 2 * s.scores + (2 * s.scores + s.scores // 4 if b.softcap else 0)
 
@@ -228,7 +239,7 @@ def _layer(program: Program, s: Sizes) -> int:
     config, b = program.config, _block(program.model)
     # Gradients of the activation's parts beside its residuals, where these are not kept already.
     wide = {"none": 4, "full": b.act + 2 + 4 * b.gated}.get(config.train.remat, b.act + 3 * b.gated)
-    total = wide * s.ffn + (5 + b.norms) * s.stream + s.ranks
+    total = wide * s.ffn + 2 * s.stream + (3 + b.norms) * s.split + s.ranks
     total += (2 + b.head_norms) * (s.queries + s.keys)
     # Scores and probabilities; on one device also the mask as wide as they are, which a program
     # for several makes as it goes.
@@ -259,21 +270,25 @@ def _logits(program: Program, s: Sizes) -> int:
     """What stands in memory with the logits of a chunk: they and their gradient in float32, the
     head as it is multiplied with, and final states, their gradient and both in chunks.
     """
-    leaves, labels = tree.flatten(program.model.params), program.model.labels
-    states = 4 * s.stream
+    leaves, mesh = tree.flatten(program.model.params), program.mesh.shape
     path = tree.tied_embedding(program.model.params) or ("lm_head", "kernel")
-    if path not in leaves:
-        return 2 * s.chunk * len(labels) * 4 + states
-    vocabulary, leaf = program.model.config.vocab_size, leaves[path]
-    vocabulary = vocabulary // s.tensor if vocabulary % s.tensor == 0 else vocabulary
-    logits = s.chunk * vocabulary * 4
-    head = math.prod(leaf.shape) // s.tensor * s.number
-    if program.mesh.shape["fsdp"] == 1:
-        return states + 2 * logits + (head if leaf.dtype.itemsize != s.number else 0)
-    # Gathered, and once more the way round in which it is multiplied with; or with its gradient.
-    part = head // s.number // program.mesh.shape["fsdp"] * leaf.dtype.itemsize
-    trains = any(adapter[:-1] == path[:-1] for adapter in tree.flatten(program.adapters))
-    return states + part + head + max(head, logits + max(logits, head if trains else 0))
+    vocabulary = len(program.model.labels)
+    if path in leaves:
+        vocabulary = program.model.config.vocab_size
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        rows, columns = sharding.logits_axes(vocabulary)
+    logits = s.chunk // _size(mesh, rows) * -(-vocabulary // _size(mesh, columns)) * 4
+    total = 4 * s.split + 2 * logits
+    if path in leaves:
+        # Converted, where it is multiplied with in another dtype, or laid out anew.
+        part = math.prod(leaves[path].shape) // _size(mesh, columns)
+        moved = mesh["fsdp"] > 1 or leaves[path].dtype.itemsize != s.number
+        total += part * s.number if moved else 0
+    return total
+
+
+def _size(mesh: Mapping[str, int], axes: str | tuple[str, ...]) -> int:
+    return math.prod(mesh[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
 
 
 def _matrices(program: Program) -> Iterable[int]:
