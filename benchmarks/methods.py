@@ -26,10 +26,10 @@ METHODS = {
     "nf4": ("base_dtype=nf4",),
     "int8": ("base_dtype=int8",),
     "eva": ("adapter.init=eva",),
-    "lora-ga": ("adapter.init=lora_ga",),
+    "lora-ga": ("adapter.init=lora_ga", "train.learning_rate=3e-4"),
     "loftq": ("base_dtype=nf4", "adapter.init=loftq"),
     "prompt": ("adapter.method=prompt", "train.learning_rate=0.1"),
-    "prefix": ("adapter.method=prefix", "train.learning_rate=0.01"),
+    "prefix": ("adapter.method=prefix", "train.learning_rate=0.03"),
     "full": ("adapter.method=full", "train.learning_rate=2e-4"),
 }
 COLUMNS = {
