@@ -101,6 +101,7 @@ def to_peft(module, config: AdapterConfig) -> peft.PeftModel:
     for ours in (
         *("method", "init", "path", "freeze_a", "lora_plus_ratio"),
         *("calibration_batches", "eva_rho", "loftq_iter"),
+        *("num_virtual_tokens", "prompt_init", "prompt_text", "prefix_gate"),
     ):
         del given[ours]
     names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
