@@ -25,6 +25,7 @@ from lora_jax.plan.compiled import Compiled, Shortfall, compile_for, compile_her
 from lora_jax.plan.program import Program, build, describe
 from lora_jax.plan.roofline import count, find_bounds
 from lora_jax.plan.search import Candidate, find_best, remedies
+from lora_jax.train.setup import head_notes
 
 _SHOWN = 10  # candidates of a search
 _COMPILED = 3  # of these, for a topology
@@ -188,12 +189,8 @@ def _override(config: Config, one: Candidate) -> Config:
 
 def find_notes(program: Program) -> Iterator[str]:
     """What the mesh cannot do for this model, though it is no mistake."""
-    c, tensor = program.model.config, program.mesh.shape["tensor"]
-    if c.num_key_value_heads % tensor:
-        yield (
-            f"num_key_value_heads={c.num_key_value_heads} and mesh.tensor={tensor}: keys and "
-            "values are not split by heads, and devices hold heads that others hold too"
-        )
+    tensor = program.mesh.shape["tensor"]
+    yield from head_notes(program.model, tensor)
     for path, leaf in tree.flatten(program.model.params).items():
         if path[-1] == "embedding" and tensor > 1 and leaf.shape[0] % tensor:
             yield (

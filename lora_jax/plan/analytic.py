@@ -101,11 +101,11 @@ class Sizes:
 
 
 def sizes(program: Program, platform: str = "tpu") -> Sizes:
-    """Of one micro-batch on one device. A CPU multiplies in float32, whatever it is given."""
+    """Of one micro-batch on one device."""
     config, c, mesh = program.config, program.model.config, program.mesh.shape
     rows, time = config.train.micro_batch_size or config.train.batch_size, config.data.max_length
     parts, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
-    number = 4 if platform == "cpu" or config.train.compute_dtype == "float32" else 2
+    number = 4 if _widens(platform) or config.train.compute_dtype == "float32" else 2
     tokens = rows // parts * time
 
     def split(features: int) -> int:
@@ -135,6 +135,13 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
     )
 
 
+def _widens(platform: str) -> bool:
+    """Whether the compiler multiplies in float32 whatever it is given, as that of CPUs does with
+    jax 0.10 (not with 0.12): activations are converted, and the matrices before the loop.
+    """
+    return platform == "cpu" and jax.__version_info__ < (0, 12)
+
+
 def _is_fused(program: Program, platform: str) -> bool:
     """Whether attention never holds the scores of all pairs."""
     settings = program.config.train
@@ -160,7 +167,7 @@ def estimate(program: Program, platform: str = "tpu") -> Estimate:
         # A table of addresses is an output of its own.
         outputs=device_bytes(state) + metrics + 8 * (len(jax.tree.leaves(state)) + metrics // 4),
         gradients=gradients + device_bytes(program.optimizer) + host_bytes(program.optimizer),
-        weights=_converted(program) if platform == "cpu" else 0,
+        weights=_converted(program) if _widens(platform) else 0,
         kept=_kept(program, s),
         layer=_layer(program, s),
         logits=_logits(program, s),
@@ -237,8 +244,12 @@ def _layer(program: Program, s: Sizes) -> int:
     residuals of attention before it.
     """
     config, b = program.config, _block(program.model)
-    # Gradients of the activation's parts beside its residuals, where these are not kept already.
-    wide = {"none": 4, "full": b.act + 2 + 4 * b.gated}.get(config.train.remat, b.act + 3 * b.gated)
+    # Gradients of the activation's parts beside its residuals, where these are not kept already;
+    # and of the three projections, what their adapters add to them.
+    beside = 1 + 2 * b.gated if s.ranks else 0
+    wide = {"none": 4, "full": b.act + 1 + 2 * b.gated + beside}.get(
+        config.train.remat, b.act + 3 * b.gated
+    )
     total = wide * s.ffn + 2 * s.stream + (3 + b.norms) * s.split + s.ranks
     total += (2 + b.head_norms) * (s.queries + s.keys)
     # Scores and probabilities; on one device also the mask as wide as they are, which a program
@@ -277,11 +288,13 @@ def _logits(program: Program, s: Sizes) -> int:
         vocabulary = program.model.config.vocab_size
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
         rows, columns = sharding.logits_axes(vocabulary)
-    logits = s.chunk // _size(mesh, rows) * -(-vocabulary // _size(mesh, columns)) * 4
+    parts = _size(mesh, columns)
+    parts = parts if vocabulary % parts == 0 else 1
+    logits = s.chunk // _size(mesh, rows) * (vocabulary // parts) * 4
     total = 4 * s.split + 2 * logits
     if path in leaves:
         # Converted, where it is multiplied with in another dtype, or laid out anew.
-        part = math.prod(leaves[path].shape) // _size(mesh, columns)
+        part = math.prod(leaves[path].shape) // parts
         moved = mesh["fsdp"] > 1 or leaves[path].dtype.itemsize != s.number
         total += part * s.number if moved else 0
     return total
@@ -308,7 +321,7 @@ def layer_weights(program: Program) -> int:
 
 
 def _converted(program: Program) -> int:
-    """Copies in float32 of matrices: a CPU takes them out of the loops over layers and pieces."""
+    """Copies in float32 of matrices, made before the loops over layers and pieces."""
     train = program.config.train
     pieces = train.batch_size // (train.micro_batch_size or train.batch_size)
     return 4 * sum(

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +142,21 @@ def check_attention(config: Config, model: Model, mesh: Mesh, console: Console) 
             "adapter.method=prefix; use auto or xla"
         )
     kernels.choose(settings.attention, model.config, settings.compute_dtype, device)
-    splits = mesh.shape["tensor"]
+    for note in head_notes(model, mesh.shape["tensor"]):
+        console.print(f"note: {note}")
+
+
+def head_notes(model: Model, splits: int) -> Iterator[str]:
+    """What a tensor axis of so many devices cannot split."""
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     if heads % splits:
-        console.print(
-            f"note: {heads} heads cannot be split over mesh.tensor={splits}; every device along it "
+        yield (
+            f"{heads} heads cannot be split over mesh.tensor={splits}; every device along it "
             "computes the attention of all of them"
         )
     elif kv_heads % splits:
-        console.print(
-            f"note: {kv_heads} key and value heads cannot be split over mesh.tensor={splits}; they "
+        yield (
+            f"{kv_heads} key and value heads cannot be split over mesh.tensor={splits}; they "
             "are replicated, and only the heads of queries are split"
         )
 

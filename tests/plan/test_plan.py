@@ -105,7 +105,8 @@ def test_8b_on_four_v5p_chips(capsys, llama):
     )
     weights, norms = 8_030_261_248, 65 * 4096
     assert found["estimate"]["base"] == (weights - norms) * 2 // 4 + norms * 2
-    assert found["estimate"]["optimizer"] == 2 * found["estimate"]["adapters"] + 32
+    counts = found["estimate"]["optimizer"] - 2 * found["estimate"]["adapters"]
+    assert 0 < counts < 100  # a few steps counted
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert found["full_fine_tuning"]["arguments"] > 2 * found["estimate"]["arguments"]
     assert found["fits"] and found["hbm"] == CHIPS["v5p"].hbm
@@ -151,7 +152,7 @@ def test_a_mesh_that_splits_heads_is_said(capsys, llama):
     )
     status, out, _ = run(capsys, *arguments)
     assert status == 0
-    assert "num_key_value_heads=1 and mesh.tensor=4" in out
+    assert "1 key and value heads cannot be split over mesh.tensor=4; they are replicated" in out
     assert "does not divide 50257" in out
     assert plan_json(capsys, *arguments[:-2])["notes"] == []
 
