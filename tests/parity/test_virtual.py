@@ -107,10 +107,10 @@ def test_peft_gives_the_same_logits_and_gradients_both_ways(
     formats.write_adapter(
         tmp_path / "ours", small, model.params, found, base_model="base", source=directory
     )
-    for file in ("adapter_model.safetensors",):
-        mine, other = (load_file(tmp_path / side / file) for side in ("ours", "theirs"))
-        assert {*mine} == {*other}
-        assert np.array_equal(mine["prompt_embeddings"], other["prompt_embeddings"])
+    file = "adapter_model.safetensors"
+    mine, other = (load_file(tmp_path / side / file) for side in ("ours", "theirs"))
+    assert {*mine} == {*other}
+    assert np.array_equal(mine["prompt_embeddings"], other["prompt_embeddings"])
     again = peft.PeftModel.from_pretrained(copy.deepcopy(oracle), tmp_path / "ours")
     with torch.no_grad():
         repeated = again(input_ids=torch.tensor(tokens).long()).logits.numpy()
@@ -135,7 +135,7 @@ def test_packed_texts_have_virtual_tokens_of_their_own(error, family, method):
         start += places
         assert error(packed[start : start + len(text)], expected) < TOLERANCE
         start += len(text)
-    assert not row["loss_weights"][: places + 0].any()
+    assert not row["loss_weights"][:places].any()
 
 
 @EACH
