@@ -24,9 +24,27 @@ from lora_jax.quantize import Int8Weight, NF4Weight, QuantizedWeight, dequantize
 _BLOCK = 32  # rows of one expert that a CPU multiplies at once
 
 
+class _OverBase:
+    """What has the form of its `base`."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoraWeight:
+class LoraWeight(_OverBase):
     """A frozen weight with a low-rank update, every scale folded into `a`, `b` and `gain` (arXiv
     2106.09685).
 
@@ -41,18 +59,6 @@ class LoraWeight:
     gain: jax.Array | None = None  # (..., 1, out), or (in, 1) of an embedding's rows; None: 1
     key: jax.Array | None = None  # (...,)
     dropout: float = field(default=0.0, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.base.ndim
-
-    @property
-    def dtype(self):
-        return self.base.dtype
 
     def __jax_array__(self) -> jax.Array:
         return materialize(self)
@@ -86,7 +92,7 @@ class Untied:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Probe:
+class Probe(_OverBase):
     """A weight that counts what goes into it. To the forward pass it is its base; the gradient of
     any loss by `moments`, which are zeros, is the sum over all rows x of the inputs
 
@@ -101,18 +107,6 @@ class Probe:
     counted: jax.Array | None = (
         None  # (..., rows), 1 for a row that counts, 0 for one that does not
     )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.base.ndim
-
-    @property
-    def dtype(self):
-        return self.base.dtype
 
 
 @jax.tree_util.register_dataclass

@@ -5,6 +5,7 @@ only when asked for.
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,6 +25,15 @@ TINY = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """A process may map 65,530 pieces of memory on Linux, of which a compiled program takes about
+    15; the compiler crashes where there are no more.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -540,7 +540,7 @@ def test_tensors_that_do_not_fit_are_named(adapter_directory, change, text):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (dict(peft_type="LOHA"), "peft_type='LOHA' is not supported, only 'LORA'"),
+        (dict(peft_type="LOHA"), "peft_type='LOHA' is not supported; these are: LORA, PROMPT"),
         (dict(peft_type=None), "peft_type=None is not supported"),
         (dict(use_dora=True), f"missing {Q0.replace('A.weight', 'magnitude_vector')} (48,)"),
         (dict(modules_to_save=["lm_head"]), "missing base_model.model.lm_head.weight (97, 36)"),
