@@ -1,5 +1,5 @@
-"""docs/configuration.md, written from lora_jax/config.py: keys, types, defaults and comments stand
-there only.
+"""docs/configuration.md, written from lora_jax/config/settings.py: keys, types, defaults and
+comments stand there only.
 
     python -m lora_jax.reference > docs/configuration.md
 """
@@ -18,8 +18,8 @@ Setting = tuple[str, str, str, str]  # key, type, default as in YAML, comment
 
 _HEAD = """# Configuration
 
-Every setting, from `lora_jax/config.py`. Write it in the YAML file of a run, or give it on the
-command line, as in `train.steps=10`; `null` is nothing set. An unknown key is an error.
+Every setting, from `lora_jax/config/settings.py`. Write it in the YAML file of a run, or give it
+on the command line, as in `train.steps=10`; `null` is nothing set. An unknown key is an error.
 
 This page is generated: `python -m lora_jax.reference > docs/configuration.md`"""
 

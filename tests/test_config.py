@@ -1,10 +1,10 @@
 """One YAML file, one dataclass: what is read as what, and how mistakes are told."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from lora_jax import config as configs
 from lora_jax.config import Config, UserError, dump, load, parse
 
 TEXTS = [
@@ -263,7 +263,7 @@ def test_a_config_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(configs.Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         load(file)
 

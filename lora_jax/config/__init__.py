@@ -1,0 +1,53 @@
+"""One YAML file, one dataclass: every setting, its default and its meaning stand in `settings`.
+
+    config = load("configs/quickstart.yaml", ["train.steps=10", "adapter.rank=8"])
+
+Unknown keys, wrong types and impossible values are collected and raised together as one
+`UserError`.
+"""
+
+from lora_jax.config.checks import adapter_problems, check, merge_problem
+from lora_jax.config.files import dump, load, parse
+from lora_jax.config.settings import (
+    DATA_INITS,
+    PRINTS,
+    SOFT,
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    HostsConfig,
+    MeshConfig,
+    TrainConfig,
+    UserError,
+    all_keys,
+    nearest,
+    raise_all,
+    virtual_tokens,
+)
+
+__all__ = [
+    "DATA_INITS",
+    "PRINTS",
+    "SOFT",
+    "AdapterConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "HostsConfig",
+    "MeshConfig",
+    "TrainConfig",
+    "UserError",
+    "adapter_problems",
+    "all_keys",
+    "check",
+    "dump",
+    "load",
+    "merge_problem",
+    "nearest",
+    "parse",
+    "raise_all",
+    "virtual_tokens",
+]
