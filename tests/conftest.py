@@ -3,6 +3,9 @@ only when asked for.
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -34,6 +37,35 @@ def free_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """Less work for the compiler; the numbers and its counts are those of the same program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def on_eight_devices():
+    """`on_eight_devices(script, *arguments, flags={})`: the JSON that a script prints last, run on
+    eight virtual devices with these flags of XLA.
+    """
+
+    def run(script: Path, *arguments: str, flags: dict | None = None):
+        options = {"xla_force_host_platform_device_count": 8} | (flags or {})
+        text = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+        done = subprocess.run(
+            [sys.executable, "-W", "error", script, *arguments],
+            env=os.environ | {"XLA_FLAGS": text, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,19 @@ import numpy as np
 from lora_jax import models, tree
 from lora_jax.models.common import Model
 
+# Of SmolLM2-135M, from its config.json.
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 # No two axes are equal: vocabulary, hidden, intermediate, queries (6 x 6 or 6 x 8), keys (2 x 6 or
 # 2 x 8), layers.

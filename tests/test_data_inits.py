@@ -25,17 +25,11 @@ from lora_jax.weights import Probe, linear, materialize
 from .families import FAMILIES, random_model
 from .methods import ROWS, Row, make_batch, start, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 LAYER = {"target_modules": ["q_proj"]}
 UNTIED = ROWS["LoRA"].hf_config
 TIED = UNTIED | {"tie_word_embeddings": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_probe_counts_its_inputs_and_changes_nothing(error):

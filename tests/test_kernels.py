@@ -12,6 +12,8 @@ from lora_jax import kernels
 from lora_jax.config import UserError
 from lora_jax.layers import attention, sights
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # b, t, query heads, kv heads, head size; no block of 128 tokens is full in the first.
 SIZES = {"grouped": (2, 70, 6, 2, 8), "blocks": (1, 256, 3, 1, 16), "even": (2, 130, 4, 4, 64)}
 ROWS = {
@@ -25,14 +27,6 @@ ROWS = {
     "first of two kinds": ("grouped", {"windows": (None, 7), "which": 0}),
     "encoder": ("even", {"causal": False}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def draw(size, seed, dtype):

@@ -27,18 +27,12 @@ from lora_jax.weights import LoraWeight, Untied, linear
 from . import methods
 from .methods import DORA, QUICK, ROWS, SVD, VIRTUAL, make_batch, stirred, tiny_model, trains
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SEEDS = (0, 1)
 STEPS = 20
 # The base of LoftQ is quantised after its init: it has tests of its own.
 CHANGING = [n for n, r in ROWS.items() if changes_base(r.config) and r.config.init != "loftq"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

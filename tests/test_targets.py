@@ -14,18 +14,9 @@ from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.targets import find_targets, find_trainable
 from lora_jax.tree import count, flatten
 
+from .families import SMOLLM2
 from .methods import ROWS, TINY, tiny_model, trains
 
-SMOLLM2_135M = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 D, F, Q, K, V, LAYERS = 36, 72, 48, 16, 97, 3  # of TINY
 QKVO_BIAS = Q + K + K + D
 MLP = 3 * D * F
@@ -54,7 +45,7 @@ Q4 = LAYERS * 4 * (D + Q)  # rank 4 on q_proj
     ],
 )
 def test_counts_of_smollm2(fields, expected):
-    params, config = describe(SMOLLM2_135M).params, AdapterConfig(**fields)
+    params, config = describe(SMOLLM2).params, AdapterConfig(**fields)
     assert find_trainable(params, config).parameters == expected
     assert count(lora.shapes(params, config)) == expected
 

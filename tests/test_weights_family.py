@@ -12,16 +12,10 @@ import pytest
 from lora_jax.quantize import SCHEMES, dequantize, quantize
 from lora_jax.weights import Absent, LoraWeight, Untied, embed, linear, materialize, unembed
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROWS, IN, RANK, OUT = 5, 70, 3, 6
 VOCAB, D = 11, 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normal(seed, *shape):

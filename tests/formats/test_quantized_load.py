@@ -4,8 +4,6 @@ Run as a script it loads a directory on eight virtual devices and prints what it
 """
 
 import json
-import os
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -104,21 +102,6 @@ def test_the_float_model_never_stands_in_memory(tiny_llama, monkeypatch, scheme)
     assert peak < size + 4 * tensor < floats / 2
 
 
-def on_eight_devices(directory) -> dict:
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, directory],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 def tell(directory: Path) -> dict:
     """How every quantised array lies on a mesh of 2 (fsdp) x 4 (tensor), and whether its numbers
     are those of one device.
@@ -145,9 +128,9 @@ def tell(directory: Path) -> dict:
     return result
 
 
-def test_eight_devices_hold_parts_of_the_same_leaf(tiny_llama):
+def test_eight_devices_hold_parts_of_the_same_leaf(tiny_llama, on_eight_devices):
     directory, _ = tiny_llama(**WIDE)
-    result = on_eight_devices(directory)
+    result = on_eight_devices(Path(__file__), str(directory))
     assert len(result) == 2 * 12 and all(leaf["same"] for leaf in result.values())
     assert all(leaf["devices"] == [8] for leaf in result.values())
     specs = {name: leaf["specs"] for name, leaf in result.items()}

@@ -14,13 +14,8 @@ from safetensors.numpy import load_file
 from lora_jax.train import checkpoint
 from lora_jax.train.metrics import read_lines
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from conftest import write_model, write_rows
+from ..train.conftest import SUMS, write_model, write_rows
 
-ROWS = [
-    {"prompt": f"what is {i} plus {i * 7 % 5}", "completion": str(i + i * 7 % 5) * (1 + i % 3)}
-    for i in range(23)
-]
 SETTINGS = {
     "adapter": {"rank": 4, "dropout": 0.2},
     "train": {
@@ -45,7 +40,7 @@ NORMS = 640  # of those that lie whole on every device
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("multihost")
     model = write_model(directory / "model")
-    rows = str(write_rows(directory / "rows.jsonl", ROWS))
+    rows = str(write_rows(directory / "rows.jsonl", SUMS))
     data = {"train": rows, "eval": rows, "max_length": 96}
     settings = {"model": str(model), "data": data, **SETTINGS}
     (directory / "run.yaml").write_text(yaml.safe_dump(settings))

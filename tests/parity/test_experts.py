@@ -28,6 +28,8 @@ from ..families import FAMILIES, random_model
 from ..formats.test_peft import fresh_peft_model, move, save
 from ..methods import QUICK, make_batch
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SEEDS = (0, 1)
 IN, RANK, OUT = 7, 3, 5
 # Rows of every expert: some without, blocks of 32 rows that are full, begun, and just too small.
@@ -38,14 +40,6 @@ SIZES = {
     "full and begun blocks": [0, 32, 33, 0, 31, 65, 1, 0],
     "more experts than rows": [0] * 20 + [3] + [0] * 20 + [2],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normal(seed, *shape):

@@ -25,6 +25,8 @@ from lora_jax.targets import find_trainable
 from ..families import FAMILIES, describe, torch_model
 from ..methods import QUICK
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TOLERANCE = 1e-5
 SEEDS = (0, 1)
 NEW = [family for family in FAMILIES if family not in ("llama", "mistral")]  # not in `test_llama`
@@ -76,14 +78,6 @@ ROPES = {
         ),
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def jit(function):

@@ -23,6 +23,8 @@ from lora_jax.train.step import make_train_step
 
 from ..methods import PATTERNS, QUICK, ROWS, Row, make_batch
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SEEDS = (0, 1)
 # What PEFT has too, with its numbers: rates and frozen halves are no part of a forward pass.
 PARITY = [
@@ -41,14 +43,6 @@ PARITY = [
     *("head, DoRA, untied by it", "embedding and head, DoRA, untied", "tokens", "tokens, tied"),
     "embedding whole, head by LoRA",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

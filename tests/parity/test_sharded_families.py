@@ -3,10 +3,6 @@
 A new family is one more line of `ON`. All rows on all meshes: see `sharded_families.py`.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,22 +30,10 @@ ON = {
 
 
 @pytest.fixture(scope="module")
-def result():
-    flags = " ".join(
-        ["--xla_force_host_platform_device_count=8"]
-        + [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
-    )
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+def result(on_eight_devices):
     script = Path(__file__).with_name("sharded_families.py")
     rows = [f"{name}:{mesh}" for name, mesh in ON.items()]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script, *rows],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return on_eight_devices(script, *rows, flags=QUICK)
 
 
 def test_every_family_has_a_row():

@@ -16,8 +16,10 @@ from lora_jax.generate import make_generate
 from lora_jax.models import describe as describe_model
 from lora_jax.targets import find_trainable
 
-from ..families import FAMILIES, describe, random_model
+from ..families import FAMILIES, SMOLLM2, describe, random_model
 from ..methods import QUICK
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TOLERANCE = 1e-5
 COUNT = 5
@@ -26,14 +28,6 @@ EACH_KIND = pytest.mark.parametrize("method", KINDS)
 # A family for each way in which positions, windows, heads or projections differ.
 SOME = ("llama", "gemma3_text", "phi3", "gpt2")
 EACH = pytest.mark.parametrize("family", SOME)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the program is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def jit(function, **options):
@@ -247,16 +241,6 @@ def test_no_finite_prefix_without_a_gate_is_without_effect(error):
 
 
 GPT2 = {"model_type": "gpt2"}
-SMOLLM2 = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.mark.parametrize(

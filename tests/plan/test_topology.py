@@ -11,18 +11,7 @@ from lora_jax import demo
 from lora_jax.config import UserError
 from lora_jax.plan.compiled import find_libtpu
 
-SMOLLM2 = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
+from ..families import SMOLLM2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +24,9 @@ def libtpu():
 
 
 def plan(tmp_path, *arguments, **fields):
-    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | fields))
+    (tmp_path / "config.json").write_text(
+        json.dumps(SMOLLM2 | {"torch_dtype": "bfloat16"} | fields)
+    )
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {tmp_path}\nadapter: {{rank: 16}}\nmesh: {{data: 1, fsdp: -1}}\n")
     child = subprocess.run(

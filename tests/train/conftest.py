@@ -40,13 +40,16 @@ ROWS = [
     for question, answer in (("one", "eins"), ("two", "zwei"), ("three", "drei"), ("four", "vier"))
 ]
 
+# 23 examples make a number of rows that no batch divides.
+SUMS = [
+    {"prompt": f"what is {i} plus {i * 7 % 5}", "completion": str(i + i * 7 % 5) * (1 + i % 3)}
+    for i in range(23)
+]
+
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Less work for the compiler; the numbers and its counts are those of the same program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quickly(compile_quickly):
+    """All of these tests."""
 
 
 @pytest.fixture(scope="session", autouse=True)

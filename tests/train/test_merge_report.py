@@ -3,9 +3,6 @@ NumPy, through the gates, and by the command line.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -429,17 +426,8 @@ def test_a_run_whose_merge_is_refused_can_be_finished(files, tmp_path, capsys):
     assert merged["probe_rows"] == 4 and merged["kl_live_merged"] < 1e-8  # the rows of the stream
 
 
-def test_eight_devices_measure_what_one_does():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    script = Path(__file__).with_name("sharded_merge.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found, expected = json.loads(done.stdout)
+def test_eight_devices_measure_what_one_does(on_eight_devices):
+    found, expected = on_eight_devices(Path(__file__).with_name("sharded_merge.py"))
     assert len(expected["numbers"]) == 4 * 5  # embedding, head, three layers
     assert found["numbers"] == pytest.approx(expected["numbers"], rel=1e-3)
     assert found["kl"] == pytest.approx(expected["kl"], rel=1e-2)

@@ -20,18 +20,13 @@ from lora_jax.train import checkpoint, trainer
 from lora_jax.train.evaluate import Judge
 from lora_jax.train.metrics import read_lines
 
-from .conftest import write_model, write_rows
+from .conftest import SUMS, write_model, write_rows
 
 ROOT = Path(__file__).parents[2]
-# 23 examples make a number of rows that no batch divides; 20 steps go through several epochs.
-ROWS = [
-    {"prompt": f"what is {i} plus {i * 7 % 5}", "completion": str(i + i * 7 % 5) * (1 + i % 3)}
-    for i in range(23)
-]
 SETTINGS = {
     "adapter": {"rank": 4, "dropout": 0.2},
     "train": {
-        "steps": 20,
+        "steps": 20,  # several epochs
         "batch_size": 4,
         "micro_batch_size": 2,
         "remat": "none",
@@ -50,7 +45,7 @@ def config(tmp_path_factory):
     """A config file whose run has packing, shuffling, dropout, accumulation and evaluations."""
     directory = tmp_path_factory.mktemp("resume")
     model = write_model(directory / "model")
-    rows = str(write_rows(directory / "rows.jsonl", ROWS))
+    rows = str(write_rows(directory / "rows.jsonl", SUMS))
     data = {"train": rows, "eval": rows, "max_length": 96}
     file = directory / "run.yaml"
     file.write_text(yaml.safe_dump({"model": str(model), "data": data, **SETTINGS}))
@@ -144,7 +139,7 @@ CASES = {
 def test_seven_steps_and_thirteen_more_are_twenty(config, tmp_path, interrupted, case):
     options = CASES[case]
     if options is None:
-        other = write_rows(tmp_path / "other.jsonl", ROWS[:9])
+        other = write_rows(tmp_path / "other.jsonl", SUMS[:9])
         options = (f"data.train={{{config.parent / 'rows.jsonl'}: 0.7, {other}: 0.3}}",)
     whole = trace(train(config, tmp_path / "whole", *options))
     assert [line["step"] for line in whole[0]] == list(range(1, 21))
@@ -340,7 +335,7 @@ def altered(config, tmp_path):
 
     def make(what):
         if what == "data":
-            return f"data.train={write_rows(tmp_path / 'new.jsonl', [*ROWS[:-1], ROWS[0]])}"
+            return f"data.train={write_rows(tmp_path / 'new.jsonl', [*SUMS[:-1], SUMS[0]])}"
         if what == "template":
             file = tmp_path / "template.jinja"
             file.write_text("{{ '!' }}" + (Path(source) / "chat_template.jinja").read_text())

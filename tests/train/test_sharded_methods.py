@@ -1,9 +1,5 @@
 """Every kind of trainable leaf on eight virtual devices: one process of its own, read here."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,18 +25,8 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def result():
-    flags = " ".join(
-        ["--xla_force_host_platform_device_count=8"]
-        + [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
-    )
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    script = Path(__file__).with_name("sharded_methods.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def result(on_eight_devices):
+    return on_eight_devices(Path(__file__).with_name("sharded_methods.py"), flags=QUICK)
 
 
 def test_every_case_ran(result):

@@ -15,17 +15,8 @@ MESHES = ("8x1x1", "1x8x1", "1x1x8", "2x2x2", "2x2x2 micro 8")
 
 
 @pytest.fixture(scope="module")
-def result():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    script = Path(__file__).with_name("sharded.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def result(on_eight_devices):
+    return on_eight_devices(Path(__file__).with_name("sharded.py"))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
