@@ -131,8 +131,8 @@ def plan(
         result["compiled"] = report.as_json(compiled)
         say(report.compiled_text(compiled, hbm))
     result |= _speed(program, target, found, compiled, say)
-    total = compiled.needed if isinstance(compiled, Shortfall) else (compiled or found).total
-    result["fits"] = None if hbm is None else total <= hbm
+    needed = found.total if compiled is None else compiled.needed
+    result["fits"] = None if hbm is None else needed <= hbm
     if result["fits"] is False:
         changes = remedies(settled, model, target.devices, target.platform, hbm or 0)
         result["remedies"] = report.as_json(changes)

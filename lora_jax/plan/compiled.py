@@ -37,6 +37,7 @@ class Compiled:
     aliased: int  # of the outputs: they take the place of arguments
     temporaries: int
     code: int
+    peak: int | None  # the most that stands in memory at once; None: this compiler does not tell
     host: int  # in the memory of the host
     unread: int  # base weights that the step does not read: no arguments, yet there
     collectives: list[Collective]
@@ -46,6 +47,13 @@ class Compiled:
     def total(self) -> int:
         own = self.arguments + self.outputs - self.aliased + self.temporaries + self.code
         return own + self.unread
+
+    @property
+    def needed(self) -> int:
+        """What a device must have: the peak where it is known. `total` is above it, as buffers that
+        hand something from one loop to the next count twice there.
+        """
+        return self.total if self.peak is None else self.peak + self.unread
 
 
 @dataclass(frozen=True)
@@ -61,22 +69,31 @@ class Shortfall:
         return self.needed - self.available
 
 
-def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Compiled:
+def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Compiled | Shortfall:
     """The step of `config` compiled for `devices`, those of this process if none are given.
 
     Raises:
         UserError: as a run would; a mesh that does not fit the devices.
     """
+    import jax
+
     from lora_jax import sharding
     from lora_jax.plan import program
 
     config, model = program.describe(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     built = program.build(config, model, mesh)
+    unread = program.device_bytes(built.unread)
     lowered = built.lower()
     started = time.monotonic()
-    with _settings(quick):
-        compiled = lowered.compile()
+    try:
+        with _settings(quick):
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = read_shortfall(str(error), unread)
+        if found is None:
+            raise
+        return found
     stats = compiled.memory_analysis()
     return Compiled(
         arguments=stats.argument_size_in_bytes,
@@ -84,8 +101,10 @@ def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Co
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
+        # The backend for CPUs leaves temporaries out of its peak.
+        peak=stats.peak_memory_in_bytes if mesh.devices.flat[0].platform == "tpu" else None,
         host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
-        unread=program.device_bytes(built.unread),
+        unread=unread,
         collectives=collectives(compiled.as_text(), mesh.size),
         seconds=time.monotonic() - started,
     )
@@ -204,18 +223,17 @@ def _for_tpu(library: Path) -> dict[str, str]:
     }
 
 
-def read_shortfall(message: str, arguments: int) -> Shortfall | None:
-    """What a compiler says that ran out of memory; None for another message.
-
-    It counts the arguments in, or, where temporaries alone are too large, leaves them out.
+def read_shortfall(message: str, unread: int) -> Shortfall | None:
+    """What a compiler says that ran out of memory; None for another message. Arguments are counted
+    in, also where it speaks of temporaries; `unread` bytes lie beside them.
     """
     size = r"([\d.]+[KMGT]?)"
-    alone = re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
-    found = alone or re.search(rf"Used {size} of {size} hbm", message)
+    found = re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
+    found = found or re.search(rf"Used {size} of {size} hbm", message)
     if found is None:
         return None
     line = next((line for line in message.splitlines() if found[0] in line), message)
-    needed = _read_bytes(found[1]) + (arguments if alone else 0)
+    needed = _read_bytes(found[1]) + unread
     return Shortfall(needed, _read_bytes(found[2]), line.strip())
 
 
@@ -241,9 +259,6 @@ def _run_job(config: Config, target: str | int, quick: bool) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from lora_jax import sharding
-    from lora_jax.plan import program
-
     if isinstance(target, int):
         devices: Any = jax.devices()
     else:
@@ -251,15 +266,9 @@ def _run_job(config: Config, target: str | int, quick: bool) -> dict[str, Any]:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **topology.options
         ).devices
-    try:
-        return {"compiled": dataclasses.asdict(compile_here(config, devices, quick))}
-    except jax.errors.JaxRuntimeError as error:
-        settled, model = program.describe(config)
-        built = program.build(settled, model, sharding.make_mesh(config.mesh, devices))
-        found = read_shortfall(str(error), built.argument_bytes)
-        if found is None:
-            raise
-        return {"shortfall": dataclasses.asdict(found)}
+    found = compile_here(config, devices, quick)
+    kind = "compiled" if isinstance(found, Compiled) else "shortfall"
+    return {kind: dataclasses.asdict(found)}
 
 
 def use_cache() -> None:

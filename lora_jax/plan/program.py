@@ -60,13 +60,6 @@ class Program:
         return [leaves[path] for path in whole if isinstance(leaves[path], jax.ShapeDtypeStruct)]
 
     @property
-    def argument_bytes(self) -> int:
-        """Of all arguments that the step reads, on each device."""
-        read = (self.base, self.adapters, self.optimizer, self.batch)
-        own = device_bytes((*read, self.key) if self.needs_key else read)
-        return own - device_bytes(self.unread)
-
-    @property
     def metrics_bytes(self) -> int:
         """Of the scalars that come out."""
         return 4 * (len(_METRICS) + (self.config.train.router_aux_loss_coef != 0))

@@ -82,10 +82,12 @@ def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
     if found.unread:
         lines += [f"  {_gib(found.unread)}  base weights that trained ones take the place of"]
     lines += [f"  {_gib(found.total)}  together"]
+    if found.peak is not None:
+        lines += [f"  {_gib(found.needed)}  needed: the most that stands in memory at once"]
     if found.host:
         lines += [f"  {_gib(found.host)}  on the host"]
     if hbm is not None:
-        lines += [f"  {_gib(hbm - found.total)}  left of {_gib(hbm).strip()}"]
+        lines += [f"  {_gib(hbm - found.needed)}  left of {_gib(hbm).strip()}"]
     if found.collectives:
         lines += ["", "sent by each device in a step:"]
         lines += [
@@ -128,10 +130,10 @@ def search_text(rows: list[dict[str, Any]], hbm: int | None) -> str:
     lines += ["   shapes   compiled  s/step", "      GiB        GiB"]
     for row in rows:
         compiled = row.get("compiled", {})
-        total = compiled.get("total", compiled.get("needed"))
-        measured = "        -" if total is None else _gib(total)
+        needed = compiled.get("needed")
+        measured = "        -" if needed is None else _gib(needed)
         speed = "      -" if row["seconds"] is None else f"{row['seconds']:7.3f}"
-        over = "  DOES NOT FIT" if hbm and total is not None and total > hbm else ""
+        over = "  DOES NOT FIT" if hbm and needed is not None and needed > hbm else ""
         text = " ".join(row["overrides"]) or "as it is"
         lines += [f"{_gib(row['total'])}  {measured} {speed}  {text}{over}"]
     return "\n".join(lines)

@@ -232,11 +232,11 @@ def test_a_shortfall_is_read_from_what_the_compiler_says():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (86.50G) exceeds available HBM (15.75G)."
     )
-    found = compiled.read_shortfall(alone, arguments=5)
+    found = compiled.read_shortfall(alone, unread=5)
     assert found is not None
     assert (found.needed, found.available) == (int(86.5 * 2**30) + 5, int(15.75 * 2**30))
     used = "x\nXLA:TPU compile error: Used 512.00M of 1.00K hbm. Exceeded hbm capacity by 511M.\ny"
-    found = compiled.read_shortfall(used, arguments=5)
+    found = compiled.read_shortfall(used, unread=0)
     assert found is not None
     assert (found.needed, found.available, found.missing) == (2**29, 1024, 2**29 - 1024)
     assert found.message.startswith("XLA:TPU")
