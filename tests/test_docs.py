@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_jax import cli, reference
+from lora_jax import commands, reference
 from lora_jax import config as configs
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +23,11 @@ def page(name):
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-def cli_words(method):
-    """First arguments of all calls of `method` in cli.py: subcommands, or options."""
-    calls = [n for n in ast.walk(ast.parse(Path(cli.__file__).read_text())) if hasattr(n, "func")]
-    named = [call for call in calls if getattr(call.func, "attr", "") == method]
+def options():
+    """First arguments of all calls of `add_argument`."""
+    tree = ast.parse(Path(commands.__file__).read_text())
+    calls = [node for node in ast.walk(tree) if hasattr(node, "func")]
+    named = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
     return {call.args[0].value for call in named}
 
 
@@ -39,8 +40,8 @@ def unknown_names(text):
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
         words = shlex.split(code) if code.startswith(("lora-jax", "python train.py")) else []
         if words[:1] == ["lora-jax"] and len(words) > 1:
-            wrong += [code] * (words[1] not in cli_words("add_parser"))
-        wrong += [code for w in words if w.startswith("--") and w not in cli_words("add_argument")]
+            wrong += [code] * (words[1] not in commands.COMMANDS)
+        wrong += [code for w in words if w.startswith("--") and w not in options()]
         for word in words[2:] or [code]:
             name = re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)*)(=|: |$)", word)
             if name and not word.endswith(".py") and name[1] not in KEYS:

@@ -41,6 +41,7 @@ LAYERS = (
     ("train.export",),
     ("train.compare", "train.dry_run", "train.inspect", "train.trainer"),
     ("train.loop", "plan"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
@@ -105,7 +106,8 @@ def test_the_core_needs_no_oracle_and_data_no_jax():
     assert not {
         module for module, names in tops.items() if names & {"torch", "peft", "bitsandbytes"}
     }
-    no_jax = {module for module in MODULES if unit_of(module) in ("data", "config", "demo", "cli")}
+    light = ("data", "config", "demo", "commands", "cli")
+    no_jax = {module for module in MODULES if unit_of(module) in light}
     assert not {module for module in no_jax if tops[module] & {"jax", "flax", "optax", "orbax"}}
     for module in MODULES:
         if unit_of(module) == "data":
