@@ -256,7 +256,7 @@ def _rope_scaling(
         divisors = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
         scaling = {
             "rope_type": "llama3",
-            "factor": _seven_digits(divisors.max()),
+            "factor": _seven_digits(float(divisors.max())),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
