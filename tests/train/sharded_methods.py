@@ -81,6 +81,14 @@ def place_base(model, mesh):
     })  # fmt: skip
 
 
+def spans(adapters):
+    """In place of directions what they span: two that explain nearly as much of the variance turn
+    into each other by rounding.
+    """
+    leaves = tree.flatten(adapters)
+    return {p: x @ x.swapaxes(-1, -2) if p[-1] == "lora_a" else x for p, x in leaves.items()}
+
+
 def train(row, mesh):
     """What init gives, losses of five steps, norms of their gradients, and the final adapters."""
     model = tiny_model(row.hf_config | FIELDS, 0, row.scheme)
@@ -113,7 +121,7 @@ def train(row, mesh):
             norms.append(float(metrics["grad_norm"]))
     stays = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), adapters, placed)
     numbers = {
-        "fresh": fresh,
+        "fresh": spans(fresh) if row.config.init == "eva" else fresh,
         "losses": losses,
         "norms": norms,
         "gradients": gradients,  # clipped, in the moments after the first step
