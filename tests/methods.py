@@ -50,7 +50,9 @@ class Row:
     tied: bool = False
     bias: bool = False  # of the attention
     scheme: str | None = None  # how the base is quantised
-    start: float = 0.0  # how far the first logits may be from those of the base
+    # How far the first logits may be from those of the base: another program computes these, which
+    # a processor may round differently.
+    start: float = 1e-6
 
     @property
     def config(self) -> AdapterConfig:
@@ -62,25 +64,22 @@ class Row:
         return TINY | {"tie_word_embeddings": self.tied, "attention_bias": self.bias}
 
 
-DORA = 1e-6  # a magnitude over its own norm
 SVD = 1e-5  # W - s a b + s a b
 NF4 = 0.5  # what LoftQ leaves of the error of NF4
 ROWS = {
     "LoRA": Row({}),
     "LoRA of everything": Row({"target_modules": "all-linear"}, tied=True),
     "rsLoRA": Row({"use_rslora": True}),
-    "DoRA": Row({"use_dora": True}, start=DORA),
-    "rsLoRA, DoRA": Row({"use_rslora": True, "use_dora": True}, tied=True, start=DORA),
+    "DoRA": Row({"use_dora": True}),
+    "rsLoRA, DoRA": Row({"use_rslora": True, "use_dora": True}, tied=True),
     "LoRA+": Row({"lora_plus_ratio": 16.0}),
-    "LoRA+, DoRA": Row({"lora_plus_ratio": 16.0, "use_dora": True}, start=DORA),
+    "LoRA+, DoRA": Row({"lora_plus_ratio": 16.0, "use_dora": True}),
     "LoRA+, PiSSA": Row({"lora_plus_ratio": 16.0, "init": "pissa"}, start=SVD),
     "LoRA+, NF4": Row({"lora_plus_ratio": 16.0}, scheme="nf4"),
     "LoRA-FA": Row({"freeze_a": True}),
-    "LoRA-FA, DoRA, LoRA+": Row(
-        {"freeze_a": True, "use_dora": True, "lora_plus_ratio": 4.0}, start=DORA
-    ),
+    "LoRA-FA, DoRA, LoRA+": Row({"freeze_a": True, "use_dora": True, "lora_plus_ratio": 4.0}),
     "gaussian": Row({"init": "gaussian"}),
-    "orthogonal": Row({"init": "orthogonal"}, start=1e-6),
+    "orthogonal": Row({"init": "orthogonal"}),
     "PiSSA": Row({"init": "pissa"}, tied=True, start=SVD),
     "PiSSA, rsLoRA": Row({"init": "pissa", "use_rslora": True}, start=SVD),
     "PiSSA, LoRA-FA": Row({"init": "pissa", "freeze_a": True}, start=SVD),
@@ -99,7 +98,7 @@ ROWS = {
     "OLoRA, DoRA": Row({"init": "olora", "use_dora": True}, start=SVD),
     "EVA": Row({"init": "eva"}, tied=True),
     "EVA, rsLoRA, DoRA, patterns, NF4": Row(
-        {"init": "eva", "use_rslora": True, "use_dora": True, **PATTERNS}, scheme="nf4", start=DORA
+        {"init": "eva", "use_rslora": True, "use_dora": True, **PATTERNS}, scheme="nf4"
     ),
     "LoRA-GA, rsLoRA, patterns": Row(
         {"init": "lora_ga", "use_rslora": True, **PATTERNS}, bias=True, start=SVD
@@ -113,7 +112,7 @@ ROWS = {
     ),
     "bias all": Row({"bias": "all"}, bias=True),
     "bias lora_only, a layer": Row(
-        {"bias": "lora_only", "layers_to_transform": [1], "use_dora": True}, bias=True, start=DORA
+        {"bias": "lora_only", "layers_to_transform": [1], "use_dora": True}, bias=True
     ),
     "norm whole": Row({"modules_to_save": ["model.norm"]}, tied=True),
     "one MLP whole": Row({"target_modules": ["q_proj"], "modules_to_save": ["1.mlp"]}),
@@ -150,19 +149,15 @@ ROWS = {
     "embedding, tied": Row(
         {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, tied=True
     ),
-    "embedding, DoRA": Row(
-        {"target_modules": ["embed_tokens"], "use_dora": True}, tied=True, start=DORA
-    ),
+    "embedding, DoRA": Row({"target_modules": ["embed_tokens"], "use_dora": True}, tied=True),
     "embedding, DoRA, tied": Row(
         {"target_modules": ["embed_tokens"], "use_dora": True, "ensure_weight_tying": True},
         tied=True,
-        start=DORA,
     ),
     "head": Row({"target_modules": ["lm_head", "v_proj"]}),
     "head, DoRA, untied by it": Row(
         {"target_modules": ["lm_head"], "use_dora": True, "ensure_weight_tying": False},
         tied=True,
-        start=DORA,
     ),
     "embedding and head, DoRA, untied": Row(
         {
@@ -171,22 +166,20 @@ ROWS = {
             "ensure_weight_tying": False,
         },
         tied=True,
-        start=DORA,
     ),
     "tokens": Row({"trainable_token_indices": TOKENS}),
     "tokens, tied": Row({"trainable_token_indices": TOKENS}, tied=True),
     "tokens, norms whole": Row(
         {"trainable_token_indices": TOKENS, "modules_to_save": ["input_layernorm"]}, bias=True
     ),
-    "patterns, DoRA": Row({"use_dora": True, **PATTERNS}, start=DORA),
+    "patterns, DoRA": Row({"use_dora": True, **PATTERNS}),
     "patterns, layers, rsLoRA, DoRA": Row(
         {"use_dora": True, "use_rslora": True, "layers_to_transform": [0, 2], **PATTERNS},
-        start=DORA,
     ),
     "NF4": Row({"target_modules": "all-linear"}, scheme="nf4"),
     "int8": Row({}, tied=True, scheme="int8"),
-    "DoRA, NF4": Row({"use_dora": True}, tied=True, scheme="nf4", start=DORA),
-    "DoRA, int8, rsLoRA": Row({"use_dora": True, "use_rslora": True}, scheme="int8", start=DORA),
+    "DoRA, NF4": Row({"use_dora": True}, tied=True, scheme="nf4"),
+    "DoRA, int8, rsLoRA": Row({"use_dora": True, "use_rslora": True}, scheme="int8"),
     "bias all, NF4": Row({"bias": "all"}, bias=True, scheme="nf4"),
     "full": Row({"method": "full"}, bias=True),
     "full, tied": Row({"method": "full"}, tied=True),

@@ -25,7 +25,7 @@ from lora_jax.train.step import make_train_step
 from lora_jax.weights import LoraWeight, Untied, linear
 
 from . import methods
-from .methods import DORA, QUICK, ROWS, SVD, VIRTUAL, make_batch, stirred, tiny_model, trains
+from .methods import QUICK, ROWS, SVD, VIRTUAL, make_batch, stirred, tiny_model, trains
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -78,7 +78,7 @@ def test_nothing_changes_at_first_and_live_equals_merged(case, error):
         expected = logits(model.params, tokens)
         first, merged = both(base, adapters, tokens)
         assert error(first, expected) <= row.start
-        assert error(logits(merged, tokens), expected) <= max(row.start, 1e-6)
+        assert error(logits(merged, tokens), expected) <= row.start
         moved = stirred(base, adapters, row.config, seed)
         live, merged = both(base, moved, tokens)
         assert error(live, logits(merged, tokens)) <= 1e-5
@@ -680,4 +680,4 @@ def test_every_row_is_a_different_combination():
         "eva",
         "lora_ga",
     }
-    assert {DORA, SVD} < {row.start for row in ROWS.values()}
+    assert SVD in {row.start for row in ROWS.values()}

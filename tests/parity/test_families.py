@@ -3,6 +3,7 @@ packing, cache, adapters, files. What the families share is tested on Llama in `
 """
 
 import copy
+import inspect
 import json
 
 import jax
@@ -28,6 +29,9 @@ from ..methods import QUICK
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TOLERANCE = 1e-5
+# The argument of `forward` that takes a cache: `past_key_values` before transformers 5.24.
+_ARGUMENTS = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 SEEDS = (0, 1)
 NEW = [family for family in FAMILIES if family not in ("llama", "mistral")]  # not in `test_llama`
 ROWS = {
@@ -99,7 +103,7 @@ def decoded_logits(module, tokens) -> np.ndarray:
     with torch.no_grad():
         for i in range(tokens.shape[1]):
             new = torch.tensor(tokens[:, i : i + 1]).long()
-            found.append(module(new, past_key_values=cache, use_cache=True).logits.numpy())
+            found.append(module(new, **{CACHE: cache}, use_cache=True).logits.numpy())
     return np.concatenate(found, axis=1)
 
 
