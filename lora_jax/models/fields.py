@@ -27,14 +27,15 @@ HARMLESS = frozenset(
     # Implementation and storage: other programs for the same numbers.
     + """
     _attn_implementation _attn_implementation_autoset _experts_implementation
-    _flash_attn_2_enabled attn_implementation chunk_size_feed_forward dtype experts_implementation
+    _flash_attn_2_enabled attn_implementation chunk_size_feed_forward distributed_config dtype
+    experts_implementation
     flash_attention gradient_checkpointing pretraining_tp torch_dtype use_bfloat16 use_cache
     use_flash_attention use_flash_attention_2 use_flash_attn
     """.split()
-    # Initial weights, and heads that predict further tokens from the same hidden states.
+    # Initial weights, and layers that predict further tokens from the same hidden states.
     + """
-    init_std initializer_factor initializer_range mtp_layer_types num_mtp_layers
-    num_nextn_predict_layers
+    init_std initializer_factor initializer_range mtp_layer_types mtp_mlp_layer_types
+    mtp_per_layer_config num_mtp_layers num_nextn_predict_layers
     """.split()
     # Token ids and lengths that the tokenizer decides.
     + """
@@ -76,9 +77,25 @@ RESTRICTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "sliding_window": ((None,), "transformers has no window in this family, but in its cache"),
     "kv_sharing_modes": ((None,), "layers that share keys and values"),
     "per_layer_config": ((None, {}), "layers of different shapes"),
-    "mtp_per_layer_config": ((None, {}), "layers of different shapes"),
+    "first_k_dense_replace": ((None, 0), "layers of different kinds"),
+    "mlp_layer_types": ((None,), "layers of different kinds"),
+    "number_of_conv_states": ((None,), "layers of convolutions"),
     "pruned_heads": ((None, {}), "layers with fewer heads"),
-    "partial_rotary_factor": ((None, 1), "heads that are rotated in part"),
+    "fusion_config": ((None, {}), "other modules"),
+    "transformers_weights": ((None,), "another file of weights"),
+    "unpadded_vocab_size": ((None,), "a vocabulary that is cut"),
+    "num_heads": ((None,), "num_attention_heads is the field"),
+    "embed_dim": ((None,), "hidden_size is the field"),
+    # In families whose `read_config` does not read them.
+    "head_dim": ((None,), "it follows from other fields in this family"),
+    "num_key_value_heads": ((None,), "all heads have keys and values in this family"),
+    "layer_types": ((None,), "all layers are alike in this family"),
+    "partial_rotary_factor": ((None, 1), "heads are rotated in full in this family"),
+    **{
+        name: ((None, {}), "positions are learned in this family")
+        for name in ("rope_theta", "rope_scaling", "rope_parameters")
+    },
+    "original_max_position_embeddings": ((None,), "positions are learned in this family"),
 }
 
 QUANTIZED = frozenset({"quantization_config", "quantization", "compression_config"})
