@@ -255,6 +255,31 @@ FAMILIES = {
     ),
 }
 
+# Families whose modules are those of another one here, with a class of their own in transformers.
+ALIASES = {
+    "ministral": Family(
+        "MinistralConfig",
+        "MinistralForCausalLM",
+        GIVEN,
+        {
+            "layer types": dict(sliding_window=5, layer_types=[FULL, SLIDING, SLIDING]),
+            "window": dict(sliding_window=5, tie_word_embeddings=True, rms_norm_eps=0.05),
+        },
+    ),
+    "seed_oss": Family(
+        "SeedOssConfig",
+        "SeedOssForCausalLM",
+        GIVEN,
+        {
+            "plain": {},
+            "other biases": dict(attention_bias=False, attention_out_bias=True, mlp_bias=True),
+            "no biases, tied": dict(
+                attention_bias=False, tie_word_embeddings=True, rope_parameters=theta(300.0)
+            ),
+        },
+    ),
+}
+
 
 def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     """A model of transformers with every parameter random: norms and biases too."""
@@ -262,7 +287,7 @@ def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     import transformers
 
     torch.set_num_threads(1)  # products so small are done before a second thread has woken
-    row = FAMILIES[family]
+    row = (FAMILIES | ALIASES)[family]
     config = getattr(transformers, row.config_class)(**copy.deepcopy(fields))
     if family == "gemma2":
         config._attn_implementation = "eager"  # the only one that bends scores

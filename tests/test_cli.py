@@ -152,12 +152,12 @@ def test_rows(train_refused, tmp_path, text, expected, field):
     [
         (
             {"model_type": "gpt_neox"},
-            "model_type='gpt_neox' is not supported; these are: bert, gemma2",
+            "model_type='gpt_neox' is not supported; these are: bert, camembert",
         ),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"logit_scale": 2.0}, "logit_scale=2.0 is not understood"),
         ({"vocab_size": "many"}, "vocab_size='many' is not an integer"),
-        ({"vocab_size": None}, "config.json has no vocab_size"),
+        ({"vocab_size": None}, "vocab_size=None is not an integer"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type='spiral' is not supported"),
         ({"num_hidden_layers": 3}, "missing model.layers.2."),

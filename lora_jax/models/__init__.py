@@ -8,10 +8,12 @@ from flax import nnx
 from lora_jax.config import UserError
 from lora_jax.models import (
     bert,
+    camembert,
     gemma2,
     gemma3_text,
     gpt2,
     llama,
+    ministral,
     mistral,
     mixtral,
     olmo2,
@@ -20,15 +22,19 @@ from lora_jax.models import (
     qwen3,
     qwen3_moe,
     roberta,
+    seed_oss,
+    xlm_roberta,
 )
 from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(bert, gemma2, gemma3_text, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3),
-    *(qwen3_moe, roberta),
+    *(bert, camembert, gemma2, gemma3_text, gpt2, llama, ministral, mistral, mixtral, olmo2),
+    *(phi3, qwen2, qwen3, qwen3_moe, roberta, seed_oss, xlm_roberta),
 )
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+FAMILIES["xlm-roberta"] = FAMILIES.pop("xlm_roberta")  # its model_type is no name of a module
+CLASSIFIERS = tuple(name for name, module in FAMILIES.items() if hasattr(module, "ARCHITECTURE"))
 
 
 def describe(
@@ -74,6 +80,7 @@ def describe(
         family.RULES,
         getattr(family, "NAMES", Names()),
         fresh=fresh,
+        notes=tuple(reader.notes),
     )
 
 

@@ -68,19 +68,24 @@ class Config:
         return self.max_position_embeddings
 
 
-def read_fields(reader: ConfigReader, pad_token_id: int = 0) -> dict[str, Any]:
-    """The fields of a `Config`; defaults are those of transformers."""
-    reader.inert("attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout")
-    reader.inert("tie_word_embeddings", "gradient_checkpointing", "num_labels")
+def read_fields(reader: ConfigReader, vocab_size: int, pad_token_id: int) -> dict[str, Any]:
+    """Read the fields of a `Config`; defaults are those of transformers."""
+    reader.inert("tie_word_embeddings", "layer_types", "directionality", "embedding_size")
+    reader.inert("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers")
+    reader.inert("pooler_size_per_head", "pooler_type")
     for name in ("is_decoder", "add_cross_attention"):
-        reader.refuse_unless_zero(name)
-    reader.refuse_unless("position_embedding_type", "absolute")
-    heads = reader.integer("num_attention_heads", 12)
+        reader.only(name, False, None)
+    reader.only("is_causal", False, None, why="transformers then hides the tokens that follow")
+    reader.only("position_embedding_type", "absolute", None)
+    reader.only("problem_type", "single_label_classification", None, why="one class for a text")
+    heads, hidden = reader.size("num_attention_heads", 12), reader.size("hidden_size", 768)
+    if hidden % heads:
+        reader.refuse(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
     return {
-        "vocab_size": reader.integer("vocab_size"),
-        "hidden_size": reader.integer("hidden_size", 768),
-        "intermediate_size": reader.integer("intermediate_size", 3072),
-        "num_hidden_layers": reader.integer("num_hidden_layers", 12),
+        "vocab_size": reader.size("vocab_size", vocab_size),
+        "hidden_size": hidden,
+        "intermediate_size": reader.size("intermediate_size", 3072),
+        "num_hidden_layers": reader.size("num_hidden_layers", 12),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "max_position_embeddings": reader.integer("max_position_embeddings", 512),
@@ -94,7 +99,7 @@ def read_fields(reader: ConfigReader, pad_token_id: int = 0) -> dict[str, Any]:
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json."""
-    return Config(**read_fields(reader))
+    return Config(**read_fields(reader, vocab_size=30522, pad_token_id=0))
 
 
 class Embeddings(nnx.Module):

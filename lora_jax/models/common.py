@@ -108,6 +108,7 @@ class Model:
     names: Names = Names()
     directory: Path = Path()  # where its files are
     fresh: tuple[str, ...] = ()  # of `names.heads`: those that are not taken from the files
+    notes: tuple[str, ...] = ()  # fields of config.json that are read in another way than written
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -208,6 +209,7 @@ class DecoderConfig:
 def read_decoder(
     reader: ConfigReader,
     *,
+    sizes: tuple[int, int, int, int, int] = (32000, 4096, 11008, 32, 32),
     max_position_embeddings: int = 2048,
     num_key_value_heads: int | None = None,
     head_dim: int | None = None,
@@ -218,24 +220,31 @@ def read_decoder(
     slides: Callable[[int], bool] | None = None,
     **rope_options: Any,
 ) -> dict[str, Any]:
-    """The fields of a `DecoderConfig`; the arguments are the defaults that transformers has for the
-    family. `slides` says which layers have a window if `layer_types` does not; None: all of them.
+    """Read the fields of a `DecoderConfig`. The arguments are the defaults of the family's config
+    class in transformers; `sizes` are those of vocab_size, hidden_size, intermediate_size,
+    num_hidden_layers and num_attention_heads.
+
+    `slides` tells the layers with a window, if `layer_types` does not. Without it the family has a
+    window in all layers or in none, and `layer_types` is not read.
     """
-    heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
-    layers = reader.integer("num_hidden_layers")
+    names = ("vocab_size", "hidden_size", "intermediate_size")
+    names += ("num_hidden_layers", "num_attention_heads")
+    vocab, hidden, intermediate, layers, heads = map(reader.size, names, sizes)
     positions = reader.integer("max_position_embeddings", max_position_embeddings)
-    reader.refuse_unless_zero("attention_dropout")
-    if slides is None:
-        slides = lambda layer: sliding_window is not None  # noqa: E731
+    layer_types = reader.layer_types(
+        layers, slides or (lambda layer: sliding_window is not None), read=slides is not None
+    )
     kv_heads = reader.optional_integer("num_key_value_heads", num_key_value_heads)
-    head_dim = reader.integer("head_dim", head_dim or hidden // heads)
-    layer_types = reader.layer_types(layers, slides)
+    if head_dim is None:
+        head_dim = reader.optional_integer("head_dim", None) or max(1, hidden // heads)
+    else:
+        head_dim = reader.integer("head_dim", head_dim)
     if SLIDING in layer_types and sliding_window is None:
         reader.refuse(f"there are layers with {SLIDING}, and sliding_window is null or not in use")
     return {
-        "vocab_size": reader.integer("vocab_size"),
+        "vocab_size": vocab,
         "hidden_size": hidden,
-        "intermediate_size": reader.integer("intermediate_size"),
+        "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads or heads,

@@ -28,9 +28,11 @@ class Config(DecoderConfig):
 
 
 def gemma_fields(reader: ConfigReader, **defaults: Any) -> dict[str, Any]:
-    """What Gemma 2 and 3 read in one way."""
-    reader.inert("hidden_act")  # beside `hidden_activation` in old files, and never used
-    reader.refuse_unless_zero("use_bidirectional_attention")
+    """Read the fields that Gemma 2 and 3 have in common."""
+    reader.inert("hidden_act")  # next to `hidden_activation` in old files, and never used
+    reader.only("use_bidirectional_attention", False, None)
+    window = reader.optional_integer("sliding_window", 4096)
+    reader.only("sliding_window_size", window, None, why="the window is sliding_window")
     return {
         **read_decoder(
             reader,
@@ -38,18 +40,23 @@ def gemma_fields(reader: ConfigReader, **defaults: Any) -> dict[str, Any]:
             head_dim=256,
             hidden_act=("hidden_activation", "gelu_pytorch_tanh"),
             tie_word_embeddings=True,
-            sliding_window=reader.optional_integer("sliding_window", 4096),
+            sliding_window=window,
             **defaults,
         ),
         "attention_bias": reader.boolean("attention_bias", False),
-        "query_pre_attn_scalar": reader.number("query_pre_attn_scalar", 256),
+        "query_pre_attn_scalar": reader.number("query_pre_attn_scalar", 256, above=0),
     }
 
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
     return Config(
-        **gemma_fields(reader, max_position_embeddings=8192, slides=lambda layer: layer % 2 == 0),
+        **gemma_fields(
+            reader,
+            sizes=(256_000, 2304, 9216, 26, 8),
+            max_position_embeddings=8192,
+            slides=lambda layer: layer % 2 == 0,
+        ),
         attn_logit_softcapping=reader.optional_number("attn_logit_softcapping", 50.0),
         final_logit_softcapping=reader.optional_number("final_logit_softcapping", 30.0),
     )

@@ -27,11 +27,13 @@ class Config(DecoderConfig):
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
     pattern = reader.integer("sliding_window_pattern", 6)
-    # transformers writes the one beside layer_types, and reads the other, and uses neither.
+    # transformers writes the first next to layer_types, reads the second, and uses neither.
     reader.inert("_sliding_window_pattern", "attn_logit_softcapping")
+    reader.only("use_qk_norm", True)
     return Config(
         **gemma2.gemma_fields(
             reader,
+            sizes=(262_208, 2304, 9216, 26, 8),
             max_position_embeddings=131_072,
             slides=lambda layer: (layer + 1) % pattern > 0,
             theta=1_000_000.0,

@@ -43,6 +43,14 @@ RULES = (
 )
 NAMES = Names(base="transformer.", no_weights=r".*\.attn\.(masked_)?bias")
 
+# Names that transformers takes for the fields of the family, too.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -78,20 +86,21 @@ class Config:
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
-    reader.inert("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn")
-    reader.inert("summary_activation", "summary_first_dropout", "summary_proj_to_labels")
-    reader.inert("summary_type", "summary_use_proj", "_num_labels", "predict_special_tokens")
-    reader.refuse_unless_zero("add_cross_attention")
-    hidden, heads = reader.integer("n_embd", 768), reader.integer("n_head", 12)
+    reader.inert("n_ctx", "reorder_and_upcast_attn", "predict_special_tokens")
+    reader.inert("summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj")
+    reader.only("add_cross_attention", False, None)
+    for other, name in _ALIASES.items():
+        reader.alias(other, name)
+    hidden, heads = reader.size("n_embd", 768), reader.size("n_head", 12)
     if hidden % heads:
         reader.refuse(f"n_embd={hidden} is not a multiple of n_head={heads}")
     return Config(
-        vocab_size=reader.integer("vocab_size", 50257),
+        vocab_size=reader.size("vocab_size", 50257),
         hidden_size=hidden,
-        intermediate_size=reader.integer("n_inner", 4 * hidden),
-        num_hidden_layers=reader.integer("n_layer", 12),
+        intermediate_size=reader.optional_integer("n_inner", None) or 4 * hidden,
+        num_hidden_layers=reader.size("n_layer", 12),
         num_attention_heads=heads,
-        max_position_embeddings=reader.integer("n_positions", 1024),
+        max_position_embeddings=reader.size("n_positions", 1024),
         layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
         activation_function=reader.choice("activation_function", "gelu_new", ACTIVATIONS),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", True),

@@ -13,22 +13,25 @@ from lora_jax.models.reader import ConfigReader
 @dataclass(frozen=True)
 class Config(DecoderConfig):
     attention_bias: bool
+    attention_out_bias: bool
     mlp_bias: bool
 
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
+    bias = reader.boolean("attention_bias", False)
     return Config(
         **read_decoder(reader),
-        attention_bias=reader.boolean("attention_bias", False),
+        attention_bias=bias,
+        attention_out_bias=bias,
         mlp_bias=reader.boolean("mlp_bias", False),
     )
 
 
 class Block(common.Block):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        bias = config.attention_bias
-        attention = common.Attention(config, use_bias=bias, output_bias=bias, rngs=rngs)
+        bias, output_bias = config.attention_bias, config.attention_out_bias
+        attention = common.Attention(config, use_bias=bias, output_bias=output_bias, rngs=rngs)
         mlp = common.MLP(config, use_bias=config.mlp_bias, rngs=rngs)
         super().__init__(config, attention, mlp, rngs=rngs)
 

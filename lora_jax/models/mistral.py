@@ -1,5 +1,7 @@
 """Mistral: Llama with a sliding window in every layer, `model_type` mistral."""
 
+from typing import Any
+
 from flax import nnx
 
 from lora_jax.models import common
@@ -8,16 +10,17 @@ from lora_jax.models.common import DecoderConfig, read_decoder
 from lora_jax.models.reader import ConfigReader
 
 
+def read_fields(reader: ConfigReader, **options: Any) -> dict[str, Any]:
+    """Read what Mistral and Ministral have in common; `options` as for `read_decoder`."""
+    defaults = {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8}
+    window = reader.optional_integer("sliding_window", 4096)
+    sizes = (32000, 4096, 14336, 32, 32)
+    return read_decoder(reader, sizes=sizes, sliding_window=window, **defaults, **options)
+
+
 def read_config(reader: ConfigReader) -> DecoderConfig:
     """A `DecoderConfig` from config.json; defaults are those of transformers."""
-    window = reader.optional_integer("sliding_window", 4096)
-    fields = read_decoder(
-        reader,
-        max_position_embeddings=4096 * 32,
-        num_key_value_heads=8,
-        sliding_window=window,
-    )
-    return DecoderConfig(**fields)
+    return DecoderConfig(**read_fields(reader))
 
 
 class Block(common.Block):

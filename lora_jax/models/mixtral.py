@@ -23,12 +23,13 @@ class Config(DecoderConfig):
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
-    reader.refuse_unless_zero("router_jitter_noise")
-    reader.inert("output_router_logits", "router_aux_loss_coef")  # a setting of the run here
+    reader.alias("num_experts", "num_local_experts")
+    sparse.note_router_loss(reader)
     experts = reader.integer("num_local_experts", 8)
     return Config(
         **read_decoder(
             reader,
+            sizes=(32000, 4096, 14336, 32, 32),
             max_position_embeddings=4096 * 32,
             num_key_value_heads=8,
             rms_norm_eps=1e-5,

@@ -17,11 +17,10 @@ from lora_jax.models.reader import ConfigReader
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
     """A `DecoderConfig` from config.json; defaults are those of transformers."""
-    for name in ("resid_pdrop", "embd_pdrop"):
-        reader.refuse_unless_zero(name)
     reader.inert("full_attn_mod", "interpolate_factor")  # Phi-4-mini has them, and no code reads it
     fields = read_decoder(
         reader,
+        sizes=(32064, 3072, 8192, 32, 32),
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         sliding_window=reader.optional_integer("sliding_window", None),

@@ -9,14 +9,23 @@ from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import DecoderConfig, read_decoder
 from lora_jax.models.reader import ConfigReader
 
+# Of the config class: vocabulary, features, features of the MLP, layers, heads.
+SIZES = (151_936, 4096, 22_016, 32, 32)
+
+
+def read_window(reader: ConfigReader) -> int | None:
+    """Qwen's window, None unless `use_sliding_window`."""
+    if reader.boolean("use_sliding_window", False):
+        return reader.optional_integer("sliding_window", 4096)
+    reader.inert("sliding_window")
+    return None
+
 
 def window_fields(reader: ConfigReader) -> dict[str, Any]:
-    """Qwen's window: off unless `use_sliding_window`, and then in layers from `max_window_layers`
-    on.
-    """
-    window = reader.optional_integer("sliding_window", 4096)
-    first = reader.integer("max_window_layers", 28, least=0)
-    window = window if reader.boolean("use_sliding_window", False) else None
+    """Read Qwen's window, which is in the layers from `max_window_layers` on."""
+    # A way to attend beyond 256k tokens that other programs have; transformers does not read it.
+    reader.inert("dual_chunk_attention_config")
+    window, first = read_window(reader), reader.integer("max_window_layers", 28, least=0)
     return {
         "sliding_window": window,
         "slides": lambda layer: window is not None and layer >= first,
@@ -26,7 +35,7 @@ def window_fields(reader: ConfigReader) -> dict[str, Any]:
 def read_config(reader: ConfigReader) -> DecoderConfig:
     """A `DecoderConfig` from config.json; defaults are those of transformers."""
     defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
-    return DecoderConfig(**read_decoder(reader, **defaults, **window_fields(reader)))
+    return DecoderConfig(**read_decoder(reader, sizes=SIZES, **defaults, **window_fields(reader)))
 
 
 class Block(common.Block):

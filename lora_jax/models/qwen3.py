@@ -12,7 +12,7 @@ from lora_jax.layers import RMSNorm
 from lora_jax.models import common
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import DecoderConfig, read_decoder
-from lora_jax.models.qwen2 import window_fields
+from lora_jax.models.qwen2 import SIZES, window_fields
 from lora_jax.models.reader import ConfigReader
 
 
@@ -23,9 +23,11 @@ class Config(DecoderConfig):
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
+    reader.only("use_qk_norm", True)
     return Config(
         **read_decoder(
             reader,
+            sizes=SIZES,
             max_position_embeddings=32768,
             num_key_value_heads=32,
             head_dim=128,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from lora_jax.models import common, qwen3, sparse
+from lora_jax.models import common, qwen2, qwen3, sparse
 from lora_jax.models.common import Names, read_decoder
 from lora_jax.models.reader import ConfigReader
 from lora_jax.models.sparse import RULES as RULES
@@ -22,16 +22,20 @@ class Config(qwen3.Config):
 
 def read_config(reader: ConfigReader) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
-    reader.refuse_unless_zero("mlp_only_layers")
-    reader.refuse_unless("decoder_sparse_step", 1)
-    reader.inert("output_router_logits", "router_aux_loss_coef")  # a setting of the run here
-    window = reader.optional_integer("sliding_window", 4096)
-    window = window if reader.boolean("use_sliding_window", False) else None
-    name = "num_experts" if "num_experts" in reader.content else "num_local_experts"
-    experts = reader.integer(name, 128)
+    reader.only("mlp_only_layers", [], None, why="every layer has experts")
+    reader.only("decoder_sparse_step", 1, why="every layer has experts")
+    reader.only("use_qk_norm", True)
+    reader.inert("dual_chunk_attention_config")
+    reader.alias("num_local_experts", "num_experts")
+    sparse.note_router_loss(reader)
+    experts = reader.integer("num_experts", 128)
     return Config(
         **read_decoder(
-            reader, max_position_embeddings=32768, num_key_value_heads=4, sliding_window=window
+            reader,
+            sizes=(151_936, 2048, 6144, 24, 32),
+            max_position_embeddings=32768,
+            num_key_value_heads=4,
+            sliding_window=qwen2.read_window(reader),
         ),
         attention_bias=reader.boolean("attention_bias", False),
         moe_intermediate_size=reader.integer("moe_intermediate_size", 768),

@@ -1,67 +1,70 @@
-"""A strict reader of config.json: every field is understood, known to be inert, or refused."""
+"""A strict reader of config.json: every field is understood, known to be harmless, or refused."""
 
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from lora_jax import rope
 from lora_jax.config import raise_all
+from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-# Fields of config.json that do not enter the forward pass of a decoder.
-_INERT = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention
-    architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder
-    is_llama_config label2id length_penalty max_length max_window_layers min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states
-    output_past output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unk_token_id use_bfloat16 use_cache unsloth_fixed
-    unsloth_version
-    """.split()
-)
-
-_REQUIRED = object()
+_ROTARY = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 
 
 class ConfigReader:
-    """Reads typed fields of one config.json and, at `finish`, refuses every field that nobody
-    understood.
+    """Reads typed fields of one config.json.
+
+    A field that is absent has the default of the family's config class in transformers. `notes`
+    says what is read in another way than written; `finish` refuses what is wrong, not supported or
+    not understood.
     """
 
     def __init__(self, content: Mapping[str, Any], ignore: Container[str] = ()):
-        self.content, self.ignore = content, ignore
+        # transformers lets rope_parameters replace a field of rotary positions that is null.
+        null = [n for n in _ROTARY if n in content and content[n] is None]
+        self.content = {name: value for name, value in content.items() if name not in null}
+        self.ignore = ignore
         self.model_type = content.get("model_type")
+        self.notes: list[str] = []
         self._seen: set[str] = set()
         self._problems: list[str] = []
 
-    def _get(self, name: str, default: Any, kind: type | tuple[type, ...], word: str) -> Any:
+    @property
+    def known(self) -> frozenset[str]:
+        """Fields for which there is a decision: those read so far, and those of every family."""
+        return frozenset(self._seen) | HARMLESS | TRAINING | RESTRICTED.keys() | QUANTIZED
+
+    def _get(
+        self,
+        name: str,
+        default: Any,
+        kind: type | tuple[type, ...],
+        word: str,
+        nullable: bool = False,
+    ) -> Any:
         self._seen.add(name)
-        value = self.content.get(name)
-        if value is None:
-            if default is _REQUIRED:
-                self._problems.append(f"config.json has no {name}")
-                return 1  # a stand-in: `finish` raises before it is used
-            return default
+        value = self.content.get(name, default)
+        if nullable and value is None:
+            return None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.refuse(f"{name}={value!r} is not {word}")
-            return 1 if default is _REQUIRED else default
+            self.refuse(f"{name}={value!r} is not {word}; absent means {default!r}")
+            return default
         return value
 
     def refuse(self, problem: str) -> None:
-        """A problem that `finish` raises."""
+        """Add a problem that `finish` raises."""
         self._problems.append(f"config.json: {problem}")
 
-    def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> int:
+    def size(self, name: str, default: int) -> int:
+        """Read an integer that config.json usually has."""
+        if name not in self.content:
+            self.notes.append(
+                f"config.json has no {name}: {default} is used, the default of transformers for "
+                f"model_type={self.model_type!r}"
+            )
+        return self.integer(name, default)
+
+    def integer(self, name: str, default: int, least: int = 1) -> int:
         value = self._get(name, default, int, "an integer")
         if value < least:
             self.refuse(f"{name}={value} is below {least}")
@@ -70,19 +73,23 @@ class ConfigReader:
 
     def optional_integer(self, name: str, default: int | None) -> int | None:
         """Absent: the default. Null: None."""
-        default = None if name in self.content else default
-        value = self._get(name, default, int, "an integer or null")
+        value = self._get(name, default, int, "an integer or null", nullable=True)
         if value is not None and value < 1:
             self.refuse(f"{name}={value} is below 1")
         return value
 
-    def number(self, name: str, default: float) -> float:
-        return float(self._get(name, default, (int, float), "a number"))
+    def number(self, name: str, default: float, above: float | None = None) -> float:
+        value = float(self._get(name, default, (int, float), "a number"))
+        if above is not None and not value > above:
+            self.refuse(f"{name}={value:g} is not above {above:g}")
+            return float(default)
+        return value
 
     def optional_number(self, name: str, default: float | None) -> float | None:
         """Absent: the default. Null: None."""
-        default = None if name in self.content else default
-        value = self._get(name, default, (int, float), "a number or null")
+        value = self._get(name, default, (int, float), "a number or null", nullable=True)
+        if value is not None and not value > 0:
+            self.refuse(f"{name}={value!r} is not above 0; null turns it off")
         return None if value is None else float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -95,47 +102,74 @@ class ConfigReader:
         return value
 
     def labels(self) -> tuple[str, ...]:
-        """The names of what a model tells apart, in the order of its outputs."""
-        self._seen |= {"id2label", "label2id", "num_labels", "problem_type"}
-        named = self.content.get("id2label") or {}
-        numbers = {str(i) for i in range(len(named))}
-        if not isinstance(named, Mapping) or {*map(str, named)} != numbers:
+        """Names of the classes of a classifier, in the order of its outputs."""
+        self._seen |= {"id2label", "label2id", "num_labels"}
+        count, named = self.content.get("num_labels"), self.content.get("id2label")
+        if count is not None and named is not None and count != len(named):
+            self.refuse(
+                f"num_labels={count!r} and id2label with {len(named)} labels; leave one out"
+            )
+        if named is None:
+            count = 2 if count is None else count
+            named = {i: f"LABEL_{i}" for i in range(count)} if isinstance(count, int) else count
+        numbers = {str(i) for i in range(len(named))} if isinstance(named, Mapping) else set()
+        if not numbers or {*map(str, named)} != numbers:
             self.refuse(f"id2label={named!r} does not number the labels")
             return ("0", "1")
         names = {int(number): str(name) for number, name in named.items()}
-        return tuple(names[i] for i in range(len(names))) or ("LABEL_0", "LABEL_1")
+        return tuple(names[i] for i in range(len(names)))
 
-    def refuse_unless_zero(self, name: str) -> None:
-        """A field whose values other than 0, false or null change the numbers in a way that is not
-        supported.
-        """
+    def only(self, name: str, *values: Any, why: str = "") -> None:
+        """Refuse a field whose value is none of `values`, unless it is ignored."""
         self._seen.add(name)
-        if self.content.get(name) and name not in self.ignore:
-            self.refuse(f"{name}={self.content[name]} is not supported, only 0")
-
-    def refuse_unless(self, name: str, only: Any) -> None:
-        """A field of which one value, the default, is supported."""
-        self._seen.add(name)
-        if self.content.get(name, only) != only:
-            self.refuse(f"{name}={self.content[name]} is not supported, only {only}")
+        given = self.content.get(name, values[0])
+        if given in values or name in self.ignore:
+            return
+        usual = " or ".join("null" if value is None else str(value) for value in values)
+        reason = f" ({why})" if why else ""
+        self.refuse(f"{name}={_short(given)} is not supported, only {usual}{reason}")
 
     def inert(self, *names: str) -> None:
-        """Fields that say nothing about the numbers, in this family."""
+        """Note fields that do not change the numbers in this family."""
         self._seen |= {*names}
 
-    def layer_types(self, layers: int, usual: Callable[[int], bool]) -> tuple[str, ...]:
-        """Which attention every layer has; without `layer_types`, `usual` says where it slides."""
+    def alias(self, other: str, name: str) -> None:
+        """Read the field `name` where it is written as `other`."""
+        self._seen.add(other)
+        if other not in self.content:
+            return
+        if self.content.get(name, self.content[other]) != self.content[other]:
+            self.refuse(
+                f"{other}={self.content[other]!r} and {name}={self.content[name]!r} are two values "
+                "of one field; leave one out"
+            )
+        self.content = {**self.content, name: self.content[other]}
+
+    def layer_types(
+        self, layers: int, usual: Callable[[int], bool], read: bool = True
+    ) -> tuple[str, ...]:
+        """Attention of every layer. Without `layer_types`, `usual` says which ones have a window;
+        in families where transformers does not read the field (`read` is false) it always does.
+        """
         self._seen.add("layer_types")
         given = self.content.get("layer_types")
+        found = tuple(SLIDING if usual(layer) else FULL for layer in range(layers))
         if given is None:
-            return tuple(SLIDING if usual(layer) else FULL for layer in range(layers))
-        known = isinstance(given, list) and all(kind in (FULL, SLIDING) for kind in given)
-        if not known or len(given) != layers:
+            return found
+        known = isinstance(given, list) and len(given) == layers
+        if not known or (read and not all(kind in (FULL, SLIDING) for kind in given)):
             self.refuse(
                 f"layer_types={given!r} must name {FULL} or {SLIDING} for each of {layers} layers"
             )
             return (FULL,) * layers
-        return tuple(given)
+        if read:
+            return tuple(given)
+        if tuple(given) != found:
+            self.notes.append(
+                f"config.json: layer_types is not read for model_type={self.model_type!r}, as in "
+                f"transformers; the layers have {' and '.join(sorted({*found}))}"
+            )
+        return found
 
     def rope(
         self,
@@ -224,20 +258,41 @@ class ConfigReader:
         return found
 
     def finish(self) -> None:
-        """Raise one `UserError` with everything missing, mistyped, unsupported or not
-        understood.
-        """
+        """Raise one `UserError` with everything mistyped, not supported or not understood."""
+        left_out = []
         for name, value in self.content.items():
-            inactive = value is None or value is False or value == 0 or value == [] or value == {}
-            if (
-                name not in self._seen
-                and name not in _INERT
-                and name not in self.ignore
-                and not inactive
-            ):
+            if name in self._seen or name in HARMLESS or name in self.ignore:
+                continue
+            if name in TRAINING:
+                left_out += [f"{name}={value!r}"] if value else []
+            elif name in RESTRICTED:
+                values, why = RESTRICTED[name]
+                self.only(name, *values, why=why)
+            elif name in QUANTIZED:
+                self._refuse_quantized(name, value)
+            elif value:
                 self.refuse(
-                    f"{name}={value!r} is not understood for "
-                    f"model_type={self.model_type!r} and may change "
-                    f"the numbers; if it does not, set ignore_config_fields=[{name}]"
+                    f"{name}={_short(value)} is not understood for model_type="
+                    f"{self.model_type!r} and may change the numbers; if it does not, set "
+                    f"ignore_config_fields=[{name}]"
                 )
+        if left_out:
+            self.notes.append(
+                f"config.json asks for noise in training, which is left out: {', '.join(left_out)}"
+                "; dropout of adapters is adapter.dropout"
+            )
         raise_all(self._problems)
+
+    def _refuse_quantized(self, name: str, value: Any) -> None:
+        if not value:
+            return
+        method = value.get("quant_method") if isinstance(value, Mapping) else None
+        self.refuse(
+            f"{name}={_short(method or value)}: the weights are quantised; give the model in 16 "
+            "bits that it was made from, and base_dtype=nf4 (or int8) to hold it in few bits"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

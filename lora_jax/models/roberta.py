@@ -32,9 +32,9 @@ class Config(bert.Config):
         return self.max_position_embeddings - self.pad_token_id - 1
 
 
-def read_config(reader: ConfigReader) -> Config:
+def read_config(reader: ConfigReader, vocab_size: int = 50265) -> Config:
     """A `Config` from config.json; defaults are those of transformers."""
-    return Config(**bert.read_fields(reader, pad_token_id=1))
+    return Config(**bert.read_fields(reader, vocab_size=vocab_size, pad_token_id=1))
 
 
 class Head(nnx.Module):

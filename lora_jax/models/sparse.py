@@ -26,6 +26,16 @@ RULES = (
 )
 
 
+def note_router_loss(reader: ConfigReader) -> None:
+    """Note that the loss by which experts are used alike is a setting of the run."""
+    reader.inert("output_router_logits", "router_aux_loss_coef")
+    if reader.content.get("output_router_logits"):
+        reader.notes.append(
+            "config.json: output_router_logits adds a loss of the router to training in "
+            "transformers; here train.router_aux_loss_coef does"
+        )
+
+
 def read_chosen(reader: ConfigReader, experts: int, default: int) -> int:
     """How many experts every token goes through."""
     chosen = reader.integer("num_experts_per_tok", default)

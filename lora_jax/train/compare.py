@@ -35,6 +35,8 @@ def compare(
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     source = formats.resolve(config.model)
     config, model = describe(config, source)
+    for note in model.notes:
+        console.print(f"note: {note}")
     tokenizer = formats.load_tokenizer(source)
     template = data.template_text(tokenizer, config.data.chat_template)
     prints = fingerprint.take(source, tokenizer, template)

@@ -14,6 +14,8 @@ from lora_jax.train.setup import continue_adapter, find_trainable
 def print_targets(config: Config) -> None:
     """Print a row per target (layers that agree share one) and the totals."""
     config, model = describe(config, formats.resolve(config.model, weights=False))
+    for note in model.notes:
+        print(f"note: {note}")
     if config.adapter.path is not None:
         config, _ = continue_adapter(config, model)
     found = find_trainable(config, model)

@@ -62,6 +62,8 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     hosts.from_main(lambda: str(formats.resolve(config.model)))  # hosts may share the cache
     source = formats.resolve(config.model)
     config, model = describe(config, source)
+    for note in model.notes:
+        console.print(f"note: {note}")
     config, loaded = setup.continue_adapter(config, model)
     given = config.adapter
     if record is not None:

@@ -15,6 +15,7 @@ from lora_jax.config import (
     raise_all,
     virtual_tokens,
 )
+from lora_jax.models import CLASSIFIERS
 from lora_jax.models.common import Model
 
 # Settings of `data` that a model that classifies has no use for.
@@ -42,7 +43,7 @@ def describe(config: Config, source: Path) -> tuple[Config, Model]:
         if given is not None:
             kind = model.hf_config.get("model_type")
             raise UserError(
-                f"data.labels={given!r} is for models that classify (bert, roberta); "
+                f"data.labels={given!r} is for models that classify ({', '.join(CLASSIFIERS)}); "
                 f"{config.model} is of model_type={kind!r} and writes text"
             )
         return _with_virtual_tokens(config, source, model), model

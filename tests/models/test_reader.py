@@ -8,29 +8,51 @@ import transformers
 from lora_jax import AdapterConfig, UserError, models
 from lora_jax.targets import find_trainable
 
-from ..families import FAMILIES, FULL, SLIDING
+from ..families import ALIASES, FAMILIES, FULL, SLIDING
 
 LONGROPE = dict(
     rope_type="longrope", short_factor=[1.0, 1.5, 2.0], long_factor=[2.0, 3.0, 7.0], rope_theta=50.0
 )
 
 
+ALL = FAMILIES | ALIASES
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads",)
+SIZES_OF_GPT2 = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+BERT = dict(vocab_size=97, hidden_size=36, intermediate_size=40, num_hidden_layers=3)
+BERT |= dict(num_attention_heads=6, max_position_embeddings=40)
+
+
 def describe(family, **fields):
-    return models.describe({"model_type": family, **FAMILIES[family].size, **fields})
+    size = ALL[family].size if family in ALL else BERT
+    return models.describe({"model_type": family, **size, **fields})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_config_with_nothing_in_it_is_that_of_transformers(family):
+    """Every default of the config class; those of the sizes are noted."""
+    filled = transformers.AutoConfig.for_model(family).to_dict()
+    found, expected = models.describe({"model_type": family}), models.describe(filled)
+    assert found.config == expected.config
+    names = SIZES_OF_GPT2 if family == "gpt2" else SIZES
+    assert {note.partition(":")[0] for note in found.notes} == {
+        f"config.json has no {name}" for name in names
+    }
+    assert not any("config.json has no" in note for note in expected.notes)
+
+
+@pytest.mark.parametrize("family", ALL)
 def test_defaults_are_those_of_transformers(family):
     """A config with little more than sizes, and the same filled up by transformers."""
     absent = ("head_dim", "num_key_value_heads", "max_position_embeddings", "n_positions")
     sizes = {
         name: value
-        for name, value in FAMILIES[family].size.items()
+        for name, value in ALL[family].size.items()
         if value is not None and name not in absent
     }
     if family != "gpt2":  # some have 32 heads of keys and values
         sizes |= {"num_attention_heads": 32, "hidden_size": 64}
-    filled = getattr(transformers, FAMILIES[family].config_class)(**sizes).to_dict()
+    filled = getattr(transformers, ALL[family].config_class)(**sizes).to_dict()
     assert len(filled) > 2 * len(sizes)
     expected = models.describe(filled).config
     assert models.describe({"model_type": family, **sizes}).config == expected
@@ -93,7 +115,19 @@ OLD_FORMS = {
         ["layer_types"],
         dict(max_window_layers=1),
     ),
-}
+    "gpt2, names of other families": (
+        "gpt2",
+        dict(n_embd=24, n_head=4, n_layer=2, n_positions=64),
+        ["n_embd", "n_head", "n_layer", "n_positions"],
+        dict(
+            hidden_size=24, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=64
+        ),
+    ),
+    "mixtral, experts": (
+        "mixtral", dict(num_local_experts=6), ["num_local_experts"], dict(num_experts=6)
+    ),
+    "head_dim is null": ("mixtral", dict(head_dim=6), ["head_dim"], dict(head_dim=None)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "new", "gone", "old"), OLD_FORMS.values(), ids=OLD_FORMS)
@@ -107,28 +141,79 @@ def test_old_forms_say_the_same(family, new, gone, old):
     assert found != describe(family).config
 
 
-# Fields of well-known models beside those that transformers writes, all of which leave the numbers
+# Fields of well-known models next to those that transformers writes, all of which leave the numbers
 # as they are.
+DECODER = dict(
+    is_causal=True, use_cache=False, auto_map={"AutoModel": "a.B"}, _flash_attn_2_enabled=True,
+    unsloth_fixed=True, unsloth_version="2025.1", torch_dtype="float16", pretraining_tp=2,
+    quantization_config=None, sliding_window_pattern=None, rope_interleaved=False,
+    num_nextn_predict_layers=0, tie_encoder_decoder=False, classifier_dropout=None, some_flag=False,
+    max_sequence_length=2048, do_sample=True, temperature=0.6, bos_token_id=1, eos_token_id=[1, 2],
+    partial_rotary_factor=1.0, pruned_heads={}, per_layer_config=None, rope_scaling=None,
+)  # fmt: skip
 PUBLISHED = {
-    "qwen2": dict(use_mrope=False, max_window_layers=3, torch_dtype="bfloat16"),
-    "gemma2": dict(cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh"),
+    "llama": DECODER | dict(is_llama_config=True, head_dim=8, layer_types=[FULL] * 3),
+    "mistral": dict(layer_types=[SLIDING] * 3, head_dim=8),
+    "olmo2": dict(clip_qkv=None, layer_types=[FULL] * 3),
+    "seed_oss": dict(rope_scaling={"rope_type": "default"}, pretraining_tp=1),
+    "qwen2": DECODER | dict(
+        use_mrope=False, max_window_layers=3, torch_dtype="bfloat16", sliding_window=0,
+        dual_chunk_attention_config={"chunk_size": 262144, "local_size": 8192},
+    ),
+    "qwen3": dict(use_qk_norm=True, sliding_window=None),
+    "gemma2": dict(
+        cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
+    ),
     "gemma3_text": dict(attn_logit_softcapping=50.0, _sliding_window_pattern=3),
     "phi3": dict(
         attention_bias=False, full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, auto_map={}
     ),
     "gpt2": dict(
         n_ctx=128, n_special=0, output_past=True, predict_special_tokens=True, _num_labels=1,
-        summary_first_dropout=0.1, task_specific_params={"text-generation": {"max_length": 50}},
-        attn_pdrop=0.1, gradient_checkpointing=True,
+        task_specific_params={"text-generation": {"max_length": 50}},
+        gradient_checkpointing=True,
     ),
-    "mixtral": dict(output_router_logits=False, router_aux_loss_coef=0.02),
-    "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=[], max_window_layers=48),
+    "mixtral": dict(output_router_logits=False, router_aux_loss_coef=0.02, head_dim=8),
+    "qwen3_moe": dict(
+        decoder_sparse_step=1, mlp_only_layers=[], max_window_layers=48, use_qk_norm=True,
+        qkv_bias=False, shared_expert_intermediate_size=0, layer_types=[FULL] * 3,
+    ),
+    "bert": dict(
+        directionality="bidi", pooler_fc_size=768, pooler_num_attention_heads=12,
+        pooler_num_fc_layers=3, pooler_size_per_head=128, pooler_type="first_token_transform",
+        position_embedding_type="absolute", is_causal=False, chunk_size_feed_forward=4,
+    ),
+    "roberta": dict(finetuning_task="mrpc", problem_type="single_label_classification"),
+    "xlm-roberta": dict(language="english", name="XLMRoberta", output_past=True),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_fields_that_leave_the_numbers_alone(family):
-    assert describe(family, **PUBLISHED[family]).config == describe(family).config
+    found = describe(family, **PUBLISHED[family])
+    assert found.config == describe(family).config
+    assert not found.notes
+
+
+# Fields that are read in another way than written: (family, fields, the note).
+NOTES = [
+    ("llama", dict(attention_dropout=0.1), "noise in training, which is left out: attention_dropo"),
+    ("seed_oss", dict(residual_dropout=0.1), "left out: residual_dropout=0.1; dropout of adapters"),
+    ("phi3", dict(resid_pdrop=0.1, embd_pdrop=0.2), "resid_pdrop=0.1, embd_pdrop=0.2; dropout of"),
+    ("gpt2", dict(attn_pdrop=0.1), "left out: attn_pdrop=0.1; dropout of adapters is adapter.drop"),
+    ("bert", dict(hidden_dropout_prob=0.1), "left out: hidden_dropout_prob=0.1; dropout of adapt"),
+    ("mixtral", dict(router_jitter_noise=0.1), "left out: router_jitter_noise=0.1; dropout of ad"),
+    ("mixtral", dict(output_router_logits=True), "here train.router_aux_loss_coef does"),
+    ("llama", dict(layer_types=[FULL, SLIDING, FULL]), "the layers have full_attention"),
+    ("mistral", dict(layer_types=[FULL, SLIDING, FULL]), "the layers have sliding_attention"),
+]
+
+
+@pytest.mark.parametrize(("family", "fields", "text"), NOTES, ids=lambda value: str(value)[:40])
+def test_what_is_read_in_another_way_is_noted(family, fields, text):
+    found = describe(family, **fields)
+    assert found.config == describe(family).config
+    assert len(found.notes) == 1 and text in found.notes[0]
 
 
 def rope(**fields):
@@ -138,15 +223,44 @@ def rope(**fields):
 REFUSALS = [
     ("llama", dict(some_new_field=3), "some_new_field=3 is not understood for model_type='llama'"),
     ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True is not supported"),
+    ("gpt2", dict(hidden_size=24), "hidden_size=24 and n_embd=36 are two values of one field"),
+    ("gpt2", dict(scale_attn_weights=None), "scale_attn_weights=None is not true or false; absen"),
     ("gpt2", dict(n_head=5), "n_embd=36 is not a multiple of n_head=5"),
     ("gpt2", dict(activation_function="tanhexp"), "activation_function='tanhexp' is not supported"),
-    ("qwen2", dict(vocab_size=None), "config.json has no vocab_size"),
+    ("qwen2", dict(vocab_size=None), "vocab_size=None is not an integer; absent means 151936"),
+    ("qwen2", dict(hidden_act=None), "hidden_act=None is not a string; absent means 'silu'"),
+    ("qwen2", dict(rms_norm_eps=None), "rms_norm_eps=None is not a number; absent means 1e-06"),
+    ("qwen2", dict(use_sliding_window=None), "use_sliding_window=None is not true or false"),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=0), "sliding_window=0 is below 1"),
+    ("qwen2", dict(is_causal=False), "is_causal=False is not supported, only True (transformers"),
+    ("qwen3", dict(is_causal=None), "is_causal=None is not supported, only True"),
+    ("gpt2", dict(is_causal=0), "is_causal=0 is not supported, only True"),
+    ("bert", dict(is_causal=True), "is_causal=True is not supported, only False or null (transf"),
+    ("bert", dict(problem_type="regression"), "problem_type='regression' is not supported, only"),
+    ("bert", dict(num_labels=3, id2label={"0": "a", "1": "b"}), "num_labels=3 and id2label with 2"),
+    ("bert", dict(num_attention_heads=5), "hidden_size=36 is not a multiple of num_attention_he"),
+    ("roberta", dict(pad_token_id=None), "pad_token_id=None is not an integer; absent means 1"),
+    ("qwen3", dict(head_dim=None), "head_dim=None is not an integer; absent means 128"),
+    ("qwen3", dict(use_qk_norm=False), "use_qk_norm=False is not supported, only True"),
+    ("llama", dict(use_qk_norm=True), "use_qk_norm=True is not understood for model_type='llama'"),
+    ("llama", dict(sliding_window=4096), "sliding_window=4096 is not supported, only null (trans"),
+    ("llama", dict(attention_chunk_size=8), "attention_chunk_size=8 is not supported, only null"),
+    ("llama", dict(pruned_heads={"0": [1]}), "pruned_heads={'0': [1]} is not supported, only null"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported, only"),
+    ("llama", dict(layer_types=[FULL]), "layer_types=['full_attention'] must name full_attentio"),
+    ("llama", dict(some_field="x" * 99), "some_field='" + "x" * 76 + "... is not understood"),
+    ("llama", dict(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config="
+     "'awq': the weights are quantised; give the model in 16 bits that it was made from, and b"),
+    ("llama", dict(quantization={"bits": 4}), "quantization={'bits': 4}: the weights are quantis"),
+    ("gemma2", dict(sliding_window_size=8), "sliding_window_size=8 is not supported, only 4096 or"),
+    ("gemma2", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar=0 is not above 0"),
+    ("gemma2", dict(final_logit_softcapping=0), "final_logit_softcapping=0 is not above 0; null"),
+    ("mixtral", dict(num_experts=3), "num_experts=3 and num_local_experts=5 are two values of on"),
     ("qwen2", dict(vocab_size="many"), "vocab_size='many' is not an integer"),
     ("qwen2", dict(vocab_size=True), "vocab_size=True is not an integer"),
     ("qwen2", dict(num_key_value_heads=4), "num_attention_heads=6 is not a multiple of num_key_"),
     ("qwen2", dict(num_hidden_layers=0), "num_hidden_layers=0 is below 1"),
     ("qwen2", dict(max_window_layers=-1), "max_window_layers=-1 is below 0"),
-    ("qwen2", dict(attention_dropout=0.1), "attention_dropout=0.1 is not supported, only 0"),
     ("qwen2", dict(tie_word_embeddings=1), "tie_word_embeddings=1 is not true or false"),
     ("qwen3", dict(layer_types=[FULL, SLIDING]), "layer_types=['full_attention', 'sliding_atten"),
     ("qwen3", dict(layer_types=[FULL, FULL, "chunked_attention"]), "must name full_attention or"),
@@ -158,11 +272,8 @@ REFUSALS = [
     ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True is not"),
     ("gemma2", dict(attn_logit_softcapping="a"), "attn_logit_softcapping='a' is not a number or"),
     ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention=True is"),
-    ("phi3", dict(resid_pdrop=0.1), "resid_pdrop=0.1 is not supported, only 0"),
-    ("phi3", dict(embd_pdrop=0.1), "embd_pdrop=0.1 is not supported, only 0"),
-    ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1 is not supported, only 0"),
     ("mixtral", dict(num_experts_per_tok=6), "num_experts_per_tok=6 is above the number of expe"),
-    ("qwen3_moe", dict(mlp_only_layers=[1]), "mlp_only_layers=[1] is not supported, only 0"),
+    ("qwen3_moe", dict(mlp_only_layers=[1]), "mlp_only_layers=[1] is not supported, only [] or"),
     ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported, only 1"),
     ("qwen3_moe", dict(num_experts_per_tok=11), "num_experts_per_tok=11 is above the number of ex"),
     ("llama", dict(rope_scaling=3), "rope_scaling=3 is not a mapping"),

@@ -29,12 +29,19 @@ BASE = dict(
 CLASSES = {
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
     "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
+    "xlm-roberta": (
+        transformers.XLMRobertaConfig,
+        transformers.XLMRobertaForSequenceClassification,
+    ),
+    "camembert": (transformers.CamembertConfig, transformers.CamembertForSequenceClassification),
 }
 VARIANTS = {
     "bert": dict(family="bert"),
     "bert, others": dict(family="bert", hidden_act="relu", layer_norm_eps=0.1, type_vocab_size=3),
     "roberta": dict(family="roberta", type_vocab_size=1),
     "roberta, others": dict(family="roberta", hidden_act="gelu_new", pad_token_id=3),
+    "xlm-roberta": dict(family="xlm-roberta", type_vocab_size=1),
+    "camembert": dict(family="camembert", type_vocab_size=1, layer_norm_eps=0.1),
 }
 # Lengths of two texts in each of three rows, packed side by side below.
 LENGTHS = ((7, 5), (11, 3), (6, 8))
@@ -82,7 +89,7 @@ def oracle_logits(model, example):
     types[:, example.pair_start :] = 1
     if model.config.type_vocab_size == 1:
         types[:] = 0
-    if model.config.model_type == "roberta":
+    if model.config.model_type != "bert":
         types[:] = 0  # what its tokenizers give
     return model(text, token_type_ids=types).logits[0]
 
@@ -174,9 +181,10 @@ def test_loss_and_gradients_equal_peft(tiny, error, family):
             np.testing.assert_array_equal(ours, theirs)
         named = dict(tuned.named_parameters())
         layer = "base_model.model.{0}.encoder.layer.1.attention.self.query.lora_{1}.default.weight"
-        own = gradients[family]["encoder"]["layer"]["attention"]["self"]["query"]
+        base = "bert" if family == "bert" else "roberta"
+        own = gradients[base]["encoder"]["layer"]["attention"]["self"]["query"]
         for leaf, name in (("lora_a", "A"), ("lora_b", "B")):
-            expected = named[layer.format(family, name)].grad.numpy().T
+            expected = named[layer.format(base, name)].grad.numpy().T
             assert np.abs(expected).max() > 1e-3
             assert error(own[leaf][1], expected) < TOLERANCE
         head, part = ("classifier", "") if family == "bert" else ("classifier", "out_proj.")
@@ -220,12 +228,12 @@ def test_files_without_a_head(tiny, family):
     directory, oracle = tiny(0, family)
     bare = directory.parent / "bare"
     oracle.base_model.save_pretrained(bare)
-    model = formats.load(bare, labels=["x", "y"])
+    model, base = formats.load(bare, labels=["x", "y"]), "bert" if family == "bert" else "roberta"
     assert model.labels == ("x", "y") and formats.missing_heads(bare, model) == ("classifier",)
     whole = formats.load(directory)
     np.testing.assert_array_equal(
-        model.params[family]["embeddings"]["word_embeddings"]["embedding"],
-        whole.params[family]["embeddings"]["word_embeddings"]["embedding"],
+        model.params[base]["embeddings"]["word_embeddings"]["embedding"],
+        whole.params[base]["embeddings"]["word_embeddings"]["embedding"],
     )
     again = formats.load(bare, labels=["x", "y"])
     for one, two in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):

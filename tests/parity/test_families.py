@@ -23,7 +23,7 @@ from lora_jax.formats import peft_tensors
 from lora_jax.generate import make_generate
 from lora_jax.targets import find_trainable
 
-from ..families import FAMILIES, describe, torch_model
+from ..families import ALIASES, FAMILIES, describe, torch_model
 from ..methods import QUICK
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -34,13 +34,14 @@ _ARGUMENTS = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
 CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 SEEDS = (0, 1)
 NEW = [family for family in FAMILIES if family not in ("llama", "mistral")]  # not in `test_llama`
+ALL = FAMILIES | ALIASES
 ROWS = {
-    f"{family}, {name}": (family, FAMILIES[family].size | fields, fields)
-    for family in NEW
-    for name, fields in FAMILIES[family].variants.items()
+    f"{family}, {name}": (family, ALL[family].size | fields, fields)
+    for family in (*NEW, *ALIASES)
+    for name, fields in ALL[family].variants.items()
 }
 EACH_NEW = pytest.mark.parametrize("family", NEW)
-EACH = pytest.mark.parametrize("family", FAMILIES)
+EACH = pytest.mark.parametrize("family", ALL)
 
 # Ways of stretching rotary positions: (family, other fields, rope_parameters). Linear and llama3
 # are in `test_llama`.
@@ -151,7 +152,10 @@ def read_tensors(directory) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def test_every_family_that_writes_text_has_a_row():
-    assert {*FAMILIES} == {*models.FAMILIES} - {"bert", "roberta"}
+    assert {*ALL} == {*models.FAMILIES} - {*models.CLASSIFIERS}
+    ours = models.FAMILIES
+    for family in ALIASES:
+        assert any(ours[family].Model is ours[other].Model for other in FAMILIES), family
 
 
 @pytest.mark.parametrize(("family", "fields", "own"), ROWS.values(), ids=ROWS)
@@ -276,7 +280,7 @@ def random_peft_model(oracle, family, seed):
         r=3,
         lora_alpha=7,
         lora_dropout=0.0,
-        target_modules=FAMILIES[family].targets,
+        target_modules=ALL[family].targets,
         fan_in_fan_out=family == "gpt2",
         task_type="CAUSAL_LM",
     )
@@ -297,7 +301,7 @@ def pack(leaves, params, config) -> dict[str, np.ndarray]:
 @EACH
 def test_adapters_of_peft_give_its_losses_and_gradients(tiny_model, tmp_path, error, family):
     """And they are the same live and merged, the latter as files for transformers."""
-    directory, oracle = tiny_model(family, **FAMILIES[family].fields)
+    directory, oracle = tiny_model(family, **ALL[family].fields)
     module = random_peft_model(oracle, family, 0)
     module.save_pretrained(tmp_path / "adapter")
     model = formats.load(directory)
@@ -356,14 +360,14 @@ def test_adapters_of_peft_give_its_losses_and_gradients(tiny_model, tmp_path, er
 @pytest.mark.parametrize(
     ("family", "dtype", "size"),
     [
-        *((family, "float32", "1GB") for family in FAMILIES),
+        *((family, "float32", "1GB") for family in ALL),
         *((family, "float32", "20KB") for family in ("gpt2", "mixtral")),
         *((family, "bfloat16", "1GB") for family in ("gemma2", "qwen3_moe")),
     ],
 )
 def test_the_round_trip_keeps_every_bit(tiny_model, tmp_path, family, dtype, size):
-    for number, variant in enumerate(FAMILIES[family].variants.values()):
-        fields = FAMILIES[family].size | variant
+    for number, variant in enumerate(ALL[family].variants.values()):
+        fields = ALL[family].size | variant
         directory, oracle = tiny_model(family, dtype=dtype, max_shard_size=size, **fields)
         assert (len(list(directory.glob("*.safetensors"))) > 2) == (size == "20KB")
         model = formats.load(directory)
@@ -407,7 +411,7 @@ def test_files_of_the_bare_gpt2(tiny_model, tmp_path, error, buffers):
 
 @EACH
 def test_rules_say_where_every_parameter_lies(family):
-    shapes = describe(family, **FAMILIES[family].fields)
+    shapes = describe(family, **ALL[family].fields)
     mesh = sharding.abstract_mesh(MeshConfig(1, 1, 1))
     specs = tree.flatten(sharding.param_specs(shapes.params, shapes.rules, mesh))
     kernels = [path for path in specs if path[-1] in ("kernel", "embedding") and "gate" not in path]

@@ -1,0 +1,14 @@
+"""XLM-RoBERTa: RoBERTa with another tokenizer, `model_type` xlm-roberta."""
+
+from lora_jax.models import roberta
+from lora_jax.models.reader import ConfigReader
+from lora_jax.models.roberta import NAMES as NAMES
+from lora_jax.models.roberta import RULES as RULES
+from lora_jax.models.roberta import Model as Model
+
+ARCHITECTURE = "XLMRobertaForSequenceClassification"
+
+
+def read_config(reader: ConfigReader) -> roberta.Config:
+    """A `Config` from config.json; defaults are those of transformers."""
+    return roberta.read_config(reader, vocab_size=30522)
