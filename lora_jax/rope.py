@@ -60,6 +60,8 @@ def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
     if share > 1:
         yield f"partial_rotary_factor={share!r} is above 1"
     pairs = len(range(0, rotary_features(head_dim, parameters), 2))
+    if parameters["rope_type"] == "dynamic" and pairs < 2:
+        yield f"rope_type='dynamic' needs two pairs of features in a head, not {pairs}"
     for name in _LISTS:
         values = parameters.get(name)
         if values is None:

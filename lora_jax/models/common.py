@@ -33,6 +33,7 @@ from lora_jax.layers import (
     sights,
 )
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
+from lora_jax.models.rotary import read_rope
 from lora_jax.rope import by_length, rope, rotate, text_lengths
 from lora_jax.sharding import Rules, constrain_stream
 from lora_jax.virtual import Virtual, by_layer, first_position, placeholders, put_in
@@ -250,7 +251,7 @@ def read_decoder(
         "hidden_act": reader.choice(*hidden_act, ACTIVATIONS),
         "max_position_embeddings": positions,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", tie_word_embeddings),
-        "rope_parameters": reader.rope(positions, head_dim, **rope_options),
+        "rope_parameters": read_rope(reader, positions, head_dim, **rope_options),
         "sliding_window": sliding_window,
         "layer_types": layer_types,
     }
