@@ -4,14 +4,18 @@
 
     default     plain
     linear      every frequency divided by `factor` (arXiv 2306.15595)
-    dynamic     theta grows with the length read so far (NTK scaling)
+    dynamic     theta grows with the length of the text (NTK scaling)
     llama3      low frequencies divided, high ones kept, smooth between
     yarn        as llama3 by another ramp, and cosines scaled (arXiv 2309.00071)
     longrope    two lists of divisors, for short and for long texts (arXiv 2402.13753)
 
-Where frequencies depend on the length (dynamic, longrope), a token gets those of the text up to
-itself: what a decoder with a cache computes token by token, so that generation and the full forward
-agree.
+With dynamic and longrope the length of the whole text chooses the frequencies of all its tokens: of
+each segment of a packed row, without padding, with virtual tokens. A text that grows in a cache
+passes lengths at which they change (`changed`); all that was cached is computed anew then.
+
+Inverse frequencies follow transformers operation by operation, since the last bits of a frequency
+are multiplied with the position. Powers are computed in float64 and rounded once, which gives the
+same bits on every processor.
 """
 
 import math
@@ -56,6 +60,8 @@ def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
     if share > 1:
         yield f"partial_rotary_factor={share!r} is above 1"
     pairs = len(range(0, rotary_features(head_dim, parameters), 2))
+    if parameters["rope_type"] == "dynamic" and pairs < 2:
+        yield f"rope_type='dynamic' needs two pairs of features in a head, not {pairs}"
     for name in _LISTS:
         values = parameters.get(name)
         if values is None:
@@ -75,14 +81,54 @@ def rotary_features(head_dim: int, parameters: Mapping[str, Any]) -> int:
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
+def by_length(parameters: Mapping[str, Any]) -> bool:
+    """Return True if frequencies depend on the length of the text."""
+    return parameters["rope_type"] in ("dynamic", "longrope")
+
+
+def changed(parameters: Mapping[str, Any], lengths: jax.Array) -> jax.Array:
+    """Return True for texts of `lengths` tokens if their frequencies are not those of the same
+    texts without the last token.
+    """
+    match parameters["rope_type"]:
+        case "dynamic":
+            return lengths > parameters["max_position_embeddings"]
+        case "longrope":
+            return lengths == int(parameters[ORIGINAL]) + 1
+    return jnp.zeros_like(lengths, bool)
+
+
+def text_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Length of the text of every token, (b, t): one more than the last position of its segment,
+    whose tokens are adjacent.
+    """
+    time = positions.shape[1]
+    last = jnp.pad(
+        segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True
+    )
+    ends = jax.lax.cummin(jnp.where(last, jnp.arange(time), time), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, ends, axis=1) + 1
+
+
 def rope(
-    positions: jax.Array, head_dim: int, parameters: Mapping[str, Any]
+    positions: jax.Array,
+    head_dim: int,
+    parameters: Mapping[str, Any],
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (b, t, 1, features) in float32 for positions (b, t)."""
-    frequencies = _frequencies(positions, rotary_features(head_dim, parameters), parameters)
+    """Cosines and sines (b, t, 1, features) in float32 for positions (b, t). `lengths` (b, t) of
+    the texts are read only if frequencies depend on them (`by_length`).
+    """
+    dim = rotary_features(head_dim, parameters)
+    if not by_length(parameters):
+        frequencies = jnp.asarray(inverse_frequencies(dim, parameters))
+    elif lengths is None:
+        raise ValueError(f"rope_type={parameters['rope_type']!r} needs the lengths of the texts")
+    else:
+        frequencies = frequencies_of(lengths[:, :, None], dim, parameters)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-    scale = _attention_factor(parameters)
+    scale = attention_factor(parameters)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
@@ -97,41 +143,73 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def _frequencies(positions: jax.Array, dim: int, parameters: Mapping[str, Any]) -> jax.Array:
-    """Inverse frequencies (dim / 2,), or (b, t, dim / 2) where they depend on the position."""
-    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    theta = np.float32(parameters["rope_theta"])
-    inverse = np.float32(1.0) / theta**exponents
-    length = positions[:, :, None] + 1
+def inverse_frequencies(dim: int, parameters: Mapping[str, Any], long: bool = False) -> np.ndarray:
+    """Inverse frequencies (dim / 2,) in float32; those of `dynamic` and `longrope` for texts up to
+    the original length, and of `longrope` for longer ones if `long`.
+    """
+    theta = parameters["rope_theta"]
+    match parameters["rope_type"]:
+        case "dynamic":
+            factor, limit = parameters["factor"], parameters["max_position_embeddings"]
+            theta *= ((factor * limit / limit) - (factor - 1)) ** (dim / (dim - 2))
+    periods = _power(theta, _exponents(dim))  # over 2 pi
     match parameters["rope_type"]:
         case "linear":
-            return jnp.asarray(inverse / np.float32(parameters["factor"]))
-        case "dynamic":
-            limit, factor = parameters["max_position_embeddings"], parameters["factor"]
-            ratio = factor * jnp.maximum(length, limit).astype(jnp.float32) / limit
-            base = theta * (ratio - (factor - 1)) ** (dim / (dim - 2))
-            return 1.0 / base**exponents
+            return 1 / periods / np.float32(parameters["factor"])
         case "llama3":
-            return jnp.asarray(_llama3(inverse, parameters))
+            return _llama3(1 / periods, parameters)
         case "yarn":
-            return jnp.asarray(_yarn(inverse, dim, parameters))
+            return _yarn(periods, dim, parameters)
         case "longrope":
-            short, long = (
-                inverse / np.asarray(parameters[f"{name}_factor"], np.float32)
-                for name in ("short", "long")
-            )
-            return jnp.where(length > parameters[ORIGINAL], long, short)
-    return jnp.asarray(inverse)
+            divisors = parameters["long_factor" if long else "short_factor"]
+            return 1 / (np.asarray(divisors, np.float32) * periods)
+    return 1 / periods
+
+
+def _exponents(dim: int) -> np.ndarray:
+    return np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+
+
+def _power(base: float, exponents: np.ndarray) -> np.ndarray:
+    """base ** exponents of float32 numbers, rounded once: float32 powers of NumPy are off by a bit
+    here and there, and not the same on every processor.
+    """
+    return (np.float64(np.float32(base)) ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def frequencies_of(lengths: jax.Array, dim: int, parameters: Mapping[str, Any]) -> jax.Array:
+    """Inverse frequencies (b, t, dim / 2) of tokens of texts of `lengths` (b, t, 1)."""
+    short = inverse_frequencies(dim, parameters)
+    if parameters["rope_type"] == "longrope":
+        long = inverse_frequencies(dim, parameters, long=True)
+        return jnp.where(lengths > parameters[ORIGINAL], long, short)
+    # The last bits are those of transformers only if the compiler keeps the order of operations: it
+    # makes x ** -y of 1 / x ** y, and a product of a division by a constant.
+    barrier = jax.lax.optimization_barrier
+    limit, factor = parameters["max_position_embeddings"], parameters["factor"]
+    beyond = lengths > limit
+    over = jnp.where(beyond, jnp.float32(limit), 1)
+    ratio = barrier(factor * lengths.astype(jnp.float32)) / over - (factor - 1)
+    ratio = jnp.where(beyond, ratio, 1)
+    # ratio ** (dim / (dim - 2)), an exponent that has more digits than float32.
+    grown = ratio + ratio * jnp.expm1(jnp.log(ratio) * (2 / (dim - 2)))
+    base = np.float32(parameters["rope_theta"]) * grown
+    return jnp.where(beyond, 1 / barrier(base ** _exponents(dim)), short)
 
 
 def _llama3(inverse: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+    factor, original = np.float32(parameters["factor"]), parameters[ORIGINAL]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    wavelength = 2 * np.pi / inverse
-    smooth = np.clip((parameters[ORIGINAL] / wavelength - low) / (high - low), 0, 1)
-    return ((1 - smooth) * inverse / parameters["factor"] + smooth * inverse).astype(np.float32)
+    # A number over a tensor is the number times the reciprocal there.
+    wavelength = (1 / inverse) * np.float32(2 * math.pi)
+    smooth = (1 / wavelength) * np.float32(original) - np.float32(low)
+    smooth = smooth / np.float32(high - low)
+    between = (1 - smooth) * inverse / factor + smooth * inverse
+    is_low, is_high = wavelength > original / low, wavelength < original / high
+    return np.where(is_low, inverse / factor, np.where(is_high, inverse, between))
 
 
-def _yarn(inverse: np.ndarray, dim: int, parameters: Mapping[str, Any]) -> np.ndarray:
+def _yarn(periods: np.ndarray, dim: int, parameters: Mapping[str, Any]) -> np.ndarray:
     def dimension(rotations: float) -> float:
         """The feature pair that turns so many times within the original length."""
         length = parameters[ORIGINAL]
@@ -143,12 +221,14 @@ def _yarn(inverse: np.ndarray, dim: int, parameters: Mapping[str, Any]) -> np.nd
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = (np.arange(dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001)
-    ramp = np.clip(ramp, 0, 1).astype(np.float32)
-    return inverse / np.float32(parameters["factor"]) * ramp + inverse * (1 - ramp)
+    high += 0.001 if low == high else 0
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    kept = 1 - np.clip(ramp, 0, 1)
+    stretched = 1 / (np.float32(parameters["factor"]) * periods)
+    return stretched * (1 - kept) + 1 / periods * kept
 
 
-def _attention_factor(parameters: Mapping[str, Any]) -> float:
+def attention_factor(parameters: Mapping[str, Any]) -> float:
     """What cosines and sines are multiplied with."""
     given = parameters.get("attention_factor")
     match parameters["rope_type"]:

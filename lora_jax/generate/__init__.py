@@ -2,8 +2,14 @@
 
 generate = make_generate(model)
 answers  = generate(bound, prompts, max_new_tokens=64, stop_tokens={2})     # lists of token ids
+
+Every token is that of a forward without a cache over the text so far. Where rotary frequencies
+depend on the length of the text, the cache of a text is computed anew when its length changes them:
+once for longrope, at the original length; for dynamic at every token beyond it, each of which costs
+a forward over the whole text.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.config import UserError
+from lora_jax.layers import Cache
 from lora_jax.models.common import Model
+from lora_jax.rope import changed
 from lora_jax.sharding import whole
 from lora_jax.virtual import Virtual, first_position, placeholders
 
@@ -33,26 +41,22 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Arr
 def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
     """The compiled part: prompts (b, t), padded on the left, to answers (b, slots)."""
 
+    ropes = getattr(model.config, "ropes_by_length", ())
+
     @partial(jax.jit, static_argnames="slots")
     def decode(bound, prefix, tokens, segment_ids, limit, stops, temperature, key, slots: int):
-        module, beside = model.module(bound), {} if prefix is None else {"prefix": prefix}
+        module, virtual = model.module(bound), {} if prefix is None else {"prefix": prefix}
+        run = partial(module.hidden, compute_dtype=compute_dtype, **virtual)
         rows, time = tokens.shape
 
         def advance(cache, tokens, positions, segment_ids):
-            hidden, cache = module.hidden(
-                tokens,
-                positions=positions,
-                segment_ids=segment_ids,
-                cache=cache,
-                compute_dtype=compute_dtype,
-                **beside,
-            )
+            hidden, cache = run(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
             return module.logits(hidden[:, -1]).astype(jnp.float32), cache
 
         def pick(logits, step):
             return sample(logits, jax.random.fold_in(key, step), temperature)
 
-        positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+        positions = _positions(segment_ids)
         logits, cache = advance(
             model.empty_cache(rows, time + slots, compute_dtype), tokens, positions, segment_ids
         )
@@ -67,6 +71,13 @@ def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
 
         def next_token(state):
             step, answers, token, done, cache = state
+            if ropes:
+                length = lengths + step
+                stale = [changed(own, length + first_position(prefix)) for own in ropes]
+                stale = jnp.stack(stale).any(axis=0) & ~done
+                texts = jnp.concatenate([tokens, answers], axis=1)
+                empty = model.empty_cache(1, time + slots, compute_dtype)
+                cache = _renew(run, cache, empty, texts, length, stale)
             logits, cache = advance(
                 cache, token[:, None], (lengths + step - 1)[:, None], jnp.ones((rows, 1), jnp.int32)
             )
@@ -79,6 +90,39 @@ def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
         )[1]
 
     return decode
+
+
+def _renew(
+    run: Callable,
+    cache: Cache,
+    empty: Cache,
+    texts: jax.Array,
+    lengths: jax.Array,
+    stale: jax.Array,
+) -> Cache:
+    """The cache with those rows that are `stale` (b,) computed anew from `texts` (b, s), one at a
+    time in an `empty` one, with the frequencies of texts of `lengths` (b,).
+    """
+
+    def renew_one(state: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+        cache, stale = state
+        row = jnp.argmax(stale)
+        text, real = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (texts, cache.segment_ids))
+        length = jnp.broadcast_to(lengths[row], text.shape)
+        positions = _positions(real)
+        _, new = run(text, positions=positions, segment_ids=real, lengths=length, cache=empty)
+        this = (jnp.arange(len(stale)) == row)[:, None, None, None]
+        keys = jnp.where(this, new.keys, cache.keys)
+        values = jnp.where(this, new.values, cache.values)
+        cache = dataclasses.replace(cache, keys=keys, values=values)
+        return cache, stale.at[row].set(False)
+
+    return jax.lax.while_loop(lambda state: state[1].any(), renew_one, (cache, stale))[0]
+
+
+def _positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions (b, t) of rows of one text each, 1 where it is and 0 around it."""
+    return jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
 
 
 def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:

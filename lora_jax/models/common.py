@@ -33,7 +33,8 @@ from lora_jax.layers import (
     sights,
 )
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
-from lora_jax.rope import rope, rotate
+from lora_jax.models.rotary import read_rope
+from lora_jax.rope import by_length, rope, rotate, text_lengths
 from lora_jax.sharding import Rules, constrain_stream
 from lora_jax.virtual import Virtual, by_layer, first_position, placeholders, put_in
 
@@ -205,6 +206,12 @@ class DecoderConfig:
     sliding_window: int | None
     layer_types: tuple[str, ...]
 
+    @property
+    def ropes_by_length(self) -> list[dict[str, Any]]:
+        """Rotary settings of layers whose frequencies depend on the length of the text."""
+        settings = [self.rope_parameters[kind] for kind in sorted({*self.layer_types})]
+        return [parameters for parameters in settings if by_length(parameters)]
+
 
 def read_decoder(
     reader: ConfigReader,
@@ -253,7 +260,7 @@ def read_decoder(
         "hidden_act": reader.choice(*hidden_act, ACTIVATIONS),
         "max_position_embeddings": positions,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", tie_word_embeddings),
-        "rope_parameters": reader.rope(positions, head_dim, **rope_options),
+        "rope_parameters": read_rope(reader, positions, head_dim, **rope_options),
         "sliding_window": sliding_window,
         "layer_types": layer_types,
     }
@@ -385,6 +392,7 @@ class CausalLM(nnx.Module):
         *,
         positions: jax.Array,
         segment_ids: jax.Array,
+        lengths: jax.Array | None = None,
         cache: Cache | None = None,
         prefix: Virtual | None = None,
         compute_dtype: Any = jnp.float32,
@@ -394,10 +402,17 @@ class CausalLM(nnx.Module):
         """Final hidden states (b, t, d) of tokens (b, t), the cache with them written if one is
         given, and how every layer's router spread the tokens, if there are experts. For a `Prompt`
         every text of the batch begins with places for it.
+
+        `lengths` (b, t) of the texts that the tokens belong to choose the rotary frequencies of
+        dynamic and longrope. The default is the length up to the last of these tokens: give them
+        for a chunk of a text that goes on, as the cache keeps the frequencies it was written with.
         """
         config = self.config
+        if lengths is None and config.ropes_by_length:
+            lengths = text_lengths(positions, segment_ids)
         x = put_in(self.embed(tokens, compute_dtype), positions, prefix)
         positions = positions + first_position(prefix)
+        lengths = None if lengths is None else lengths + first_position(prefix)
         own = by_layer(prefix)
         kinds = sorted(set(config.layer_types))
         windows = {FULL: None, SLIDING: config.sliding_window}
@@ -406,7 +421,7 @@ class CausalLM(nnx.Module):
         seen = sights(kernel, segment_ids, cache, own_windows, beside)
         contexts = [
             Context(
-                rope(positions, config.head_dim, config.rope_parameters[kind]),
+                rope(positions, config.head_dim, config.rope_parameters[kind], lengths),
                 masks,
                 segment_ids != 0,
             )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from lora_jax import rope
 from lora_jax.config import raise_all
 from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
@@ -169,92 +168,6 @@ class ConfigReader:
                 f"config.json: layer_types is not read for model_type={self.model_type!r}, as in "
                 f"transformers; the layers have {' and '.join(sorted({*found}))}"
             )
-        return found
-
-    def rope(
-        self,
-        max_positions: int,
-        head_dim: int,
-        *,
-        theta: float = 10000.0,
-        local: tuple[str, float] | None = None,
-        types: Container[str] = tuple(rope.FIELDS),
-        partial: bool = False,
-        original: int | None = None,
-    ) -> dict[str, dict[str, Any]]:
-        """Rotary settings by layer type, from `rope_parameters` (transformers 5) or `rope_theta`
-        and `rope_scaling` (before).
-
-        `local` is the field with the theta of sliding layers and its default, where these have one
-        of their own; `partial` allows heads that are rotated in part; `original` is the default of
-        original_max_position_embeddings.
-        """
-        self._seen |= {"rope_theta", "rope_scaling", "rope_parameters", rope.ORIGINAL}
-        self._seen |= {"partial_rotary_factor"} if partial else set()
-        given = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            value = self.content.get(name) or {}
-            if not isinstance(value, Mapping):
-                self.refuse(f"{name}={value!r} is not a mapping")
-                value = {}
-            given |= value
-        nested = {kind: given.pop(kind) or {} for kind in (FULL, SLIDING) if kind in given}
-        for kind, values in nested.items():
-            if not isinstance(values, Mapping):
-                self.refuse(f"rope of {kind}={values!r} is not a mapping")
-                nested[kind] = {}
-        if nested and given:
-            self.refuse(f"rope_parameters mix layer types and {list(given)}")
-        usual = {"rope_theta": self.number("rope_theta", theta)}
-        usual |= (
-            {"partial_rotary_factor": self.number("partial_rotary_factor", 1)} if partial else {}
-        )
-        own = usual if local is None else {"rope_theta": self.number(*local)}
-        if local is None and not nested:
-            both = self._one_rope(usual | given, max_positions, head_dim, types, partial, original)
-            return {FULL: both, SLIDING: both}
-        given = {FULL: usual | given, SLIDING: own}
-        return {
-            kind: self._one_rope(
-                values | nested.get(kind, {}), max_positions, head_dim, types, partial, original
-            )
-            for kind, values in given.items()
-        }
-
-    def _one_rope(
-        self,
-        given: dict[str, Any],
-        max_positions: int,
-        head_dim: int,
-        types: Container[str],
-        partial: bool,
-        original: int | None,
-    ) -> dict[str, Any]:
-        found = {key: value for key, value in given.items() if value is not None}
-        kind = found.setdefault("rope_type", found.get("type", "default"))
-        found.pop("type", None)  # its name before transformers 4.43
-        if kind in ("su", "yarn") and "longrope" in types and "yarn" not in types:
-            kind = found["rope_type"] = "longrope"  # Phi-3's first names for it
-        if kind not in types or kind not in rope.FIELDS:
-            known = [name for name in rope.FIELDS if name in types]
-            self.refuse(f"rope_type={kind!r} is not supported; these are: {', '.join(known)}")
-            return found
-        needed, optional = rope.FIELDS[kind]
-        if missing := [name for name in needed if name not in found]:
-            self.refuse(f"rope_type={kind!r} needs {', '.join(missing)}")
-        known = {"rope_theta", "rope_type", rope.ORIGINAL, *needed, *optional}
-        known |= {"partial_rotary_factor"} if partial else set()
-        if unknown := sorted(set(found) - known):
-            self.refuse(f"not understood for rope_type={kind!r}: {', '.join(unknown)}")
-        if kind in ("llama3", "yarn", "longrope"):
-            # As in transformers: what stands beside the mapping, or has a default, comes first.
-            top = self.content.get(rope.ORIGINAL) or original
-            found[rope.ORIGINAL] = top or found.get(rope.ORIGINAL) or max_positions
-        values = {name: value for name, value in found.items() if name in known}
-        for problem in rope.problems(head_dim, values):
-            self.refuse(problem)
-        if kind in ("dynamic", "longrope"):
-            found["max_position_embeddings"] = max_positions
         return found
 
     def finish(self) -> None:

@@ -47,7 +47,12 @@ class Row:
     train: dict[str, Any] = field(default_factory=dict)
     scheme: str | None = None
     kernel: str = "xla"
+    model: dict[str, Any] = field(default_factory=dict)
 
+
+# Texts are 3 to 11 tokens long: some are short to it, and some are long.
+LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0}
+LONGROPE |= {"short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 7.0]}
 
 ROWS = {name: Row(name) for name in (*FAMILIES, *ENCODERS)} | {
     "llama, DoRA, NF4": Row("llama", {"use_dora": True}, scheme="nf4"),
@@ -57,14 +62,17 @@ ROWS = {name: Row(name) for name in (*FAMILIES, *ENCODERS)} | {
     "qwen2, prompt": Row("qwen2", {"method": "prompt", **VIRTUAL}),
     "gemma2, splash": Row("gemma2", kernel="splash"),
     "qwen3, splash": Row("qwen3", kernel="splash"),
+    "phi3, longrope": Row(
+        "phi3", model={"original_max_position_embeddings": 6, "rope_parameters": LONGROPE}
+    ),
 }
 
 
-def make_model(family):
+def make_model(family, more):
     if family in ENCODERS:
         model = random_model(family, **EVEN_BERT)
         return model, AdapterConfig(rank=4, modules_to_save=["classifier"])
-    fields = FAMILIES[family].fields
+    fields = FAMILIES[family].fields | more
     kinds = {"layer_types": fields["layer_types"][:2]} if "layer_types" in fields else {}
     fields = fields | (EVEN_GPT2 if family == "gpt2" else EVEN | kinds)
     return random_model(family, **fields), AdapterConfig(
@@ -93,7 +101,7 @@ def train(row, mesh):
     """Losses, norms, gradients (in the moments of the first step) and the final adapters, and how
     many leaves of the base are split.
     """
-    model, adapter = make_model(row.family)
+    model, adapter = make_model(row.family, row.model)
     soft = row.adapter.get("method") in SOFT
     adapter = AdapterConfig(**({} if soft else vars(adapter)) | row.adapter)
     specs = sharding.param_specs(model.params, model.rules, mesh)

@@ -3,7 +3,6 @@ packing, cache, adapters, files. What the families share is tested on Llama in `
 """
 
 import copy
-import inspect
 import json
 
 import jax
@@ -13,7 +12,6 @@ import optax
 import peft
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -29,9 +27,6 @@ from ..methods import QUICK
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TOLERANCE = 1e-5
-# The argument of `forward` that takes a cache: `past_key_values` before transformers 5.24.
-_ARGUMENTS = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
-CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 SEEDS = (0, 1)
 NEW = [family for family in FAMILIES if family not in ("llama", "mistral")]  # not in `test_llama`
 ALL = FAMILIES | ALIASES
@@ -42,47 +37,6 @@ ROWS = {
 }
 EACH_NEW = pytest.mark.parametrize("family", NEW)
 EACH = pytest.mark.parametrize("family", ALL)
-
-# Ways of stretching rotary positions: (family, other fields, rope_parameters). Linear and llama3
-# are in `test_llama`.
-SHORT = dict(max_position_embeddings=32)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
-ROPES = {
-    "dynamic": ("llama", SHORT, dict(rope_type="dynamic", factor=3.0, rope_theta=500.0)),
-    "yarn": ("llama", {}, dict(**YARN, rope_theta=100.0)),
-    "yarn, mscale": (
-        "llama",
-        {},
-        dict(**YARN, rope_theta=100.0, mscale=0.4, mscale_all_dim=2.5, beta_fast=1.5),
-    ),
-    "yarn, given size, not truncated": (
-        "llama",
-        {},
-        dict(**YARN, rope_theta=100.0, attention_factor=0.6, truncate=False, beta_slow=0.4),
-    ),
-    "longrope": (
-        "phi3",
-        dict(original_max_position_embeddings=32),
-        dict(
-            rope_type="longrope",
-            rope_theta=100.0,
-            short_factor=[1.0, 1.5, 2.0],
-            long_factor=[2.0, 3.0, 7.0],
-        ),
-    ),
-    "longrope, given size, part rotated": (
-        "phi3",
-        dict(original_max_position_embeddings=32),
-        dict(
-            rope_type="longrope",
-            rope_theta=100.0,
-            partial_rotary_factor=0.7,
-            attention_factor=0.6,
-            short_factor=[1.0, 1.5],
-            long_factor=[2.0, 7.0],
-        ),
-    ),
-}
 
 
 def jit(function):
@@ -96,16 +50,6 @@ def random_tokens(shape, seed=0) -> np.ndarray:
 def torch_logits(module, tokens) -> np.ndarray:
     with torch.no_grad():
         return module(torch.tensor(np.asarray(tokens)).long(), use_cache=False).logits.numpy()
-
-
-def decoded_logits(module, tokens) -> np.ndarray:
-    """As transformers decodes: token by token, with a cache."""
-    cache, found = transformers.DynamicCache(config=module.config), []
-    with torch.no_grad():
-        for i in range(tokens.shape[1]):
-            new = torch.tensor(tokens[:, i : i + 1]).long()
-            found.append(module(new, **{CACHE: cache}, use_cache=True).logits.numpy())
-    return np.concatenate(found, axis=1)
 
 
 def logits_by_steps(model, cache, tokens, positions, segment_ids, ends):
@@ -174,37 +118,6 @@ def test_logits(tiny_model, error, family, fields, own):
         plain = {key: value for key, value in fields.items() if key not in gone}
         without = altered(family, plain, oracle)
         assert error(torch_logits(without, tokens), expected) > 10 * TOLERANCE, name
-
-
-@pytest.mark.parametrize(("family", "more", "rope"), ROPES.values(), ids=ROPES)
-def test_rotary_positions_that_are_stretched(tiny_model, error, family, more, rope):
-    """In a full forward and with a cache, beyond the original length too."""
-    size = FAMILIES[family].size | more | (dict(head_dim=16) if family == "llama" else {})
-    tokens = random_tokens((2, 80))
-    directory, oracle = tiny_model(family, rope_parameters=rope, **size)
-    expected = decoded_logits(oracle, tokens)
-    model = formats.load(directory)
-    assert error(jit(model.apply)(model.params, tokens), expected) < TOLERANCE
-    positions = np.broadcast_to(np.arange(80, dtype=np.int32), tokens.shape)
-    found = logits_by_steps(
-        model,
-        model.empty_cache(2, 80, jnp.float32),
-        tokens,
-        positions,
-        np.ones_like(tokens),
-        range(16, 81, 16),
-    )
-    assert error(found, expected) < TOLERANCE
-    at_once = torch_logits(oracle, tokens)
-    differs = rope["rope_type"] in ("dynamic", "longrope")
-    assert (error(at_once, expected) > 1e-3) == differs
-    if rope["rope_type"] == "longrope":
-        assert error(at_once[:, :32], expected[:, :32]) > 1e-3  # it turned all of them by the long
-    needed = {"rope_type", "factor", "short_factor", "long_factor", "partial_rotary_factor"}
-    for name in {*rope} - needed:  # what can be left out changes the numbers
-        plain = {key: value for key, value in rope.items() if key != name}
-        without = altered(family, size | dict(rope_parameters=plain), oracle)
-        assert error(decoded_logits(without, tokens), expected) > 10 * TOLERANCE, name
 
 
 @EACH_NEW

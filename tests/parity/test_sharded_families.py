@@ -19,7 +19,7 @@ ON = {
     "qwen3, splash": "1x1x8",
     "gemma2, splash": "2x2x2",
     "gemma3_text": "1x8x1",
-    "phi3": "1x1x8",
+    "phi3, longrope": "2x2x2",
     "gpt2, DoRA, all biases": "2x2x2",
     "olmo2": "2x2x2",
     "mixtral, router loss": "2x2x2",
