@@ -6,7 +6,7 @@ A template is a program that others wrote: whatever it raises is told as a refus
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,15 +150,14 @@ def render(tokenizer: Any, source: str, row: Row, messages: Messages, **options:
     Raises:
         UserError: the template raises.
     """
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=source,
-            tokenize=False,
-            **{"tools": tools(row) or None, **row.chat_template_kwargs, **options},
-        )
-    except Exception as error:  # a program of somebody else's: nothing can be known of its errors
-        raise _refusal(row, error) from error
+    options = {"tools": tools(row) or None, **row.chat_template_kwargs, **options}
+    return _tried(
+        row,
+        messages,
+        lambda messages: tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, **options
+        ),
+    )
 
 
 def render_marked(
@@ -169,18 +168,47 @@ def render_marked(
     Raises:
         UserError: the template raises.
     """
-    try:
-        rendered: Any = render_jinja_template(
-            [list(messages)],
+    options = {**tokenizer.special_tokens_map, **row.chat_template_kwargs}
+    texts, marks = _tried(
+        row,
+        messages,
+        lambda messages: render_jinja_template(
+            [messages],
             tools=tools(row) or None,
             chat_template=source,
             return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **row.chat_template_kwargs},
-        )
-    except Exception as error:
-        raise _refusal(row, error) from error
-    texts, marks = rendered
+            **options,
+        ),
+    )
     return texts[0], [(start, end) for start, end in marks[0]]
+
+
+def _tried(row: Row, messages: Messages, apply: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    """Return `apply(messages)`, or with the arguments of calls as JSON text, which some templates
+    join to other text.
+    """
+    messages = list(messages)
+    try:
+        return apply(messages)
+    except Exception as error:  # a program of somebody else's: nothing can be known of its errors
+        texts = [_with_argument_texts(message) for message in messages]
+        if texts == messages:
+            raise _refusal(row, error) from error
+        try:
+            return apply(texts)
+        except Exception:
+            raise _refusal(row, error) from error
+
+
+def _with_argument_texts(message: dict[str, Any]) -> dict[str, Any]:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        if isinstance(function.get("arguments"), dict):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = call | {"function": function | {"arguments": text}}
+        calls.append(call)
+    return message | {"tool_calls": calls} if calls else message
 
 
 def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> str:
@@ -198,11 +226,16 @@ def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> 
 
 
 def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
-    """The messages for a template: without `train` and nulls, with the system prompt."""
+    """The messages for a template: without `train` and nulls, with the system prompt, and with
+    calls in the form that templates read: {"type", "function"}.
+    """
     messages = [
         {key: value for key, value in message.items() if key != "train" and value is not None}
         for message in row.messages
     ]
+    for message in messages:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_as_function(call) for call in message["tool_calls"]]
     if system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
@@ -238,12 +271,18 @@ def with_kwargs(row: Row, chat_template_kwargs: Mapping[str, Any] | None) -> Row
 
 def tools(row: Row) -> list[Any]:
     """Return the tools of a row in the form that templates read: {"type", "function"}."""
-    return [
-        {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
-        if "name" in tool and "function" not in tool and tool.get("type", "function") == "function"
-        else tool
-        for tool in row.tools
-    ]
+    return [_as_function(tool) for tool in row.tools]
+
+
+def _as_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool, or a call of one, with its name and what goes with it under "function"."""
+    if "function" in tool:
+        return {"type": "function", **tool}
+    if "name" not in tool or tool.get("type", "function") != "function":
+        return tool
+    outer = {key: tool[key] for key in ("id", "index") if key in tool}
+    inner = {key: value for key, value in tool.items() if key not in ("type", "id", "index")}
+    return {**outer, "type": "function", "function": inner}
 
 
 def content(message: dict[str, Any]) -> str:
