@@ -102,7 +102,12 @@ def train(model, config: Config, steps: list[list[data.Example]]) -> None:
 
 def answer(model, tokenizer, task: sets.DataSet, config: Config) -> list[scores.Answer]:
     """Greedy answers; rows with the same prompt are references of one."""
-    template = {"system_prompt": task.system_prompt, "chat_template": config.data.chat_template}
+    settings = config.data
+    template = {
+        "system_prompt": task.system_prompt,
+        "chat_template": settings.chat_template,
+        "chat_template_kwargs": settings.chat_template_kwargs,
+    }
     questions: dict[tuple, list[str]] = {}
     for row in task.rows:
         prompt = tuple(data.prompt_tokens(row, tokenizer, **template).tolist())
@@ -110,7 +115,8 @@ def answer(model, tokenizer, task: sets.DataSet, config: Config) -> list[scores.
     chosen = scores.spread(list(questions), config.eval.generate_examples)
     chosen.sort(key=len)  # like lengths together: less padding
     stops = formats.stop_tokens(formats.resolve(config.model))
-    stops = sorted(data.stop_tokens(tokenizer, config.data.chat_template, stops))
+    options = settings.chat_template_kwargs
+    stops = sorted(data.stop_tokens(tokenizer, settings.chat_template, stops, options))
     found, size = [], config.eval.generate_batch_size
     for prompts in (chosen[i : i + size] for i in range(0, len(chosen), size)):
         width = max(map(len, prompts))

@@ -367,6 +367,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="as data.chat_template in training; the adapter's own comes first",
     )
     parser.add_argument(
+        "--chat-template-kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="as data.chat_template_kwargs in training (default: those of the adapter)",
+    )
+    parser.add_argument(
         "--max-new-tokens", type=_positive, default=200, metavar="N", help="(default: 200)"
     )
     parser.add_argument(
@@ -393,6 +399,7 @@ def generate(options: argparse.Namespace) -> None:
         adapter=options.adapter,
         system_prompt=options.system_prompt,
         chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
         compute_dtype=options.compute_dtype,
         base_dtype=options.base_dtype,
         max_new_tokens=options.max_new_tokens,
@@ -427,6 +434,16 @@ def _add_allow_change(parser: argparse.ArgumentParser) -> None:
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no object, as {{"enable_thinking": false}}')
+    return value
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,10 @@ from lora_jax.config.checks import check
 from lora_jax.config.settings import Config, UserError, all_keys, nearest, raise_all
 
 # Settings whose values are mappings: an override of one takes the place of all of it.
-_MAPPINGS = ("data.train", "adapter.rank_pattern", "adapter.alpha_pattern")
+_MAPPINGS = (
+    *("data.train", "data.chat_template_kwargs"),
+    *("adapter.rank_pattern", "adapter.alpha_pattern"),
+)
 
 
 class _UniqueKeys(yaml.SafeLoader):

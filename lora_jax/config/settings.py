@@ -62,8 +62,10 @@ class DataConfig:
     text: list[str] | None = None  # to classify: columns of the text or pair; null: by their names
     label: str = "label"  # to classify: column of the label
     labels: list[str] | None = None  # to classify: all of them, in order; null: those of `train`
+    ignore_columns: list[str] = field(default_factory=list)  # keys of rows that are not used
     system_prompt: str | None = None  # put before rows that have no system turn of their own
     chat_template: str | None = None  # null: the tokenizer's | a Jinja file | none: plain text
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking: false
     max_length: int = 512  # tokens per row
     too_long: str = "truncate"  # truncate | drop | error, for examples above max_length
     packing: bool = True  # several examples per row; attention and positions stay inside each

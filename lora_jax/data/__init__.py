@@ -8,6 +8,7 @@ from .cache import Cached as Cached
 from .cache import cached_examples as cached_examples
 from .cache import code_version as code_version
 from .cache import digest_files as digest_files
+from .keys import describe_problems as describe_problems
 from .labels import encode_labelled as encode_labelled
 from .labels import label_names as label_names
 from .labels import parse_label_row as parse_label_row
@@ -21,6 +22,7 @@ from .packing import pack as pack
 from .packing import to_row as to_row
 from .packing import with_places as with_places
 from .parse import parse_row as parse_row
+from .parse import parse_rows as parse_rows
 from .readers import Record as Record
 from .render import resolve_template as resolve_template
 from .render import template_text as template_text
@@ -32,6 +34,7 @@ from .rows import TextRow as TextRow
 from .rows import TokenRow as TokenRow
 from .sources import Rows as Rows
 from .sources import is_hub_name as is_hub_name
+from .sources import parse_record as parse_record
 from .sources import raise_first as raise_first
 from .sources import read as read
 from .sources import records as records

@@ -11,12 +11,13 @@ text are those that data.text names, or the first of FORMS that a record has; th
 a whole number or a boolean in the column data.label.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_jax.config import UserError
+from lora_jax.data.keys import check_keys
 from lora_jax.data.rows import BadRow, LabelRow, kind, listed
 from lora_jax.data.sources import raise_first
 from lora_jax.data.templates import Counts, Example
@@ -32,14 +33,24 @@ FORMS = (
 )
 
 
-def parse_label_row(record: Any, where: str, columns: Sequence[str] | None, label: str) -> LabelRow:
-    """The row that a record stands for; `columns` of its text or pair, None: as in FORMS.
+def parse_label_row(
+    record: Any,
+    where: str,
+    columns: Sequence[str] | None,
+    label: str,
+    ignore_columns: Collection[str] = (),
+) -> LabelRow:
+    """Return the row that a record stands for; `columns` of its text or pair, None: as in FORMS.
+
+    Where the columns are not named, others are refused unless they are harmless or ignored, as
+    `lora_jax.data.keys` has it.
 
     Raises:
         BadRow: a column that is missing or is no text, a label that is none.
     """
     if not isinstance(record, dict):
         raise BadRow(f"a row must be an object, not {kind(record)}")
+    record = {key: value for key, value in record.items() if key not in ignore_columns}
     form = columns or next((form for form in FORMS if {*form} <= {*record}), None)
     if form is None:
         raise BadRow(
@@ -59,6 +70,9 @@ def parse_label_row(record: Any, where: str, columns: Sequence[str] | None, labe
     value = record[label]
     if not isinstance(value, str | int):
         raise BadRow(f"{label!r} is {kind(value)}, not a string or a whole number")
+    if columns is None:
+        given = {key: value for key, value in record.items() if value is not None}
+        check_keys(given, (*form, label, "label_text", "label_name"))
     return LabelRow(texts, str(value), where)
 
 

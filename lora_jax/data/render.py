@@ -6,14 +6,15 @@ A template is a program that others wrote: whatever it raises is told as a refus
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_jax.config import UserError
+from lora_jax.data.keys import reads
 from lora_jax.data.rows import SYSTEM_ROLES, Row
 
 PLAIN = "none"
@@ -90,11 +91,13 @@ def template_text(tokenizer: Any, chat_template: str | None) -> str:
     return own if isinstance(own, str) else json.dumps(own, sort_keys=True)
 
 
-def read_template(tokenizer: Any, source: str) -> Template:
+def read_template(
+    tokenizer: Any, source: str, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Template:
     """What there is to know about a template before rows are rendered with it."""
     special = special_tokens(tokenizer)
     try:
-        head, ending, tail, _ = sample(tokenizer, source)
+        head, ending, tail, _ = sample(tokenizer, source, chat_template_kwargs)
         after = _one_of([], special).findall(ending + tail) if special else []
         closing = frozenset(special[token] for token in after)
         closing |= {i for i in (tokenizer.eos_token_id,) if i is not None}
@@ -112,13 +115,15 @@ def read_template(tokenizer: Any, source: str) -> Template:
     )
 
 
-def sample(tokenizer: Any, source: str) -> tuple[str, str, str, int | None]:
+def sample(
+    tokenizer: Any, source: str, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[str, str, str, int | None]:
     """`head`, `ending` and `tail` of `Template`, and the id of the token that ends `ending`.
 
     Raises:
         UserError: the template refuses a question and an answer, with and without a system turn.
     """
-    row = Row((), "a sample conversation")
+    row = Row((), "a sample conversation", (), chat_template_kwargs or {})
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = render(tokenizer, source, row, turns).rstrip()
@@ -145,15 +150,14 @@ def render(tokenizer: Any, source: str, row: Row, messages: Messages, **options:
     Raises:
         UserError: the template raises.
     """
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=source,
-            tokenize=False,
-            **{"tools": list(row.tools) or None, **options},
-        )
-    except Exception as error:  # a program of somebody else's: nothing can be known of its errors
-        raise _refusal(row, error) from error
+    options = {"tools": tools(row) or None, **row.chat_template_kwargs, **options}
+    return _tried(
+        row,
+        messages,
+        lambda messages: tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, **options
+        ),
+    )
 
 
 def render_marked(
@@ -164,18 +168,47 @@ def render_marked(
     Raises:
         UserError: the template raises.
     """
-    try:
-        rendered: Any = render_jinja_template(
-            [list(messages)],
-            tools=list(row.tools) or None,
+    options = {**tokenizer.special_tokens_map, **row.chat_template_kwargs}
+    texts, marks = _tried(
+        row,
+        messages,
+        lambda messages: render_jinja_template(
+            [messages],
+            tools=tools(row) or None,
             chat_template=source,
             return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:
-        raise _refusal(row, error) from error
-    texts, marks = rendered
+            **options,
+        ),
+    )
     return texts[0], [(start, end) for start, end in marks[0]]
+
+
+def _tried(row: Row, messages: Messages, apply: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    """Return `apply(messages)`, or with the arguments of calls as JSON text, which some templates
+    join to other text.
+    """
+    messages = list(messages)
+    try:
+        return apply(messages)
+    except Exception as error:  # a program of somebody else's: nothing can be known of its errors
+        texts = [_with_argument_texts(message) for message in messages]
+        if texts == messages:
+            raise _refusal(row, error) from error
+        try:
+            return apply(texts)
+        except Exception:
+            raise _refusal(row, error) from error
+
+
+def _with_argument_texts(message: dict[str, Any]) -> dict[str, Any]:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        if isinstance(function.get("arguments"), dict):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = call | {"function": function | {"arguments": text}}
+        calls.append(call)
+    return message | {"tool_calls": calls} if calls else message
 
 
 def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> str:
@@ -193,14 +226,63 @@ def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> 
 
 
 def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
-    """The messages for a template: without `train` and nulls, with the system prompt."""
+    """The messages for a template: without `train` and nulls, with the system prompt, and with
+    calls in the form that templates read: {"type", "function"}.
+    """
     messages = [
         {key: value for key, value in message.items() if key != "train" and value is not None}
         for message in row.messages
     ]
+    for message in messages:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_as_function(call) for call in message["tool_calls"]]
     if system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
+
+
+def check_kwargs(
+    tokenizer: Any, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None
+) -> None:
+    """Refuse arguments that the chat template never reads.
+
+    Raises:
+        UserError: there are some, all of them named.
+    """
+    if not chat_template_kwargs:
+        return
+    source = template_text(tokenizer, chat_template)
+    plain = chat_template == PLAIN
+    unread = [key for key in chat_template_kwargs if plain or not reads(source, key)]
+    if unread:
+        raise UserError(
+            f"data.chat_template_kwargs names {', '.join(map(repr, unread))}, and the chat "
+            f"template of {name(tokenizer) if chat_template is None else repr(chat_template)} "
+            "reads no such argument; take it out, or use another data.chat_template"
+        )
+
+
+def with_kwargs(row: Row, chat_template_kwargs: Mapping[str, Any] | None) -> Row:
+    """Return the row with further arguments for its chat template; its own come first."""
+    if not chat_template_kwargs:
+        return row
+    return replace(row, chat_template_kwargs={**chat_template_kwargs, **row.chat_template_kwargs})
+
+
+def tools(row: Row) -> list[Any]:
+    """Return the tools of a row in the form that templates read: {"type", "function"}."""
+    return [_as_function(tool) for tool in row.tools]
+
+
+def _as_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool, or a call of one, with its name and what goes with it under "function"."""
+    if "function" in tool:
+        return {"type": "function", **tool}
+    if "name" not in tool or tool.get("type", "function") != "function":
+        return tool
+    outer = {key: tool[key] for key in ("id", "index") if key in tool}
+    inner = {key: value for key, value in tool.items() if key not in ("type", "id", "index")}
+    return {**outer, "type": "function", "function": inner}
 
 
 def content(message: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """What a row of data can be: a conversation, a text, or tokens with weights of their own.
 
-Which records become one is told by `lora_jax.data.parse`.
+`lora_jax.data.parse` says which records become one.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 SYSTEM_ROLES = ("system", "developer")
@@ -18,6 +18,7 @@ class Row:
     messages: tuple[dict[str, Any], ...]  # {role, content, ...}; train: false is unsupervised
     where: str  # "file.jsonl:12", or "file.json[3]" counted from 0
     tools: tuple[dict[str, Any], ...] = ()  # JSON schemas for the chat template
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for it too
 
     @property
     def answer_index(self) -> int:
@@ -45,6 +46,7 @@ class TokenRow:
     tokens: tuple[int, ...]
     loss_weights: tuple[float, ...]  # finite, not negative, as many as there are tokens
     where: str
+    sequence: int | None = None  # its number, from 0, in the packed row that it came from
 
 
 @dataclass(frozen=True)

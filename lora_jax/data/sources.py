@@ -33,9 +33,9 @@ from typing import Any
 
 from lora_jax import demo
 from lora_jax.config import UserError, nearest
-from lora_jax.data import readers
+from lora_jax.data import keys, readers
 from lora_jax.data.named_columns import columns
-from lora_jax.data.parse import parse_row
+from lora_jax.data.parse import parse_rows
 from lora_jax.data.readers import Record
 from lora_jax.data.rows import AnyRow, BadRow, printable
 
@@ -63,14 +63,15 @@ def read(
     *,
     prompt: str | None = None,
     completion: str | None = None,
+    ignore_columns: Sequence[str] = (),
     on_bad_row: str = "error",
-    parse: Callable[[Any, str], AnyRow] | None = None,
+    parse: Callable[[Any, str], Sequence[AnyRow]] | None = None,
 ) -> Rows:
-    """All rows of a source; a `Path` is a file or directory, whatever its name looks like.
+    """Read all rows of a source; a `Path` is a file or directory, whatever its name looks like.
 
-    `prompt` and `completion` name columns, as `parse_row` has them; `parse(record, where)` takes
-    its place. `on_bad_row`: "error" refuses,
-    "drop" leaves out and counts the records that are no rows and the lines that are no records.
+    `prompt`, `completion` and `ignore_columns` are those of `parse_rows`; `parse(record, where)`
+    takes its place. `on_bad_row`: "error" refuses, "drop" leaves out and counts the records that
+    are no rows and the lines that are no records.
 
     Raises:
         UserError: nothing readable there; a file without records, or damaged; malformed `prompt` or
@@ -80,30 +81,42 @@ def read(
     for setting, template in (("prompt", prompt), ("completion", completion)):
         if template is not None:
             columns(template, setting)
+    if parse is None:
+        parse = partial(
+            parse_rows, prompt=prompt, completion=completion, ignore_columns=ignore_columns
+        )
     rows: list[AnyRow] = []
-    problems: list[str] = []
+    problems: list[tuple[str, str | BadRow]] = []
     damaged: list[str] = []
     try:
-        for where, record, problem in _records(source, 0, stream=False):
-            if problem is None:
-                try:
-                    rows.append(
-                        parse(record, where)
-                        if parse is not None
-                        else parse_row(record, where, prompt, completion)
-                    )
-                except BadRow as error:
-                    problem = str(error)
-            if problem is not None:
-                problems.append(f"{where}: {problem}")
+        for record in _records(source, 0, stream=False):
+            parse_record(record, parse, rows, problems)
     except UserError as error:
         damaged.append(str(error))
+    described = keys.describe_problems(problems)
     if on_bad_row != "drop":
-        raise_first([*damaged, *problems])
+        raise_first([*damaged, *described])
     raise_first(damaged)
     if not rows:
-        raise_first(problems)
+        raise_first(described)
     return Rows(rows, len(problems))
+
+
+def parse_record(
+    record: Record,
+    parse: Callable[[Any, str], Sequence[AnyRow]],
+    rows: list[AnyRow],
+    problems: list[tuple[str, str | BadRow]],
+) -> None:
+    """Add what `parse` makes of a record to `rows`, or its place and problem to `problems`."""
+    where, value, problem = record
+    if problem is not None:
+        problems.append((where, problem))
+        return
+    try:
+        rows.extend(parse(value, where))
+    except BadRow as error:
+        problems.append((where, error))
 
 
 def records(source: str | Path, start: int = 0) -> Iterator[Record]:

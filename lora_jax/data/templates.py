@@ -18,17 +18,21 @@ Tokens are taken as they are; no more than their first weight is changed, to 0.
 
 `chat_template` is throughout: None for the tokenizer's own, the path of a Jinja file, or "none" for
 prompt and completion joined as they stand, after BOS if the tokenizer would add one, and with EOS.
+`chat_template_kwargs` are arguments for it; those of a row come first.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lora_jax.config import UserError
+from lora_jax.data.keys import check_read, describe_problems
 from lora_jax.data.render import (
+    Template,
+    check_kwargs,
     content,
     conversation,
     name,
@@ -36,8 +40,9 @@ from lora_jax.data.render import (
     render_prompt,
     resolve_template,
     sample,
+    with_kwargs,
 )
-from lora_jax.data.rows import AnyRow, LabelRow, Row, TextRow, TokenRow
+from lora_jax.data.rows import AnyRow, BadRow, LabelRow, Row, TextRow, TokenRow
 from lora_jax.data.sources import raise_first
 from lora_jax.data.spans import Text, to_text, unsupervised
 
@@ -72,6 +77,8 @@ class Counts:
     longest: int  # tokens of the longest row before any cut
     unaligned: int  # rows whose prompt, tokenised alone as for generation, gives other tokens
     bad: int = 0  # rows left out under on_bad_row="drop"
+    packed: int = 0  # packed rows of tokens, each of whose sequences is a row of its own
+    empty: int = 0  # sequences of packed rows left out, as no token of theirs is supervised
 
     def with_bad(self, more: int) -> "Counts":
         """The same with `more` bad rows, such as those that were none to begin with."""
@@ -84,6 +91,7 @@ def encode(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int,
     too_long: str = "truncate",
 ) -> Example | None:
@@ -97,6 +105,7 @@ def encode(
         tokenizer,
         system_prompt=system_prompt,
         chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
         max_length=max_length,
         too_long=too_long,
     )
@@ -109,6 +118,7 @@ def encode_all(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int,
     too_long: str = "truncate",
     on_bad_row: str = "error",
@@ -129,6 +139,7 @@ def encode_all(
         tokenizer,
         system_prompt=system_prompt,
         chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
         max_length=max_length,
         too_long=too_long,
         on_bad_row=on_bad_row,
@@ -152,13 +163,16 @@ def prompt_tokens(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """(time,) int32: everything before the last assistant turn, up to where its answer begins.
 
     Raises:
         UserError: as `encode_all`; the row begins with its answer.
     """
+    check_kwargs(tokenizer, chat_template, chat_template_kwargs)
     template = resolve_template(tokenizer, chat_template, row.tools)
+    row = with_kwargs(row, chat_template_kwargs)
     messages = conversation(row, system_prompt)
     messages = messages[: len(messages) - len(row.messages) + row.answer_index]
     if template is None:
@@ -170,7 +184,10 @@ def prompt_tokens(
 
 
 def stop_tokens(
-    tokenizer: Any, chat_template: str | None = None, extra: Iterable[int] = ()
+    tokenizer: Any,
+    chat_template: str | None = None,
+    extra: Iterable[int] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> frozenset[int]:
     """The ids that end an answer: EOS, the token the template writes after an answer, and `extra`.
 
@@ -182,7 +199,8 @@ def stop_tokens(
     ending = None
     if chat_template is not None or tokenizer.chat_template:
         template = resolve_template(tokenizer, chat_template)
-        ending = None if template is None else sample(tokenizer, template)[3]
+        if template is not None:
+            ending = sample(tokenizer, template, chat_template_kwargs)[3]
     return frozenset(extra) | {i for i in (tokenizer.eos_token_id, ending) if i is not None}
 
 
@@ -211,39 +229,55 @@ def encode_rows(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int,
     too_long: str = "truncate",
     on_bad_row: str = "error",
 ) -> tuple[list[Example], Counts]:
     """As `encode_all`, but no example need be left."""
-    templates = {}  # a tokenizer may have another one for rows with tools
+    templates: dict[tuple, Template | None] = {}
     for row in rows:
-        if isinstance(row, Row) and bool(row.tools) not in templates:
+        if isinstance(row, Row) and (key := _template_key(row)) not in templates:
+            check_kwargs(tokenizer, chat_template, chat_template_kwargs)
             source = resolve_template(tokenizer, chat_template, row.tools)
-            known = None if source is None else read_template(tokenizer, source)
-            templates[bool(row.tools)] = known
+            options = with_kwargs(row, chat_template_kwargs).chat_template_kwargs
+            known = None if source is None else read_template(tokenizer, source, options)
+            templates[key] = known
     ready, usable, problems = [], [], []
+    unread: list[tuple[str, str | BadRow]] = []
     for row in rows:
         try:
             if isinstance(row, LabelRow):
                 raise UserError(f"{row.where}: a label is for models that classify")
             if isinstance(row, TokenRow):
                 ready.append(_as_given(row))
+            elif isinstance(row, Row):
+                template = templates[_template_key(row)]
+                check_read(row, template and template.source)
+                full = with_kwargs(row, chat_template_kwargs)
+                ready.append(to_text(full, tokenizer, template, system_prompt))
             else:
-                template = templates[bool(row.tools)] if isinstance(row, Row) else None
-                ready.append(to_text(row, tokenizer, template, system_prompt))
+                ready.append(to_text(row, tokenizer, None, system_prompt))
             usable.append(row)
+        except BadRow as error:
+            unread.append((row.where, error))
         except UserError as error:
             problems.append(str(error))
     if on_bad_row != "drop":
-        raise_first(problems)
+        raise_first([*describe_problems(unread), *problems])
 
     examples: list[Example] = []
-    dropped = truncated = longest = unaligned = 0
+    dropped = truncated = longest = unaligned = empty = 0
     for row, (example, aligned) in zip(usable, _examples(usable, ready, tokenizer), strict=True):
         length = len(example.tokens)
         longest = max(longest, length)
-        if not example.loss_weights.any():
+        if (
+            not example.loss_weights.any()
+            and isinstance(row, TokenRow)
+            and row.sequence is not None
+        ):
+            empty += 1
+        elif not example.loss_weights.any():
             problems.append(_unsupervised(row))
         elif too_long == "error" and length > max_length:
             problems.append(
@@ -255,8 +289,9 @@ def encode_rows(
             examples.append(fitted)
             truncated += length > max_length
             unaligned += not aligned
-    if on_bad_row != "drop" or len(problems) == len(rows):
-        raise_first(problems)
+    bad = len(unread) + len(problems)
+    if on_bad_row != "drop" or bad == len(rows):
+        raise_first([*describe_problems(unread), *problems])
     return examples, Counts(
         examples=len(examples),
         supervised_tokens=sum(int(np.count_nonzero(e.loss_weights)) for e in examples),
@@ -265,8 +300,15 @@ def encode_rows(
         dropped=dropped,
         longest=longest,
         unaligned=unaligned,
-        bad=len(problems),
+        bad=bad,
+        packed=sum(isinstance(row, TokenRow) and row.sequence == 0 for row in rows),
+        empty=empty,
     )
+
+
+def _template_key(row: Row) -> tuple[bool, str]:
+    """Return what decides the template of a row, which may be another one for rows with tools."""
+    return bool(row.tools), repr(row.chat_template_kwargs)
 
 
 def _unsupervised(row: AnyRow) -> str:

@@ -241,18 +241,31 @@ def read_config(directory: Path, params: Mapping) -> AdapterConfig:
 
 
 def read_fingerprint(directory: Path) -> dict[str, str]:
-    """What the adapter was trained on, by `lora_jax.formats.fingerprint`; empty for adapters of
-    other tools.
+    """Read what the adapter was trained on, by `lora_jax.formats.fingerprint`; empty for adapters
+    of other tools.
 
     Raises:
         UserError: lora_jax.json is damaged.
     """
+    return {name: str(digest) for name, digest in _recorded(directory, "fingerprint").items()}
+
+
+def read_template_kwargs(directory: Path) -> dict[str, Any]:
+    """Read the `data.chat_template_kwargs` that the adapter was trained with; empty for adapters
+    of other tools.
+
+    Raises:
+        UserError: lora_jax.json is damaged.
+    """
+    return _recorded(directory, "chat_template_kwargs")
+
+
+def _recorded(directory: Path, name: str) -> dict[str, Any]:
     file = directory / "lora_jax.json"
     if not file.is_file():
         return {}
     try:
-        stored = json.loads(file.read_text(encoding="utf-8")).get("fingerprint", {})
-        return {str(name): str(digest) for name, digest in stored.items()}
+        return dict(json.loads(file.read_text(encoding="utf-8")).get(name, {}).items())
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error}") from error
 

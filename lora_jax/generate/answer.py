@@ -1,7 +1,8 @@
 """Answers to prompts, from files: what `lora-jax generate` does."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -19,6 +20,7 @@ def answer(
     adapter: str | None = None,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     compute_dtype: str = "float32",
     base_dtype: str | None = None,
     max_new_tokens: int = 200,
@@ -26,7 +28,9 @@ def answer(
     seed: int = 0,
     allow_change: Collection[str] = (),
 ) -> list[str]:
-    """One answer per prompt, each prompt a user turn of its own conversation.
+    """Return one answer per prompt, each prompt a user turn of its own conversation.
+
+    `chat_template_kwargs` go to the chat template, before those that the adapter was trained with.
 
     Raises:
         UserError: the model or adapter cannot be found or do not fit, or the model classifies;
@@ -49,12 +53,18 @@ def answer(
         found = formats.read_adapter(directory, described.params)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
     tokenizer = formats.load_tokenizer(home)
+    arguments = dict(chat_template_kwargs or {})
     if adapter is not None:
         template = data.template_text(tokenizer, chat_template)
         prints = fingerprint.take(source, tokenizer, template)
         stored = formats.read_fingerprint(Path(adapter).expanduser())
         fingerprint.check(stored, prints, adapter, allow_change)
-    options = {"system_prompt": system_prompt, "chat_template": chat_template}
+        arguments = formats.read_template_kwargs(Path(adapter).expanduser()) | arguments
+    options = {
+        "system_prompt": system_prompt,
+        "chat_template": chat_template,
+        "chat_template_kwargs": arguments,
+    }
     rows = [
         data.Row(
             ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}), "--prompt"
@@ -62,7 +72,7 @@ def answer(
         for prompt in prompts
     ]
     tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
-    stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source))
+    stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source), arguments)
     model = formats.load(source, dtype=base_dtype)
     bound, prefix = model.params, None
     if found is not None:

@@ -52,6 +52,12 @@ def compare(
     for path, directory in directories.items():
         found[path] = formats.read_adapter(directory, model.params)
         fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
+        trained, here = formats.read_template_kwargs(directory), config.data.chat_template_kwargs
+        if trained != here:
+            console.print(
+                f"note: {path} was trained with data.chat_template_kwargs={trained}, and is "
+                f"measured with {here}"
+            )
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     held_out = sets.read_held_out(config, encoder)
     setup.check_metrics(config, held_out)

@@ -172,6 +172,7 @@ class Judge:
         template = {
             "system_prompt": task.system_prompt,
             "chat_template": self.config.data.chat_template,
+            "chat_template_kwargs": self.config.data.chat_template_kwargs,
         }
         questions: dict[tuple[int, ...], list[data.Row]] = {}
         for row in task.rows:
@@ -191,7 +192,10 @@ def make_judge(
     """A `Judge` with its compiled functions over the held-out data."""
     stops = frozenset(formats.stop_tokens(model.directory))
     if "task" in held_out and any(isinstance(row, data.Row) for row in held_out["task"].rows):
-        stops = data.stop_tokens(tokenizer, config.data.chat_template, stops)
+        settings = config.data
+        stops = data.stop_tokens(
+            tokenizer, settings.chat_template, stops, settings.chat_template_kwargs
+        )
     return Judge(
         config=config,
         model=model,

@@ -63,6 +63,7 @@ def export_peft(
             "fingerprint": {name: prints[name] for name in fingerprint.PARTS},
             "versions": versions(),
             "seed": config.seed,
+            "chat_template_kwargs": config.data.chat_template_kwargs,
         },
         profile=profile,
     )

@@ -227,7 +227,10 @@ def _endless(
     train: TrainData, tokenizer: Any, config: Config, extra: Sequence[int]
 ) -> Iterator[str]:
     try:
-        stops = data.stop_tokens(tokenizer, config.data.chat_template, extra)
+        settings = config.data
+        stops = data.stop_tokens(
+            tokenizer, settings.chat_template, extra, settings.chat_template_kwargs
+        )
     except UserError as error:  # of no matter to the rows, which the template may take
         yield f"what ends an answer cannot be told: {error}"
         return

@@ -19,7 +19,10 @@ from lora_jax.models import CLASSIFIERS
 from lora_jax.models.common import Model
 
 # Settings of `data` that a model that classifies has no use for.
-_OF_TEXT = ("prompt", "completion", "system_prompt", "chat_template", "regression")
+_OF_TEXT = (
+    *("prompt", "completion", "system_prompt", "chat_template", "chat_template_kwargs"),
+    "regression",
+)
 
 
 def describe(config: Config, source: Path) -> tuple[Config, Model]:
@@ -132,8 +135,9 @@ def _read_labels(config: Config) -> tuple[str, ...]:
         )
     sources = settings.train if isinstance(settings.train, Mapping) else [settings.train]
 
-    def parse(record: object, where: str) -> data.AnyRow:
-        return data.parse_label_row(record, where, settings.text, settings.label)
+    def parse(record: object, where: str) -> list[data.AnyRow]:
+        ignored = settings.ignore_columns
+        return [data.parse_label_row(record, where, settings.text, settings.label, ignored)]
 
     rows = [
         row

@@ -102,15 +102,16 @@ class Encoder:
                 prompt=settings.prompt,
                 completion=settings.completion,
                 on_bad_row=settings.on_bad_row,
-                parse=None if self.labels is None else self._parse,
+                parse=self._parse,
             )
         return self.read[source]
 
-    def _parse(self, record: Any, where: str) -> data.AnyRow:
+    def _parse(self, record: Any, where: str) -> Sequence[data.AnyRow]:
         settings = self.config.data
+        ignored = settings.ignore_columns
         if self.labels is not None:
-            return data.parse_label_row(record, where, settings.text, settings.label)
-        return data.parse_row(record, where, settings.prompt, settings.completion)
+            return [data.parse_label_row(record, where, settings.text, settings.label, ignored)]
+        return data.parse_rows(record, where, settings.prompt, settings.completion, ignored)
 
     def _encode(self, rows: Sequence[Any]) -> tuple[list[data.Example], data.Counts]:
         """Rows as examples; none need be left."""
@@ -153,6 +154,7 @@ class Encoder:
                     (
                         *(settings.system_prompt, self.max_length, settings.too_long),
                         *(settings.prompt, settings.completion, settings.on_bad_row),
+                        *(settings.chat_template_kwargs, settings.ignore_columns),
                         *(settings.text, settings.label, self.labels),
                     )
                 ),
@@ -177,6 +179,7 @@ class Encoder:
             "tokenizer": self.tokenizer,
             "system_prompt": settings.system_prompt,
             "chat_template": settings.chat_template,
+            "chat_template_kwargs": settings.chat_template_kwargs,
             "max_length": self.max_length,
             "too_long": settings.too_long,
             "on_bad_row": settings.on_bad_row,
@@ -185,21 +188,16 @@ class Encoder:
     def block(self, records: Sequence[data.Record]) -> list[data.Example]:
         """The examples of some records of a stream; what is dropped is said."""
         settings = self.config.data
-        rows, problems = [], []
-        for where, record, problem in records:
-            if problem is None:
-                try:
-                    rows.append(self._parse(record, where))
-                except data.BadRow as error:
-                    problem = str(error)
-            if problem is not None:
-                problems.append(f"{where}: {problem}")
+        rows: list[data.AnyRow] = []
+        problems: list[tuple[str, str | data.BadRow]] = []
+        for record in records:
+            data.parse_record(record, self._parse, rows, problems)
         if settings.on_bad_row != "drop":
-            data.raise_first(problems)
+            data.raise_first(data.describe_problems(problems))
         examples, counts = self._encode(rows)
         self._check_vocabulary(examples)
         self.counts["block"] = counts = counts.with_bad(len(problems))
-        if counts.dropped or counts.bad:
+        if counts.dropped or counts.bad or counts.empty:
             told = describe(counts, self.max_length)
             self.console.print(f"records from {records[0][0]} on: {told}")
         return examples
@@ -242,6 +240,10 @@ def describe(counts: data.Counts, limit: int) -> str:
         notes.append(f"{counts.dropped} dropped as longer than {limit} tokens")
     if counts.bad:
         notes.append(f"{counts.bad} bad rows dropped")
+    if counts.packed:
+        notes.append(f"{counts.packed} packed rows taken apart into their sequences")
+    if counts.empty:
+        notes.append(f"{counts.empty} packed sequences without a supervised token left out")
     if counts.unaligned:
         notes.append(f"{counts.unaligned} whose prompt alone splits into other tokens")
     return "; ".join(notes)

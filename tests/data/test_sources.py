@@ -58,7 +58,7 @@ def wheres(source: str | Path) -> list[str]:
 def test_prompt_and_completion_with_extra_keys_and_blank_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(
-        b'\xef\xbb\xbf{"prompt": "\xc3\xa9", "completion": "x", "context": [1]}\r\n'
+        b'\xef\xbb\xbf{"prompt": "\xc3\xa9", "completion": "x", "source": [1]}\r\n'
         b'\n   \n{"prompt": "b", "completion": ""}'
     )
     first, second = read(path).rows
@@ -182,7 +182,8 @@ def test_the_packaged_data_reads_whole():
     )
     expected = {"usaddress_train": 1288, "usaddress_test": 200, "restaurant8k_train": 8198}
     for name, count in (expected | {"general_64": 64, "seed_tasks": 175}).items():
-        assert len(read(folder / f"{name}.jsonl").rows) == count
+        prompt = "{prompt}\nAsked for: {context}" if "restaurant" in name else None
+        assert len(read(folder / f"{name}.jsonl", prompt=prompt).rows) == count
 
 
 def test_a_path_is_local_and_a_demo_goes_by_its_name(tmp_path, monkeypatch):
@@ -434,7 +435,7 @@ def test_records_begin_anywhere(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(rows))
     lines = "".join(f'"{i}"\n' if i % 2 else f'\n"{i}\n"\n' for i in range(9))
     (tmp_path / "c.csv").write_text(f"text\n{lines}")
-    (tmp_path / "d.tsv.gz").write_bytes(gzip.compress(b"text\tb\n1\t2\n3\n4\t5\n"))
+    (tmp_path / "d.tsv.gz").write_bytes(gzip.compress(b"text\tid\n1\t2\n3\n4\t5\n"))
     table_files(tmp_path, pyarrow.Table.from_pylist(rows))
     every = list(records(tmp_path))
     assert len(every) == 10 + 9 + 9 + 3 + 3 * 9

@@ -1,0 +1,159 @@
+"""Keys of records and messages that are no part of their text.
+
+    is_harmless("created_at", value)   an id, a time, a source: left out
+    check_keys(given, known)           any other key that is not known is refused by name
+
+A key is harmless by its name, or because its value is a date or a time. null and "" are as absent,
+and so are an empty list and an empty object under a key that is not known.
+"""
+
+import datetime
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.config import nearest
+from lora_jax.data.rows import BadRow, Row, listed
+
+# Identity, origin, time, language, statistics, and settings of the request that made an answer.
+HARMLESS = (
+    *("id", "ids", "idx", "index", "uuid", "uid", "guid", "hash", "sha", "md5", "number", "row"),
+    *("source", "sources", "origin", "provenance", "dataset", "datasets", "data_source", "subset"),
+    *("split", "fold", "file", "filename", "path", "url", "urls", "link", "links", "website"),
+    *("domain", "license", "author", "authors", "user", "username", "annotator", "annotators"),
+    *("annotations", "publisher", "country", "hashed_ip", "header"),
+    *("lang", "language", "languages", "locale"),
+    *("timestamp", "timestamps", "date", "time", "datetime", "created", "created_on", "modified"),
+    *("updated", "updated_on", "added", "version", "revision"),
+    *("category", "categories", "subcategory", "topic", "topics", "tag", "tags", "task", "tasks"),
+    *("task_name", "task_type", "type", "kind", "level", "difficulty"),
+    *("score", "scores", "quality", "rating", "ratings", "rank", "ranking", "votes", "upvotes"),
+    *("likes", "toxic", "toxicity", "redacted", "moderation", "openai_moderation", "perplexity"),
+    *(
+        "meta",
+        "metadata",
+        "info",
+        "note",
+        "notes",
+        "status",
+        "turn",
+        "turns",
+        "num_turns",
+        "turn_identifier",
+    ),
+    *("length", "num_tokens", "n_tokens", "token_count", "word_count", "char_count", "usage"),
+    *("cost", "latency", "duration"),
+    *("model", "models", "generator", "model_name", "teacher", "provider", "temperature", "top_p"),
+    *("top_k", "max_tokens", "max_completion_tokens", "seed", "stream", "logprobs", "store"),
+    *("finish_reason", "stop_reason", "parallel_tool_calls", "service_tier"),
+)
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+MESSAGE_KEYS = (
+    *("role", "content", "train", "tool_calls", "tool_call_id", "name"),
+    *REASONING_KEYS,
+)
+HARMLESS_ENDS = ("_id", "_uuid", "_at", "_date", "_time", "_timestamp", "_url", "_hash", "_version")
+_TIMES = (datetime.date, datetime.time, datetime.timedelta)
+_PREFERENCE = "this trains on one answer, and preference data have two or a label"
+_MEDIA = "only text can be read"
+_WEIGHT = "a row has no weight of its own; give sources weights in data.train"
+_REASONS = {
+    **dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_weights"), _WEIGHT),
+    **dict.fromkeys(("chosen", "rejected", "label", "kto_tag"), _PREFERENCE),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+    **dict.fromkeys(
+        ("system", "system_prompt", "system_message", "tools", "functions", "chat_template_kwargs"),
+        "a plain text has no turns",
+    ),
+}
+
+
+class UnknownKeys(BadRow):
+    """Keys of a record that are not known, or that cannot be used.
+
+    known: keys that would have been, to suggest one
+    about: the text before the keys
+    """
+
+    def __init__(
+        self, keys: Iterable[str], known: Collection[str] = (), about: str = "keys not known"
+    ):
+        self.keys, self.known, self.about = tuple(dict.fromkeys(keys)), known, about
+        names = listed([repr(key) for key in self.keys])
+        hints = [nearest(key[:100], known) for key in self.keys[:3]]
+        reasons = {f" {key!r}: {_REASONS[key]}." for key in self.keys if key in _REASONS and known}
+        super().__init__(
+            f"{about}: {names}.{next(filter(None, hints), '')}{''.join(sorted(reasons))} What is "
+            "not used is left out by data.ignore_columns, a list of names"
+        )
+
+
+def is_harmless(key: str, value: Any) -> bool:
+    """Return whether a key says nothing about the text of its record or message."""
+    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(" ", "_")
+    return (
+        plain in HARMLESS
+        or plain.startswith("_")
+        or plain.endswith(HARMLESS_ENDS)
+        or isinstance(value, _TIMES)
+    )
+
+
+def check_keys(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse keys that are neither known nor harmless, all of them together.
+
+    Raises:
+        UnknownKeys: there are some.
+    """
+    unknown = [
+        str(key)
+        for key, value in given.items()
+        if key not in known
+        and not (isinstance(value, str | list | dict) and not value)
+        and not is_harmless(str(key), value)
+    ]
+    if unknown:
+        raise UnknownKeys(unknown, known)
+
+
+def describe_problems(problems: Sequence[tuple[str, str | BadRow]]) -> list[str]:
+    """Return the problems of records, each after its place, as (place, problem) pairs name them.
+
+    Unknown keys come first, in one line however many records have them.
+    """
+    unknown = [(where, found) for where, found in problems if isinstance(found, UnknownKeys)]
+    lines = [f"{where}: {found}" for where, found in problems if not isinstance(found, UnknownKeys)]
+    if not unknown:
+        return lines
+    first, found = unknown[0]
+    every = UnknownKeys([k for _, one in unknown for k in one.keys], found.known, found.about)
+    more = len(unknown) - 1
+    rows = f" and {more} more row{'s' * (more > 1)}" if more else ""
+    return [f"{first}{rows}: {every}", *lines]
+
+
+# Keys that a chat template may read
+
+
+def check_read(row: Row, template: str | None) -> None:
+    """Refuse what a conversation gives its chat template and the template does not read.
+
+    template: the source of the template; None reads nothing
+
+    Raises:
+        UnknownKeys: keys of messages that are not known, or of `chat_template_kwargs`.
+    """
+    known = set(MESSAGE_KEYS)
+    given = {key for message in row.messages for key, value in message.items() if value}
+    if unread := sorted(key for key in given - known if not reads(template, key)):
+        raise UnknownKeys(
+            unread, about="keys of messages that are not known, nor read by the chat template"
+        )
+    options = row.chat_template_kwargs
+    if unread := sorted(k for k, value in options.items() if value and not reads(template, k)):
+        raise UnknownKeys(unread, about="'chat_template_kwargs' that the chat template never reads")
+
+
+def reads(template: str | None, name: str) -> bool:
+    """Return whether a name stands in the source of a chat template."""
+    return template is not None and re.search(rf"\b{re.escape(name)}\b", template) is not None
