@@ -243,7 +243,7 @@ def test_problems_of_a_kind_are_told_together():
         (b"- a\n- b\n", "must hold a mapping of settings, not list"),
         (b"just text", "must hold a mapping of settings, not str"),
         (b"a: [1", "is not valid YAML"),
-        (b"a: \xff\xfe", "is not valid YAML"),
+        (b"a: \xff\xfe", r"config\.yaml cannot be read: the text is not UTF-8"),
         (b"", "model is not set"),
     ],
 )

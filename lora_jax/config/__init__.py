@@ -26,6 +26,7 @@ from lora_jax.config.settings import (
     raise_all,
     virtual_tokens,
 )
+from lora_jax.config.text import read_json, read_text
 
 __all__ = [
     "DATA_INITS",
@@ -49,5 +50,7 @@ __all__ = [
     "nearest",
     "parse",
     "raise_all",
+    "read_json",
+    "read_text",
     "virtual_tokens",
 ]

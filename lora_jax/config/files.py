@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_jax.config.checks import check
 from lora_jax.config.settings import Config, UserError, all_keys, nearest, raise_all
+from lora_jax.config.text import read_text
 
 # Settings whose values are mappings: an override of one takes the place of all of it.
 _MAPPINGS = (
@@ -47,12 +48,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
+    text = read_text(path, f"config file {path}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(text, _UniqueKeys) or {}
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    except OSError as error:
-        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
     return parse(content, overrides, source=str(path))

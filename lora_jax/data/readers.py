@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from lora_jax.config import UserError
+from lora_jax.config.text import BOM, other_encoding
 from lora_jax.data.rows import kind, printable
 
 _LARGEST_FIELD = 2**31 - 1  # characters in a field of a .csv file
@@ -32,8 +33,8 @@ def read_lines(name: str, path: Path, start: int) -> Reader:
     held = 0
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
-            if number == 1:  # a byte order mark is an invisible gift of some editors
-                line = line.removeprefix(b"\xef\xbb\xbf")
+            if number == 1:
+                line = _without_mark(name, line)
             if not line.strip():
                 continue
             held += 1
@@ -44,7 +45,7 @@ def read_lines(name: str, path: Path, start: int) -> Reader:
 
 def read_document(name: str, path: Path, start: int) -> Reader:
     with _open(path) as file:
-        data = file.read().removeprefix(b"\xef\xbb\xbf")
+        data = _without_mark(name, file.read())
     if not data.strip():
         return 0
     value, problem, line = _parse(data)
@@ -81,6 +82,8 @@ def _parse(data: bytes) -> tuple[Any, str | None, int]:
 def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
     held = 0
     header: list[str] | None = None
+    with _open(path) as binary:
+        _without_mark(name, binary.read(4))
     with _open_text(path) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         while True:
@@ -125,6 +128,17 @@ def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
         except UnicodeEncodeError as error:  # a byte that `surrogateescape` has carried here
             return fields, f"invalid UTF-8 (byte 0x{ord(field[error.start]) - 0xDC00:02x})"
     return fields, None
+
+
+def _without_mark(name: str, data: bytes) -> bytes:
+    """The first bytes of a file without a byte order mark.
+
+    Raises:
+        UserError: the mark of another encoding than UTF-8.
+    """
+    if encoding := other_encoding(data):
+        raise UserError(f"{name}:1: the text is {encoding}; save it as UTF-8")
+    return data.removeprefix(BOM)
 
 
 def _open(path: Path) -> BinaryIO | gzip.GzipFile:

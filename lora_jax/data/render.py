@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_jax.config import UserError
+from lora_jax.config import UserError, read_text
 from lora_jax.data.keys import reads
 from lora_jax.data.rows import SYSTEM_ROLES, Row
 
@@ -62,12 +62,10 @@ def resolve_template(
         return None
     if chat_template is not None:
         try:
-            return Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"data.chat_template={chat_template!r} cannot be read: {reason}; {_OPTIONS}"
-            ) from error
+            file = Path(chat_template).expanduser()
+            return read_text(file, f"data.chat_template={chat_template!r}")
+        except (UserError, RuntimeError) as error:  # RuntimeError: ~NAME of no user
+            raise UserError(f"{error}; {_OPTIONS}") from error
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {name(tokenizer)} has no chat template; {_OPTIONS}")
     try:

@@ -4,7 +4,6 @@ adapters.
 model = load("path-or-hub-name")     # static structure + frozen params, placed on the devices
 """
 
-import json
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lora_jax import models
-from lora_jax.config import MeshConfig, UserError
+from lora_jax.config import MeshConfig, read_json
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.loralib import read_loralib as read_loralib
 from lora_jax.formats.matrices import open_matrices as open_matrices
@@ -26,6 +25,9 @@ from lora_jax.formats.safetensors import missing_heads as missing_heads
 from lora_jax.formats.safetensors import parse_size as parse_size
 from lora_jax.formats.safetensors import read_params as read_params
 from lora_jax.formats.safetensors import write_model as write_model
+from lora_jax.formats.side_files import generation_stops as generation_stops
+from lora_jax.formats.side_files import load_tokenizer as load_tokenizer
+from lora_jax.formats.side_files import stop_tokens as stop_tokens
 from lora_jax.models.common import Model
 from lora_jax.sharding import make_mesh
 
@@ -36,13 +38,7 @@ def describe(
     """The model of a Hugging Face directory with shapes in place of weights; reads config.json
     only. `labels`: what a model that classifies shall tell apart, if not what its config names.
     """
-    file = directory / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object")
+    content = read_json(directory / "config.json")
     return models.describe(content, ignore, labels).replace(directory=directory)
 
 
@@ -71,30 +67,3 @@ def load(
     model = describe(directory, ignore, labels)
     params = read_params(directory, model, mesh or make_mesh(MeshConfig()), dtype)
     return model.replace(params=params)
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a Hugging Face directory."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers raises many kinds for missing and damaged files
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise UserError(
-            f"{directory} has no tokenizer that transformers can load: {reason}"
-        ) from error
-
-
-def stop_tokens(directory: Path) -> list[int]:
-    """The EOS ids that generation_config.json and config.json name."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        try:
-            value = json.loads((directory / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue  # optional files; the tokenizer's own EOS is known besides
-        found |= set(value) if isinstance(value, list) else {value} if value is not None else set()
-    return sorted(found)

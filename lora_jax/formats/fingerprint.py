@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import UserError, raise_all
+from lora_jax.config import raise_all, read_json
 from lora_jax.formats.safetensors import list_tensors
 
 PARTS = ("base", "tokenizer", "template")
@@ -44,10 +44,7 @@ def base_digest(directory: Path) -> str:
     head, and rotary frequencies, which some versions of transformers wrote.
     """
     tensors = list_tensors(directory)
-    try:
-        tied = json.loads((directory / "config.json").read_text()).get("tie_word_embeddings")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{directory / 'config.json'} cannot be read: {error}") from error
+    tied = read_json(directory / "config.json").get("tie_word_embeddings")
     offsets = {file: _offsets(file) for file in {tensor.file for tensor in tensors.values()}}
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -8,8 +8,9 @@ from pathlib import Path
 from lora_jax import demo
 from lora_jax.config import UserError
 from lora_jax.formats import gguf
+from lora_jax.formats.side_files import SIDE_FILES
 
-_SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]  # config, tokenizer, chat template
+_SMALL = ["*.json", "*.jinja", "*.txt", *SIDE_FILES]  # config, tokenizer, templates, licence
 
 
 def resolve(spec: str, weights: bool = True) -> Path:

@@ -9,7 +9,6 @@ base are written as those of twice the rank over the original base, and those of
 projection as one of the sum of their ranks over all of it. Virtual tokens are in `peft_virtual`.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.numpy import save_file
 from lora_jax import adapters as methods
 from lora_jax import tree
 from lora_jax.adapters.lora import as_plain
-from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all
+from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all, read_json
 from lora_jax.formats import peft_virtual
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
 from lora_jax.formats.peft_tensors import (
@@ -36,7 +35,8 @@ from lora_jax.formats.peft_tensors import (
     with_whole_matrices,
     within_limits,
 )
-from lora_jax.formats.safetensors import copy_side_files, new_directory, open_tensors, write_json
+from lora_jax.formats.safetensors import new_directory, open_tensors
+from lora_jax.formats.side_files import copy_side_files, write_json
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)
@@ -58,7 +58,7 @@ def write_adapter(
     """Write a PEFT adapter directory; equal adapters give equal bytes.
 
     `params` may hold arrays or shapes. `task_type` is PEFT's name of the model's kind. `source` is
-    the base model's directory, whose tokenizer is copied; `chat_template` replaces its template;
+    the base model's directory, whose tokenizer is copied; `chat_template` replaces its templates;
     `extra` joins lora_jax.json. With `profile` "vllm" all modules get one rank and one alpha, as
     vLLM reads no patterns.
 
@@ -92,7 +92,6 @@ def write_adapter(
         write_json(temporary / "lora_jax.json", {"base_model": base_model, **(extra or {})})
         if source is not None:
             copy_side_files(source, temporary, chat_template)
-            (temporary / "generation_config.json").unlink(missing_ok=True)
 
 
 def peft_problems(found: Trainable) -> list[str]:
@@ -224,11 +223,8 @@ def read_config(directory: Path, params: Mapping) -> AdapterConfig:
     file = directory / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{directory} is no PEFT adapter directory: it has no adapter_config.json")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else content
+    content = read_json(file)
+    kind = content.get("peft_type")
     if kind not in (kinds := ("LORA", *peft_virtual.KINDS)):
         raise UserError(
             f"{file}: peft_type={kind!r} is not supported; these are: {', '.join(kinds)}"
@@ -264,10 +260,10 @@ def _recorded(directory: Path, name: str) -> dict[str, Any]:
     file = directory / "lora_jax.json"
     if not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")).get(name, {}).items())
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    stored = read_json(file).get(name, {})
+    if not isinstance(stored, dict):
+        raise UserError(f"{file} is damaged: {name}={stored!r} must be an object")
+    return stored
 
 
 def read_adapter(directory: Path, params: Mapping) -> tuple[dict, AdapterConfig]:

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 import shutil
 import tempfile
@@ -23,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax import hosts, tree
-from lora_jax.config import UserError, nearest
+from lora_jax.config import UserError, nearest, read_json
 from lora_jax.formats.names import Piece, canonical, pieces
+from lora_jax.formats.side_files import copy_side_files, write_generation_config, write_json
 from lora_jax.models import Model
 from lora_jax.quantize import SCHEMES, QuantizedWeight, quantize, quantizes
 from lora_jax.sharding import _fit, param_specs, whole
@@ -42,17 +42,6 @@ _NO_WEIGHTS = {  # of buffers, such as the position_ids of old BERT files
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "LICENSE*",
-)
 
 
 @dataclass(frozen=True)
@@ -76,10 +65,8 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
     single = directory / "model.safetensors"
     if index.is_file():
         try:
-            files = sorted(
-                {directory / name for name in json.loads(index.read_text())["weight_map"].values()}
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            files = sorted({directory / name for name in read_json(index)["weight_map"].values()})
+        except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is damaged: {error!r}") from error
     elif single.is_file():
         files = [single]
@@ -418,14 +405,16 @@ def write_model(
     source: Path,
     max_shard_size: str = "5GB",
     chat_template: str | None = None,
+    stops: Collection[int] = (),
     beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face directory: safetensors (sharded with an index above the limit),
     config.json, side files, and what `beside` writes into it.
 
-    `source` is the directory that the model came from; its tokenizer, chat template and generation
-    config are copied. One shard at a time is brought to the host; of several hosts the main one
-    writes, and all of them must call.
+    `source` is the directory that the model came from; its tokenizer, chat templates, generation
+    config and licence are copied. `chat_template` takes the place of its templates, and `stops`
+    join the ids that end a generation. One shard at a time is brought to the host; of several hosts
+    the main one writes, and all of them must call.
     """
     limit = parse_size(max_shard_size)
     leaves, config = tree.flatten(params), dict(model.hf_config)
@@ -477,24 +466,6 @@ def write_model(
             config["dtype"] = dtypes.pop()
         write_json(temporary / "config.json", config)
         copy_side_files(source, temporary, chat_template)
+        write_generation_config(source, temporary, stops)
         if beside is not None:
             beside(temporary)
-
-
-def copy_side_files(source: Path, target: Path, chat_template: str | None = None) -> None:
-    """Copy tokenizer, chat template and generation config; `chat_template` (Jinja text) replaces
-    the model's own.
-    """
-    for pattern in _SIDE_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
-    if chat_template is not None:
-        (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Sorted keys and a closing newline, so that equal content gives equal bytes."""
-    file.write_text(
-        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -206,7 +205,7 @@ def _finished(output: Path, record: Mapping[str, Any], config: Config) -> dict[s
     over = record["step"] == config.train.steps or watch.gave_up(config.train)
     if over and not record["pending"] and file.is_file():
         with contextlib.suppress(ValueError):  # damaged: what it says is worked out again
-            return json.loads(file.read_text(encoding="utf-8"))
+            return configs.read_json(file)
     file.unlink(missing_ok=True)
     return None
 

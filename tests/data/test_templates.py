@@ -425,7 +425,7 @@ def test_missing_templates(tmp_path):
     assert "data.chat_template='chatml' cannot be read: No such file or directory" in text
     assert "null for the tokenizer's own" in text
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
-    assert "cannot be read: 'utf-8' codec" in error_of(
+    assert "cannot be read: the text is not UTF-8" in error_of(
         resolve_template, build(), str(tmp_path / "latin.jinja")
     )
     tokenizer = build({"rag": CHATML, "tools": CHATML})

@@ -1,0 +1,168 @@
+"""Small files of a Hugging Face directory: tokenizer, templates, generation config, licence.
+
+They go with every export. A byte order mark is left out of the copies of JSON and Jinja files,
+which transformers would refuse or render.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_jax.config import UserError, read_json
+from lora_jax.config.text import BOM
+
+# Everything that `save_pretrained` of a tokenizer or processor writes, and licences.
+_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
+SIDE_FILES = (
+    *_TEMPLATES,
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab*", "*vocab.json", "merges.txt", "bpe.codes", "dict.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "*.tokenizer"),
+    *("emoji.json", "normalizer.json", "byte_maps.json", "word_*.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("LICENSE*", "LICENCE*", "License*", "license*", "COPYING*", "NOTICE*", "Notice*"),
+    "USE_POLICY*",
+)
+_OWN_TEMPLATE = "chat_template.jinja"
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def copy_side_files(source: Path, target: Path, chat_template: str | None = None) -> None:
+    """Copy tokenizer, chat templates and licence; `chat_template` (Jinja text) takes the place of
+    all the model's templates, named ones too.
+    """
+    left_out = () if chat_template is None else _find(source, _TEMPLATES)
+    for file in _find(source, SIDE_FILES):
+        if file not in left_out:
+            _copy(source / file, target / file)
+    if chat_template is not None:
+        (target / _OWN_TEMPLATE).write_text(chat_template, encoding="utf-8")
+
+
+def _find(source: Path, patterns: Collection[str]) -> list[Path]:
+    """Paths of the files that match, relative to `source`."""
+    found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(source) for file in found)
+
+
+def _copy(file: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    if _is_marked(file):
+        target.write_bytes(file.read_bytes().removeprefix(BOM))
+    else:
+        shutil.copyfile(file, target)
+
+
+def _is_marked(file: Path) -> bool:
+    if file.suffix not in (".json", ".jinja"):
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(BOM)) == BOM
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Hugging Face directory.
+
+    Raises:
+        UserError: none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _unmarked(directory) as place:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # transformers raises many kinds for missing and damaged files
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise UserError(
+            f"{directory} has no tokenizer that transformers can load: {reason}"
+        ) from error
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
+
+
+@contextmanager
+def _unmarked(directory: Path) -> Iterator[Path]:
+    """The directory, or copies of its small files where any has a byte order mark."""
+    files = [file for file in _find(directory, ("config.json", *SIDE_FILES))]
+    if not any(_is_marked(directory / file) for file in files):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as copies:
+        for file in files:
+            _copy(directory / file, Path(copies) / file)
+        yield Path(copies)
+
+
+# Where generation ends
+
+
+def stop_tokens(directory: Path) -> list[int]:
+    """The EOS ids that generation_config.json and config.json name.
+
+    Raises:
+        UserError: a file that cannot be read, or ids that are none.
+    """
+    found = {token for name in _configs(directory) for token in _eos(directory / name)}
+    return sorted(found)
+
+
+def generation_stops(directory: Path) -> list[int]:
+    """The ids at which transformers and vLLM end an answer of the model, in their order.
+
+    Raises:
+        UserError: as `stop_tokens`.
+    """
+    names = _configs(directory)
+    return _eos(directory / names[0]) if names else []
+
+
+def write_generation_config(source: Path, target: Path, stops: Collection[int] = ()) -> None:
+    """Write the generation config of the model in `source`, which ends an answer at `stops` too.
+
+    Without one, transformers generates as config.json says: a new one keeps its token ids.
+
+    Raises:
+        UserError: as `stop_tokens`.
+    """
+    file, known = source / "generation_config.json", generation_stops(source)
+    added = sorted(set(stops) - set(known))
+    if not added:
+        if file.is_file():
+            _copy(file, target / file.name)
+        return
+    if file.is_file():
+        content = read_json(file)
+    else:
+        config = read_json(source / "config.json")
+        content = {name: config[name] for name in _TOKENS if config.get(name) is not None}
+    ids = [*known, *added]
+    write_json(target / file.name, content | {"eos_token_id": ids if len(ids) > 1 else ids[0]})
+
+
+def _configs(directory: Path) -> list[str]:
+    """The files that may name EOS, the one that wins first."""
+    names = ("generation_config.json", "config.json")
+    return [name for name in names if (directory / name).is_file()]
+
+
+def _eos(file: Path) -> list[int]:
+    value = read_json(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise UserError(
+            f"{file}: eos_token_id={value!r} must be a token id or a list of them; mend the file"
+        )
+    return list(dict.fromkeys(ids))
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Sorted keys and a closing newline, so that equal content gives equal bytes."""
+    file.write_text(
+        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,178 @@
+"""Text files that a user names: one reader, with or without a byte order mark, and its errors."""
+
+import gzip
+import json
+import re
+import shutil
+
+import pytest
+
+from lora_jax import cli, data, formats
+from lora_jax import config as configs
+from lora_jax.config import UserError, read_json, read_text
+from lora_jax.formats import fingerprint
+
+from .train.conftest import CHATML, write_model
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write bytes to a file of that name, zipped if it ends in .gz."""
+
+    def run(name, content):
+        file = tmp_path / name
+        file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return file
+
+    return run
+
+
+@pytest.mark.parametrize("mark", [b"", MARK])
+def test_text_and_json_are_read_with_and_without_the_mark(write, mark):
+    assert read_text(write("a.txt", mark + "é\r\nb\r".encode())) == "é\nb\n"
+    assert read_json(write("a.json", mark + b'{"a": "\xc3\xa9"}')) == {"a": "é"}
+    assert read_text(write("empty.txt", mark)) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"one\ntw\xe9", "the text is not UTF-8 (byte 0xe9 in line 2); save it as UTF-8"),
+        ("text".encode("utf-16"), "the text is UTF-16; save it as UTF-8"),
+        (b"\xfe\xff\x00a", "the text is UTF-16; save it as UTF-8"),
+        ("text".encode("utf-32"), "the text is UTF-32; save it as UTF-8"),
+        ("{}".encode("utf-16-le"), "the text has null bytes, as UTF-16 has; save it as UTF-8"),
+    ],
+)
+def test_text_that_is_not_utf8(write, content, expected):
+    file = write("a.json", content)
+    for read in (read_text, read_json):
+        with pytest.raises(UserError, match=re.escape(f"{file} cannot be read: {expected}")):
+            read(file)
+    with pytest.raises(UserError, match=re.escape(f"its name cannot be read: {expected}")):
+        read_text(file, "its name")
+
+
+def test_files_that_are_none(tmp_path):
+    for file, reason in ((tmp_path / "no", "No such file"), (tmp_path, "Is a directory")):
+        for read in (read_text, read_json):
+            with pytest.raises(UserError, match=re.escape(f"{file} cannot be read: {reason}")):
+                read(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "invalid JSON: Expecting value at line 1, column 1"),
+        (b'{"a": 1,\n"b"}', "invalid JSON: Expecting ':' delimiter at line 2, column 4"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "invalid JSON: Exceeds the limit"),
+        (b"[" * 100_000, "invalid JSON: maximum recursion depth"),
+        (b"[1]", "it must hold a JSON object, not a list"),
+        (b"null", "it must hold a JSON object, not null"),
+        (b"1.5", "it must hold a JSON object, not a number"),
+    ],
+)
+def test_json_that_is_no_object(write, content, expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        read_json(write("a.json", content))
+
+
+# Every kind of file
+
+
+@pytest.mark.parametrize("zipped", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"prompt": "q", "completion": "a"}\r\n'),
+        ("a.json", b'[{"prompt": "q", "completion": "a"}]'),
+        ("a.csv", b"prompt,completion\r\nq,a\r\n"),
+        ("a.csv", b'"prompt","completion"\nq,a\n'),
+        ("a.tsv", b"prompt\tcompletion\nq\ta\n"),
+    ],
+)
+def test_data_files(write, name, content, zipped):
+    plain, marked = (
+        data.read(write(f"{len(mark)}{name}{zipped}", mark + content)) for mark in (b"", MARK)
+    )
+    assert len(marked.rows) == 1 and marked.rows[0].messages == plain.rows[0].messages
+    other = write(name + zipped, content.decode().encode("utf-16"))
+    expected = re.escape(f"{name}{zipped}:1: the text is UTF-16; save it as UTF-8")
+    for on_bad_row in ("error", "drop"):
+        with pytest.raises(UserError, match=expected):
+            data.read(other, on_bad_row=on_bad_row)
+
+
+def test_yaml_files(write):
+    content = b"model: m\r\ntrain: {steps: 7}\r\n"
+    assert configs.load(write("a.yaml", MARK + content)) == configs.load(write("b.yaml", content))
+    for text in (content.decode().encode("utf-16"), b"model: \xe9"):
+        with pytest.raises(UserError, match=r"config file .*c\.yaml cannot be read: the text is"):
+            configs.load(write("c.yaml", text))
+
+
+def test_chat_templates(write, monkeypatch):
+    file = write("chat.jinja", MARK + CHATML.encode())
+    assert data.resolve_template(None, str(file)) == CHATML
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert data.resolve_template(None, "~/chat.jinja") == CHATML
+    with pytest.raises(UserError, match=r"data\.chat_template='.*' cannot be read: Is a directory"):
+        data.resolve_template(None, str(file.parent))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One model directory without marks, and one with a mark in each of its text files."""
+    plain = write_model(tmp_path_factory.mktemp("models") / "plain", eos_token_id=2)
+    (plain / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    index = {"weight_map": dict.fromkeys(formats.describe(plain).params, "part.safetensors")}
+    (plain / "model.safetensors").rename(plain / "part.safetensors")
+    (plain / "model.safetensors.index.json").write_text(json.dumps(index))
+    (plain / "additional_chat_templates").mkdir()
+    (plain / "additional_chat_templates" / "tool_use.jinja").write_text(CHATML + "tools")
+    marked = shutil.copytree(plain, plain.parent / "marked")
+    files = [file for file in marked.rglob("*") if file.suffix in (".json", ".jinja")]
+    assert len(files) == 7
+    for file in files:
+        file.write_bytes(MARK + file.read_bytes())
+    return plain, marked
+
+
+def test_model_directories(models):
+    plain, marked = models
+    tokenizers = [formats.load_tokenizer(directory) for directory in models]
+    prints = [
+        fingerprint.take(directory, tokenizer, data.template_text(tokenizer, None))
+        for directory, tokenizer in zip(models, tokenizers, strict=True)
+    ]
+    assert prints[0] == prints[1] and "tool_use" in tokenizers[1].chat_template
+    assert tokenizers[1].name_or_path == str(marked)
+    assert formats.describe(marked).hf_config == formats.describe(plain).hf_config
+    assert formats.stop_tokens(marked) == formats.stop_tokens(plain) == [1, 2]
+
+
+def test_a_run_with_marks_everywhere(models, tmp_path):
+    """Its adapter answers, and its exports are files without marks."""
+    plain, marked = models
+    rows = b"prompt,completion\none,eins\ntwo,zwei\n"
+    (tmp_path / "rows.csv").write_bytes(MARK + rows)
+    template = tmp_path / "own.jinja"
+    template.write_bytes(MARK + CHATML.encode())
+    config = tmp_path / "run.yaml"
+    config.write_bytes(
+        MARK
+        + f"model: {marked}\noutput_dir: {tmp_path / 'out'}\n"
+        f"data: {{train: {tmp_path / 'rows.csv'}, max_length: 64}}\n"
+        "train: {steps: 1, batch_size: 2}\nexport: {merged: true}\n".encode()
+    )
+    assert cli.main(["train", "--config", str(config)]) == 0
+    out = tmp_path / "out"
+    texts = [file for file in out.rglob("*") if file.suffix in (".json", ".jinja")]
+    assert len(texts) > 8 and not [file for file in texts if file.read_bytes()[:3] == MARK]
+    for name in ("adapter_config.json", "lora_jax.json", "tokenizer.json", "chat_template.jinja"):
+        file = out / "adapter" / name
+        file.write_bytes(MARK + file.read_bytes())
+    ask = ["generate", "--prompt", "one", "--max-new-tokens", "2", "--model"]
+    assert cli.main([*ask, str(plain), "--adapter", str(out / "adapter")]) == 0
