@@ -31,11 +31,13 @@ from lora_jax.config import UserError
 from lora_jax.data.render import (
     content,
     conversation,
+    end_tokens,
     name,
     read_template,
     render_prompt,
     resolve_template,
     sample,
+    special_tokens,
 )
 from lora_jax.data.rows import AnyRow, LabelRow, Row, TextRow, TokenRow
 from lora_jax.data.sources import raise_first
@@ -172,18 +174,22 @@ def prompt_tokens(
 def stop_tokens(
     tokenizer: Any, chat_template: str | None = None, extra: Iterable[int] = ()
 ) -> frozenset[int]:
-    """The ids that end an answer: EOS, the token the template writes after an answer, and `extra`.
+    """The ids that end an answer: EOS, the tokens the template writes after an answer or a call
+    (where it writes none, the mark of the role that follows), and `extra`.
 
     A tokenizer without a template has plain texts and tokens alone, which EOS ends.
 
     Raises:
         UserError: a bad chat template.
     """
-    ending = None
+    found = {tokenizer.eos_token_id}
     if chat_template is not None or tokenizer.chat_template:
         template = resolve_template(tokenizer, chat_template)
-        ending = None if template is None else sample(tokenizer, template)[3]
-    return frozenset(extra) | {i for i in (tokenizer.eos_token_id, ending) if i is not None}
+        if template is not None:
+            special = special_tokens(tokenizer)
+            found.add(sample(tokenizer, template)[3])
+            found |= {special[token] for token in end_tokens(tokenizer, template)[1]}
+    return frozenset(extra) | {i for i in found if i is not None}
 
 
 def prompt_key(example: Example) -> bytes:

@@ -460,18 +460,30 @@ def test_a_turn_of_the_middle_may_be_refused_alone():
         + CHATML
     )
     text = error_of(encode, chat("q", "a", "r", "c"), build(last_only), max_length=99)
-    assert text == "f.jsonl:1: the chat template refuses this conversation: short"
+    refusal = "f.jsonl:1: the chat template refuses this conversation: short; "
+    assert text == refusal + 'mark turn 1 "train": false, or use another data.chat_template'
 
 
 def test_templates_that_rewrite_history_are_refused():
     text = error_of(encode, chat("q", "a"), build(REWRITES), max_length=99)
+    assert "f.jsonl:1: the chat template leaves out the content of turn 0" in text
+    keeps = REWRITES.replace("'earlier'", "'earlier ' + m['content']")
+    text = error_of(encode, chat("q", "a"), build(keeps), max_length=99)
     assert "f.jsonl:1: the chat template renders what stands before turn 1 differently" in text
     thought = "<think>x</think>a"
     text = error_of(encode, chat("q", thought, "r", "c"), build(QWEN3), max_length=99)
-    assert "f.jsonl:1: the chat template rewrites turn 1 when others follow; split" in text
+    assert (
+        "f.jsonl:1: the chat template leaves out the thought of turn 1, wholly or in part" in text
+    )
+    # alone, the template would write an empty thought before the answer's own
+    assert '; mark turn 1 "train": false, or leave out the thoughts, or use another' in text
+    text = error_of(encode, chat("q", thought), build(QWEN3), max_length=99)
+    assert "f.jsonl:1: the chat template repeats the thought of turn 1; leave out the" in text
     # the same with a system prompt counts the row's own turns
     options = {"system_prompt": "s", "max_length": 99}
-    assert "turn 1 when" in error_of(encode, chat("q", thought, "r", "c"), build(QWEN3), **options)
+    assert "turn 1, wholly" in error_of(
+        encode, chat("q", thought, "r", "c"), build(QWEN3), **options
+    )
     assert encoded(chat("q", thought + "~", "r", "c"), build(QWEN3)).count("«") == 1
 
 
@@ -708,17 +720,20 @@ def test_what_the_template_leaves_out_of_an_answer_is_refused():
         row = Row((question, {"role": "assistant", "content": "a"} | more), "f.jsonl:1")
         text = error_of(encode, row, build(), max_length=99)
         assert text.startswith(f"f.jsonl:1: the chat template leaves out {lost}")
-        assert " of turn 1, wholly or in part; use another" in text
-    half = CHATML.replace("m['content']", "m['content'][:2]")
+        assert " of turn 1, wholly or in part; " in text
+    half = CHATML.replace("m['content']", "m['content'][:2 if m['role'] == 'assistant' else 99]")
     text = error_of(encode, chat("q", "abc", "r", "a"), build(half), max_length=99)
     assert "leaves out the content of turn 1, wholly or in part, or rewrites it when" in text
-    assert encoded(chat("q", "abc~", "r", "a"), build(half)).count("«") == 1  # not learnt
+    text = error_of(encode, chat("q", "abc~", "r", "a"), build(half), max_length=99)
+    assert "leaves out the content of turn 1, wholly or in part" in text  # nor is it in the prompt
 
 
 def test_a_system_turn_that_the_template_leaves_out_is_refused():
     users = CHATML.replace("in messages", "in messages if m['role'] != 'system'")
     text = error_of(encode, chat("q", "a", system="Hm"), build(users), max_length=99)
-    assert text.startswith("f.jsonl:1: the chat template leaves out the system turn; put it into")
+    assert text.startswith(
+        "f.jsonl:1: the chat template leaves out the system turn; put the system"
+    )
     options = {"system_prompt": "Hm", "max_length": 99}
     assert "leaves out the system turn" in error_of(encode, chat("q", "a"), build(users), **options)
 
@@ -779,12 +794,12 @@ def test_a_block_that_begins_in_the_prompt_is_cut_and_one_that_begins_later_wins
 REWRITTEN = """{% for m in messages %}{{ '<|im_start|>' + m['role'] }}\
 {% set old = m['role'] == 'user' and loop.revindex > 2 %}{% if m['role'] == 'assistant' %}\
 {% generation %}{{ '\\n' + m['content'] + '<|im_end|>\\n' }}{% endgeneration %}{% else %}\
-{{ '\\n' + ('old' if old else m['content']) + '<|im_end|>\\n' }}{% endif %}{% endfor %}\
+{{ '\\n' + ('old ' if old else '') + m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
 def test_blocks_of_templates_that_rewrite_history():
-    row, expected = chat("q", "a b", "r", "c"), GOLDEN["chatml"][1].replace("q", "old")
+    row, expected = chat("q", "a b", "r", "c"), GOLDEN["chatml"][1].replace("q", "old q")
     assert encoded(row, build(REWRITTEN)) == expected  # the block begins in the prompt
     head = "{{ '\\n' }}{% generation %}{{ m['content'] + '<"
     after = REWRITTEN.replace("{% generation %}{{ '\\n' + m['content'] + '<", head)
@@ -803,11 +818,11 @@ def test_blocks_of_templates_that_rewrite_history():
     plain = REWRITTEN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     text = error_of(encode, row, build(plain), max_length=999)
     assert "renders what stands before turn 1 differently as a prompt and inside the conver" in text
-    assert "'q<|im_end|>\\n<|im_start|>assistant\\n' and 'old<|im_end|>" in text
+    assert "'q<|im_end|>\\n<|im_start|>assistant\\n' and 'old q<|im_end|>" in text
     # and so is a prompt that opens a thought which the answers lack
     opens = REWRITTEN.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>'")
     text = error_of(encode, row, build(opens), max_length=999)
-    assert "if the prompt opens a thought, begin the answer with one" in text
+    assert text.endswith("; begin the answers with a thought, or use another data.chat_template")
     thoughts = chat("q", "<think>a b", "r", "<think>c")
     assert encoded(thoughts, build(opens)) == expected.replace("«", "<think>«")
 
@@ -852,7 +867,7 @@ def test_a_turn_without_a_block_is_refused():
     only = INSIDE.replace("if m['role'] == 'assistant'", "if m['content'] == 'a'")
     assert encoded(chat("q", "a"), build(only)).endswith("«a<|im_end|>»")
     text = error_of(encode, chat("q", "a", "r", "c"), build(only), max_length=99)
-    assert "has {% generation %} blocks, but none for turn 3; mark the turn" in text
+    assert "has {% generation %} blocks, but none for turn 3; mark turn 3" in text
     assert encoded(chat("q", "c~", "r", "a"), build(only)).endswith("«a<|im_end|>»")
 
 
