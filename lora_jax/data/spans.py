@@ -111,6 +111,8 @@ def to_text(
             part of it out, or renders it so that an answer cannot be told from its prompt.
     """
     if isinstance(row, TextRow):
+        if not row.text:
+            raise UserError(f"{row.where}: no token is supervised: the text is empty")
         eos = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
         return Text(row.text, [(0, len(row.text))], 0, eos, bos=True)
 

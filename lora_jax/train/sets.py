@@ -244,6 +244,10 @@ def describe(counts: data.Counts, limit: int) -> str:
         notes.append(f"{counts.bad} bad rows dropped")
     if counts.unaligned:
         notes.append(f"{counts.unaligned} whose prompt alone splits into other tokens")
+    if counts.empty:
+        notes.append(f"{counts.empty} with an empty answer, which teach its end alone")
+    if counts.unended:
+        notes.append(f"{counts.unended} with an earlier answer that no end-of-turn token ends")
     return "; ".join(notes)
 
 

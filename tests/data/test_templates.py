@@ -100,6 +100,7 @@ def build(
     eos: str | None = "</s>",
     pad: str | None = "<pad>",
     adds_bos: bool = False,
+    adds_eos: bool = False,
     merges: tuple[tuple[str, str], ...] = (),
     trim_offsets: bool = False,
     strip: bool = False,
@@ -118,6 +119,10 @@ def build(
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    if adds_eos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"$A {eos}", special_tokens=[(eos, backend.token_to_id(eos))]
         )
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     tokenizer = PreTrainedTokenizerFast(
@@ -383,6 +388,65 @@ def test_special_tokens_that_swallow_whitespace():
     assert text == (
         "<|user|>q<|end|><|assistant|>«a<|end|>»<|user|>r<|end|><|assistant|>«c<|end|></s>»"
     )
+
+
+def test_one_token_for_bos_and_eos():
+    one, plain = {"bos": "</s>", "eos": "</s>"}, {"chat_template": "none"}
+    first = build(None, adds_bos=True, **one)
+    assert encoded(chat("q", "a"), first, **plain) == "</s>q«a</s>»"
+    assert encoded(chat("", "a"), first, **plain) == "</s>«a</s>»"
+    assert encoded(chat("", ""), first, **plain) == "</s>«</s>»"  # the second one is EOS
+    assert encoded(chat("</s>", ""), first, **plain) == "</s>«</s>»"
+    assert encoded(TextRow("a", "f:1"), first) == "</s>«a</s>»"
+    assert encoded(TextRow("</s>a</s>", "f:1"), first) == "</s>«a</s>»"
+    assert first.decode(prompt_tokens(chat("q", "a"), first, **plain)) == "</s>q"
+    assert first.decode(prompt_tokens(chat("", "a"), first, **plain)) == "</s>"
+    # a tokenizer that puts it after a text has no BOS to put before one
+    last = build(None, adds_eos=True, **one)
+    assert encoded(chat("q", "a"), last, **plain) == "q«a</s>»"
+    assert encoded(TextRow("ab", "f:1"), last) == "a«b</s>»"
+    assert last.decode(prompt_tokens(chat("q", "a"), last, **plain)) == "q"
+    # and neither does a template that writes none
+    for tokenizer in (build(adds_bos=True, **one), build(adds_eos=True, **one)):
+        text = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«a<|im_end|>»"
+        assert encoded(chat("q", "a"), tokenizer) == text
+        assert tokenizer.decode(prompt_tokens(chat("q", "a"), tokenizer)) == text.partition("«")[0]
+    # EOS that ends the prompt does not end an empty answer
+    assert encoded(chat("q</s>", ""), build(None), **plain) == "q</s>«</s>»"
+
+
+def test_empty_answers_are_counted():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    called = Row((*chat("q", "a").messages[:1], call), "f.jsonl:9")
+    rows = [chat("q", "a"), chat("q", ""), chat("q", " \n"), chat("q", "", "r", "a")]
+    rows += [chat("q", "~", "r", "a"), chat("q", "a", "r", "~"), called]
+    writes = CHATML.replace(
+        "m['content'] + '", "m['content'] }}{{ m.tool_calls | tojson if m.tool_calls }}{{ '"
+    )
+    _, counts = encode_all(rows, build(writes), max_length=99)
+    assert (counts.examples, counts.empty, counts.unended) == (7, 3, 0)
+    null = Row((*chat("q", "a").messages[:1], {"role": "assistant", "content": None}), "f.jsonl:9")
+    assert encode_all([null], build(), max_length=99)[1].empty == 1
+    rows = [chat("q", ""), chat("q", "a")]
+    assert encode_all(rows, build(None), chat_template="none", max_length=9)[1].empty == 1
+    _, counts = encode_all([chat("q", "", where="f:1"), chat("q", "a")], build(), max_length=99)
+    assert counts.empty == 1
+
+
+def test_earlier_answers_that_nothing_ends_are_counted():
+    rows = [chat("q", "a"), chat("q", "a", "r", "c"), chat("q", "a~", "r", "c")]
+    assert encode_all(rows, build(BARE), max_length=99)[1].unended == 1
+    assert encode_all(rows, build(), max_length=99)[1].unended == 0
+    # Where the mark of the next role is a token, that is what ends them.
+    roles = BARE.replace("m['role'] + ': '", "'<|' + m['role'] + '|>'")
+    roles = roles.replace("'assistant:'", "'<|assistant|>'")
+    tokenizer = build(roles)
+    assert encode_all(rows, tokenizer, max_length=99)[1].unended == 0
+    text = encoded(chat("q", "a", "r", "c"), tokenizer)
+    assert text == "<|user|>q\n<|assistant|>«a\n<|user|>»r\n<|assistant|>«c</s>»"
+    assert stop_tokens(tokenizer) == {
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|user|>", "</s>")
+    }
 
 
 def test_multibyte_answers():
