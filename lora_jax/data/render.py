@@ -7,7 +7,8 @@ A template is a program that others wrote: whatever it raises is told as a refus
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _OPTIONS = (
     f"or {PLAIN!r} for prompt and completion as they stand"
 )
 _QUESTION, _ANSWER = "sample-question", "sample-answer"
+_THOUGHT, _NAME, _FOLLOWER = "sample-thought", "sample_name", "sample-follower"
 # Tags of Jinja. What stands between the first and the second is rendered aside, and put into the
 # text later: positions that transformers counts in there are none of the text.
 _TAGS = re.compile(
@@ -45,7 +47,10 @@ class Template:
     ending: str  # after the content, to the end of the first special token; "" without one
     tail: str  # after `ending`
     special: re.Pattern[str]  # a special token or whitespace
-    closing: frozenset[int]  # tokens that end an answer: EOS, those of `ending` and `tail`
+    token: re.Pattern[str] | None  # a special token
+    ends: tuple[str, ...]  # special tokens that end an answer, as `end_tokens` finds them
+    closing: frozenset[int]  # their ids, EOS, and those of `ending` and `tail`
+    known: dict[Any, Any] = field(default_factory=dict)  # what was found of rows, by their shape
 
 
 def resolve_template(
@@ -94,13 +99,16 @@ def read_template(
 ) -> Template:
     """What there is to know about a template before rows are rendered with it."""
     special = special_tokens(tokenizer)
+    token = _one_of([], special) if special else None
     try:
         head, ending, tail, _ = sample(tokenizer, source, chat_template_kwargs)
-        after = _one_of([], special).findall(ending + tail) if special else []
-        closing = frozenset(special[token] for token in after)
+        after = [] if token is None else token.findall(ending + tail)
+        ends, _ = end_tokens(tokenizer, source, chat_template_kwargs)
+        closing = frozenset(special[found] for found in [*after, *ends])
         closing |= {i for i in (tokenizer.eos_token_id,) if i is not None}
     except UserError:  # it takes other conversations, and the rows may be such
         head = ending = tail = ""
+        ends = frozenset(special)
         closing = frozenset(special.values())
     return Template(
         source=source,
@@ -109,6 +117,8 @@ def read_template(
         ending=ending,
         tail=tail,
         special=_one_of([r"\s"], special),
+        token=token,
+        ends=tuple(sorted(ends)),
         closing=closing,
     )
 
@@ -140,6 +150,81 @@ def sample(
     if found is None:
         return head, "", "", None
     return head, text[end : found.end()], text[found.end() :], special[found.group()]
+
+
+def end_tokens(
+    tokenizer: Any, source: str, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[set[str], set[str]]:
+    """The special tokens that end an answer, and those of them at which a generation may stop, as
+    no answer has them inside. Answers of prose and of calls, last or followed by others, are tried.
+
+    A template may write no end at all. Then the mark of the next role ends an answer, as the model
+    generates it.
+    """
+    special = special_tokens(tokenizer)
+    if not special:
+        return set(), set()
+    token = _one_of([], special)
+    sampled = partial(_sampled, tokenizer, source, chat_template_kwargs or {})
+    answers = [_sample_answer(calls) for calls in (0, 1, 2)]
+    inner = set()
+    for answer, marks in answers:
+        whole = answer | {"content": _ANSWER, "reasoning_content": _THOUGHT}
+        text = sampled([whole])
+        places = [text.rfind(mark) for mark in (_THOUGHT, _ANSWER, *marks)]
+        if begins := [place for place in places if place >= 0]:
+            inner.update(token.findall(text, min(begins), max(begins)))
+    found = set()
+    for answer, marks in answers:
+        text = sampled([answer]).rstrip()
+        follower = {"role": "tool" if len(marks) else "user", "content": _FOLLOWER}
+        longer = sampled([answer, follower])
+        found |= _ends_of(text, longer, (marks or [_ANSWER])[-1], token, inner)
+    return found, found - inner
+
+
+def _sample_answer(calls: int) -> tuple[dict[str, Any], list[str]]:
+    """An answer of prose, or of some calls; and the texts of their arguments."""
+    marks = [f"sample-argument-{i}" for i in range(calls)]
+    functions = [{"name": _NAME, "arguments": {"key": mark}} for mark in marks]
+    answer: dict[str, Any] = {"role": "assistant", "content": "" if calls else _ANSWER}
+    if calls:
+        answer["tool_calls"] = [{"type": "function", "function": one} for one in functions]
+    return answer, marks
+
+
+def _ends_of(
+    text: str, longer: str, mark: str, token: re.Pattern[str], inner: set[str]
+) -> set[str]:
+    """The special tokens that end an answer, in a text that it ends and in one that goes on;
+    `mark`: its last words.
+    """
+    found = set()
+    if mark in text:
+        after = text.rfind(mark) + len(mark)
+        last = [one.group() for one in token.finditer(text, after) if one.end() == len(text)]
+        found = {*last} - inner
+        if mark in longer:
+            open_end = longer.startswith(text) and not found
+            end = len(text) if open_end else longer.rfind(mark) + len(mark)
+            gap = len(longer[end:]) - len(longer[end:].lstrip())
+            if next_token := token.match(longer, end + gap):
+                found.add(next_token.group())
+    return found
+
+
+def _sampled(
+    tokenizer: Any, source: str, chat_template_kwargs: Mapping[str, Any], messages: Messages
+) -> str:
+    """A question and `messages` as text; "" where the template refuses them."""
+    tool = {"name": _NAME, "description": "", "parameters": {"type": "object", "properties": {}}}
+    tools = ({"type": "function", "function": tool},) if "tool_calls" in messages[0] else ()
+    turns = [{"role": "user", "content": _QUESTION}, *messages]
+    try:
+        row = Row((), "a sample conversation", tools, chat_template_kwargs)
+        return render(tokenizer, source, row, turns)
+    except UserError:
+        return ""
 
 
 def render(tokenizer: Any, source: str, row: Row, messages: Messages, **options: Any) -> str:
@@ -226,12 +311,15 @@ def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> 
 def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
     """The messages for a template: without `train` and nulls, with the system prompt, and with
     calls in the form that templates read: {"type", "function"}.
+
+    A content that is null or absent is empty: most templates print null, or fail without one.
     """
     messages = [
         {key: value for key, value in message.items() if key != "train" and value is not None}
         for message in row.messages
     ]
     for message in messages:
+        message.setdefault("content", "")
         if message.get("tool_calls"):
             message["tool_calls"] = [_as_function(call) for call in message["tool_calls"]]
     if system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:

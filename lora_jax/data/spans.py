@@ -17,12 +17,26 @@ its tool calls, the tools or the system turn would be lost in silence. Special t
 are tokenised as such; what is supervised does not depend on them.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
 from lora_jax.config import UserError
+from lora_jax.data.advice import advice
+from lora_jax.data.probe import (
+    REASONING,
+    Finding,
+    Part,
+    findings,
+    holds,
+    lost_in_order,
+    opened_thoughts,
+    opens_thought,
+    probe,
+    squeeze,
+)
 from lora_jax.data.render import (
     PLAIN,
     Template,
@@ -34,12 +48,7 @@ from lora_jax.data.render import (
 )
 from lora_jax.data.rows import SYSTEM_ROLES, Row, TextRow
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # templates read one of these keys
 _OPENING = 64  # characters at the end of a prompt that an answer may begin with
-_REWRITES = (
-    "rewrites it when others follow; split the conversation into one row per answer, mark the "
-    'turn "train": false, or use another data.chat_template'
-)
 
 Span = tuple[int, int]
 
@@ -53,6 +62,16 @@ class Text:
     prompt_end: int  # where the last supervised turn begins
     closing: frozenset[int]  # tokens that end an answer; EOS goes where none of them stands
     bos: bool  # BOS goes before it where the tokenizer would add it; templates write their own
+    empty: bool = False  # an answer has no text, thought or call: its end alone is supervised
+    unended: bool = False  # an answer before the last one has no end that could be supervised
+
+
+class _Refused(UserError):
+    """A refusal of a row without what to do; `cause` names its kind."""
+
+    def __init__(self, text: str, cause: str):
+        super().__init__(text)
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class _Chat:
     shift: int  # messages before the row's own
     text: str
     marks: list[Span]  # {% generation %} blocks
+    parts: list[Part]
 
     def render(self, count: int, **options: Any) -> str:
         messages = self.messages[:count]
@@ -75,10 +95,10 @@ class _Chat:
         return render_prompt(self.tokenizer, self.template.source, self.row, self.messages[:i])
 
     def error(self, text: str) -> UserError:
-        return UserError(f"{self.row.where}: the chat template {text}")
+        return _Refused(f"{self.row.where}: the chat template {text}", text.split(" ", 1)[0])
 
     def turn(self, i: int) -> str:
-        return f"turn {i - self.shift}"
+        return f"turn {i - self.shift}" if i >= self.shift else "data.system_prompt"
 
 
 def to_text(
@@ -90,9 +110,33 @@ def to_text(
         UserError: nothing is to be supervised; the template refuses the conversation, leaves a
             part of it out, or renders it so that an answer cannot be told from its prompt.
     """
-    eos = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
     if isinstance(row, TextRow):
+        if not row.text:
+            raise UserError(f"{row.where}: no token is supervised: the text is empty")
+        eos = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
         return Text(row.text, [(0, len(row.text))], 0, eos, bos=True)
+
+    def works(changed: Row) -> bool:
+        try:
+            _to_text(changed, tokenizer, template, system_prompt)
+        except UserError:
+            return False
+        return True
+
+    try:
+        return _to_text(row, tokenizer, template, system_prompt)
+    except _Refused as error:
+        # Rows of one shape are refused alike: what helps one of them is tried once.
+        shape = _shape(row, probe(row.messages)[0])
+        known = template.known if template else {}
+        if (error.cause, shape) not in known:
+            known[error.cause, shape] = advice(row, works)
+        raise UserError(f"{error}; {known[error.cause, shape]}") from error
+
+
+def _to_text(
+    row: Row, tokenizer: Any, template: Template | None, system_prompt: str | None
+) -> Text:
     messages = conversation(row, system_prompt)
     shift = len(messages) - len(row.messages)
     trained = [
@@ -105,29 +149,61 @@ def to_text(
     # Cut here, so that the last supervised turn is rendered as the last: as after a generation.
     messages = messages[: trained[-1] + 1]
     if template is None:
-        return _plain(row, messages, eos)
+        return _plain(row, messages, tokenizer)
+    marked_copy, parts = probe(messages)
+    try:
+        text, marks = _rendered(tokenizer, template, row, messages)
+        chat = _Chat(tokenizer, template, row, messages, shift, text, marks, parts)
+        _check_shape(chat, marked_copy, trained)
+        turns = _turns(chat, trained)
+    except _Refused:
+        raise
+    except UserError as error:  # the template's own
+        raise _Refused(str(error), "refuses") from error
+    for i, spans in turns:
+        _check_answer(chat, i, spans)
+    _check_order(chat, trained)
+    spans = [span for _, turn in turns for span in turn]
+    return Text(
+        text[: spans[-1][1]],
+        spans,
+        turns[-1][1][0][0],
+        template.closing,
+        bos=False,
+        empty=any(_is_empty(messages[i]) for i in trained),
+        unended=any(not _ends(chat, spans[-1]) for i, spans in turns[:-1]),
+    )
 
+
+def _rendered(
+    tokenizer: Any, template: Template, row: Row, messages: list[dict[str, Any]]
+) -> tuple[str, list[Span]]:
     if template.marked:
-        text, marks = render_marked(tokenizer, template.source, row, messages)
-    else:
-        text, marks = render(tokenizer, template.source, row, messages), []
-    chat = _Chat(tokenizer, template, row, messages, shift, text, marks)
-    _check_context(chat)
-    by_turn = (_marked_spans if template.marked else _split_spans)(chat, trained)
-    spans: list[Span] = []
-    start = 0
-    for i, turn in by_turn:
-        _check_answer(chat, i, turn)
-        start = turn[0][0]
-        spans += turn
-    return Text(text[: spans[-1][1]], spans, start, template.closing, bos=False)
+        return render_marked(tokenizer, template.source, row, messages)
+    return render(tokenizer, template.source, row, messages), []
+
+
+def _turns(chat: _Chat, trained: Sequence[int]) -> list[tuple[int, list[Span]]]:
+    """What is supervised of each trained turn."""
+    return list((_marked_spans if chat.template.marked else _split_spans)(chat, trained))
+
+
+def _shape(row: Row, marked_copy: Sequence[Any]) -> str:
+    """All of a row that decides which of its parts a template writes."""
+    train = [message.get("train", True) for message in row.messages]
+    return repr((marked_copy, train, dataclasses.replace(row, messages=(), where="")))
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    texts = [content(message), *(str(message.get(key, "")) for key in REASONING)]
+    return not (message.get("tool_calls") or "".join(texts).strip())
 
 
 def unsupervised(where: str) -> str:
     return f'{where}: no token is supervised: the answer is empty, or marked "train": false'
 
 
-def _plain(row: Row, messages: list[dict[str, Any]], eos: frozenset[int]) -> Text:
+def _plain(row: Row, messages: list[dict[str, Any]], tokenizer: Any) -> Text:
     roles = [m["role"] for m in messages if m["role"] not in SYSTEM_ROLES]
     if roles not in (["user", "assistant"], ["assistant"]):
         raise UserError(
@@ -138,9 +214,16 @@ def _plain(row: Row, messages: list[dict[str, Any]], eos: frozenset[int]) -> Tex
         raise UserError(
             f"{row.where}: data.chat_template={PLAIN!r} has no place for the row's tools"
         )
+    if thoughts := [key for key in REASONING if messages[-1].get(key)]:
+        raise UserError(
+            f"{row.where}: data.chat_template={PLAIN!r} has no place for the {thoughts[0]}; write "
+            "it into the content"
+        )
     text = "".join(map(content, messages))
     start = len(text) - len(content(messages[-1]))
-    return Text(text, [(start, len(text))], start, eos, bos=True)
+    eos = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
+    empty = not text[start:].strip()
+    return Text(text, [(start, len(text))], start, eos, bos=True, empty=empty)
 
 
 # By the generation prompt
@@ -153,8 +236,8 @@ def _split_spans(chat: _Chat, trained: Sequence[int]) -> Iterator[tuple[int, lis
             raise _differs(chat, i, prompt)
         end = _turn_end(chat, i, len(prompt))
         if end is None:
-            raise chat.error(f"rewrites {chat.turn(i)}" + _REWRITES.removeprefix("rewrites it"))
-        yield i, [(len(prompt), _with_eos(chat, i, len(prompt), end))]
+            raise chat.error(f"rewrites {chat.turn(i)} when others follow")
+        yield i, [(len(prompt), _with_end(chat, i, len(prompt), end))]
 
 
 def _turn_end(chat: _Chat, i: int, start: int) -> int | None:
@@ -174,15 +257,23 @@ def _turn_end(chat: _Chat, i: int, start: int) -> int | None:
     return begin + len(bare) if whole else None
 
 
-def _with_eos(chat: _Chat, i: int, start: int, end: int) -> int:
-    """`end`, or the end of the EOS that some templates write between turns but not after all."""
-    eos, ending = chat.tokenizer.eos_token, chat.template.ending
-    if not eos or i == len(chat.messages) - 1:
-        return end
-    if chat.text[start:end].endswith((eos, ending or eos)):
+def _with_end(chat: _Chat, i: int, start: int, end: int) -> int:
+    """`end`, or the end of the special token that follows an answer without an end of its own:
+    some templates write EOS between turns alone, or nothing but the mark of the next role.
+    """
+    token = chat.template.token
+    if token is None or i == len(chat.messages) - 1 or _ends(chat, (start, end)):
         return end
     gap = len(chat.text[end:]) - len(chat.text[end:].lstrip())
-    return end + gap + len(eos) if chat.text.startswith(eos, end + gap) else end
+    following = token.match(chat.text, end + gap)
+    return following.end() if following else end
+
+
+def _ends(chat: _Chat, span: Span) -> bool:
+    """Whether what is supervised of an answer ends in a token that ends answers."""
+    eos = chat.tokenizer.eos_token
+    ends = (*chat.template.ends, eos) if eos else chat.template.ends
+    return chat.text[span[0] : span[1]].endswith(ends)
 
 
 # By {% generation %} blocks
@@ -194,10 +285,7 @@ def _marked_spans(chat: _Chat, trained: Sequence[int]) -> Iterator[tuple[int, li
     owned = _marks_by_turn(chat, turns, prompts)
     for i in trained:
         if not owned[i]:
-            raise chat.error(
-                f"has {{% generation %}} blocks, but none for {chat.turn(i)}; mark the turn "
-                '"train": false, or use another data.chat_template'
-            )
+            raise chat.error(f"has {{% generation %}} blocks, but none for {chat.turn(i)}")
         before = max((end for j in turns if j < i for _, end in owned[j]), default=0)
         begin = _marked_begin(chat, i, prompts[i], owned[i][0][0], before)
         spans = [(max(start, begin), max(end, begin)) for start, end in owned[i]]
@@ -210,7 +298,7 @@ def _marked_spans(chat: _Chat, trained: Sequence[int]) -> Iterator[tuple[int, li
         # A block may stop before the end-of-turn token, which would then never be learnt.
         if not chat.template.special.sub("", chat.text[end:limit]):
             end = max(end, limit)
-        yield i, [*spans[:-1], (start, _with_eos(chat, i, start, end))]
+        yield i, [*spans[:-1], (start, _with_end(chat, i, start, end))]
 
 
 def _marks_by_turn(
@@ -233,8 +321,7 @@ def _marks_by_turn(
     if counts != list(range(1, len(turns) + 1)) or len(chat.marks) != len(turns):
         raise chat.error(
             f"rewrites earlier turns, and the {len(chat.marks)} {{% generation %}} blocks cannot "
-            f"be told apart between {len(turns)} assistant turns; split the conversation into one "
-            "row per answer, or use another data.chat_template"
+            f"be told apart between {len(turns)} assistant turns"
         )
     return {i: [mark] for i, mark in zip(turns, chat.marks, strict=True)}
 
@@ -261,60 +348,99 @@ def _differs(chat: _Chat, i: int, prompt: str) -> UserError:
     return chat.error(
         f"renders what stands before {chat.turn(i)} differently as a prompt and inside the "
         f"conversation: {prompt[same:][:40]!r} and {chat.text[same:][:40]!r}. So the answer cannot "
-        "be told from its prompt; if the prompt opens a thought, begin the answer with one, or "
-        "use another data.chat_template"
+        "be told from its prompt"
     )
 
 
 # What must not be lost
 
 
-def _check_context(chat: _Chat) -> None:
-    system = chat.messages[0]
-    if system["role"] in SYSTEM_ROLES and not _stands_in(content(system), chat.text):
-        raise chat.error(
-            f"leaves out the {system['role']} turn; put it into the user turn, or use another "
-            "data.chat_template"
-        )
+def _check_shape(chat: _Chat, marked_copy: list[dict[str, Any]], trained: Sequence[int]) -> None:
+    """Raise where the template loses, repeats or moves parts of conversations of this shape."""
+    key = ("shape", _shape(chat.row, marked_copy))
+    if key not in chat.template.known:
+        chat.template.known[key] = _find(chat, marked_copy, trained)
+    found = chat.template.known[key]
+    if found == "tools":
+        raise chat.error("leaves out the tools of the row")
+    if found:
+        raise _defect(chat, found)
+    for tool in chat.row.tools:
+        name = str((tool.get("function") or tool).get("name") or "")
+        if name not in chat.text:
+            raise chat.error(f"leaves out the tool {name!r}")
+
+
+def _find(
+    chat: _Chat, marked_copy: list[dict[str, Any]], trained: Sequence[int]
+) -> Finding | str | None:
+    try:
+        text, marks = _rendered(chat.tokenizer, chat.template, chat.row, marked_copy)
+    except UserError:  # the texts matter to it; the row itself is searched
+        return None
+    copy = dataclasses.replace(chat, messages=marked_copy, text=text, marks=marks)
     if chat.row.tools:
         try:
-            ignored = chat.render(len(chat.messages), tools=None) == chat.text
+            if copy.render(len(marked_copy), tools=None) == text:
+                return "tools"
         except UserError:  # it cannot do without them
-            ignored = False
-        if ignored:
-            raise chat.error(
-                "leaves out the tools of the row; use another data.chat_template, or rows "
-                "without tools"
-            )
+            pass
+    try:
+        spans = dict(_turns(copy, trained))
+    except UserError:  # raised again, for the row itself
+        spans = None
+    return findings(text, chat.parts, trained, spans)
+
+
+def _defect(chat: _Chat, found: Finding) -> UserError:
+    message = chat.messages[found.turn]
+    labels = list(dict.fromkeys(chat.parts[i].label for i in found.parts))
+    # A call that is lost is lost with its keys and arguments.
+    labels = [one for one in labels if not any(one.endswith(f" of {two}") for two in labels)]
+    named = " and ".join(labels)
+    if found.kind == "lost" and message["role"] in SYSTEM_ROLES:
+        return chat.error(f"leaves out the {message['role']} turn")
+    if found.kind == "lost":
+        later = message["role"] == "assistant" and found.turn < len(chat.messages) - 1
+        or_rewrites = ", or rewrites it when others follow" if later else ""
+        return chat.error(
+            f"leaves out {named} of {chat.turn(found.turn)}, wholly or in part{or_rewrites}"
+        )
+    if found.kind == "repeated":
+        return chat.error(f"repeats {named} of {chat.turn(found.turn)}")
+    if found.kind == "moved":
+        return chat.error(f"moves parts of {chat.turn(found.turn)} behind later turns")
+    other = chat.turn(chat.parts[found.parts[0]].turn)
+    return chat.error(f"mixes {named} of {other} with the answer of {chat.turn(found.turn)}")
+
+
+def _check_order(chat: _Chat, trained: Sequence[int]) -> None:
+    if found := lost_in_order(chat.text, chat.parts, trained):
+        raise _defect(chat, found)
 
 
 def _check_answer(chat: _Chat, i: int, spans: list[Span]) -> None:
     message, text = chat.messages[i], chat.text
     begin = spans[0][0]
     answer = "".join(text[start:end] for start, end in spans)
-    said = _after_prompt(content(message).strip(), text[max(0, begin - _OPENING) : begin].rstrip())
-    parts = {"the content": said}
-    reasoning = next((key for key in _REASONING if isinstance(message.get(key), str)), None)
-    if reasoning:
-        parts[f"the {reasoning}"] = message[reasoning]
-    for call in message.get("tool_calls") or ():
-        name = str((call.get("function") or call).get("name") or "")
-        parts[f"the tool call {name!r}"] = name
-    lost = [name for name, part in parts.items() if not _stands_in(part, answer)]
+    before = text[max(0, begin - _OPENING) : begin].rstrip()
+    said = _after_prompt(content(message).strip(), before)
+    lost = [] if squeeze(said) in squeeze(answer) else ["the content"]
+    in_content = ("the content", "the thought")
+    own = [part for part in chat.parts if part.turn == i and part.label not in in_content]
+    lost += [part.label for part in own if not holds(answer, part.value)]
     if lost:
-        later = i < len(chat.messages) - 1
-        raise chat.error(
-            f"leaves out {' and '.join(lost)} of {chat.turn(i)}, wholly or in part"
-            + (f", or {_REWRITES}" if later else "; use another data.chat_template")
-        )
+        named = " and ".join(dict.fromkeys(lost))
+        later = ", or rewrites it when others follow" if i < len(chat.messages) - 1 else ""
+        raise chat.error(f"leaves out {named} of {chat.turn(i)}, wholly or in part{later}")
+    # An empty thought, or one that the prompt opens, is the template's own.
+    written = opened_thoughts(answer) + opens_thought(before)
+    given = any(part.thought for part in own)
+    if written > max(1, opened_thoughts(content(message)) + given):
+        raise chat.error(f"repeats the thought of {chat.turn(i)}")
 
 
 def _after_prompt(answer: str, prompt: str) -> str:
     """An answer without its beginning that ends the prompt, as "<think>" may do."""
     sizes = range(min(len(answer), len(prompt)), 0, -1)
     return answer[next((n for n in sizes if prompt.endswith(answer[:n])), 0) :]
-
-
-def _stands_in(part: str, text: str) -> bool:
-    """Whether a text holds a part, whitespace apart: templates trim and break lines."""
-    return part.strip() in text or "".join(part.split()) in "".join(text.split())

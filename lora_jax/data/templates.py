@@ -35,11 +35,13 @@ from lora_jax.data.render import (
     check_kwargs,
     content,
     conversation,
+    end_tokens,
     name,
     read_template,
     render_prompt,
     resolve_template,
     sample,
+    special_tokens,
     with_kwargs,
 )
 from lora_jax.data.rows import AnyRow, BadRow, LabelRow, Row, TextRow, TokenRow
@@ -78,7 +80,9 @@ class Counts:
     unaligned: int  # rows whose prompt, tokenised alone as for generation, gives other tokens
     bad: int = 0  # rows left out under on_bad_row="drop"
     packed: int = 0  # packed rows of tokens, each of whose sequences is a row of its own
-    empty: int = 0  # sequences of packed rows left out, as no token of theirs is supervised
+    left_out: int = 0  # sequences of packed rows without a supervised token
+    empty: int = 0  # kept rows with an empty answer, of which the end alone is supervised
+    unended: int = 0  # kept rows with an answer before the last that no special token ends
 
     def with_bad(self, more: int) -> "Counts":
         """The same with `more` bad rows, such as those that were none to begin with."""
@@ -180,7 +184,7 @@ def prompt_tokens(
     else:
         text, head = render_prompt(tokenizer, template, row, messages), []
     ids = _tokenize(tokenizer, [text])[0][0]
-    return np.asarray(_join(head, ids), np.int32)
+    return np.asarray(_join(head, ids, np.zeros(len(ids), np.float32))[0], np.int32)
 
 
 def stop_tokens(
@@ -189,19 +193,23 @@ def stop_tokens(
     extra: Iterable[int] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> frozenset[int]:
-    """The ids that end an answer: EOS, the token the template writes after an answer, and `extra`.
+    """The ids that end an answer: EOS, the tokens the template writes after an answer or a call
+    (where it writes none, the mark of the role that follows), and `extra`.
 
     A tokenizer without a template has plain texts and tokens alone, which EOS ends.
 
     Raises:
         UserError: a bad chat template.
     """
-    ending = None
+    found = {tokenizer.eos_token_id}
     if chat_template is not None or tokenizer.chat_template:
         template = resolve_template(tokenizer, chat_template)
         if template is not None:
-            ending = sample(tokenizer, template, chat_template_kwargs)[3]
-    return frozenset(extra) | {i for i in (tokenizer.eos_token_id, ending) if i is not None}
+            special = special_tokens(tokenizer)
+            found.add(sample(tokenizer, template, chat_template_kwargs)[3])
+            ends = end_tokens(tokenizer, template, chat_template_kwargs)[1]
+            found |= {special[token] for token in ends}
+    return frozenset(extra) | {i for i in found if i is not None}
 
 
 def prompt_key(example: Example) -> bytes:
@@ -267,8 +275,9 @@ def encode_rows(
         raise_first([*describe_problems(unread), *problems])
 
     examples: list[Example] = []
-    dropped = truncated = longest = unaligned = empty = 0
-    for row, (example, aligned) in zip(usable, _examples(usable, ready, tokenizer), strict=True):
+    dropped = truncated = longest = unaligned = left_out = empty = unended = 0
+    made = zip(usable, ready, _examples(usable, ready, tokenizer), strict=True)
+    for row, item, (example, aligned) in made:
         length = len(example.tokens)
         longest = max(longest, length)
         if (
@@ -276,7 +285,7 @@ def encode_rows(
             and isinstance(row, TokenRow)
             and row.sequence is not None
         ):
-            empty += 1
+            left_out += 1
         elif not example.loss_weights.any():
             problems.append(_unsupervised(row))
         elif too_long == "error" and length > max_length:
@@ -289,6 +298,8 @@ def encode_rows(
             examples.append(fitted)
             truncated += length > max_length
             unaligned += not aligned
+            empty += isinstance(item, Text) and item.empty
+            unended += isinstance(item, Text) and item.unended
     bad = len(unread) + len(problems)
     if on_bad_row != "drop" or bad == len(rows):
         raise_first([*describe_problems(unread), *problems])
@@ -302,7 +313,9 @@ def encode_rows(
         unaligned=unaligned,
         bad=bad,
         packed=sum(isinstance(row, TokenRow) and row.sequence == 0 for row in rows),
+        left_out=left_out,
         empty=empty,
+        unended=unended,
     )
 
 
@@ -314,9 +327,9 @@ def _template_key(row: Row) -> tuple[bool, str]:
 def _unsupervised(row: AnyRow) -> str:
     if isinstance(row, Row):
         return unsupervised(row.where)
-    reason = (
-        "the text is empty" if isinstance(row, TextRow) else "no weight after the first is above 0"
-    )
+    reason = "no weight after the first is above 0"
+    if isinstance(row, TextRow):
+        reason = "the text is a single token, with nothing before it to predict it from"
     return f"{row.where}: no token is supervised: {reason}"
 
 
@@ -343,21 +356,18 @@ def _examples(
             (ids, offsets), (prompt, _) = next(whole), next(prompts)
             weights = _weights(offsets, item.spans)
             aligned = ids[: len(prompt)] == prompt
-            if not (ids and ids[-1] in item.closing):
+            if item.bos:  # before EOS is put after it, which may be the same token
+                head = _bos(tokenizer) if head is None else head
+                ids, weights = _join(head, ids, weights)
+            if not (weights.any() and weights[-1] and ids[-1] in item.closing):
                 if tokenizer.eos_token_id is None:
                     raise UserError(
                         f"{row.where}: no end-of-turn token ends the answer, and the tokenizer of "
                         f"{name(tokenizer)} has no EOS token to end it with"
                     )
                 ids, weights = [*ids, tokenizer.eos_token_id], np.append(weights, np.float32(1))
-            if item.bos:
-                head = _bos(tokenizer) if head is None else head
-                ids = _join(head, ids)
-            tokens = np.asarray(ids, np.int32)
-            loss_weights = np.zeros(len(tokens), np.float32)
-            loss_weights[len(tokens) - len(weights) :] = weights
-            loss_weights[0] = 0  # nothing stands before it to predict it from
-            yield Example(tokens, loss_weights, row.where), aligned
+            weights[:1] = 0  # nothing stands before it to predict it from
+            yield Example(np.asarray(ids, np.int32), weights, row.where), aligned
 
 
 def _weights(offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
@@ -402,10 +412,22 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tu
 
 
 def _bos(tokenizer: Any) -> list[int]:
-    """BOS if the tokenizer would put it before a text, else nothing."""
+    """BOS if the tokenizer would put it before a text, else nothing.
+
+    A tokenizer may put EOS after a text, and some use one token for both.
+    """
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    if bos is None:
+        return []
+    whole = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if plain:
+        return [bos] if whole[:1] == [bos] and whole[1 : 1 + len(plain)] == plain else []
+    return [bos] if tokenizer("")["input_ids"][:1] == [bos] else []
 
 
-def _join(head: list[int], ids: list[int]) -> list[int]:
-    return list(ids) if ids[: len(head)] == head else [*head, *ids]
+def _join(head: list[int], ids: list[int], weights: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Tokens and their weights after BOS, unless they begin with it."""
+    if ids[: len(head)] == head:
+        return list(ids), weights
+    return [*head, *ids], np.concatenate([np.zeros(len(head), np.float32), weights])

@@ -155,6 +155,11 @@ QWEN = (
 )
 LLAMA31 = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
+REWRITTEN = (
+    "leaves out the reasoning_content of turn 1, wholly or in part, or rewrites it when others "
+    "follow; split the conversation into one row per answer, or"
+)
+
 GOLDEN = {
     "llama3": {
         "one": f"<bos>{L3('user')}q<|eot_id|>{L3('assistant')}«a b<|eot_id|>»",
@@ -200,7 +205,7 @@ GOLDEN = {
         "last untrained": f"{U}q<|im_end|>\n{A}«<think>\n\n</think>\n\na b<|im_end|>»",
         "thought": f"{U}q<|im_end|>\n{A}«<think>\nhm\n</think>\n\na b<|im_end|>»",
         "reasoning": f"{U}q<|im_end|>\n{A}«<think>\nhm\n</think>\n\na b<|im_end|>»",
-        "two reasonings": "rewrites turn 1 when others follow; split",
+        "two reasonings": REWRITTEN,
         "tool": f"…{U}q<|im_end|>\n{A}«{CALL}»{RESPONSE}«<think>\n\n</think>\n\na b<|im_end|>»",
         "tool and reasonings": f"…{U}q<|im_end|>\n{A}«<think>\nhm\n</think>\n\n{CALL}»{RESPONSE}"
         "«<think>\nho\n</think>\n\na b<|im_end|>»",
@@ -265,20 +270,25 @@ GOLDEN = {
     "deepseek_r1_distill": {
         "one": "renders what stands before turn 1 differently as a prompt and inside the "
         "conversation: '<think>\\n' and 'a b<",
-        "thought": "renders what stands before turn 1 differently",  # it drops the thought
+        "thought": "leaves out the thought of turn 1, wholly or in part; use another",
     },
     "deepseek_r1_distill_training": {
         "one": "renders what stands before turn 1 differently",  # the prompt opens a thought
         "thought": "<bos><｜User｜>q<｜Assistant｜><think>\n"
         "«hm\n</think>\n\na b<｜end▁of▁sentence｜>»",
-        "reasoning": "renders what stands before turn 1 differently",
+        "reasoning": "leaves out the reasoning_content of turn 1, wholly or in part; write the "
+        "thoughts into the contents, as <think>..</think>, or",
     },
     # Nothing ends an answer but the next role, and EOS where there is none.
     "glm4moe": {
-        "two": "[gMASK]<sop><|user|>\nq<|assistant|>«\n<think></think>\na b»"
-        "<|user|>\nr<|assistant|>«\n<think></think>\nc<|endoftext|>»",
+        "two": "[gMASK]<sop><|user|>\nq<|assistant|>«\n<think></think>\na b<|user|>»"
+        "\nr<|assistant|>«\n<think></think>\nc<|endoftext|>»",
         "reasoning": "[gMASK]<sop><|user|>\nq<|assistant|>«\n<think>hm</think>\na b<|endoftext|>»",
-        "two reasonings": "rewrites turn 1 when others follow",
+        "tool": "…<|user|>\nq<|assistant|>«\n<think></think>\n<tool_call>weather\n"
+        "<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call><|observation|>»"
+        "\n<tool_response>\nsunny\n</tool_response><|assistant|>"
+        "«\n<think></think>\na b<|endoftext|>»",
+        "two reasonings": REWRITTEN,
     },
     "glm4moe_training": {
         "two": "[gMASK]<sop><|user|>\nq<|assistant|>«\n<think></think>\na b<|user|>»"
@@ -315,7 +325,7 @@ GOLDEN = {
         f"<|im_end|>»\n<|im_start|>tool\nsunny<|im_end|>\n{A}«a b<|im_end|>»",
         "reasoning": f"<bos>{U}q<|im_end|>\n{A}«<think>hm</think>a b<|im_end|>»",
     },
-    "smolvlm": {"one": "leaves out the content of turn 1"},  # contents must be lists of parts
+    "smolvlm": {"one": "leaves out the content of turn 0"},  # contents must be lists of parts
 }
 
 
@@ -419,10 +429,6 @@ def check(conversation, name, tokenizer):
     stops = {tokenizer.decode(token) for token in stop_tokens(tokenizer)}
     if name == "gptoss_training":
         stops.add("<|end|>")  # of earlier turns
-    if name.startswith("cohere2"):
-        stops.add("<|END_OF_TURN_TOKEN|>")
-    if name == "glm4moe":  # earlier turns end where the next role begins
-        ends = {tokenizer.decode(example.tokens[-1])}
     assert ends <= stops
     if len(trained) == 1 and len(conversation.messages) <= 3:
         prompt = prompt_tokens(conversation, tokenizer)

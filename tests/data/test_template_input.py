@@ -192,4 +192,4 @@ def test_packed_sequences_are_examples_of_their_own():
         assert one.where == other.where
         assert one.tokens.tolist() == other.tokens.tolist()
         assert one.loss_weights.tolist() == other.loss_weights.tolist()
-    assert (counts.packed, counts.empty, counts.bad, counts.examples) == (1, 1, 0, 3)
+    assert (counts.packed, counts.left_out, counts.bad, counts.examples) == (1, 1, 0, 3)

@@ -100,6 +100,7 @@ def build(
     eos: str | None = "</s>",
     pad: str | None = "<pad>",
     adds_bos: bool = False,
+    adds_eos: bool = False,
     merges: tuple[tuple[str, str], ...] = (),
     trim_offsets: bool = False,
     strip: bool = False,
@@ -118,6 +119,10 @@ def build(
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    if adds_eos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"$A {eos}", special_tokens=[(eos, backend.token_to_id(eos))]
         )
     names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     tokenizer = PreTrainedTokenizerFast(
@@ -385,6 +390,65 @@ def test_special_tokens_that_swallow_whitespace():
     )
 
 
+def test_one_token_for_bos_and_eos():
+    one, plain = {"bos": "</s>", "eos": "</s>"}, {"chat_template": "none"}
+    first = build(None, adds_bos=True, **one)
+    assert encoded(chat("q", "a"), first, **plain) == "</s>q«a</s>»"
+    assert encoded(chat("", "a"), first, **plain) == "</s>«a</s>»"
+    assert encoded(chat("", ""), first, **plain) == "</s>«</s>»"  # the second one is EOS
+    assert encoded(chat("</s>", ""), first, **plain) == "</s>«</s>»"
+    assert encoded(TextRow("a", "f:1"), first) == "</s>«a</s>»"
+    assert encoded(TextRow("</s>a</s>", "f:1"), first) == "</s>«a</s>»"
+    assert first.decode(prompt_tokens(chat("q", "a"), first, **plain)) == "</s>q"
+    assert first.decode(prompt_tokens(chat("", "a"), first, **plain)) == "</s>"
+    # a tokenizer that puts it after a text has no BOS to put before one
+    last = build(None, adds_eos=True, **one)
+    assert encoded(chat("q", "a"), last, **plain) == "q«a</s>»"
+    assert encoded(TextRow("ab", "f:1"), last) == "a«b</s>»"
+    assert last.decode(prompt_tokens(chat("q", "a"), last, **plain)) == "q"
+    # and neither does a template that writes none
+    for tokenizer in (build(adds_bos=True, **one), build(adds_eos=True, **one)):
+        text = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«a<|im_end|>»"
+        assert encoded(chat("q", "a"), tokenizer) == text
+        assert tokenizer.decode(prompt_tokens(chat("q", "a"), tokenizer)) == text.partition("«")[0]
+    # EOS that ends the prompt does not end an empty answer
+    assert encoded(chat("q</s>", ""), build(None), **plain) == "q</s>«</s>»"
+
+
+def test_empty_answers_are_counted():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    called = Row((*chat("q", "a").messages[:1], call), "f.jsonl:9")
+    rows = [chat("q", "a"), chat("q", ""), chat("q", " \n"), chat("q", "", "r", "a")]
+    rows += [chat("q", "~", "r", "a"), chat("q", "a", "r", "~"), called]
+    writes = CHATML.replace(
+        "m['content'] + '", "m['content'] }}{{ m.tool_calls | tojson if m.tool_calls }}{{ '"
+    )
+    _, counts = encode_all(rows, build(writes), max_length=99)
+    assert (counts.examples, counts.empty, counts.unended) == (7, 3, 0)
+    null = Row((*chat("q", "a").messages[:1], {"role": "assistant", "content": None}), "f.jsonl:9")
+    assert encode_all([null], build(), max_length=99)[1].empty == 1
+    rows = [chat("q", ""), chat("q", "a")]
+    assert encode_all(rows, build(None), chat_template="none", max_length=9)[1].empty == 1
+    _, counts = encode_all([chat("q", "", where="f:1"), chat("q", "a")], build(), max_length=99)
+    assert counts.empty == 1
+
+
+def test_earlier_answers_that_nothing_ends_are_counted():
+    rows = [chat("q", "a"), chat("q", "a", "r", "c"), chat("q", "a~", "r", "c")]
+    assert encode_all(rows, build(BARE), max_length=99)[1].unended == 1
+    assert encode_all(rows, build(), max_length=99)[1].unended == 0
+    # Where the mark of the next role is a token, that is what ends them.
+    roles = BARE.replace("m['role'] + ': '", "'<|' + m['role'] + '|>'")
+    roles = roles.replace("'assistant:'", "'<|assistant|>'")
+    tokenizer = build(roles)
+    assert encode_all(rows, tokenizer, max_length=99)[1].unended == 0
+    text = encoded(chat("q", "a", "r", "c"), tokenizer)
+    assert text == "<|user|>q\n<|assistant|>«a\n<|user|>»r\n<|assistant|>«c</s>»"
+    assert stop_tokens(tokenizer) == {
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|user|>", "</s>")
+    }
+
+
 def test_multibyte_answers():
     assert encoded(chat("é", "ñ€😀"), build()).endswith(
         "é<|im_end|>\n<|im_start|>assistant\n«ñ€😀<|im_end|>»"
@@ -460,18 +524,30 @@ def test_a_turn_of_the_middle_may_be_refused_alone():
         + CHATML
     )
     text = error_of(encode, chat("q", "a", "r", "c"), build(last_only), max_length=99)
-    assert text == "f.jsonl:1: the chat template refuses this conversation: short"
+    refusal = "f.jsonl:1: the chat template refuses this conversation: short; "
+    assert text == refusal + 'mark turn 1 "train": false, or use another data.chat_template'
 
 
 def test_templates_that_rewrite_history_are_refused():
     text = error_of(encode, chat("q", "a"), build(REWRITES), max_length=99)
+    assert "f.jsonl:1: the chat template leaves out the content of turn 0" in text
+    keeps = REWRITES.replace("'earlier'", "'earlier ' + m['content']")
+    text = error_of(encode, chat("q", "a"), build(keeps), max_length=99)
     assert "f.jsonl:1: the chat template renders what stands before turn 1 differently" in text
     thought = "<think>x</think>a"
     text = error_of(encode, chat("q", thought, "r", "c"), build(QWEN3), max_length=99)
-    assert "f.jsonl:1: the chat template rewrites turn 1 when others follow; split" in text
+    assert (
+        "f.jsonl:1: the chat template leaves out the thought of turn 1, wholly or in part" in text
+    )
+    # alone, the template would write an empty thought before the answer's own
+    assert '; mark turn 1 "train": false, or leave out the thoughts, or use another' in text
+    text = error_of(encode, chat("q", thought), build(QWEN3), max_length=99)
+    assert "f.jsonl:1: the chat template repeats the thought of turn 1; leave out the" in text
     # the same with a system prompt counts the row's own turns
     options = {"system_prompt": "s", "max_length": 99}
-    assert "turn 1 when" in error_of(encode, chat("q", thought, "r", "c"), build(QWEN3), **options)
+    assert "turn 1, wholly" in error_of(
+        encode, chat("q", thought, "r", "c"), build(QWEN3), **options
+    )
     assert encoded(chat("q", thought + "~", "r", "c"), build(QWEN3)).count("«") == 1
 
 
@@ -708,17 +784,20 @@ def test_what_the_template_leaves_out_of_an_answer_is_refused():
         row = Row((question, {"role": "assistant", "content": "a"} | more), "f.jsonl:1")
         text = error_of(encode, row, build(), max_length=99)
         assert text.startswith(f"f.jsonl:1: the chat template leaves out {lost}")
-        assert " of turn 1, wholly or in part; use another" in text
-    half = CHATML.replace("m['content']", "m['content'][:2]")
+        assert " of turn 1, wholly or in part; " in text
+    half = CHATML.replace("m['content']", "m['content'][:2 if m['role'] == 'assistant' else 99]")
     text = error_of(encode, chat("q", "abc", "r", "a"), build(half), max_length=99)
     assert "leaves out the content of turn 1, wholly or in part, or rewrites it when" in text
-    assert encoded(chat("q", "abc~", "r", "a"), build(half)).count("«") == 1  # not learnt
+    text = error_of(encode, chat("q", "abc~", "r", "a"), build(half), max_length=99)
+    assert "leaves out the content of turn 1, wholly or in part" in text  # nor is it in the prompt
 
 
 def test_a_system_turn_that_the_template_leaves_out_is_refused():
     users = CHATML.replace("in messages", "in messages if m['role'] != 'system'")
     text = error_of(encode, chat("q", "a", system="Hm"), build(users), max_length=99)
-    assert text.startswith("f.jsonl:1: the chat template leaves out the system turn; put it into")
+    assert text.startswith(
+        "f.jsonl:1: the chat template leaves out the system turn; put the system"
+    )
     options = {"system_prompt": "Hm", "max_length": 99}
     assert "leaves out the system turn" in error_of(encode, chat("q", "a"), build(users), **options)
 
@@ -779,12 +858,12 @@ def test_a_block_that_begins_in_the_prompt_is_cut_and_one_that_begins_later_wins
 REWRITTEN = """{% for m in messages %}{{ '<|im_start|>' + m['role'] }}\
 {% set old = m['role'] == 'user' and loop.revindex > 2 %}{% if m['role'] == 'assistant' %}\
 {% generation %}{{ '\\n' + m['content'] + '<|im_end|>\\n' }}{% endgeneration %}{% else %}\
-{{ '\\n' + ('old' if old else m['content']) + '<|im_end|>\\n' }}{% endif %}{% endfor %}\
+{{ '\\n' + ('old ' if old else '') + m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
 def test_blocks_of_templates_that_rewrite_history():
-    row, expected = chat("q", "a b", "r", "c"), GOLDEN["chatml"][1].replace("q", "old")
+    row, expected = chat("q", "a b", "r", "c"), GOLDEN["chatml"][1].replace("q", "old q")
     assert encoded(row, build(REWRITTEN)) == expected  # the block begins in the prompt
     head = "{{ '\\n' }}{% generation %}{{ m['content'] + '<"
     after = REWRITTEN.replace("{% generation %}{{ '\\n' + m['content'] + '<", head)
@@ -803,11 +882,11 @@ def test_blocks_of_templates_that_rewrite_history():
     plain = REWRITTEN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     text = error_of(encode, row, build(plain), max_length=999)
     assert "renders what stands before turn 1 differently as a prompt and inside the conver" in text
-    assert "'q<|im_end|>\\n<|im_start|>assistant\\n' and 'old<|im_end|>" in text
+    assert "'q<|im_end|>\\n<|im_start|>assistant\\n' and 'old q<|im_end|>" in text
     # and so is a prompt that opens a thought which the answers lack
     opens = REWRITTEN.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>'")
     text = error_of(encode, row, build(opens), max_length=999)
-    assert "if the prompt opens a thought, begin the answer with one" in text
+    assert text.endswith("; begin the answers with a thought, or use another data.chat_template")
     thoughts = chat("q", "<think>a b", "r", "<think>c")
     assert encoded(thoughts, build(opens)) == expected.replace("«", "<think>«")
 
@@ -852,7 +931,7 @@ def test_a_turn_without_a_block_is_refused():
     only = INSIDE.replace("if m['role'] == 'assistant'", "if m['content'] == 'a'")
     assert encoded(chat("q", "a"), build(only)).endswith("«a<|im_end|>»")
     text = error_of(encode, chat("q", "a", "r", "c"), build(only), max_length=99)
-    assert "has {% generation %} blocks, but none for turn 3; mark the turn" in text
+    assert "has {% generation %} blocks, but none for turn 3; mark turn 3" in text
     assert encoded(chat("q", "c~", "r", "a"), build(only)).endswith("«a<|im_end|>»")
 
 
