@@ -103,6 +103,13 @@ def _by_layer_type(
             f"model_type={one.reader.model_type!r}; write them under {FULL} and {SLIDING}"
         )
     full, sliding = (own[kind] | nested.get(kind, {}) for kind in _KINDS)
+    if "type" in scaling and scaling["type"] != scaling.get("rope_type", "default"):
+        refuse(
+            f"rope_scaling.type={scaling['type']!r} is not read for "
+            f"model_type={one.reader.model_type!r}; write rope_type"
+        )
+    if not all(values.get("truncate", True) for values in (full | scaling, sliding)):
+        refuse("truncate of yarn is not read by layer type: it is true there; leave it out")
     if scaling and nested.get(FULL):
         one.refuse_contradiction(full | scaling, full)
     names = {

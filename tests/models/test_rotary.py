@@ -173,6 +173,14 @@ REFUSED_BY_LAYER_TYPE = {
         dict(rope_parameters={FULL: LINEAR | dict(foo=3)}),
         "ignore_config_fields=[rope_parameters.full_attention.foo]",
     ),
+    "an old name": (
+        dict(rope_scaling=dict(type="linear", factor=2.0)),
+        "rope_scaling.type='linear' is not read for model_type='gemma3_text'; write rope_type",
+    ),
+    "truncate": (
+        dict(rope_parameters={SLIDING: YARN | dict(truncate=None)}),
+        "truncate of yarn is not read by layer type: it is true there; leave it out",
+    ),
     "a field of old files": (
         dict(rope_scaling=LINEAR | dict(foo=3)),
         "ignore_config_fields=[rope_scaling.foo]",
