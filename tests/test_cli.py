@@ -171,6 +171,22 @@ def test_model_configs(train_refused, model, changes, expected):
     assert expected in train_refused(f"model={model}")
 
 
+def test_what_is_read_in_another_way_is_noted(files, model, tmp_path, capsys):
+    """Before anything else of the run goes wrong."""
+    edit(model / "config.json", attention_dropout=0.1, resid_pdrop=0.0)
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text("{")
+    command = ["--config", str(files / "run.yaml"), f"model={model}"]
+    train = [*command, f"output_dir={tmp_path / 'out'}", f"data.train={rows}"]
+    evaluate = ["eval", *command, "--adapter", str(tmp_path / "none")]
+    for function, arguments in ((train_main, train), (main, evaluate)):
+        capsys.readouterr()
+        assert function(arguments) == 2
+        told = capsys.readouterr().err
+        assert told.count("note: config.json asks for noise in training, which is left out: ") == 1
+        assert "left out: attention_dropout=0.1; dropout of adapters is adapter.dropout" in told
+
+
 def drop_tensor(tensors):
     del tensors["model.norm.weight"]
 
@@ -306,11 +322,13 @@ def test_dry_run_needs_config_json_alone(tmp_path, files, capsys):
     model = tmp_path / "model"
     model.mkdir()
     shutil.copy(files / "model" / "config.json", model)
+    edit(model / "config.json", attention_dropout=0.1)
     file = tmp_path / "dry.yaml"
     file.write_text(f"model: {model}\noutput_dir: {tmp_path / 'out'}\nadapter: {{rank: 4}}\n")
     assert train_main(["--config", str(file), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "model.layers.{0-1}.self_attn.q_proj" in printed
+    assert printed.startswith("note: config.json asks for noise in training, which is left out: ")
     # Two layers of rank 4: q and o 32 -> 32, k and v 32 -> 16, three between 32 and 48.
     trained = 2 * 4 * (2 * 64 + 2 * 48 + 3 * 80)
     frozen = 272 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32

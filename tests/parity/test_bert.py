@@ -207,8 +207,11 @@ def test_round_trip_and_merge(tiny, error, tmp_path, family):
     bound = methods.bind(model.params, adapters, config)
     for name, params in (("same", model.params), ("merged", methods.merge(bound))):
         formats.write_model(tmp_path / name, model, params, directory)
-        loaded, info = CLASSES[family][1].from_pretrained(tmp_path / name, output_loading_info=True)
+        loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / name, output_loading_info=True
+        )
         assert not any(info.values()), info
+        assert type(loaded) is CLASSES[family][1]
         text = examples()[3]
         with torch.no_grad():
             wanted = oracle_logits(loaded.eval(), text).numpy()
@@ -229,6 +232,7 @@ def test_files_without_a_head(tiny, family):
     bare = directory.parent / "bare"
     oracle.base_model.save_pretrained(bare)
     model, base = formats.load(bare, labels=["x", "y"]), "bert" if family == "bert" else "roberta"
+    assert model.hf_config["architectures"] == [CLASSES[family][1].__name__]
     assert model.labels == ("x", "y") and formats.missing_heads(bare, model) == ("classifier",)
     whole = formats.load(directory)
     np.testing.assert_array_equal(
