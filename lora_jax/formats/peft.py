@@ -36,7 +36,8 @@ from lora_jax.formats.peft_tensors import (
     with_whole_matrices,
     within_limits,
 )
-from lora_jax.formats.safetensors import copy_side_files, new_directory, open_tensors, write_json
+from lora_jax.formats.safetensors import copy_side_files, new_directory, write_json
+from lora_jax.formats.tensors import open_tensors
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)
