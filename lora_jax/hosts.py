@@ -15,8 +15,10 @@ that vanishes is missed after `lost_after` seconds, and JAX ends the rest.
 """
 
 import contextlib
+import functools
 import itertools
 import json
+import logging
 import os
 import socket
 import sys
@@ -212,6 +214,15 @@ def _tasks_here(environment: Any) -> int | None:
 def is_main() -> bool:
     """Whether this is the process that logs and writes."""
     return jax.process_index() == 0
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Log `note: text` on the main host, once in a process; the standard library shows it on
+    stderr.
+    """
+    if not jax.distributed.is_initialized() or is_main():
+        logging.getLogger("lora_jax").warning("note: %s", text)
 
 
 def agree(number: int) -> int:

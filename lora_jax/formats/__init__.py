@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lora_jax import models
+from lora_jax import hosts, models
 from lora_jax.config import MeshConfig, read_json
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.loralib import read_loralib as read_loralib
@@ -21,6 +21,7 @@ from lora_jax.formats.peft import read_fingerprint as read_fingerprint
 from lora_jax.formats.peft import read_template_kwargs as read_template_kwargs
 from lora_jax.formats.peft import serving_problems as serving_problems
 from lora_jax.formats.peft import write_adapter as write_adapter
+from lora_jax.formats.safetensors import has_own_head
 from lora_jax.formats.safetensors import missing_heads as missing_heads
 from lora_jax.formats.safetensors import parse_size as parse_size
 from lora_jax.formats.safetensors import read_params as read_params
@@ -28,6 +29,7 @@ from lora_jax.formats.safetensors import write_model as write_model
 from lora_jax.formats.side_files import generation_stops as generation_stops
 from lora_jax.formats.side_files import load_tokenizer as load_tokenizer
 from lora_jax.formats.side_files import stop_tokens as stop_tokens
+from lora_jax.formats.tensors import check_no_adapter
 from lora_jax.models.common import Model
 from lora_jax.sharding import make_mesh
 
@@ -35,11 +37,28 @@ from lora_jax.sharding import make_mesh
 def describe(
     directory: Path, ignore: Container[str] = (), labels: Sequence[str] | None = None
 ) -> Model:
-    """The model of a Hugging Face directory with shapes in place of weights; reads config.json
-    only. `labels`: what a model that classifies shall tell apart, if not what its config names.
+    """The model of a Hugging Face directory with shapes in place of weights, from config.json.
+
+    If the config ties the output head to the embedding and the files hold a head that differs, the
+    model is an untied one, as in transformers; a note says so. `labels` are those of a classifier,
+    if not the ones in its config.
+
+    Raises:
+        UserError: a config.json that cannot be read or is not supported; an adapter in the same
+            directory; files that cannot be read.
     """
     content = read_json(directory / "config.json")
-    return models.describe(content, ignore, labels).replace(directory=directory)
+    check_no_adapter(directory)
+    model = models.describe(content, ignore, labels)
+    if has_own_head(directory, model):
+        hosts.note(
+            f"{directory / 'config.json'} ties the output head to the embedding, and "
+            "lm_head.weight differs from it: the model is read as an untied one, as transformers "
+            "does"
+        )
+        content = {**content, "tie_word_embeddings": False}
+        model = models.describe(content, ignore, labels)
+    return model.replace(directory=directory)
 
 
 def load(
@@ -61,7 +80,7 @@ def load(
 
     Raises:
         UserError: the model cannot be found, is not supported, or its files do not hold what
-            config.json describes.
+            config.json describes, or weights that are not finite.
     """
     directory = resolve(str(spec))
     model = describe(directory, ignore, labels)

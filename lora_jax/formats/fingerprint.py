@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config import raise_all, read_json
-from lora_jax.formats.safetensors import list_tensors
+from lora_jax.formats.tensors import Tensor, are_equal, list_tensors
+from lora_jax.tree import TIED_EMBEDDINGS
 
 PARTS = ("base", "tokenizer", "template")
 _WHOLE = 1 << 16  # bytes up to which a tensor is read whole
@@ -41,14 +42,16 @@ def base_digest(directory: Path) -> str:
     """Names, shapes, dtypes and sampled bytes of every tensor, whatever files they lie in.
 
     What says nothing about the model is left out: a copy of the embedding under the name of a tied
-    head, and rotary frequencies, which some versions of transformers wrote.
+    head, and rotary frequencies, which some versions of transformers wrote. A head that differs
+    from the embedding counts, whatever the config says.
     """
     tensors = list_tensors(directory)
     tied = read_json(directory / "config.json").get("tie_word_embeddings")
+    copy = _copied_head(tensors) if tied else None
     offsets = {file: _offsets(file) for file in {tensor.file for tensor in tensors.values()}}
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+        if name.endswith("rotary_emb.inv_freq") or name == copy:
             continue
         digest.update(f"{name} {tensor.shape} {tensor.dtype}\n".encode())
         start, end = offsets[tensor.file][name]
@@ -59,6 +62,16 @@ def base_digest(directory: Path) -> str:
             for first in np.linspace(0, len(data) - _SAMPLE, _SAMPLES).astype(int):
                 digest.update(bytes(data[first : first + _SAMPLE]))
     return digest.hexdigest()
+
+
+def _copied_head(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of an output head that is a copy of the embedding."""
+    ends = tuple(f"{name}.weight" for name in TIED_EMBEDDINGS)
+    heads = [name for name in tensors if name.endswith("lm_head.weight")]
+    embeddings = [name for name in tensors if name.endswith(ends)]
+    if len(heads) != 1 or len(embeddings) != 1:
+        return None
+    return heads[0] if are_equal(tensors[heads[0]], tensors[embeddings[0]]) else None
 
 
 def _offsets(file: Path) -> dict[str, tuple[int, int]]:

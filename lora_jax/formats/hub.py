@@ -27,6 +27,11 @@ def resolve(spec: str, weights: bool = True) -> Path:
     path = Path(spec).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise UserError(
+                    f"model={spec!r} is an adapter's directory; give its base as the model, and "
+                    "the directory as the adapter (adapter.path, or --adapter)"
+                )
             raise UserError(
                 f"model={spec!r} is a directory without config.json; give a Hugging Face model "
                 "directory"

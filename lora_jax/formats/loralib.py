@@ -17,7 +17,7 @@ from lora_jax import adapters as methods
 from lora_jax import tree
 from lora_jax.config import AdapterConfig, UserError, nearest, raise_all
 from lora_jax.formats.peft_tensors import PREFIX, unpack
-from lora_jax.formats.safetensors import open_tensors
+from lora_jax.formats.tensors import open_tensors
 from lora_jax.targets import HEAD, find_trainable
 
 # What says something that these files cannot hold.

@@ -14,8 +14,8 @@ from lora_jax.formats.safetensors import (
     _is_in,
     _missing_heads,
     _weights,
-    open_tensors,
 )
+from lora_jax.formats.tensors import is_finite, open_tensors
 from lora_jax.models import Model
 
 
@@ -27,7 +27,8 @@ def open_matrices(
     and its place there, layer and expert.
 
     Raises:
-        UserError: as `read_params`, when it is opened; when a head is read that the files lack.
+        UserError: as `read_params`, when it is opened; when a head is read that the files lack, or
+            a weight that is not finite.
     """
     tensors = _weights(directory, model)
     leaves = tree.flatten(model.params)
@@ -54,6 +55,10 @@ def open_matrices(
                 found = tensors[piece.name]
                 source = handles[found.file].get_slice(found.stored)
                 part = piece.read(source, [slice(n) for n in piece.shape])
+                if not is_finite(part):
+                    raise UserError(
+                        f"{directory}: weights are infinite or not a number in {found.stored}"
+                    )
                 parts.append(np.asarray(part, np.float32))
             return np.concatenate(parts, axis=-1)
 

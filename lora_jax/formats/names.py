@@ -7,7 +7,7 @@ model/layers/mlp/experts/gate_up_proj/kernel     (layers, experts, in, 2 f)
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_jax import tree
 from lora_jax.models import Names
+from lora_jax.targets import HEAD
 
 # Leaf name -> (name in the file, stored transposed).
 _LEAVES = {
@@ -74,15 +75,64 @@ def pieces(path: tree.Path, shape: Sequence[int], names: Names) -> list[Piece]:
     return found
 
 
-def canonical(stored: Iterable[str], names: Names) -> dict[str, str]:
-    """Names of the weights in a file -> what they are called today and in a whole model."""
+def canonical(
+    stored: Iterable[str], names: Names, params: Mapping, expected: Collection[str]
+) -> dict[str, str]:
+    """Names of the weights in a file -> what they are called today and in a whole model, whose
+    tensors are `expected`.
+
+    A file of the bare model has no `names.base` in front, and the wrappers of other tools put
+    theirs there (`_orig_mod.`, `module.`, `base_model.model.`): one prefix may be missing or too
+    much, if it is the same everywhere. Otherwise names stay as they are.
+    """
+    weights = [name for name in stored if not re.fullmatch(names.no_weights, name)]
+    heads = tuple(f"{head}." for head in tree.OUTPUT_HEADS)
     found = {}
-    for name in stored:
-        if re.fullmatch(names.no_weights, name):
-            continue
-        new = name
-        for old_end, end in names.old:
-            new = new.removesuffix(old_end) + end if new.endswith(old_end) else new
-        whole = new.startswith((names.base, *(f"{head}." for head in tree.OUTPUT_HEADS)))
-        found[name] = new if whole else names.base + new
-    return found
+    for name in weights:
+        new = _today(name, names)
+        found[name] = new if new.startswith((names.base, *heads)) else names.base + new
+    if {*found.values()} <= {*expected}:
+        return found
+    unwrapped = unwrap(weights, params)
+    known = {
+        name: _today(new, names)
+        for name, new in unwrapped.items()
+        if not re.fullmatch(names.no_weights, new)
+    }
+    hits = [len({*one.values()} & {*expected}) for one in (found, known)]
+    return known if hits[1] > hits[0] else found
+
+
+def _today(name: str, names: Names) -> str:
+    for old, new in names.old:
+        name = name.removesuffix(old) + new if name.endswith(old) else name
+    return name
+
+
+def unwrap(stored: Iterable[str], params: Mapping) -> dict[str, str]:
+    """Names in a file -> the same below the modules of `params`, by the prefix that all of them
+    have; the names as they are where they have several.
+
+    model._orig_mod.layers.0.mlp.up_proj.weight   model.layers.0.mlp.up_proj.weight
+    module.lm_head.weight                         lm_head.weight
+    """
+    roots = {HEAD[0]: ""}
+    for first, *rest in tree.flatten(params):
+        is_head = first in tree.OUTPUT_HEADS or len(rest) < 2
+        roots[first if is_head else rest[0]] = "" if is_head else f"{first}."
+    names = list(stored)
+    found, bodies, heads, outer = {}, set(), set(), set()
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part in roots), None)
+        if at is not None:
+            base, prefix = roots[parts[at]], "".join(f"{part}." for part in parts[:at])
+            found[name] = base + tree.dotted(parts[at:])
+            (bodies if base else heads).add(prefix)
+            if base and prefix.endswith(base):
+                outer.add(prefix.removesuffix(base))
+    one = len(bodies) <= 1 and len(heads) <= 1
+    if not one or not all(body.startswith(head) for body in bodies for head in heads):
+        return {name: name for name in names}
+    wrapper = next(iter(heads | outer), "")
+    return {name: found.get(name, name.removeprefix(wrapper)) for name in names}

@@ -35,8 +35,9 @@ from lora_jax.formats.peft_tensors import (
     with_whole_matrices,
     within_limits,
 )
-from lora_jax.formats.safetensors import new_directory, open_tensors
+from lora_jax.formats.safetensors import new_directory
 from lora_jax.formats.side_files import copy_side_files, write_json
+from lora_jax.formats.tensors import open_tensors
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)

@@ -9,105 +9,36 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax import hosts, tree
-from lora_jax.config import UserError, nearest, read_json
+from lora_jax.config import UserError, nearest
 from lora_jax.formats.names import Piece, canonical, pieces
 from lora_jax.formats.side_files import copy_side_files, write_generation_config, write_json
+from lora_jax.formats.tensors import (
+    FLOATS,
+    Tensor,
+    are_equal,
+    has_weights,
+    is_finite,
+    list_tensors,
+    open_tensors,
+    unreadable,
+)
 from lora_jax.models import Model
 from lora_jax.quantize import SCHEMES, QuantizedWeight, quantize, quantizes
 from lora_jax.sharding import _fit, param_specs, whole
 from lora_jax.targets import HEAD
 from lora_jax.weights import Untied
 
-_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_NO_WEIGHTS = {  # of buffers, such as the position_ids of old BERT files
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies and what it is, from the file's header."""
-
-    file: Path
-    stored: str  # its name there
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def list_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a model directory by name; reads headers only.
-
-    Raises:
-        UserError: no safetensors, a shard that the index names is missing, a damaged file, or an
-            unknown dtype.
-    """
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if index.is_file():
-        try:
-            files = sorted({directory / name for name in read_json(index)["weight_map"].values()})
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is damaged: {error!r}") from error
-    elif single.is_file():
-        files = [single]
-    else:
-        found = (
-            ", ".join(sorted(path.name for path in directory.iterdir() if path.is_file()))
-            or "no files"
-        )
-        raise UserError(
-            f"{directory} has no model.safetensors and no index of shards, only: {found}. "
-            "Convert other formats with transformers' save_pretrained"
-        )
-    tensors = {}
-    for file in files:
-        with open_tensors(file) as handle:
-            for name in handle.keys():
-                part = handle.get_slice(name)
-                stored = part.get_dtype()
-                if stored not in _DTYPES | _NO_WEIGHTS:
-                    raise _unreadable(file, name, stored)
-                shape, dtype = tuple(part.get_shape()), (_DTYPES | _NO_WEIGHTS)[stored]
-                tensors[name] = Tensor(file, name, shape, dtype)
-    return tensors
-
-
-def _unreadable(file: Path, name: str, dtype: Any) -> UserError:
-    return UserError(f"{file}: {name} has dtype {dtype}; supported are: {', '.join(_DTYPES)}")
-
-
-@contextlib.contextmanager
-def open_tensors(file: Path) -> Iterator[Any]:
-    """`safe_open` whose failures name the file."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing")
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is not a readable safetensors file (damaged or cut short?): {error}"
-        ) from error
+_HEAD = f"{HEAD[0]}.weight"
 
 
 def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) -> dict:
@@ -119,8 +50,8 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
     device's share of one leaf does. Heads that the files lack start at random (`missing_heads`).
 
     Raises:
-        UserError: tensors that are missing, unexpected, mis-shaped, or to be quantised and not
-            finite, all of them listed; a `dtype` that weights are not stored in.
+        UserError: tensors that are missing, unexpected, mis-shaped or not finite, all of them
+            listed; a `dtype` that weights are not stored in.
     """
     scheme, cast = _storage(dtype)
     tensors = _weights(directory, model)
@@ -130,7 +61,7 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
     _check_tensors(directory, tensors, of_files, model)
     specs = tree.flatten(param_specs(model.params, model.rules, mesh))
     handles: dict[Path, Any] = {}
-    not_finite: list[str] = []
+    broken: dict[str, bool] = {}
     with contextlib.ExitStack() as stack:
         for file in sorted({tensor.file for tensor in tensors.values()}):
             handles[file] = stack.enter_context(open_tensors(file))
@@ -147,19 +78,31 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
                 for part, one in zip(parts, found, strict=True)
             ]
             if scheme and quantizes(path, leaves):
-                whole, wrong = _read_quantized(sources, leaf.shape, stored, scheme)
-                not_finite += wrong
+                whole = _read_quantized(sources, leaf.shape, stored, scheme, broken)
                 params[path] = _place_parts(whole, specs[path], mesh)
             else:
                 sharding = NamedSharding(mesh, specs[path])
-                read = _part_reader(leaf.shape, sources, stored)
+                read = _part_reader(leaf.shape, sources, stored, broken)
                 params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
-    if not_finite:
-        raise UserError(
-            f"{directory} cannot be quantised to {scheme}: weights are infinite or not a number "
-            "in:\n  " + tree.summarize(not_finite)
-        )
+    _refuse_broken(directory, {tensors[name].stored: lost for name, lost in broken.items()}, cast)
     return tree.unflatten(params)
+
+
+def _refuse_broken(directory: Path, broken: Mapping[str, bool], cast: np.dtype | None) -> None:
+    """Raise for tensors with weights that are not finite, or were before they were `cast`."""
+    stored = [name for name, lost in broken.items() if not lost]
+    if stored:
+        raise UserError(
+            f"{directory}: weights are infinite or not a number in:\n  "
+            + tree.summarize(sorted(stored))
+            + "\nThe files are damaged, or a training diverged; get or save the model again"
+        )
+    if broken:
+        raise UserError(
+            f"{directory}: weights are too large for {cast} in:\n  "
+            + tree.summarize(sorted(broken))
+            + "\nKeep the dtype of the files, or load them as bfloat16 or float32"
+        )
 
 
 def missing_heads(directory: Path, model: Model) -> tuple[str, ...]:
@@ -186,12 +129,43 @@ def _weights(directory: Path, model: Model) -> dict[str, Tensor]:
     that are not taken.
     """
     tensors = list_tensors(directory)
-    names = canonical(tensors, model.names)
-    found = {new: tensors[name] for name, new in names.items()}
+    expected = {
+        piece.name
+        for path, leaf in tree.flatten(model.params).items()
+        for piece in pieces(path, leaf.shape, model.names)
+    }
+    found: dict[str, Tensor] = {}
+    for name, new in canonical(tensors, model.names, model.params, {*expected, _HEAD}).items():
+        if new in found:
+            raise UserError(
+                f"{directory}: {found[new].stored} and {name} are the same weight {new}"
+            )
+        found[new] = tensors[name]
     for one in found.values():
-        if one.dtype not in _DTYPES.values():
-            raise _unreadable(one.file, one.stored, one.dtype)
+        if one.dtype not in FLOATS.values():
+            raise unreadable(one.file, one.stored, one.dtype)
+    embedding = _tied_name(model)
+    if embedding is not None and embedding not in found and _HEAD in found:
+        found[embedding] = found.pop(_HEAD)
     return {name: one for name, one in found.items() if not _is_in(name, model.fresh)}
+
+
+def _tied_name(model: Model) -> str | None:
+    """The tensor of an embedding that is the output head too."""
+    path = tree.tied_embedding(model.params)
+    return None if path is None else f"{tree.dotted(path[:-1])}.weight"
+
+
+def has_own_head(directory: Path, model: Model) -> bool:
+    """Return True if a model is tied by its config, and its files hold an output head that differs
+    from the embedding. transformers does not tie them then.
+    """
+    embedding = _tied_name(model)
+    if embedding is None or not has_weights(directory):
+        return False
+    tensors = _weights(directory, model)
+    both = embedding in tensors and _HEAD in tensors
+    return both and not are_equal(tensors[embedding], tensors[_HEAD])
 
 
 def _draw(path: tree.Path, leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -214,8 +188,8 @@ def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
         cast = np.dtype(dtype)
     except TypeError:
         cast = None
-    if cast not in _DTYPES.values():
-        floats = [stored.name for stored in _DTYPES.values()]
+    if cast not in FLOATS.values():
+        floats = [stored.name for stored in FLOATS.values()]
         raise UserError(
             f"dtype={dtype!r} is not how weights can be stored; there are: "
             f"{', '.join([*floats, *SCHEMES])}, and None for the dtype of the files."
@@ -225,9 +199,14 @@ def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
 
 
 def _part_reader(
-    shape: tuple[int, ...], sources: Sequence[tuple[Piece, Any]], stored: np.dtype
+    shape: tuple[int, ...],
+    sources: Sequence[tuple[Piece, Any]],
+    stored: np.dtype,
+    broken: dict[str, bool] | None = None,
 ) -> Callable[[Any], np.ndarray]:
-    """A function from an index of a leaf to that part of it, read from the slices' tensors."""
+    """A function from an index of a leaf to that part of it, read from the slices' tensors. Tensors
+    that are not finite there go into `broken`: True if they were before their cast to `stored`.
+    """
 
     def read(index: Any) -> np.ndarray:
         ranges = [range(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
@@ -246,9 +225,12 @@ def _part_reader(
             own = [slice(part.start, part.stop) for part in rows]
             own.append(slice(first - piece.start, stop - piece.start))
             place = [i - wanted.start for i, wanted in zip(piece.lead, lead, strict=True)]
-            out[(*place, ..., slice(first - last.start, stop - last.start))] = piece.read(
-                source, own
-            )
+            here = out[(*place, ..., slice(first - last.start, stop - last.start))]
+            part = piece.read(source, own)
+            with np.errstate(over="ignore"):
+                here[...] = part
+            if broken is not None and not is_finite(here):
+                broken[piece.name] = is_finite(part)
         return out
 
     return read
@@ -265,14 +247,17 @@ def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 
 def _read_quantized(
-    sources: Sequence[tuple[Piece, Any]], shape: tuple[int, ...], stored: np.dtype, scheme: str
-) -> tuple[QuantizedWeight, list[str]]:
+    sources: Sequence[tuple[Piece, Any]],
+    shape: tuple[int, ...],
+    stored: np.dtype,
+    scheme: str,
+    broken: dict[str, bool],
+) -> QuantizedWeight:
     """The leaf of a kernel (..., in, out) with NumPy arrays in it, one matrix (in, out) quantised
-    at a time on the host's CPU, and the names of tensors that are not finite.
+    at a time on the host's CPU. Tensors that are not finite go into `broken`.
     """
     whole = jax.eval_shape(lambda: quantize(jnp.zeros(shape, stored), scheme))
     leaf = jax.tree.map(lambda part: _empty(part.shape, part.dtype), whole)
-    not_finite = []
     by_matrix: dict[tuple[int, ...], list[tuple[Piece, Any]]] = {}
     for piece, source in sources:
         by_matrix.setdefault(piece.lead, []).append((piece, source))
@@ -281,13 +266,13 @@ def _read_quantized(
         for piece, source in own:
             part = piece.read(source, [slice(n) for n in piece.shape])
             matrix[..., slice(piece.start, piece.start + piece.shape[-1])] = part
-            if not np.isfinite(part).all():
-                not_finite.append(piece.name)
+            if not is_finite(part):
+                broken[piece.name] = False
         with jax.default_device(_cpu()):
             quantized = _quantize(matrix, scheme)
         for part, one in zip(jax.tree.leaves(leaf), jax.tree.leaves(quantized), strict=True):
             part[lead] = one
-    return leaf, not_finite
+    return leaf
 
 
 _quantize = jax.jit(quantize, static_argnums=1)
@@ -324,22 +309,33 @@ def _check_tensors(
         for path, leaf in leaves.items()
         for piece in pieces(path, leaf.shape, model.names)
     }
+    tied = _tied_name(model) is not None
     problems = [
-        f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors
+        f"unexpected {tensor.stored} {tensor.shape}"
+        for name, tensor in tensors.items()
+        if name not in expected and not (tied and name == _HEAD)
     ]
-    for name, tensor in tensors.items():
-        if name in expected and tensor.shape != expected[name]:
-            problems.append(
-                f"{name} has shape {tensor.shape}, config.json asks for {expected[name]}"
-            )
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        tied_copy = name == "lm_head.weight" and tied
-        if name not in expected and not tied_copy:
-            problems.append(f"unexpected {name} {tensor.shape}")
-    if problems:
+    problems += [
+        f"{tensor.stored} has shape {tensor.shape}, config.json asks for {expected[name]}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.shape != expected[name]
+    ]
+    missing = [f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    lists = [tree.summarize(found) for found in (problems, missing) if found]
+    if not problems and expected.keys() - tensors.keys() == {_HEAD}:
+        lists.append(
+            "These are the weights of a decoder without its output head; give the whole model, or "
+            "set tie_word_embeddings in config.json if the head is the embedding"
+        )
+    if lists:
         raise UserError(
             f"{directory} does not hold the weights that its config.json describes:\n  "
-            + tree.summarize(problems)
+            + "\n  ".join(lists)
+        )
+    if tied and _HEAD in tensors and not are_equal(tensors[str(_tied_name(model))], tensors[_HEAD]):
+        raise UserError(
+            f"{directory}: {_HEAD} differs from the embedding, and the model given ties them; "
+            "formats.describe(directory) gives one that does not"
         )
 
 

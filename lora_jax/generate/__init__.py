@@ -63,7 +63,7 @@ def _make_decode(model: Model, compute_dtype: Any) -> Callable[..., jax.Array]:
         lengths = segment_ids.sum(axis=1)
         first = pick(logits, 0)
         answers = jnp.zeros((rows, slots), jnp.int32).at[:, 0].set(first)
-        done = jnp.isin(first, stops) | (lengths == 0)
+        done = jnp.isin(first, stops)
 
         def unfinished(state):
             step, _, _, done, _ = state
@@ -125,13 +125,29 @@ def _positions(segment_ids: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
 
 
+def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise for prompts that the model cannot read.
+
+    Raises:
+        UserError: a prompt that is empty or no list of tokens; as `Model.check_tokens`.
+    """
+    for number, prompt in enumerate(prompts):
+        what = f"prompt {number}"
+        if np.ndim(prompt) != 1:
+            raise UserError(f"{what} must be a list of tokens, not {prompt!r}")
+        if not len(prompt):
+            raise UserError(f"{what} is empty; begin it with a token, such as the tokenizer's BOS")
+        model.check_tokens(prompt, what)
+
+
 def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:
     """A function (bound, prompts, max_new_tokens, stop_tokens, prefix=None, temperature=0, seed=0)
     -> answers, which ends an answer before its stop token. Prompts are rows of one batch, `prefix`
     the virtual tokens in front of each; the function compiles once per bucket of lengths.
 
     Raises:
-        UserError: prompt and answer together longer than learned positions reach.
+        UserError: as `check_prompts`; max_new_tokens below 1; prompt and answer together longer
+            than learned positions reach.
     """
 
     decode = _make_decode(model, compute_dtype)
@@ -146,9 +162,13 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        check_prompts(model, prompts)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if not len(prompts):
+            return []
         places, limit = placeholders(prefix), model.learned_positions
-        # An empty row fills up a batch.
-        prompts = [[0] * places + list(prompt) if len(prompt) else [] for prompt in prompts]
+        prompts = [[0] * places + list(prompt) for prompt in prompts]
         longest = max(map(len, prompts))
         last = first_position(prefix) + longest + max_new_tokens
         if limit is not None and last > limit:
@@ -161,12 +181,10 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
             )
         time = -(-longest // _BUCKET) * _BUCKET
         tokens, segment_ids = (np.zeros((len(prompts), time), np.int32) for _ in range(2))
-        for row, prompt in enumerate(
-            prompts
-        ):  # padded on the left: all rows write the same slot next
-            if len(prompt):
-                tokens[row, -len(prompt) :] = prompt
-                segment_ids[row, -len(prompt) :] = 1
+        # Padded on the left: all rows write the same slot next.
+        for row, prompt in enumerate(prompts):
+            tokens[row, -len(prompt) :] = prompt
+            segment_ids[row, -len(prompt) :] = 1
         stops = np.asarray(sorted(stop_tokens) or [-1], np.int32)
         slots = -(-max_new_tokens // _BUCKET) * _BUCKET
         answers = whole(

@@ -10,7 +10,7 @@ from lora_jax import adapters as methods
 from lora_jax import data, formats
 from lora_jax.config import UserError
 from lora_jax.formats import fingerprint
-from lora_jax.generate import make_generate
+from lora_jax.generate import check_prompts, make_generate
 
 
 def answer(
@@ -35,7 +35,8 @@ def answer(
     Raises:
         UserError: the model or adapter cannot be found or do not fit, or the model classifies;
             base, tokenizer or template are not those that the adapter was trained with (unless
-            named in `allow_change`); the template refuses the conversation.
+            named in `allow_change`); the template refuses the conversation; tokens that the model
+            does not have, or weights that are not finite.
     """
     source = formats.resolve(spec)
     described, found, home = formats.describe(source), None, source
@@ -72,6 +73,7 @@ def answer(
         for prompt in prompts
     ]
     tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
+    check_prompts(described, tokens)
     stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source), arguments)
     model = formats.load(source, dtype=base_dtype)
     bound, prefix = model.params, None

@@ -17,10 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
+from lora_jax.config import UserError
 from lora_jax.layers import (
     ACTIVATIONS,
     Cache,
@@ -86,7 +89,7 @@ def scan_layers(
 class Names:
     """Where the tensors of a family's files are not named as the paths of its tree."""
 
-    base: str = ""  # prefix that files of the bare model leave out, such as "transformer."
+    base: str = "model."  # prefix that files of the bare model leave out
     no_weights: str = r".*rotary_emb\.inv_freq"  # regex of tensors that hold none
     renamed: tuple[tuple[str, str], ...] = ()  # text in a module path -> text in the file
     old: tuple[tuple[str, str], ...] = ()  # ends of names in old files -> what they are now
@@ -121,6 +124,21 @@ class Model:
         """How many tokens a text can have, where every position has a row of its own."""
         return getattr(self.config, "learned_positions", None)
 
+    def check_tokens(self, tokens: Any, what: str = "tokens") -> None:
+        """Raise for tokens that the embedding has no row for.
+
+        Raises:
+            UserError: tokens that are no integers, negative, or of the vocabulary size or above.
+        """
+        size, tokens = self.config.vocab_size, np.asarray(tokens)
+        if tokens.dtype.kind not in "iu":
+            raise UserError(f"{what} must be integers, not {tokens.dtype}")
+        if (token := foreign_token(tokens, size)) is not None:
+            raise UserError(
+                f"{what}: token {token} is not one of the model's, which are 0 to {size - 1} "
+                "(vocab_size in config.json); use the tokenizer that belongs to the model"
+            )
+
     def module(self, params: Mapping) -> Any:
         """The NNX module over `params` (plain, bound or merged), with methods `hidden` and
         `logits`.
@@ -146,8 +164,13 @@ class Model:
 
         `prefix` holds virtual tokens (`adapters.prefix`), in front of every row: a `Prompt` gets
         its places here, unless the batch has segment_ids and with them places of its own.
+
+        Raises:
+            UserError: as `check_tokens`, outside of jit.
         """
         tokens, inserted = jnp.asarray(tokens), 0
+        if not isinstance(tokens, Tracer) and tokens.is_fully_addressable:
+            self.check_tokens(tokens)
         if segment_ids is None and positions is None:
             inserted = placeholders(prefix)
             tokens = jnp.pad(tokens, ((0, 0), (inserted, 0)))
@@ -176,6 +199,12 @@ class Model:
 
     def replace(self, **changes: Any) -> "Model":
         return dataclasses.replace(self, **changes)
+
+
+def foreign_token(tokens: np.ndarray, vocab_size: int) -> int | None:
+    """The first of some tokens that an embedding of `vocab_size` rows does not have."""
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    return int(outside[0]) if outside.size else None
 
 
 def _keys_like(params: Mapping) -> dict:

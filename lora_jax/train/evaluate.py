@@ -56,7 +56,8 @@ def generate_all(
     answers: dict[int, list[int]] = {}
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        rows = [prompts[i].tolist() for i in chosen] + [[]] * (batch_size - len(chosen))
+        rows = [prompts[i].tolist() for i in chosen]
+        rows += rows[:1] * (batch_size - len(rows))
         answers |= dict(zip(chosen, generate(bound, rows, **options), strict=False))
     return [answers[i] for i in range(len(prompts))]
 

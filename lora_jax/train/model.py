@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_jax import data, formats
 from lora_jax.config import (
     SOFT,
@@ -90,6 +92,7 @@ def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
             tokens = text_tokens(adapter, formats.load_tokenizer(source))
         except UserError as error:
             raise UserError(f"adapter.prompt_init=text needs a tokenizer: {error}") from error
+        model.check_tokens(np.asarray(tokens, np.int64), "adapter.prompt_text")
         count = adapter.num_virtual_tokens or len(tokens or ())
         adapter = dataclasses.replace(adapter, num_virtual_tokens=count)
     count, limit = virtual_tokens(adapter), model.config.max_position_embeddings

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lora_jax import data, demo
 from lora_jax.config import Config, UserError, virtual_tokens
-from lora_jax.models.common import Model
+from lora_jax.models.common import Model, foreign_token
 
 
 @dataclass(frozen=True)
@@ -217,12 +217,13 @@ def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: i
     Raises:
         UserError: tokens of `vocab_size` or above.
     """
+    found = ((example.where, foreign_token(example.tokens, vocab_size)) for example in examples)
     data.raise_first(
         [
-            f"{example.where}: token {example.tokens.max()}, and the vocab_size of {model} is "
-            f"{vocab_size}: model and tokenizer (or the row's own input_ids) do not belong together"
-            for example in examples
-            if example.tokens.max() >= vocab_size
+            f"{where}: token {token}, and the vocab_size of {model} is {vocab_size}: model and "
+            "tokenizer (or the row's own input_ids) do not belong together"
+            for where, token in found
+            if token is not None
         ]
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lora_jax import formats, sharding, tree
 from lora_jax.config import MeshConfig, UserError
 from lora_jax.formats import safetensors
+from lora_jax.formats.tensors import is_finite
 from lora_jax.quantize import SCHEMES, Int8Weight, NF4Weight, dequantize, quantize
 
 LEAF = {"nf4": NF4Weight, "int8": Int8Weight}
@@ -147,23 +149,42 @@ def test_eight_devices_hold_parts_of_the_same_leaf(tiny_llama, on_eight_devices)
     assert specs["nf4 embed_tokens.embedding"] == ["(None, 'fsdp')"]
 
 
-def test_weights_that_are_not_finite_are_named(tiny_llama):
+@pytest.mark.parametrize("dtype", [None, "bfloat16", *SCHEMES])
+def test_weights_that_are_not_finite_are_named(tiny_llama, dtype):
     directory, _ = tiny_llama()
-    names = ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight")
-    edit_tensors(directory, **{names[0]: ((3, 5), np.nan), names[1]: ((0, 0), -np.inf)})
-    for scheme in SCHEMES:
-        with pytest.raises(UserError, match=f"cannot be quantised to {scheme}.*infinite") as raised:
-            formats.load(directory, dtype=scheme)
-        assert all(name in str(raised.value) for name in names)
-        assert "layers.0.self_attn" not in str(raised.value)
-    formats.load(directory)  # floats are taken as they are
+    kernel, bias = "model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    norm, embedding = "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"
+    edit_tensors(
+        directory,
+        **{kernel: ((3, 5), np.nan), bias: ((0, 0), -np.inf)},
+        **{norm: ((35,), np.inf), embedding: ((96, 35), -np.nan)},
+    )
+    with pytest.raises(UserError, match="weights are infinite or not a number in:") as raised:
+        formats.load(directory, dtype=dtype)
+    lines = str(raised.value).splitlines()[1:-1]
+    assert [line.strip() for line in lines] == sorted([kernel, bias, norm, embedding])
 
 
-def test_leaves_that_stay_floats_may_hold_anything(tiny_llama):
+def test_weights_that_a_dtype_cannot_hold_are_named(tiny_llama):
     directory, _ = tiny_llama()
-    edit_tensors(directory, **{"model.embed_tokens.weight": ((0, 0), np.inf)})
-    params = formats.load(directory, dtype="nf4").params
-    assert np.isinf(params["model"]["embed_tokens"]["embedding"][0, 0])
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(directory, **{name: ((0, 0), 7e4)})
+    with pytest.raises(UserError, match=f"weights are too large for float16 in:\n  {name}"):
+        formats.load(directory, dtype="float16")
+    assert formats.load(directory, dtype="bfloat16").params["model"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_value_that_is_not_finite_is_seen_wherever_it_is(dtype):
+    """Also the largest numbers that are finite, in arrays that are not contiguous."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    for value in (0.0, -0.0, 1.5, -1.5, largest, -largest, np.nan, -np.nan, np.inf, -np.inf):
+        for place in ((0, 0), (3, 4), (2, 1)):
+            values = np.linspace(-2, 2, 48).astype(dtype).reshape(6, 8)
+            values[place] = value
+            for seen in (values, values.T, values[:4, :5]):
+                assert is_finite(seen) == bool(np.isfinite(np.float64(value))), (value, place)
+    assert is_finite(np.zeros((0, 3), dtype))
 
 
 @pytest.mark.parametrize(

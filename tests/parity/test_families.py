@@ -12,6 +12,7 @@ import optax
 import peft
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

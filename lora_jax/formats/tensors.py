@@ -1,0 +1,219 @@
+"""Tensors of a model directory: the files that hold them, their names, shapes and dtypes.
+
+The files are those that transformers loads: the one that `transformers_weights` in config.json
+names, else `model.safetensors`, else the shards of `model.safetensors.index.json`. Any other file
+of weights in the directory is not read, as there.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax import hosts
+from lora_jax.config import UserError, read_json
+
+FLOATS = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NO_WEIGHTS = {  # of buffers, such as the position_ids of old BERT files
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+# Infinity of each dtype as an integer; what is above it is not a number.
+_INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+_PART = 1 << 22  # values that are compared at once
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The file of a tensor and what its header says of it."""
+
+    file: Path
+    stored: str  # its name there
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def list_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a model directory by its name in the files; reads headers only.
+
+    Raises:
+        UserError: as `weight_files`; a missing or damaged file, an unknown dtype, or a name that
+            two files have.
+    """
+    tensors: dict[str, Tensor] = {}
+    files = weight_files(directory)
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(
+            f"{directory}: {', '.join(missing[:8])}{', ...' * (len(missing) > 8)} is missing, of "
+            f"{len(files)} files that hold the weights"
+        )
+    for file in files:
+        with open_tensors(file) as handle:
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                stored = part.get_dtype()
+                if stored not in FLOATS | _NO_WEIGHTS:
+                    raise unreadable(file, name, stored)
+                if name in tensors:
+                    raise UserError(
+                        f"{tensors[name].file} and {file} both have a tensor {name}; remove the "
+                        "file that does not belong to the model, and its lines of the index"
+                    )
+                shape, dtype = tuple(part.get_shape()), (FLOATS | _NO_WEIGHTS)[stored]
+                tensors[name] = Tensor(file, name, shape, dtype)
+    return tensors
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights of a model directory; they may be missing.
+
+    Raises:
+        UserError: there are none; a damaged index, or one that names files elsewhere; an adapter in
+            the same directory.
+    """
+    check_no_adapter(directory)
+    single, index = directory / _SINGLE, directory / _INDEX
+    named = _named_by_config(directory)
+    if named is not None:
+        file = _inside(directory, named, "config.json: transformers_weights")
+        return _shards(file) if named.endswith(".index.json") else [file]
+    if single.is_file():
+        if index.is_file():
+            hosts.note(
+                f"{directory} has {_SINGLE} and {_INDEX}; {_SINGLE} is read, as transformers does"
+            )
+        return [single]
+    if index.is_file():
+        return _shards(index)
+    found = (
+        ", ".join(sorted(path.name for path in directory.iterdir() if path.is_file())) or "no files"
+    )
+    raise UserError(
+        f"{directory} has no {_SINGLE} and no index of shards, only: {found}. "
+        "Convert other formats with transformers' save_pretrained"
+    )
+
+
+def has_weights(directory: Path) -> bool:
+    """Return True if the weights are here; of a model of the hub there may be config.json alone."""
+    try:
+        return all(file.is_file() for file in weight_files(directory))
+    except UserError:
+        return False
+
+
+def check_no_adapter(directory: Path) -> None:
+    """Raise if a model directory has an adapter in it, which transformers would load too.
+
+    Raises:
+        UserError: it has an adapter_config.json.
+    """
+    if (directory / _ADAPTER).is_file():
+        raise UserError(
+            f"{directory} has a model (config.json) and an adapter ({_ADAPTER}) in it; "
+            "transformers would load both. Move the adapter's files to a directory of their own, "
+            "and name that as the adapter (adapter.path, or --adapter) if it is wanted"
+        )
+
+
+def _named_by_config(directory: Path) -> str | None:
+    try:
+        named = read_json(directory / "config.json").get("transformers_weights")
+    except UserError:
+        return None  # `describe` reports a config that cannot be read
+    if named is not None and (
+        not isinstance(named, str)
+        or not named.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise UserError(
+            f"{directory / 'config.json'}: transformers_weights={named!r} is no .safetensors file "
+            "and no index of such files"
+        )
+    return named
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is damaged: {error!r}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{index} is damaged: its weight_map names no files")
+    return sorted(_inside(index.parent, name, index.name) for name in names)
+
+
+def _inside(directory: Path, name: str, where: str) -> Path:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise UserError(f"{directory}: {where} names {name!r}, which is outside of the directory")
+    return directory / path
+
+
+def unreadable(file: Path, name: str, dtype: Any) -> UserError:
+    return UserError(f"{file}: {name} has dtype {dtype}; supported are: {', '.join(FLOATS)}")
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """`safe_open` whose failures name the file."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a readable safetensors file (damaged or cut short?): {error}"
+        ) from error
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Return True if floats, of a dtype that weights are stored in, are all finite. Allocates
+    nothing: as integers, infinities and NaNs are the largest of their sign.
+    """
+    if not values.size:
+        return True
+    largest = _INFINITY[values.dtype.name]
+    bits = 8 * values.dtype.itemsize
+    positive = values.view(f"int{bits}").max() < largest
+    return bool(positive and values.view(f"uint{bits}").max() < largest + (1 << (bits - 1)))
+
+
+def are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers."""
+    states = [
+        (tensor.file.stat().st_mtime_ns, tensor.file.stat().st_size) for tensor in (one, other)
+    ]
+    return _compare(one, other, *states)
+
+
+@functools.lru_cache(maxsize=8)  # several steps of one command ask
+def _compare(one: Tensor, other: Tensor, *states: tuple[int, int]) -> bool:
+    if one.shape != other.shape:
+        return False
+    with open_tensors(one.file) as first, open_tensors(other.file) as second:
+        a, b = first.get_slice(one.stored), second.get_slice(other.stored)
+        return all(
+            np.array_equal(x.astype(np.float32), y.astype(np.float32))
+            for x, y in zip(_parts(a, one.shape), _parts(b, other.shape), strict=True)
+        )
+
+
+def _parts(source: Any, shape: tuple[int, ...]) -> Iterable[np.ndarray]:
+    rows = max(1, _PART // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], rows):
+        yield source[start : min(start + rows, shape[0])]
