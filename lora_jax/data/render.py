@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_jax.config import UserError
-from lora_jax.data.rows import SYSTEM_ROLES, Row
+from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 
 PLAIN = "none"
 _OPTIONS = (
@@ -31,6 +32,8 @@ _TAGS = re.compile(
     r"|(endmacro|endcall|endfilter|endset)"
     r"|(generation))\b"
 )
+
+_TEMPLATES: WeakKeyDictionary[Any, dict[Any, "Template"]] = WeakKeyDictionary()
 
 Messages = Sequence[dict[str, Any]]
 
@@ -97,6 +100,14 @@ def template_text(tokenizer: Any, chat_template: str | None) -> str:
 def read_template(tokenizer: Any, source: str) -> Template:
     """What there is to know about a template before rows are rendered with it."""
     special = special_tokens(tokenizer)
+    key = (source, tuple(special.items()), tokenizer.eos_token_id)
+    known = _TEMPLATES.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = _read_template(tokenizer, source, special)
+    return known[key]
+
+
+def _read_template(tokenizer: Any, source: str, special: dict[str, int]) -> Template:
     token = _one_of([], special) if special else None
     try:
         head, ending, tail, _ = sample(tokenizer, source)
@@ -264,8 +275,8 @@ def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> 
     """
     if not messages:
         raise UserError(
-            f"{row.where}: the conversation begins with the assistant; a chat template needs a "
-            'turn to answer (mark it "train": false, or set data.system_prompt)'
+            f"{row.where}: the conversation begins with the assistant, and a chat template needs a "
+            "turn to answer"
         )
     return render(tokenizer, source, row, messages, add_generation_prompt=True)
 
@@ -273,7 +284,8 @@ def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> 
 def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
     """The messages for a template: without `train` and nulls, with the system prompt.
 
-    A content that is null or absent is empty: most templates print null, or fail without one.
+    A content that is null or absent is empty, as most templates write null or fail without one. An
+    empty thought is left out: with one, some templates write the thought of the content too.
     """
     messages = [
         {key: value for key, value in message.items() if key != "train" and value is not None}
@@ -281,6 +293,9 @@ def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
     ]
     for message in messages:
         message.setdefault("content", "")
+        for key in REASONING:
+            if not str(message.get(key, "-")).strip():
+                del message[key]
     if system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages

@@ -199,7 +199,7 @@ class Encoder:
         examples, counts = self._encode(rows)
         self._check_vocabulary(examples)
         self.counts["block"] = counts = counts.with_bad(len(problems))
-        if counts.dropped or counts.bad:
+        if counts.dropped or counts.bad or counts.empty or counts.unended:
             told = describe(counts, self.max_length)
             self.console.print(f"records from {records[0][0]} on: {told}")
         return examples

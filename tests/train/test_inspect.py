@@ -343,6 +343,24 @@ def test_warning_of_prompts_that_split_differently(look, write, model, tmp_path)
     assert report.shown[0].pieces == [("xab", 0), ("x<|im_end|>", 1)]
 
 
+def test_warnings_of_empty_answers_and_of_answers_that_nothing_ends(look, write, tmp_path):
+    bare = tmp_path / "bare.jinja"
+    bare.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    source = write("rows.jsonl", ("a", ""), ("b", "c"), {"messages": turns})
+    report = look(source, chat_template=str(bare))
+    counts = report.sets[f"data.train {source}"].counts
+    assert (counts.empty, counts.unended) == (1, 1)
+    empty, unended = [text for text in report.warnings if " answer" in text]
+    assert empty.startswith(f"data.train {source}: 1 examples have an empty answer, and teach to")
+    assert unended.startswith(f"data.train {source}: 1 examples have an earlier answer that no end")
+    told = sets.describe(counts, 99)
+    assert "; 1 with an empty answer, which teach its end alone; 1 with an earlier answer" in told
+
+
 def test_a_base_model_without_a_template_takes_plain_texts(look, write, tmp_path):
     write_tokenizer(tmp_path / "base", chat_template=None)
     (tmp_path / "base" / "config.json").write_text(json.dumps(TINY))
