@@ -74,8 +74,8 @@ class Counts:
     longest: int  # tokens of the longest row before any cut
     unaligned: int  # rows whose prompt, tokenised alone as for generation, gives other tokens
     bad: int = 0  # rows left out under on_bad_row="drop"
-    empty: int = 0  # kept rows with an empty answer, of which the end alone is supervised
-    unended: int = 0  # kept rows with an answer before the last that no special token ends
+    empty_answers: int = 0  # kept rows with an empty answer, of which the end alone is supervised
+    unended_answers: int = 0  # kept rows with an answer before the last that no special token ends
 
     def with_bad(self, more: int) -> "Counts":
         """The same with `more` bad rows, such as those that were none to begin with."""
@@ -247,7 +247,7 @@ def encode_rows(
         raise_first(problems)
 
     examples: list[Example] = []
-    dropped = truncated = longest = unaligned = empty = unended = 0
+    dropped = truncated = longest = unaligned = empty_answers = unended_answers = 0
     made = zip(usable, ready, _examples(usable, ready, tokenizer), strict=True)
     for row, item, (example, aligned) in made:
         length = len(example.tokens)
@@ -264,8 +264,8 @@ def encode_rows(
             examples.append(fitted)
             truncated += length > max_length
             unaligned += not aligned
-            empty += isinstance(item, Text) and item.empty
-            unended += isinstance(item, Text) and item.unended
+            empty_answers += isinstance(item, Text) and item.empty
+            unended_answers += isinstance(item, Text) and item.unended
     if on_bad_row != "drop" or len(problems) == len(rows):
         raise_first(problems)
     return examples, Counts(
@@ -277,8 +277,8 @@ def encode_rows(
         longest=longest,
         unaligned=unaligned,
         bad=len(problems),
-        empty=empty,
-        unended=unended,
+        empty_answers=empty_answers,
+        unended_answers=unended_answers,
     )
 
 

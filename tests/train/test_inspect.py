@@ -353,7 +353,7 @@ def test_warnings_of_empty_answers_and_of_answers_that_nothing_ends(look, write,
     source = write("rows.jsonl", ("a", ""), ("b", "c"), {"messages": turns})
     report = look(source, chat_template=str(bare))
     counts = report.sets[f"data.train {source}"].counts
-    assert (counts.empty, counts.unended) == (1, 1)
+    assert (counts.empty_answers, counts.unended_answers) == (1, 1)
     empty, unended = [text for text in report.warnings if " answer" in text]
     assert empty.startswith(f"data.train {source}: 1 examples have an empty answer, and teach to")
     assert unended.startswith(f"data.train {source}: 1 examples have an earlier answer that no end")
