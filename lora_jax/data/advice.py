@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from lora_jax.data.probe import REASONING, has_thought
-from lora_jax.data.rows import SYSTEM_ROLES, Row
+from lora_jax.data.probe import has_thought
+from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 
 _ANOTHER = "use another data.chat_template"
 _MOST = 2  # changes that are told
@@ -22,7 +22,7 @@ def advice(row: Row, works: Callable[[Row], bool]) -> str:
     """Up to two changes after which the row `works`, and another template."""
     found = []
     for words, rows in _changes(row):
-        if len(found) == _MOST or any(words.startswith(simpler) for simpler in found):
+        if len(found) == _MOST or any(simpler in words for simpler in found):
             continue
         if all(one != row and works(one) for one in rows):
             found.append(words)
@@ -31,34 +31,45 @@ def advice(row: Row, works: Callable[[Row], bool]) -> str:
 
 def _changes(row: Row) -> Iterator[tuple[str, list[Row]]]:
     trained = [i for i, message in enumerate(row.messages) if _is_trained(message)]
+    alone = [_train_only(row, {i}) for i in trained]
+    if len(trained) > 1:
+        yield "split the conversation into one row per answer", alone
+        for i in trained:
+            yield f'mark turn {i} "train": false', [_train_only(row, {*trained} - {i})]
+    for words, change in _EACH:
+        yield words, [_each(row, change)]
     if len(trained) > 1:
         yield (
-            "split the conversation into one row per answer",
-            [_train_only(row, {i}) for i in trained],
+            "split the conversation into one row per answer and begin the answers with a thought",
+            [_each(one, _with_thought) for one in alone],
         )
-        for i in trained:
-            rest = {*trained} - {i}
-            yield f'mark turn {i} "train": false', [_train_only(row, rest)]
-    for words, change in _EACH:
-        messages = [change(message) for message in row.messages]
-        yield words, [replace(row, messages=tuple(messages))]
     yield "join the turns of one role that follow each other", [_joined(row)]
-    if row.messages[0]["role"] in SYSTEM_ROLES:
+    first = row.messages[0]
+    if first["role"] in SYSTEM_ROLES:
         yield "put the system turn into the user turn", [_without_system(row)]
-    if row.messages[0]["role"] == "assistant":
-        first: Message = {"role": "user", "content": "Hello"}
+    if first["role"] == "assistant":
+        user: Message = {"role": "user", "content": "Hello"}
+        system: Message = {"role": "system", "content": "Answer."}
+        yield "begin the conversation with a user turn", [_with_first(row, user)]
+        yield "set data.system_prompt", [_with_first(row, system)]
+    if row.tools:
+        yield "leave out the tools", [replace(row, tools=())]
+    if row.tools or any(_as_text(message) != message for message in row.messages):
+        text = replace(_each(row, _as_text), tools=())
+        yield "write tools, calls and results into the contents as text", [text]
         yield (
-            "begin the conversation with a user turn",
-            [replace(row, messages=(first, *row.messages))],
+            "write tools, calls and results into the contents as text and join the turns of one "
+            "role that follow each other",
+            [_joined(text)],
         )
-    yield "leave out the tools", [replace(row, tools=())]
-    text = replace(row, messages=tuple(map(_as_text, row.messages)), tools=())
-    yield "write tools, calls and results into the contents as text", [text]
-    yield (
-        "write tools, calls and results into the contents as text and join the turns of one role "
-        "that follow each other",
-        [_joined(text)],
-    )
+
+
+def _each(row: Row, change: Callable[[Message], Message]) -> Row:
+    return replace(row, messages=tuple(map(change, row.messages)))
+
+
+def _with_first(row: Row, message: Message) -> Row:
+    return replace(row, messages=(message, *row.messages))
 
 
 def _is_trained(message: Message) -> bool:
@@ -73,41 +84,39 @@ def _train_only(row: Row, kept: set[int]) -> Row:
     return replace(row, messages=tuple(messages))
 
 
-def _thought_of(message: Message) -> str:
-    return next((message[key] for key in REASONING if message.get(key)), "")
+def _split(message: Message) -> tuple[str, str]:
+    """The thought of a message, "" where it has none, and the rest of its content."""
+    said = message.get("content") or ""
+    thought = next((message[key] for key in REASONING if message.get(key)), "")
+    if message["role"] == "assistant" and has_thought(said):
+        inner, _, said = said.rpartition("</think>")
+        thought = thought or inner.replace("<think>", "").strip()
+    return thought, said.strip()
+
+
+def _without_thought(message: Message) -> Message:
+    rest = {key: value for key, value in message.items() if key not in REASONING}
+    return rest | {"content": _split(message)[1]}
 
 
 def _thought_in_content(message: Message) -> Message:
-    thought = _thought_of(message)
-    rest = {key: value for key, value in message.items() if key not in REASONING}
-    said = message.get("content") or ""
-    return rest | {"content": f"<think>\n{thought}\n</think>\n\n{said}"} if thought else message
+    thought, said = _split(message)
+    content = f"<think>\n{thought}\n</think>\n\n{said}"
+    return _without_thought(message) | {"content": content} if thought else message
 
 
 def _thought_under(key: str) -> Callable[[Message], Message]:
     def change(message: Message) -> Message:
-        thought, said = _thought_of(message), message.get("content") or ""
-        if message["role"] == "assistant" and has_thought(said):
-            inner, _, said = said.partition("</think>")
-            thought = inner.replace("<think>", "").strip() or thought
-        rest = {name: value for name, value in message.items() if name not in REASONING}
-        return rest | {"content": said.strip(), key: thought} if thought else message
+        thought, _ = _split(message)
+        return _without_thought(message) | {key: thought} if thought else message
 
     return change
 
 
 def _with_thought(message: Message) -> Message:
-    if not _is_trained(message) or _thought_of(message) or has_thought(message.get("content", "")):
+    if not _is_trained(message) or _split(message)[0]:
         return message
     return message | {"content": f"<think>\nso\n</think>\n\n{message.get('content') or ''}"}
-
-
-def _without_thought(message: Message) -> Message:
-    said = message.get("content") or ""
-    if message["role"] == "assistant" and has_thought(said):
-        said = said.rpartition("</think>")[2].strip()
-    rest = {key: value for key, value in message.items() if key not in REASONING}
-    return rest | {"content": said}
 
 
 def _as_system(message: Message) -> Message:
@@ -118,8 +127,10 @@ def _as_text(message: Message) -> Message:
     said = message.get("content") or ""
     if message["role"] == "tool":
         return {"role": "user", "content": said}
+    if not message.get("tool_calls"):
+        return message
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    calls = map(json.dumps, message.get("tool_calls") or ())
+    calls = map(json.dumps, message["tool_calls"])
     return rest | {"content": "\n".join(filter(None, [said, *calls]))}
 
 

@@ -18,7 +18,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # templates read one of these keys
+from lora_jax.data.rows import REASONING
+
 _MARK = re.compile(r"zq\d+qz|7319\d{6}")
 _THOUGHT = re.compile(
     r"(<think(?:ing)?>|\[THINK\]|<\|channel>thought\b|<\|START_THINKING\|>)"

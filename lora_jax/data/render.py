@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_jax.config import UserError, read_text
 from lora_jax.data.keys import reads
-from lora_jax.data.rows import SYSTEM_ROLES, Row
+from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 
 PLAIN = "none"
 _OPTIONS = (
@@ -33,6 +34,8 @@ _TAGS = re.compile(
     r"|(endmacro|endcall|endfilter|endset)"
     r"|(generation))\b"
 )
+
+_TEMPLATES: WeakKeyDictionary[Any, dict[Any, "Template"]] = WeakKeyDictionary()
 
 Messages = Sequence[dict[str, Any]]
 
@@ -99,6 +102,21 @@ def read_template(
 ) -> Template:
     """What there is to know about a template before rows are rendered with it."""
     special = special_tokens(tokenizer)
+    arguments = dict(chat_template_kwargs or {})
+    given = json.dumps(arguments, sort_keys=True, default=str)
+    key = (source, given, tuple(special.items()), tokenizer.eos_token_id)
+    known = _TEMPLATES.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = _read_template(tokenizer, source, special, arguments)
+    return known[key]
+
+
+def _read_template(
+    tokenizer: Any,
+    source: str,
+    special: dict[str, int],
+    chat_template_kwargs: Mapping[str, Any],
+) -> Template:
     token = _one_of([], special) if special else None
     try:
         head, ending, tail, _ = sample(tokenizer, source, chat_template_kwargs)
@@ -302,8 +320,8 @@ def render_prompt(tokenizer: Any, source: str, row: Row, messages: Messages) -> 
     """
     if not messages:
         raise UserError(
-            f"{row.where}: the conversation begins with the assistant; a chat template needs a "
-            'turn to answer (mark it "train": false, or set data.system_prompt)'
+            f"{row.where}: the conversation begins with the assistant, and a chat template needs a "
+            "turn to answer"
         )
     return render(tokenizer, source, row, messages, add_generation_prompt=True)
 
@@ -312,7 +330,8 @@ def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
     """The messages for a template: without `train` and nulls, with the system prompt, and with
     calls in the form that templates read: {"type", "function"}.
 
-    A content that is null or absent is empty: most templates print null, or fail without one.
+    A content that is null or absent is empty, as most templates write null or fail without one. An
+    empty thought is left out: with one, some templates write the thought of the content too.
     """
     messages = [
         {key: value for key, value in message.items() if key != "train" and value is not None}
@@ -322,6 +341,9 @@ def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
         message.setdefault("content", "")
         if message.get("tool_calls"):
             message["tool_calls"] = [_as_function(call) for call in message["tool_calls"]]
+        for key in REASONING:
+            if not str(message.get(key, "-")).strip():
+                del message[key]
     if system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages

@@ -9,6 +9,7 @@ from typing import Any
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # templates read one of these keys
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from typing import Any
 from lora_jax.config import UserError
 from lora_jax.data.advice import advice
 from lora_jax.data.probe import (
-    REASONING,
     Finding,
     Part,
     findings,
+    has_thought,
     holds,
     lost_in_order,
     opened_thoughts,
@@ -46,9 +46,10 @@ from lora_jax.data.render import (
     render_marked,
     render_prompt,
 )
-from lora_jax.data.rows import SYSTEM_ROLES, Row, TextRow
+from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row, TextRow
 
 _OPENING = 64  # characters at the end of a prompt that an answer may begin with
+_MOST_SHAPES = 5000  # of conversations, whose findings are kept
 
 Span = tuple[int, int]
 
@@ -146,6 +147,7 @@ def _to_text(
     ]
     if not trained:
         raise UserError(unsupervised(row.where))
+    _check_thoughts(row)
     # Cut here, so that the last supervised turn is rendered as the last: as after a generation.
     messages = messages[: trained[-1] + 1]
     if template is None:
@@ -173,6 +175,17 @@ def _to_text(
         empty=any(_is_empty(messages[i]) for i in trained),
         unended=any(not _ends(chat, spans[-1]) for i, spans in turns[:-1]),
     )
+
+
+def _check_thoughts(row: Row) -> None:
+    for i, message in enumerate(row.messages):
+        keys = [key for key in REASONING if str(message.get(key) or "").strip()]
+        if message["role"] == "assistant" and keys and has_thought(content(message)):
+            raise _Refused(
+                f"{row.where}: turn {i} has a thought in its {keys[0]} and another in its content, "
+                "and one would be lost or follow the other: keep one",
+                "two thoughts",
+            )
 
 
 def _rendered(
@@ -358,6 +371,8 @@ def _differs(chat: _Chat, i: int, prompt: str) -> UserError:
 def _check_shape(chat: _Chat, marked_copy: list[dict[str, Any]], trained: Sequence[int]) -> None:
     """Raise where the template loses, repeats or moves parts of conversations of this shape."""
     key = ("shape", _shape(chat.row, marked_copy))
+    if len(chat.template.known) > _MOST_SHAPES:
+        chat.template.known.clear()
     if key not in chat.template.known:
         chat.template.known[key] = _find(chat, marked_copy, trained)
     found = chat.template.known[key]

@@ -81,8 +81,8 @@ class Counts:
     bad: int = 0  # rows left out under on_bad_row="drop"
     packed: int = 0  # packed rows of tokens, each of whose sequences is a row of its own
     left_out: int = 0  # sequences of packed rows without a supervised token
-    empty: int = 0  # kept rows with an empty answer, of which the end alone is supervised
-    unended: int = 0  # kept rows with an answer before the last that no special token ends
+    empty_answers: int = 0  # kept rows with an empty answer, of which the end alone is supervised
+    unended_answers: int = 0  # kept rows with an answer before the last that no special token ends
 
     def with_bad(self, more: int) -> "Counts":
         """The same with `more` bad rows, such as those that were none to begin with."""
@@ -275,7 +275,7 @@ def encode_rows(
         raise_first([*describe_problems(unread), *problems])
 
     examples: list[Example] = []
-    dropped = truncated = longest = unaligned = left_out = empty = unended = 0
+    dropped = truncated = longest = unaligned = left_out = empty_answers = unended_answers = 0
     made = zip(usable, ready, _examples(usable, ready, tokenizer), strict=True)
     for row, item, (example, aligned) in made:
         length = len(example.tokens)
@@ -298,8 +298,8 @@ def encode_rows(
             examples.append(fitted)
             truncated += length > max_length
             unaligned += not aligned
-            empty += isinstance(item, Text) and item.empty
-            unended += isinstance(item, Text) and item.unended
+            empty_answers += isinstance(item, Text) and item.empty
+            unended_answers += isinstance(item, Text) and item.unended
     bad = len(unread) + len(problems)
     if on_bad_row != "drop" or bad == len(rows):
         raise_first([*describe_problems(unread), *problems])
@@ -314,8 +314,8 @@ def encode_rows(
         bad=bad,
         packed=sum(isinstance(row, TokenRow) and row.sequence == 0 for row in rows),
         left_out=left_out,
-        empty=empty,
-        unended=unended,
+        empty_answers=empty_answers,
+        unended_answers=unended_answers,
     )
 
 

@@ -221,16 +221,16 @@ def _warnings(measured: Mapping[str, Measured]) -> Iterator[str]:
                 f"{name}: {one.counts.unaligned} prompts split into other tokens alone, as in a "
                 "generation, than before their answers; end them at a word, or use a chat template"
             )
-        if one.counts is not None and one.counts.empty:
+        if one.counts is not None and (empty := one.counts.empty_answers):
             yield (
-                f"{name}: {one.counts.empty} examples have an empty answer, and teach to end at "
-                'once; leave them out, or mark the turns "train": false'
+                f"{name}: {empty} examples have an empty answer, and teach to end at once; leave "
+                'them out, or mark the turns "train": false'
             )
-        if one.counts is not None and one.counts.unended:
+        if one.counts is not None and (unended := one.counts.unended_answers):
             yield (
-                f"{name}: {one.counts.unended} examples have an earlier answer that no end-of-turn "
-                "token ends, so how to end is learnt from the last one alone; use one row per "
-                "answer, or another data.chat_template"
+                f"{name}: {unended} examples have an earlier answer that no end-of-turn token "
+                "ends, so how to end is learnt from the last one alone; use one row per answer, or "
+                "another data.chat_template"
             )
 
 

@@ -197,7 +197,8 @@ class Encoder:
         examples, counts = self._encode(rows)
         self._check_vocabulary(examples)
         self.counts["block"] = counts = counts.with_bad(len(problems))
-        if counts.dropped or counts.bad or counts.left_out:
+        noted = counts.dropped, counts.bad, counts.left_out
+        if any((*noted, counts.empty_answers, counts.unended_answers)):
             told = describe(counts, self.max_length)
             self.console.print(f"records from {records[0][0]} on: {told}")
         return examples
@@ -247,10 +248,12 @@ def describe(counts: data.Counts, limit: int) -> str:
         notes.append(f"{counts.left_out} packed sequences without a supervised token left out")
     if counts.unaligned:
         notes.append(f"{counts.unaligned} whose prompt alone splits into other tokens")
-    if counts.empty:
-        notes.append(f"{counts.empty} with an empty answer, which teach its end alone")
-    if counts.unended:
-        notes.append(f"{counts.unended} with an earlier answer that no end-of-turn token ends")
+    if counts.empty_answers:
+        notes.append(f"{counts.empty_answers} with an empty answer, which teach its end alone")
+    if counts.unended_answers:
+        notes.append(
+            f"{counts.unended_answers} with an earlier answer that no end-of-turn token ends"
+        )
     return "; ".join(notes)
 
 

@@ -424,24 +424,24 @@ def test_empty_answers_are_counted():
         "m['content'] + '", "m['content'] }}{{ m.tool_calls | tojson if m.tool_calls }}{{ '"
     )
     _, counts = encode_all(rows, build(writes), max_length=99)
-    assert (counts.examples, counts.empty, counts.unended) == (7, 3, 0)
+    assert (counts.examples, counts.empty_answers, counts.unended_answers) == (7, 3, 0)
     null = Row((*chat("q", "a").messages[:1], {"role": "assistant", "content": None}), "f.jsonl:9")
-    assert encode_all([null], build(), max_length=99)[1].empty == 1
+    assert encode_all([null], build(), max_length=99)[1].empty_answers == 1
     rows = [chat("q", ""), chat("q", "a")]
-    assert encode_all(rows, build(None), chat_template="none", max_length=9)[1].empty == 1
+    assert encode_all(rows, build(None), chat_template="none", max_length=9)[1].empty_answers == 1
     _, counts = encode_all([chat("q", "", where="f:1"), chat("q", "a")], build(), max_length=99)
-    assert counts.empty == 1
+    assert counts.empty_answers == 1
 
 
 def test_earlier_answers_that_nothing_ends_are_counted():
     rows = [chat("q", "a"), chat("q", "a", "r", "c"), chat("q", "a~", "r", "c")]
-    assert encode_all(rows, build(BARE), max_length=99)[1].unended == 1
-    assert encode_all(rows, build(), max_length=99)[1].unended == 0
+    assert encode_all(rows, build(BARE), max_length=99)[1].unended_answers == 1
+    assert encode_all(rows, build(), max_length=99)[1].unended_answers == 0
     # Where the mark of the next role is a token, that is what ends them.
     roles = BARE.replace("m['role'] + ': '", "'<|' + m['role'] + '|>'")
     roles = roles.replace("'assistant:'", "'<|assistant|>'")
     tokenizer = build(roles)
-    assert encode_all(rows, tokenizer, max_length=99)[1].unended == 0
+    assert encode_all(rows, tokenizer, max_length=99)[1].unended_answers == 0
     text = encoded(chat("q", "a", "r", "c"), tokenizer)
     assert text == "<|user|>q\n<|assistant|>«a\n<|user|>»r\n<|assistant|>«c</s>»"
     assert stop_tokens(tokenizer) == {
@@ -790,6 +790,91 @@ def test_what_the_template_leaves_out_of_an_answer_is_refused():
     assert "leaves out the content of turn 1, wholly or in part, or rewrites it when" in text
     text = error_of(encode, chat("q", "abc~", "r", "a"), build(half), max_length=99)
     assert "leaves out the content of turn 1, wholly or in part" in text  # nor is it in the prompt
+
+
+def role(name: str, text: str) -> str:
+    return "{% elif m['role'] == '" + name + "' %}{{ " + text + " }}"
+
+
+THREE_ROLES = {  # as zephyr and olmo2 write conversations: what is of another role is passed over
+    "zephyr": "{% for m in messages %}{% if false %}"
+    + "".join(
+        role(name, f"'<|{name}|>\n' + m['content'] + eos_token + '\n'")
+        for name in ("user", "system", "assistant")
+    )
+    + "{% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{% endfor %}",
+    "olmo2": "{{ bos_token }}{% for m in messages %}{% if false %}"
+    + role("system", "'<|system|>\n' + m['content'] + '\n'")
+    + role("user", "'<|user|>\n' + m['content'] + '\n'")
+    + role("assistant", "'<|assistant|>\n' + m['content'] + eos_token + '\n' * (not loop.last)")
+    + "{% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", THREE_ROLES)
+def test_turns_of_the_context_that_the_template_leaves_out_are_refused(name):
+    tokenizer = build(THREE_ROLES[name])
+    assert encoded(chat("q", "a", "r", "c"), tokenizer).count("«") == 2
+    question, last = chat("1", "1").messages
+    result = {"role": "tool", "content": "1"}  # which is found in the text by accident
+    call = {"function": {"name": "f", "arguments": {"n": 1}}}
+    asked = {"role": "assistant", "content": "1", "tool_calls": [call], "train": False}
+    text = error_of(encode, Row((question, result, last), "f:1"), tokenizer, max_length=99)
+    assert text.startswith("f:1: the chat template leaves out the tool result of turn 1, wholly")
+    assert "; write tools, calls and results into the contents as text, or use" in text
+    text = error_of(encode, Row((question, asked, question, last), "f:1"), tokenizer, max_length=99)
+    assert text.startswith("f:1: the chat template leaves out the tool call 'f' of turn 1, wholly")
+    # what follows the last supervised turn is no part of the example
+    assert encoded(Row((question, last, result), "f:1"), tokenizer).count("«") == 1
+
+
+def test_turns_out_of_order_and_parts_in_other_answers_are_refused():
+    swapped = CHATML.replace("in messages", "in messages[1:3] + messages[:1] + messages[3:]")
+    text = error_of(encode, chat("q", "a~", "r", "c"), build(swapped), max_length=99)
+    assert text == (
+        "f.jsonl:1: the chat template moves parts of turn 0 behind later turns; "
+        "use another data.chat_template"
+    )
+    echoes = CHATML.replace(
+        "+ m['content']", "+ messages[0].content * (m.role == 'assistant') + m['content']"
+    )
+    text = error_of(encode, chat("q", "a"), build(echoes), max_length=99)
+    assert text == (
+        "f.jsonl:1: the chat template mixes the content of turn 0 with the answer of turn 1; "
+        "use another data.chat_template"
+    )
+
+
+def test_a_thought_that_is_rendered_twice_is_refused():
+    """The prompt opens the thought, and the content that begins with one is written behind it."""
+    opens = CHATML.replace(
+        "'<|im_start|>' + m['role'] + '\n' + m['content']",
+        "'<|im_start|>' + m['role'] + '\n' + ('<think>\n' if m['role'] == 'assistant' else '')"
+        " + m['content']",
+    ).replace("assistant\n'", "assistant\n<think>\n'")
+    assert encoded(chat("q", "hm</think>a"), build(opens)).endswith(
+        "<think>\n«hm</think>a<|im_end|>»"
+    )
+    text = error_of(encode, chat("q", "<think>hm</think>a"), build(opens), max_length=99)
+    assert text.startswith("f.jsonl:1: the chat template repeats the thought of turn 1; ")
+    both = CHATML.replace("m['content']", "(m.thinking ~ m.reasoning if m.thinking) ~ m['content']")
+    both = both.replace(" if m.thinking)", " if m.thinking else '')")
+    question = {"role": "user", "content": "q"}
+    twice = {"role": "assistant", "content": "a", "thinking": "hm", "reasoning": "hm"}
+    text = error_of(encode, Row((question, twice), "f:1"), build(both), max_length=99)
+    assert text.startswith("f:1: the chat template repeats the thinking of turn 1; ")
+    two = {"role": "assistant", "content": "<think>hm</think>a", "reasoning_content": "hm"}
+    text = error_of(encode, Row((question, two), "f:1"), build(), max_length=99)
+    assert text.startswith("f:1: turn 1 has a thought in its reasoning_content and another in its")
+    assert "keep one; write the thoughts into the contents, as <think>..</think>, or" in text
+    options = {"chat_template": "none", "max_length": 99}
+    said = {"role": "assistant", "content": "a", "thinking": "hm"}
+    text = error_of(encode, Row((question, said), "f:1"), build(), **options)
+    assert text == (
+        "f:1: data.chat_template='none' has no place for the thinking; write it into the content"
+    )
 
 
 def test_a_system_turn_that_the_template_leaves_out_is_refused():

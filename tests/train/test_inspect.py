@@ -305,7 +305,7 @@ def test_ids_that_nobody_knows(look, write, tokenizer):
     report = look(write("rows.jsonl", {"input_ids": [a, 300, 301, a]}))
     assert report.shown[0].pieces == [("a", 0), ("<300><301>", 1), ("a", 1)]
     (problem,) = [warning for warning in report.warnings if "vocab_size" in warning]
-    assert problem.startswith("rows.jsonl:1: token 301, and the vocab_size of ")
+    assert problem.startswith("rows.jsonl:1: token 300, and the vocab_size of ")
     assert " is 272: model and tokenizer (or the row's own input_ids) do not belong" in problem
     assert f"warning: {problem}\n" in printed(report)
 
@@ -341,6 +341,24 @@ def test_warning_of_prompts_that_split_differently(look, write, model, tmp_path)
     (warning,) = [text for text in report.warnings if "split" in text]
     assert warning.startswith(f"data.train {source}: 1 prompts split into other tokens alone")
     assert report.shown[0].pieces == [("xab", 0), ("x<|im_end|>", 1)]
+
+
+def test_warnings_of_empty_answers_and_of_answers_that_nothing_ends(look, write, tmp_path):
+    bare = tmp_path / "bare.jinja"
+    bare.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    source = write("rows.jsonl", ("a", ""), ("b", "c"), {"messages": turns})
+    report = look(source, chat_template=str(bare))
+    counts = report.sets[f"data.train {source}"].counts
+    assert (counts.empty_answers, counts.unended_answers) == (1, 1)
+    empty, unended = [text for text in report.warnings if " answer" in text]
+    assert empty.startswith(f"data.train {source}: 1 examples have an empty answer, and teach to")
+    assert unended.startswith(f"data.train {source}: 1 examples have an earlier answer that no end")
+    told = sets.describe(counts, 99)
+    assert "; 1 with an empty answer, which teach its end alone; 1 with an earlier answer" in told
 
 
 def test_a_base_model_without_a_template_takes_plain_texts(look, write, tmp_path):
