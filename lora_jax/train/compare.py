@@ -48,7 +48,7 @@ def compare(
     )
     found = {}
     for path, directory in directories.items():
-        found[path] = formats.read_adapter(directory, model.params)
+        found[path] = formats.read_adapter(directory, model.params, model)
         fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     held_out = sets.read_held_out(config, encoder)
