@@ -25,8 +25,8 @@ _INERT = frozenset(
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unk_token_id use_bfloat16 use_cache unsloth_fixed
-    unsloth_version
+    transformers_version transformers_weights typical_p unk_token_id use_bfloat16 use_cache
+    unsloth_fixed unsloth_version
     """.split()
 )
 
