@@ -50,7 +50,7 @@ def combine_directories(
     parts, problems = [], []
     for directory, (path, weight) in zip(directories, adapters, strict=True):
         try:
-            tree, config = formats.read_adapter(directory, model.params)
+            tree, config = formats.read_adapter(directory, model.params, model)
             parts.append(methods.Part(tree, config, weight, path))
         except UserError as error:
             problems.append(str(error))

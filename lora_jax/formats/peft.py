@@ -10,11 +10,12 @@ projection as one of the sum of their ranks over all of it. Virtual tokens are i
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from safetensors.numpy import save_file
 
 from lora_jax import adapters as methods
@@ -22,13 +23,17 @@ from lora_jax import tree
 from lora_jax.adapters.lora import as_plain
 from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all, read_json
 from lora_jax.formats import peft_virtual
+from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
+from lora_jax.formats.peft_saved import with_saved_modules
 from lora_jax.formats.peft_tensors import (
     EXPERTS,
+    PREFIX,
     adapted_modules,
     check,
     copies,
     is_parameter,
+    layout,
     pack,
     unpack,
     with_one_scale,
@@ -38,6 +43,7 @@ from lora_jax.formats.peft_tensors import (
 from lora_jax.formats.safetensors import new_directory
 from lora_jax.formats.side_files import copy_side_files, write_json
 from lora_jax.formats.tensors import open_tensors
+from lora_jax.models.common import Model
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)
@@ -267,26 +273,56 @@ def _recorded(directory: Path, name: str) -> dict[str, Any]:
     return stored
 
 
-def read_adapter(directory: Path, params: Mapping) -> tuple[dict, AdapterConfig]:
+def read_adapter(
+    directory: Path, params: Mapping, base: Model | None = None
+) -> tuple[dict, AdapterConfig]:
     """Adapters (float32) and their config from a PEFT directory, checked against the model that
-    they shall adapt; `params` may hold arrays or shapes.
+    they shall adapt; `params` may hold arrays or shapes. With shapes, `base` is the model whose
+    files have the weights that whole embeddings and heads are compared with.
 
     Raises:
         UserError: as `read_config`; and tensors that are missing, unexpected, mis-shaped, not
-            finite or contradictory, all of them listed.
+            finite or contradictory, all of them listed; a vocabulary that was resized.
     """
     config = read_config(directory, params)
-    file = directory / "adapter_model.safetensors"
-    try:
-        found = find_trainable(params, config)
-        shapes = tree.flatten(methods.shapes(params, config))
-    except UserError as error:
-        raise UserError(f"{directory / 'adapter_config.json'}: {error}") from error
+    file, settings = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    found, shapes = _expected(settings, params, config)
     with open_tensors(file) as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+    known = set() if config.method in SOFT else {tensor.key for tensor in layout(found)}
+    tensors = _with_usual_names(file, tensors, known, params)
+    tensors, whole = with_saved_modules(file, tensors, known, config, params, base)
+    if whole != config:
+        config = whole
+        found, shapes = _expected(settings, params, config)
     if config.method in SOFT:
         return peft_virtual.unpack(tensors, found, str(file)), config
     for key in copies(tensors, found):
         del tensors[key]
     check(tensors, found, f"{file} does not fit the model and its adapter_config.json")
     return tree.unflatten(unpack(tensors, found, shapes)), config
+
+
+def _expected(
+    settings: Path, params: Mapping, config: AdapterConfig
+) -> tuple[Trainable, dict[tree.Path, Any]]:
+    """The trainable weights of an adapter, and their shapes."""
+    try:
+        return find_trainable(params, config), tree.flatten(methods.shapes(params, config))
+    except UserError as error:
+        raise UserError(f"{settings}: {error}") from error
+
+
+def _with_usual_names(
+    file: Path, tensors: dict[str, np.ndarray], known: Collection[str], params: Mapping
+) -> dict[str, np.ndarray]:
+    """The tensors under the names of modules that PEFT gives them, where all have one other prefix:
+    that of a wrapper, or of the bare model.
+    """
+    found = {}
+    for name, new in unwrap(tensors, params).items():
+        usual = PREFIX + new
+        if usual in found:
+            raise UserError(f"{file} holds {usual} under two names, one of them {name}")
+        found[usual] = tensors[name]
+    return found if len(found.keys() & known) > len(tensors.keys() & known) else tensors

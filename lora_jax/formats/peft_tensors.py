@@ -314,8 +314,8 @@ def check(tensors: Mapping[str, np.ndarray], found: Trainable, what: str) -> Non
     """
     expected = layout(found)
     wanted = {tensor.key: tensor.shape for tensor in expected}
-    problems = [f"missing {key} {shape}" for key, shape in wanted.items() if key not in tensors]
-    problems += [f"unexpected {k} {array.shape}" for k, array in tensors.items() if k not in wanted]
+    missing = [f"missing {key} {shape}" for key, shape in wanted.items() if key not in tensors]
+    problems = [f"unexpected {k} {array.shape}" for k, array in tensors.items() if k not in wanted]
     if any(re.search(r"\.experts\.\d+\.", key) for key in tensors):
         raise UserError(
             f"{what}: it holds an adapter for every single expert, as PEFT wrote before "
@@ -331,7 +331,7 @@ def check(tensors: Mapping[str, np.ndarray], found: Trainable, what: str) -> Non
         for key, array in tensors.items()
         if not np.isfinite(array.astype(np.float32)).all()
     ]
-    if not problems:
+    if not problems and not missing:
         by_key = {tensor.key: tensor for tensor in expected}
         problems += [
             f"{tensor.key} does not hold the numbers of {tensor.repeats}, although "
@@ -339,8 +339,8 @@ def check(tensors: Mapping[str, np.ndarray], found: Trainable, what: str) -> Non
             for tensor in expected
             if tensor.repeats and not _same(tensor, by_key[tensor.repeats], tensors)
         ]
-    if problems:
-        raise UserError(f"{what}:\n  " + summarize(problems))
+    if lists := [summarize(lines) for lines in (problems, missing) if lines]:
+        raise UserError(f"{what}:\n  " + "\n  ".join(lists))
 
 
 def _same(one: Tensor, other: Tensor, tensors: Mapping[str, np.ndarray]) -> bool:

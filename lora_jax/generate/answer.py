@@ -51,7 +51,7 @@ def answer(
                 f"adapter={adapter!r} does not exist; give a PEFT adapter directory, "
                 "such as OUTPUT_DIR/adapter"
             )
-        found = formats.read_adapter(directory, described.params)
+        found = formats.read_adapter(directory, described.params, described)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
     tokenizer = formats.load_tokenizer(home)
     arguments = dict(chat_template_kwargs or {})

@@ -12,11 +12,11 @@ reads for the families here; a field that is in none of them is not read there.
 from typing import Any
 
 HARMLESS = frozenset(
-    # Origin of the files: names, classes, versions, tools.
+    # Origin of the files: names, classes, versions, tools. `formats` reads transformers_weights.
     """
     _commit_hash _name_or_path architectures auto_map custom_pipelines finetuning_task
     is_llama_config language model_name model_type name name_or_path transformers.js_config
-    transformers_version unsloth_fixed unsloth_version
+    transformers_version transformers_weights unsloth_fixed unsloth_version
     """.split()
     # Form of the output.
     + """
@@ -28,9 +28,8 @@ HARMLESS = frozenset(
     + """
     _attn_implementation _attn_implementation_autoset _experts_implementation
     _flash_attn_2_enabled attn_implementation chunk_size_feed_forward distributed_config dtype
-    experts_implementation
-    flash_attention gradient_checkpointing pretraining_tp torch_dtype use_bfloat16 use_cache
-    use_flash_attention use_flash_attention_2 use_flash_attn
+    experts_implementation flash_attention gradient_checkpointing pretraining_tp torch_dtype
+    use_bfloat16 use_cache use_flash_attention use_flash_attention_2 use_flash_attn
     """.split()
     # Initial weights, and layers that predict further tokens from the same hidden states.
     + """
@@ -82,7 +81,6 @@ RESTRICTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "number_of_conv_states": ((None,), "layers of convolutions"),
     "pruned_heads": ((None, {}), "layers with fewer heads"),
     "fusion_config": ((None, {}), "other modules"),
-    "transformers_weights": ((None,), "another file of weights"),
     "unpadded_vocab_size": ((None,), "a vocabulary that is cut"),
     "num_heads": ((None,), "num_attention_heads is the field"),
     "embed_dim": ((None,), "hidden_size is the field"),

@@ -50,7 +50,7 @@ def compare(
     )
     found = {}
     for path, directory in directories.items():
-        found[path] = formats.read_adapter(directory, model.params)
+        found[path] = formats.read_adapter(directory, model.params, model)
         fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
         trained, here = formats.read_template_kwargs(directory), config.data.chat_template_kwargs
         if trained != here:

@@ -114,7 +114,7 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
     if path.suffix == ".safetensors":
         adapters, found = formats.read_loralib(path, model.params, given)
     else:
-        adapters, found = formats.read_adapter(path, model.params)
+        adapters, found = formats.read_adapter(path, model.params, model)
     free = ("path", "dropout", "freeze_a", "lora_plus_ratio")  # of training, not of the adapter
     problems, kept = [], {name: getattr(given, name) for name in free}
     for field in dataclasses.fields(AdapterConfig):

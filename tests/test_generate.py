@@ -1,0 +1,35 @@
+"""What decoding refuses before it begins."""
+
+import pytest
+
+from lora_jax import formats
+from lora_jax.config import UserError
+from lora_jax.generate import make_generate
+
+
+@pytest.mark.parametrize(
+    ("prompts", "text"),
+    [
+        ([[1, 97]], "prompt 0: token 97 is not one of the model's, which are 0 to 96"),
+        ([[1], [2, -1]], "prompt 1: token -1 is not one of the model's"),
+        ([[1.0, 2.0]], "prompt 0 must be integers, not float64"),
+        ([[]], "prompt 0 is empty"),
+        ([3], "prompt 0 must be a list of tokens, not 3"),
+        ([[[1, 2]]], "prompt 0 must be a list of tokens"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read(tiny_llama, prompts, text):
+    model = formats.load(tiny_llama()[0])
+    with pytest.raises(UserError, match=text):
+        make_generate(model)(model.params, prompts, max_new_tokens=2, stop_tokens=())
+
+
+def test_what_needs_no_decoding(tiny_llama):
+    model = formats.load(tiny_llama()[0])
+    generate = make_generate(model)
+    assert generate(model.params, [], max_new_tokens=2, stop_tokens=()) == []
+    with pytest.raises(UserError, match="max_new_tokens=0 must be at least 1"):
+        generate(model.params, [[1]], max_new_tokens=0, stop_tokens=())
+    for tokens, text in (([[97]], "token 97"), ([[-1]], "token -1"), ([[0.5]], "not float32")):
+        with pytest.raises(UserError, match=text):
+            model.apply(model.params, tokens)
