@@ -21,7 +21,8 @@ HARMLESS = frozenset(
     # Form of the output.
     + """
     id2label label2id num_labels _num_labels output_attentions output_hidden_states output_past
-    output_scores problem_type return_dict return_dict_in_generate task_specific_params
+    output_scores problem_type return_dict return_dict_in_generate summary_first_dropout
+    summary_last_dropout task_specific_params
     tf_legacy_loss tie_last_hidden_states torchscript use_return_dict
     """.split()
     # Implementation and storage: other programs for the same numbers.
@@ -64,8 +65,7 @@ TRAINING = frozenset(
     """
     activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop
     classifier_dropout dropout embd_pdrop embedding_dropout hidden_dropout hidden_dropout_prob
-    layerdrop mlp_dropout resid_pdrop residual_dropout router_jitter_noise summary_first_dropout
-    summary_last_dropout
+    layerdrop mlp_dropout resid_pdrop residual_dropout router_jitter_noise
     """.split()
 )
 

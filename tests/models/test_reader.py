@@ -171,7 +171,7 @@ PUBLISHED = {
     "gpt2": dict(
         n_ctx=128, n_special=0, output_past=True, predict_special_tokens=True, _num_labels=1,
         task_specific_params={"text-generation": {"max_length": 50}},
-        gradient_checkpointing=True,
+        gradient_checkpointing=True, summary_first_dropout=0.1,
     ),
     "mixtral": dict(output_router_logits=False, router_aux_loss_coef=0.02, head_dim=8),
     "qwen3_moe": dict(
