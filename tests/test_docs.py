@@ -13,7 +13,7 @@ from lora_jax import commands, reference
 from lora_jax import config as configs
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("configuration.md", "combine.md", "pods.md", "troubleshooting.md")
+PAGES = ("configuration.md", "combine.md", "data.md", "pods.md", "troubleshooting.md")
 SETTINGS = reference.describe_config()
 KEYS = {key for key, *_ in SETTINGS}
 SECTIONS = {f.name for f in dataclasses.fields(configs.Config)} - KEYS
@@ -96,8 +96,8 @@ def test_unknown_names_are_found(code, known):
 
 
 def test_yaml_examples_are_configs():
-    examples = re.findall(r"```yaml\n(.*?)```", page("troubleshooting.md"), re.S)
-    assert examples
+    examples = re.findall(r"```yaml\n(.*?)```", page("troubleshooting.md") + page("data.md"), re.S)
+    assert len(examples) > 2
     for example in examples:
         configs.parse(yaml.safe_load(example), ["model=demo:x"])
 

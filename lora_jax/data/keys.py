@@ -88,6 +88,11 @@ class UnknownKeys(BadRow):
         )
 
 
+def is_empty(value: Any) -> bool:
+    """Return whether a value is as absent under a key that is not known."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
 def is_harmless(key: str, value: Any) -> bool:
     """Return whether a key says nothing about the text of its record or message."""
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(" ", "_")
@@ -108,9 +113,7 @@ def check_keys(given: Mapping[str, Any], known: Collection[str]) -> None:
     unknown = [
         str(key)
         for key, value in given.items()
-        if key not in known
-        and not (isinstance(value, str | list | dict) and not value)
-        and not is_harmless(str(key), value)
+        if key not in known and not is_empty(value) and not is_harmless(str(key), value)
     ]
     if unknown:
         raise UnknownKeys(unknown, known)

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import nearest
-from lora_jax.data.keys import MESSAGE_KEYS, REASONING_KEYS, is_harmless
+from lora_jax.data.keys import MESSAGE_KEYS, REASONING_KEYS, is_empty, is_harmless
 from lora_jax.data.rows import ROLES, SYSTEM_ROLES, BadRow, kind, listed, printable
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
@@ -92,7 +92,7 @@ def _without_harmless(checked: dict[str, Any], name: str) -> dict[str, Any]:
             raise BadRow(f"{name}.{key} is {kind(checked[key])}, not a string")
     kept = {}
     for key, value in checked.items():
-        empty = isinstance(value, str | list | dict) and not value
+        empty = is_empty(value)
         if key == "tool_calls" and checked["role"] != "assistant":
             if not empty:
                 role = checked["role"]
@@ -170,7 +170,7 @@ def _calls(checked: dict[str, Any], name: str) -> list[dict[str, Any]]:
     calls, older = checked.get("tool_calls", []), checked.pop("function_call", None)
     place = f"{name}.tool_calls"
     if older is not None:
-        if calls:
+        if not is_empty(calls):
             raise BadRow(f"{name} has both 'tool_calls' and 'function_call': keep one")
         calls, place = [{"type": "function", "function": older}], f"{name}.function_call"
     if not isinstance(calls, list):
@@ -223,9 +223,9 @@ def tools_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     Raises:
         BadRow: what is wrong with them.
     """
-    key = "functions" if given.get("functions") else "tools"
+    key = "tools" if is_empty(given.get("functions")) else "functions"
     value = given.get(key, "")
-    if key == "functions" and given.get("tools"):
+    if key == "functions" and not is_empty(given.get("tools")):
         raise BadRow("'tools' and 'functions' are both there: keep one")
     if isinstance(value, str):
         value = _parsed(value, repr(key)) if value else None

@@ -55,6 +55,8 @@ def test_columns_by_name():
     record = {"name": "a", "more": "b", "kind": "x", "text": "c", "label": "y"}
     found = data.parse_label_row(record, "here", ["name", "more"], "kind")
     assert (found.texts, found.label) == (("a", "b"), "x")
+    record = {"text": "a", "label": "x", "context": "b"}
+    assert data.parse_label_row(record, "here", None, "label", ["context"]).texts == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,8 @@ def test_columns_by_name():
         ({"text": 3, "label": "x"}, "'text' is a number, not a string"),
         ({"text": "a", "label": 0.5}, "'label' is a number"),
         ({"text": "a\ud800", "label": "x"}, "not valid Unicode"),
+        ({"text": "a", "label": "x", "context": "b"}, "keys not known: 'context'"),
+        ({"text": "a", "label": "x", "weight": 2}, "'weight': a row has no weight of its own"),
     ],
 )
 def test_bad_records(record, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.config import UserError
-from lora_jax.data import AnyRow, BadRow, Row, TextRow, TokenRow, columns, parse_row
+from lora_jax.data import AnyRow, BadRow, Row, TextRow, TokenRow, columns, parse_row, parse_rows
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -382,16 +382,31 @@ VALID = [
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     {"instruction": "q", "input": "x", "output": "a", "history": [["1", "2"]], "system": "s"},
     {"text": "t"},
+    {"text": "t", "id": 1, "label": 0},
     {"input_ids": [1, 2, 3]},
     {"input_ids": [1, 2, 3], "loss_weights": [0, 0.5, 1]},
     {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]},
     {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1]},
+    {"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 0, 1], "seq_lengths": [2, 2]},
+    {"input_ids": [1, 2], "attention_mask": [[1, 0], [1, 1]], "cu_seqlens": [0, 2]},
+    {"input_ids": [1, 2, 3], "segment_ids": [1, 1, 0], "token_type_ids": [0, 0, 0]},
+    PAIR | {"chat_template_kwargs": {"x": 1}, "tool_choice": "auto", "response_format": {}},
+    PAIR | {"functions": [{"name": "f", "parameters": {}}], "system_prompt": "s", "id": 1},
+    {"messages": [ASK, ANSWER | {"weight": 1, "thinking": "t", "function_call": {"name": "f"}}]},
+    {
+        "conversations": [
+            {"from": "human", "value": "q", "weight": 0},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            {"from": "tool", "value": "1", "timestamp": "t"},
+        ]
+    },
     {"a": "q", "b": 3},
 ]
 LEAVES = [None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e39, math.nan, math.inf, 2**31, 10**400]
 LEAVES += ["", "a", "user", "assistant", "system", "text", "gpt", "\ud800", "é\0", "[]", "{", b"x"]
 LEAVES += [datetime.date(2024, 1, 1), np.arange(3), np.float32(1), (1, 2), {1}]
 KEYS = sorted({key for record in VALID for key in record} | {"role", "content", "train", "from"})
+KEYS += ["weight", "tool_calls", "function_call", "function", "name", "arguments", "type", "value"]
 
 
 def random_value(rng: random.Random, depth: int = 0):
@@ -432,13 +447,15 @@ def test_a_hundred_thousand_mutated_records_are_rows_or_bad():
         for _ in range(rng.randrange(3)):
             record = mutated(rng, record)
         try:
-            row = parse_row(record, "f:1", **rng.choice(templates))
+            rows = parse_rows(record, "f:1", **rng.choice(templates))
         except BadRow as error:
             str(error).encode("utf-8")
             accepted[BadRow] = accepted.get(BadRow, 0) + 1
         else:
-            assert row.where == "f:1"
-            check_invariants(row)
-            accepted[type(row)] = accepted.get(type(row), 0) + 1
+            for number, row in enumerate(rows):
+                assert row.where == ("f:1" if len(rows) == 1 else f"f:1[{number}]")
+                if len(rows) == 1:
+                    check_invariants(row)
+                accepted[type(row)] = accepted.get(type(row), 0) + 1
     # The test would say little if nearly all were accepted, or refused.
     assert all(accepted[outcome] > 2000 for outcome in (Row, TextRow, TokenRow, BadRow)), accepted

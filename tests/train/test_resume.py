@@ -282,6 +282,8 @@ CHANGES = {
     "seed=1": "seed=1, and",
     "data.max_length=64": "data.max_length=64, and",
     "data.system_prompt=Hi": "data.system_prompt='Hi', and",
+    "data.chat_template_kwargs={x: 1}": "data.chat_template_kwargs={'x': 1}, and",
+    "data.ignore_columns=[x]": "data.ignore_columns=['x'], and",
     "adapter.target_modules=[q_proj]": "adapter.target_modules=['q_proj'], and",
 }
 

@@ -429,3 +429,104 @@ def test_tokens_that_the_model_does_not_have_are_named(files, tmp_path, capsys, 
     ):
         assert line in message
     assert "tokens.jsonl:1" not in message and "loading" not in message
+
+
+# Keys of rows
+
+
+def test_unknown_keys_are_told_once_for_all_rows(read, tmp_path):
+    mixed = [row | {"id": i, "persona": "p", **({"mood": "m"} if i == 2 else {})} for i, row in
+             enumerate(rows(3))]  # fmt: skip
+    source = write_rows(
+        tmp_path / "rows.jsonl", [*mixed, *rows(1), {"prompt": 3, "completion": ""}]
+    )
+    for more in ([], ["data.streaming=true"]):
+        with pytest.raises(UserError) as caught:
+            found = read(f"data.train={source}", *more)
+            found.encoder.block(list(data.records(source)))
+        told, other = str(caught.value).splitlines()
+        assert told.startswith("rows.jsonl:1 and 2 more rows: keys not known: 'persona', 'mood'.")
+        assert "data.ignore_columns" in told and "'id'" not in told
+        assert other == "rows.jsonl:5: 'prompt' is a number, not a string"
+    dropped = read(f"data.train={source}", "data.on_bad_row=drop")
+    assert dropped.printed[-1].endswith("; 4 bad rows dropped")
+    ignored = read(
+        f"data.train={source}", "data.on_bad_row=drop", "data.ignore_columns=[persona,mood]"
+    )
+    assert ignored.printed[-1].endswith("; 1 bad rows dropped") and ignored.built == [4]
+    named = read(
+        *(f"data.train={source}", "data.prompt={prompt}", "data.completion={completion}"),
+        "data.on_bad_row=drop",
+    )
+    assert "5 examples" in named.printed[-1]
+
+
+def test_malformed_calls_are_bad_rows(read, tmp_path):
+    ask = {"role": "user", "content": "q"}
+    bad = [
+        {"messages": [ask, {"role": "assistant", "content": "a", "tool_calls": calls}]}
+        for calls in ("[]", ["f"], [None], {"name": "f"}, [{"function": None}], [{"name": 1}])
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", [*rows(2), *bad])
+    assert (
+        read(f"data.train={source}", "data.on_bad_row=drop")
+        .printed[-1]
+        .endswith("; 6 bad rows dropped")
+    )
+    with pytest.raises(UserError) as caught:
+        read(f"data.train={source}")
+    assert len(str(caught.value).splitlines()) == 6
+
+
+def test_tables_may_have_dates(read, tmp_path):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    when = datetime.datetime(2024, 5, 6, 7, 8, 9)
+    turns = [{"role": "user", "content": "q", "sent": when}, {"role": "assistant", "content": "a"}]
+    table = pyarrow.Table.from_pylist([{"messages": turns, "seen": when, "day": when.date()}])
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    assert "1 examples" in read(f"data.train={tmp_path / 't.parquet'}").printed[-1]
+
+
+def test_arguments_of_the_template_and_columns_decide_an_example(read, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", rows(3))
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] ~ (mode or '') ~ m['content'] + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant' ~ (mode or '') }}{% endif %}"
+    )
+    base = (f"data.train={source}", f"data.regression={source}", f"data.chat_template={template}")
+    before = read(*base)
+    after = read(*base, "data.chat_template_kwargs={mode: fast}")
+    assert after.built == [3] and before.train.digest() != after.train.digest()
+    for sets_of in (after.train.sets[str(source)], after.held_out["regression"]):
+        assert "userfastquestion 0" in texts(after.encoder.tokenizer, sets_of.examples)[0]
+    assert read(*base, "data.chat_template_kwargs.mode=fast").built == []
+    assert read(*base, "data.ignore_columns=[x]").built == [3]
+    with pytest.raises(UserError, match="data.chat_template_kwargs names 'moed'"):
+        read(*base, "data.chat_template_kwargs={moed: fast}")
+
+
+def test_packed_tokens_train_as_their_sequences_apart(files, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    apart, packed = [], []
+    for lengths in ((7, 5, 9), (12, 3), (4, 8, 6)):
+        ids = rng.integers(3, 250, sum(lengths)).tolist()
+        labels = [token if i % 3 else -100 for i, token in enumerate(ids)]
+        packed.append({"input_ids": ids, "labels": labels, "seq_lengths": list(lengths)})
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            piece = slice(int(end) - length, int(end))
+            apart.append({"input_ids": ids[piece], "labels": labels[piece]})
+    losses = []
+    for name, lines in (("packed", packed), ("apart", apart)):
+        source = write_rows(tmp_path / f"{name}.jsonl", lines)
+        settings = (f"data.train={source}", f"data.eval={source}", "train.steps=2")
+        printed = run(files, tmp_path / name, capsys, *settings)
+        assert ("3 packed rows taken apart" in printed) == (name == "packed")
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        steps = read_lines(tmp_path / name / "metrics.jsonl")
+        losses.append([*(line["loss"] for line in steps), summary["task"]["loss_before"]])
+    assert losses[0] == losses[1] and len(losses[0]) == 3

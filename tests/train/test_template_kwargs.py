@@ -1,0 +1,90 @@
+"""The arguments of the chat template go with the adapter: its record, `generate`, `eval`."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lora_jax import config as configs
+from lora_jax import data
+from lora_jax.cli import main, train_main
+from lora_jax.train.compare import compare
+
+from .conftest import CHATML
+
+MODE = "{{ mode or '' }}" + CHATML
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """The directory of a run whose template reads `mode`, and its settings."""
+    directory = tmp_path_factory.mktemp("kwargs")
+    (directory / "mode.jinja").write_text(MODE)
+    settings = [
+        *(f"output_dir={directory / 'out'}", f"data.chat_template={directory / 'mode.jinja'}"),
+        *("data.chat_template_kwargs={mode: ''}", "train.steps=1", "eval.generate=false"),
+    ]
+    assert train_main(["--config", str(files / "run.yaml"), *settings]) == 0
+    return directory / "out" / "adapter", settings
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Collects the arguments with which prompts are rendered."""
+    seen, prompt_tokens = [], data.prompt_tokens
+
+    def spy(*args, **options):
+        seen.append(options["chat_template_kwargs"])
+        return prompt_tokens(*args, **options)
+
+    monkeypatch.setattr(data, "prompt_tokens", spy)
+    return seen
+
+
+def test_generate_takes_the_arguments_of_the_adapter(trained, files, asked, capsys):
+    adapter, _ = trained
+    assert json.loads((adapter / "lora_jax.json").read_text())["chat_template_kwargs"] == {
+        "mode": ""
+    }
+    command = [
+        "generate",
+        "--model",
+        str(files / "model"),
+        "--prompt",
+        "one",
+        "--max-new-tokens",
+        "1",
+    ]
+    with_adapter = [*command, "--adapter", str(adapter)]
+    assert main(with_adapter) == 0
+    assert main([*with_adapter, "--chat-template-kwargs", '{"mode": "x"}']) == 0
+    assert asked == [{"mode": ""}, {"mode": "x"}]
+    capsys.readouterr()
+    assert main([*command, "--chat-template-kwargs", '{"mode": "x"}']) == 2
+    assert "data.chat_template_kwargs names 'mode'" in capsys.readouterr().err
+    for wrong, told in (("{", "is no JSON"), ("[1]", "is no object")):
+        with pytest.raises(SystemExit):
+            main([*command, "--chat-template-kwargs", wrong])
+        assert told in capsys.readouterr().err
+
+
+def test_eval_uses_those_of_the_config_and_tells_a_difference(trained, files, asked):
+    adapter, settings = trained
+    for mode, notes in (("", 0), ("x", 1)):
+        config = configs.load(
+            files / "run.yaml",
+            [
+                *settings,
+                *(
+                    f"data.eval={files / 'rows.jsonl'}",
+                    f"data.chat_template_kwargs={{mode: '{mode}'}}",
+                ),
+                *("eval.generate=true", "eval.generate_examples=1", "eval.max_new_tokens=1"),
+            ],
+        )
+        console = Console(file=io.StringIO(), width=300)
+        compare(config, [str(adapter)], console)
+        assert asked and all(options == {"mode": mode} for options in asked)
+        assert console.file.getvalue().count("was trained with data.chat_template_kwargs") == notes
+        asked.clear()
