@@ -12,9 +12,14 @@ A template with `{% generation %}` blocks says itself what is generated. Its blo
 of the generation prompt is supervised, and the special tokens that end a turn right after its block
 are. So conversations are accepted whose history the template rewrites.
 
-A row is refused where neither tells the answer from its prompt, and where an answer, its reasoning,
-its tool calls, the tools or the system turn would be lost in silence. Special tokens in a content
-are tokenised as such; what is supervised does not depend on them.
+A middle answer without an end mark ends in the special token that follows it: the mark of the next
+role, at which a generation stops.
+
+A row is refused where neither tells the answer from its prompt, and where a part of it would be
+lost, moved or repeated (`lora_jax.data.probe`): every turn of the context, every thought and call
+of an answer, the tools. The error names changes to the row that were tried
+(`lora_jax.data.advice`). Special tokens in a content are tokenised as such; what is supervised
+does not depend on them.
 """
 
 import dataclasses

@@ -229,8 +229,8 @@ def _warnings(measured: Mapping[str, Measured]) -> Iterator[str]:
         if one.counts is not None and (unended := one.counts.unended_answers):
             yield (
                 f"{name}: {unended} examples have an earlier answer that no end-of-turn token "
-                "ends, so how to end is learnt from the last one alone; use one row per answer, or "
-                "another data.chat_template"
+                "ends, so how to end is learnt from the last one alone; use one row per answer, "
+                "or another data.chat_template"
             )
 
 

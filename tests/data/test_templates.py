@@ -830,6 +830,14 @@ def test_turns_of_the_context_that_the_template_leaves_out_are_refused(name):
     assert encoded(Row((question, last, result), "f:1"), tokenizer).count("«") == 1
 
 
+def test_a_turn_that_is_left_out_for_its_text_is_refused():
+    for condition in ("m['content'] != 'why?'", "'?' not in m['content']"):
+        some = CHATML.replace("in messages", f"in messages if {condition}")
+        assert encoded(chat("q", "a~", "s", "c"), build(some)).count("«") == 1
+        text = error_of(encode, chat("Q", "A~", "why?", "C"), build(some), max_length=99)
+        assert text.startswith("f.jsonl:1: the chat template leaves out the content of turn 2")
+
+
 def test_turns_out_of_order_and_parts_in_other_answers_are_refused():
     swapped = CHATML.replace("in messages", "in messages[1:3] + messages[:1] + messages[3:]")
     text = error_of(encode, chat("q", "a~", "r", "c"), build(swapped), max_length=99)
