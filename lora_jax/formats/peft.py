@@ -36,7 +36,7 @@ from lora_jax.formats.peft_tensors import (
     within_limits,
 )
 from lora_jax.formats.safetensors import new_directory, open_tensors
-from lora_jax.formats.side_files import copy_side_files, write_json
+from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)
@@ -250,6 +250,16 @@ def read_fingerprint(directory: Path) -> dict[str, str]:
     if not isinstance(stored, dict):
         raise UserError(f"{file} is damaged: fingerprint={stored!r} must be an object")
     return {str(name): str(digest) for name, digest in stored.items()}
+
+
+def read_stops(directory: Path) -> list[int]:
+    """The ids that ended the answers of the adapter's training; none for adapters of other tools.
+
+    Raises:
+        UserError: lora_jax.json is damaged.
+    """
+    file = directory / "lora_jax.json"
+    return read_eos(file) if file.is_file() else []
 
 
 def read_adapter(directory: Path, params: Mapping) -> tuple[dict, AdapterConfig]:

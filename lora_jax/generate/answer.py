@@ -62,7 +62,9 @@ def answer(
         for prompt in prompts
     ]
     tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
-    stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source))
+    known = formats.stop_tokens(source)
+    known += [] if adapter is None else formats.read_stops(Path(adapter).expanduser())
+    stops = data.stop_tokens(tokenizer, chat_template, known)
     model = formats.load(source, dtype=base_dtype)
     bound, prefix = model.params, None
     if found is not None:
