@@ -65,7 +65,8 @@ def combine_directories(
         "adapters": [{"path": path, "weight": weight} for path, weight in adapters]
     }
     side = next((d for d in directories if (d / "tokenizer_config.json").is_file()), source)
-    _write(output, spec, model, made, side, prints, report)
+    stops = {token for directory in directories for token in formats.read_stops(directory)}
+    _write(output, spec, model, made, side, prints, report, stops)
     return report
 
 
@@ -161,6 +162,7 @@ def _write(
     side: Path,
     prints: Mapping[str, str],
     report: Mapping[str, Any],
+    stops: Collection[int] = (),
 ) -> None:
     formats.write_adapter(
         output,
@@ -170,5 +172,9 @@ def _write(
         base_model=spec,
         task_type="SEQ_CLS" if model.labels else "CAUSAL_LM",
         source=side,
-        extra={"fingerprint": dict(prints), "combined": dict(report)},
+        extra={
+            "fingerprint": dict(prints),
+            "combined": dict(report),
+            **({"eos_token_id": sorted(stops)} if stops else {}),
+        },
     )

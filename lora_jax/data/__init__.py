@@ -24,6 +24,7 @@ from .packing import with_places as with_places
 from .parse import parse_row as parse_row
 from .parse import parse_rows as parse_rows
 from .readers import Record as Record
+from .render import PLAIN as PLAIN
 from .render import resolve_template as resolve_template
 from .render import template_text as template_text
 from .rows import AnyRow as AnyRow

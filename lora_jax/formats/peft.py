@@ -41,7 +41,7 @@ from lora_jax.formats.peft_tensors import (
     within_limits,
 )
 from lora_jax.formats.safetensors import new_directory
-from lora_jax.formats.side_files import copy_side_files, write_json
+from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.formats.tensors import open_tensors
 from lora_jax.models.common import Model
 from lora_jax.targets import Trainable, changes_base, find_trainable
@@ -271,6 +271,16 @@ def _recorded(directory: Path, name: str) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise UserError(f"{file} is damaged: {name}={stored!r} must be an object")
     return stored
+
+
+def read_stops(directory: Path) -> list[int]:
+    """The ids that ended the answers of the adapter's training; none for adapters of other tools.
+
+    Raises:
+        UserError: lora_jax.json is damaged.
+    """
+    file = directory / "lora_jax.json"
+    return read_eos(file) if file.is_file() else []
 
 
 def read_adapter(

@@ -108,7 +108,7 @@ def stop_tokens(directory: Path) -> list[int]:
     Raises:
         UserError: a file that cannot be read, or ids that are none.
     """
-    found = {token for name in _configs(directory) for token in _eos(directory / name)}
+    found = {token for name in _configs(directory) for token in read_eos(directory / name)}
     return sorted(found)
 
 
@@ -119,7 +119,7 @@ def generation_stops(directory: Path) -> list[int]:
         UserError: as `stop_tokens`.
     """
     names = _configs(directory)
-    return _eos(directory / names[0]) if names else []
+    return read_eos(directory / names[0]) if names else []
 
 
 def write_generation_config(source: Path, target: Path, stops: Collection[int] = ()) -> None:
@@ -130,7 +130,8 @@ def write_generation_config(source: Path, target: Path, stops: Collection[int] =
     Raises:
         UserError: as `stop_tokens`.
     """
-    file, known = source / "generation_config.json", generation_stops(source)
+    file = source / "generation_config.json"
+    known = generation_stops(source) if stops else []
     added = sorted(set(stops) - set(known))
     if not added:
         if file.is_file():
@@ -151,7 +152,12 @@ def _configs(directory: Path) -> list[str]:
     return [name for name in names if (directory / name).is_file()]
 
 
-def _eos(file: Path) -> list[int]:
+def read_eos(file: Path) -> list[int]:
+    """The ids that a JSON file has under `eos_token_id`, in their order.
+
+    Raises:
+        UserError: the file cannot be read, or they are no ids.
+    """
     value = read_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):

@@ -74,7 +74,9 @@ def answer(
     ]
     tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
     check_prompts(described, tokens)
-    stops = data.stop_tokens(tokenizer, chat_template, formats.stop_tokens(source), arguments)
+    known = formats.stop_tokens(source)
+    known += [] if adapter is None else formats.read_stops(Path(adapter).expanduser())
+    stops = data.stop_tokens(tokenizer, chat_template, known, arguments)
     model = formats.load(source, dtype=base_dtype)
     bound, prefix = model.params, None
     if found is not None:

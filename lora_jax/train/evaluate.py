@@ -9,12 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax import adapters as methods
-from lora_jax import data, formats
+from lora_jax import data
 from lora_jax.config import Config
 from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
 from lora_jax.sharding import place_batch, whole
 from lora_jax.train import scores
+from lora_jax.train.model import find_stops
 from lora_jax.train.scores import Answer
 from lora_jax.train.sets import DataSet
 from lora_jax.train.step import make_classify, make_eval_step
@@ -191,7 +192,7 @@ def make_judge(
     mesh: Mesh,
 ) -> Judge:
     """A `Judge` with its compiled functions over the held-out data."""
-    stops = frozenset(formats.stop_tokens(model.directory))
+    stops = find_stops(config, model, tokenizer)
     if "task" in held_out and any(isinstance(row, data.Row) for row in held_out["task"].rows):
         settings = config.data
         stops = data.stop_tokens(

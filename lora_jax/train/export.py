@@ -23,7 +23,7 @@ from lora_jax.quantize import SCHEMES
 from lora_jax.sharding import make_mesh, whole
 from lora_jax.targets import find_trainable
 from lora_jax.train import base, checkpoint, merge_report, probe, sets
-from lora_jax.train.model import describe
+from lora_jax.train.model import describe, find_stops
 from lora_jax.weights import materialize, widen
 
 
@@ -45,8 +45,11 @@ def export_peft(
     adapters: Mapping,
     prints: Mapping[str, str],
     profile: str | None = None,
+    stops: Collection[int] = (),
 ) -> None:
-    """Write a PEFT adapter directory with the tokenizer, template and fingerprint of the run."""
+    """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, and
+    under `eos_token_id` in lora_jax.json the ids that end an answer.
+    """
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
         return
@@ -64,9 +67,24 @@ def export_peft(
             "versions": versions(),
             "seed": config.seed,
             "chat_template_kwargs": config.data.chat_template_kwargs,
+            **({"eos_token_id": sorted(stops)} if stops else {}),
         },
         profile=profile,
     )
+
+
+def describe_stops(model: Model, tokenizer: Any, stops: Collection[int]) -> list[str]:
+    """A note on the ids that end an answer of the run and no generation of its base, if any."""
+    known = formats.generation_stops(model.directory) if stops else []
+    added = sorted(set(stops) - set(known))
+    if not added:
+        return []
+    names = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in added)
+    return [
+        f"answers end with {names}, which generation_config.json of the base does not name: pass "
+        f"eos_token_id={[*known, *added]} to `generate` of transformers, and "
+        f"stop_token_ids={added} to vLLM; a merged export names them itself"
+    ]
 
 
 def export_merged(
@@ -76,10 +94,11 @@ def export_merged(
     adapters: Mapping,
     console: Console,
     examples: Sequence[Example] = (),
+    stops: Collection[int] = (),
 ) -> dict[str, Any]:
     """Write a Hugging Face model directory with the adapters merged in, in `export.dtype`, or the
-    dtype of the base, and beside the weights what `merge_report` measures of them, and of
-    `examples`, those of `probe`.
+    dtype of the base, and next to the weights what `merge_report` measures of them, and of
+    `examples`, those of `probe`. Its generation config ends an answer at `stops` too.
 
     Over a quantised base, `export.quantized_base` says what they are merged into. Returns, for the
     summary, the figures of the report under `merge`, and over such a base `merged_distance`: how
@@ -130,6 +149,7 @@ def export_merged(
             model.directory,
             max_shard_size=settings.max_shard_size,
             chat_template=own_template(config),
+            stops=stops,
             beside=lambda directory: merge_report.write(report, directory),
         )
     return {"merge": merge_report.summarize(report), **summary}
@@ -281,6 +301,7 @@ def export_run(
     source = formats.resolve(config.model)
     config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
+    stops = find_stops(config, model, tokenizer)
     template = template_text(tokenizer, config.data.chat_template)
     found = fingerprint.take(source, tokenizer, template)
     fingerprint.check(record["fingerprint"], found, str(run), allow_change)
@@ -289,10 +310,12 @@ def export_run(
     adapters, _, _ = checkpoint.restore(place, shapes, step=best)
     if kind == "peft":
         trainable = find_trainable(model.params, config.adapter)
-        for problem in [] if profile else formats.serving_problems(trainable):
+        problems = [] if profile else formats.serving_problems(trainable)
+        for problem in [*problems, *describe_stops(model, tokenizer, stops)]:
             console.print(f"note: {problem}")
-        return export_peft(output, config, model, adapters, found, profile)
+        return export_peft(output, config, model, adapters, found, profile, stops)
     encoder = sets.make_encoder(config, model, tokenizer, found["tokenizer"], console)
     examples = _read_probe(config, encoder)
     params = base.load_under(config, source, model, make_mesh(config.mesh), adapters)
-    export_merged(output, config, model.replace(params=params), adapters, console, examples)
+    model = model.replace(params=params)
+    export_merged(output, config, model, adapters, console, examples, stops)

@@ -32,7 +32,7 @@ from lora_jax.train import (
     setup,
 )
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
-from lora_jax.train.model import describe
+from lora_jax.train.model import describe, find_stops
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
@@ -72,6 +72,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     setup.check_attention(config, model, mesh, console)
     tokenizer = formats.load_tokenizer(source)
     prints = setup.take_fingerprint(config, source, tokenizer, record)
+    find_stops(config, model, tokenizer)  # refuses damaged files before anything slow
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     train_data, held_out = sets.read_sets(config, encoder)
     prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}
@@ -150,7 +151,7 @@ def conclude(
     """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
     summary says of them.
     """
-    config, model = judge.config, judge.model
+    config, model, stops = judge.config, judge.model, judge.stop_tokens
     place = checkpoint.find_place(config, output)
     adapters, chosen = state.adapters, state.step
     if config.train.load_best_model_at_end and state.watch.best_step not in (None, chosen):
@@ -169,10 +170,10 @@ def conclude(
     extra: dict[str, Any] = {}
     full = config.adapter.method == "full"  # has no adapter to export, only a model
     if config.export.peft and not full:
-        export.export_peft(output / "adapter", config, model, adapters, prints)
-        for problem in formats.serving_problems(
-            methods.find_trainable(model.params, config.adapter)
-        ):
+        export.export_peft(output / "adapter", config, model, adapters, prints, stops=stops)
+        trainable = methods.find_trainable(model.params, config.adapter)
+        problems = formats.serving_problems(trainable)
+        for problem in [*problems, *export.describe_stops(model, judge.tokenizer, stops)]:
             console.print(f"note: {problem}")
     for name, loss in before.losses.items():
         curves[name] = [(0, loss), *curves.get(name, [])]
@@ -183,7 +184,8 @@ def conclude(
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
     if config.export.merged or full:  # last, as a gate may refuse it
-        extra |= export.export_merged(output / "merged", config, model, adapters, console, probed)
+        merged = output / "merged"
+        extra |= export.export_merged(merged, config, model, adapters, console, probed, stops=stops)
     return {
         "steps": state.step,
         "exported_step": chosen,

@@ -167,3 +167,20 @@ def _with_accuracy(settings: EvalConfig) -> EvalConfig:
     if settings.metrics != EvalConfig().metrics:
         return settings
     return dataclasses.replace(settings, metrics=["accuracy"])
+
+
+def find_stops(config: Config, model: Model, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer of the run: EOS of the model's files and of the tokenizer, and
+    what the chat template puts after an answer; none of a model that classifies.
+
+    Raises:
+        UserError: generation_config.json or the template cannot be read.
+    """
+    if model.labels:
+        return frozenset()
+    own, template = formats.stop_tokens(model.directory), config.data.chat_template
+    data.template_text(tokenizer, template)
+    try:
+        return data.stop_tokens(tokenizer, template, own, config.data.chat_template_kwargs)
+    except UserError:  # a template that refuses a plain question, though not the rows
+        return data.stop_tokens(tokenizer, data.PLAIN, own)
