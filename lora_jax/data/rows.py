@@ -3,6 +3,7 @@
 Which records become one is told by `lora_jax.data.parse`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,16 @@ class Row:
     def prompt(self) -> tuple[dict[str, Any], ...]:
         """Everything before the last assistant turn: what a generation answers."""
         return self.messages[: self.answer_index]
+
+    def to_supervised(self) -> "Row":
+        """Return the row without what follows its last supervised turn, if it has one."""
+        trained = [
+            i
+            for i, message in enumerate(self.messages)
+            if message["role"] == "assistant" and message.get("train", True)
+        ]
+        end = trained[-1] + 1 if trained else None
+        return dataclasses.replace(self, messages=self.messages[:end])
 
 
 @dataclass(frozen=True)

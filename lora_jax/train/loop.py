@@ -77,7 +77,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     if record is not None:
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
-    setup.check_metrics(config, held_out)
+    setup.check_metrics(config, source, tokenizer, held_out)
     if record is not None and (done := hosts.from_main(lambda: _finished(output, record, config))):
         console.print(f"{output} is finished: {done['steps']} steps; nothing is left to do")
         return done
