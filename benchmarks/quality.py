@@ -27,6 +27,7 @@ from lora_jax import data, formats
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
 from lora_jax.train import scores, sets
+from lora_jax.train.evaluate import find_questions, make_reader, to_answer
 from lora_jax.train.model import describe
 from lora_jax.train.optimizer import make_schedule
 
@@ -102,21 +103,12 @@ def train(model, config: Config, steps: list[list[data.Example]]) -> None:
 
 def answer(model, tokenizer, task: sets.DataSet, config: Config) -> list[scores.Answer]:
     """Greedy answers; rows with the same prompt are references of one."""
-    settings = config.data
-    template = {
-        "system_prompt": task.system_prompt,
-        "chat_template": settings.chat_template,
-        "chat_template_kwargs": settings.chat_template_kwargs,
-    }
-    questions: dict[tuple, list[str]] = {}
-    for row in task.rows:
-        prompt = tuple(data.prompt_tokens(row, tokenizer, **template).tolist())
-        questions.setdefault(prompt, []).append(data.reference(row))
+    described = formats.describe(formats.resolve(config.model))
+    reader = make_reader(config, described, tokenizer, task)
+    questions = find_questions(task.rows, reader)
     chosen = scores.spread(list(questions), config.eval.generate_examples)
     chosen.sort(key=len)  # like lengths together: less padding
-    stops = formats.stop_tokens(formats.resolve(config.model))
-    options = settings.chat_template_kwargs
-    stops = sorted(data.stop_tokens(tokenizer, settings.chat_template, stops, options))
+    stops = sorted(reader.stop_tokens)
     found, size = [], config.eval.generate_batch_size
     for prompts in (chosen[i : i + size] for i in range(0, len(chosen), size)):
         width = max(map(len, prompts))
@@ -130,9 +122,8 @@ def answer(model, tokenizer, task: sets.DataSet, config: Config) -> list[scores.
             eos_token_id=stops,
             pad_token_id=stops[0],
         )
-        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        for prompt, text in zip(prompts, texts, strict=True):
-            found.append(scores.Answer("", tuple(questions[prompt]), text))
+        for prompt, tokens in zip(prompts, out[:, width:].tolist(), strict=True):
+            found.append(to_answer(reader, questions[prompt], prompt, tokens))
     return found
 
 

@@ -112,6 +112,7 @@ class EvalConfig:
     loss_examples: int | None = None  # of each held-out set, spread over it; null: all
     generate: bool = True  # answers to data.eval, greedy, scored by `metrics`
     metrics: list[str] = field(default_factory=lambda: ["exact_match"])  # slot_f1, bleu, rouge_l
+    strip_thoughts: bool = True  # score answers without the thoughts in front of them
     generate_examples: int | None = None  # how many rows of data.eval are generated; null: all
     generate_batch_size: int = 64  # prompts generated together
     max_new_tokens: int = 200  # per generated answer

@@ -4,6 +4,7 @@ source -> `read` -> rows -> `encode_all` -> examples -> `Loader`, `Mixture` or `
 source -> `records` -> blocks of them -> `StreamLoader`
 """
 
+from .answers import AnswerReader as AnswerReader
 from .cache import Cached as Cached
 from .cache import cached_examples as cached_examples
 from .cache import code_version as code_version
@@ -50,5 +51,4 @@ from .templates import has_prompt as has_prompt
 from .templates import nothing_left as nothing_left
 from .templates import prompt_key as prompt_key
 from .templates import prompt_tokens as prompt_tokens
-from .templates import reference as reference
 from .templates import stop_tokens as stop_tokens

@@ -3,6 +3,7 @@
 `lora_jax.data.parse` says which records become one.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,16 @@ class Row:
     def prompt(self) -> tuple[dict[str, Any], ...]:
         """Everything before the last assistant turn: what a generation answers."""
         return self.messages[: self.answer_index]
+
+    def to_supervised(self) -> "Row":
+        """Return the row without what follows its last supervised turn, if it has one."""
+        trained = [
+            i
+            for i, message in enumerate(self.messages)
+            if message["role"] == "assistant" and message.get("train", True)
+        ]
+        end = trained[-1] + 1 if trained else None
+        return dataclasses.replace(self, messages=self.messages[:end])
 
 
 @dataclass(frozen=True)

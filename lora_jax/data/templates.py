@@ -226,11 +226,6 @@ def has_prompt(example: Example) -> bool:
     return not example.loss_weights[:2].any()
 
 
-def reference(row: Row) -> str:
-    """The content of the last assistant turn: what a generation is compared with."""
-    return content(row.messages[row.answer_index])
-
-
 def encode_rows(
     rows: Sequence[AnyRow],
     tokenizer: Any,

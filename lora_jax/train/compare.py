@@ -60,7 +60,7 @@ def compare(
             )
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     held_out = sets.read_held_out(config, encoder)
-    setup.check_metrics(config, held_out)
+    setup.check_metrics(config, model, tokenizer, held_out)
     console.print(f"loading {config.model}")
     model = model.replace(params=formats.read_params(source, model, mesh, config.base_dtype))
     # Fresh adapters of plain LoRA change nothing: they are the base.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -83,10 +84,9 @@ class Judge:
 
     config: Config
     model: Model
-    tokenizer: Any
-    stop_tokens: frozenset[int]
     held_out: Mapping[str, DataSet]  # task, regression: those that the config names
     mesh: Mesh
+    reader: data.AnswerReader
     eval_step: Callable
     generate: Callable  # of a model that writes text
     classify: Callable  # of one that classifies
@@ -123,7 +123,7 @@ class Judge:
             return []
         if self.model.labels:
             return self._labels(adapters, limit)
-        questions = dict(scores.spread(list(self._questions().items()), limit))
+        questions = dict(scores.spread(list(self.questions.items()), limit))
         if not questions:
             return []
         answers = generate_all(
@@ -132,17 +132,12 @@ class Judge:
             [np.asarray(tokens, np.int32) for tokens in questions],
             config.eval.generate_batch_size,
             max_new_tokens=config.eval.max_new_tokens,
-            stop_tokens=self.stop_tokens,
+            stop_tokens=self.reader.stop_tokens,
             prefix=methods.prefix(adapters, config.adapter),
         )
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [
-            Answer(
-                prompt=str(rows[0].prompt[-1].get("content") or ""),
-                references=tuple(dict.fromkeys(map(data.reference, rows))),
-                answer=text,
-            )
-            for rows, text in zip(questions.values(), texts, strict=True)
+            to_answer(self.reader, rows, prompt, tokens)
+            for (prompt, rows), tokens in zip(questions.items(), answers, strict=True)
         ]
 
     def _labels(self, adapters: Any, limit: int | None) -> list[Answer]:
@@ -168,20 +163,57 @@ class Judge:
                     start += len(examples[i].tokens)
         return [answers[i] for i in range(len(examples))]
 
-    def _questions(self) -> dict[tuple[int, ...], list[data.Row]]:
-        """The different prompts of the task, as tokens, with all the rows that ask them."""
-        task = self.held_out["task"]
-        template = {
-            "system_prompt": task.system_prompt,
-            "chat_template": self.config.data.chat_template,
-            "chat_template_kwargs": self.config.data.chat_template_kwargs,
-        }
-        questions: dict[tuple[int, ...], list[data.Row]] = {}
-        for row in task.rows:
-            if isinstance(row, data.Row):  # texts and tokens ask nothing
-                tokens = data.prompt_tokens(row, self.tokenizer, **template).tolist()
-                questions.setdefault(tuple(tokens), []).append(row)
-        return questions
+    @cached_property
+    def questions(self) -> Mapping[tuple[int, ...], list[data.Row]]:
+        """`find_questions` of the task."""
+        return find_questions(self.held_out["task"].rows, self.reader)
+
+
+def find_questions(
+    rows: Iterable[data.AnyRow], reader: data.AnswerReader
+) -> dict[tuple[int, ...], list[data.Row]]:
+    """Distinct prompts as tokens, each with all rows that ask it; texts and tokens ask nothing."""
+    questions: dict[tuple[int, ...], list[data.Row]] = {}
+    for row in rows:
+        if isinstance(row, data.Row):
+            questions.setdefault(tuple(reader.prompt(row).tolist()), []).append(row)
+    return questions
+
+
+def to_answer(
+    reader: data.AnswerReader,
+    rows: Sequence[data.Row],
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+) -> Answer:
+    """Generated tokens with the references of the rows that ask `prompt`."""
+    thought, answer = reader.read(rows, prompt, tokens)
+    asked = str(rows[0].to_supervised().prompt[-1].get("content") or "")
+    return Answer(asked, reader.references(rows), answer, thought)
+
+
+def make_reader(
+    config: Config, model: Model, tokenizer: Any, task: DataSet | None
+) -> data.AnswerReader:
+    """The `AnswerReader` for the held-out `task` of a run with `model`.
+
+    Raises:
+        UserError: a bad chat template.
+    """
+    settings = config.data
+    stops = find_stops(config, model, tokenizer)
+    if task is not None and any(isinstance(row, data.Row) for row in task.rows):
+        stops = data.stop_tokens(
+            tokenizer, settings.chat_template, stops, settings.chat_template_kwargs
+        )
+    return data.AnswerReader(
+        tokenizer,
+        stops,
+        system_prompt=task.system_prompt if task is not None else None,
+        chat_template=settings.chat_template,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        strip_thoughts=config.eval.strip_thoughts,
+    )
 
 
 def make_judge(
@@ -192,19 +224,12 @@ def make_judge(
     mesh: Mesh,
 ) -> Judge:
     """A `Judge` with its compiled functions over the held-out data."""
-    stops = find_stops(config, model, tokenizer)
-    if "task" in held_out and any(isinstance(row, data.Row) for row in held_out["task"].rows):
-        settings = config.data
-        stops = data.stop_tokens(
-            tokenizer, settings.chat_template, stops, settings.chat_template_kwargs
-        )
     return Judge(
         config=config,
         model=model,
-        tokenizer=tokenizer,
-        stop_tokens=stops,
         held_out=held_out,
         mesh=mesh,
+        reader=make_reader(config, model, tokenizer, held_out.get("task")),
         eval_step=make_eval_step(model, config),
         generate=make_generate(model, jnp.dtype(config.train.compute_dtype)),
         classify=make_classify(model, config),

@@ -79,7 +79,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     if record is not None:
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
-    setup.check_metrics(config, held_out)
+    setup.check_metrics(config, model, tokenizer, held_out)
     if record is not None and (done := hosts.from_main(lambda: _finished(output, record, config))):
         console.print(f"{output} is finished: {done['steps']} steps; nothing is left to do")
         return done
@@ -151,7 +151,8 @@ def conclude(
     """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
     summary says of them.
     """
-    config, model, stops = judge.config, judge.model, judge.stop_tokens
+    config, model, reader = judge.config, judge.model, judge.reader
+    stops = reader.stop_tokens
     place = checkpoint.find_place(config, output)
     adapters, chosen = state.adapters, state.step
     if config.train.load_best_model_at_end and state.watch.best_step not in (None, chosen):
@@ -173,7 +174,7 @@ def conclude(
         export.export_peft(output / "adapter", config, model, adapters, prints, stops=stops)
         trainable = methods.find_trainable(model.params, config.adapter)
         problems = formats.serving_problems(trainable)
-        for problem in [*problems, *export.describe_stops(model, judge.tokenizer, stops)]:
+        for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
             console.print(f"note: {problem}")
     for name, loss in before.losses.items():
         curves[name] = [(0, loss), *curves.get(name, [])]

@@ -96,7 +96,10 @@ def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
     """The answers of a step to the sample prompts, in place of those that a killed run wrote."""
     cut_back(file, step - 1)
     for answer in answers:
-        append_line(file, {"step": step, **dataclasses.asdict(answer)})
+        line = {"step": step, **dataclasses.asdict(answer)}
+        if not answer.thought:
+            del line["thought"]
+        append_line(file, line)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -231,6 +234,8 @@ def print_samples(console: Console, samples: Sequence[Answer]) -> None:
         table.add_column(overflow="fold")
         table.add_row("prompt", sample.prompt)
         table.add_row("expected", "\n".join(sample.references))
+        if sample.thought:
+            table.add_row("thought", sample.thought)
         table.add_row("answer", sample.answer)
         console.print(table)
 

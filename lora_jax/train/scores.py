@@ -23,6 +23,7 @@ class Answer:
     prompt: str
     references: tuple[str, ...]
     answer: str
+    thought: str = ""  # that came before the answer, and is not compared
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
@@ -59,6 +60,8 @@ def slot_f1(answers: Sequence[Answer]) -> float:
 
         2 * pairs in both / (pairs answered + pairs expected)
 
+    A call inside of `<tool_call>` has the slots `name` and `arguments`.
+
     A pair is right if slot and value are; values are compared as JSON, so the order of keys inside
     them does not count. An answer that is no JSON object has no pairs. Of several references the
     one with the best F1 for the answer counts. Without a pair on either side it is 1: nothing was
@@ -79,9 +82,9 @@ def _f1(both: int, total: int) -> float:
 
 
 def _slots(text: str) -> set[tuple[str, str]] | None:
-    """The (slot, value as JSON) pairs of an object, None where the text is none."""
+    """The (slot, value as JSON) pairs of an object or of one tool call, None for other text."""
     try:
-        content = json.loads(text)
+        content = json.loads(text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>"))
         if not isinstance(content, dict):
             return None
         return {(slot, json.dumps(value, sort_keys=True)) for slot, value in content.items()}

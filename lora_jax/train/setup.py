@@ -18,6 +18,7 @@ from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, v
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import checkpoint, resume, scores
+from lora_jax.train.evaluate import make_reader
 from lora_jax.train.metrics import LOGS
 from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.sinks import check_sinks
@@ -219,11 +220,16 @@ def remove_exports(output: Path) -> None:
             shutil.rmtree(directory)
 
 
-def check_metrics(config: Config, held_out: Mapping[str, DataSet]) -> None:
+def check_metrics(
+    config: Config, model: Model, tokenizer: Any, held_out: Mapping[str, DataSet]
+) -> None:
     """Raise if the held-out answers are not what `eval.metrics` compares."""
-    if "task" in held_out and config.eval.generate:
-        rows = (row for row in held_out["task"].rows if isinstance(row, data.Row))
-        scores.check(config.eval.metrics, [data.reference(row) for row in rows])
+    task = held_out.get("task")
+    if task is not None and config.eval.generate:
+        reader = make_reader(config, model, tokenizer, task)
+        rows = (row for row in task.rows if isinstance(row, data.Row))
+        texts = (text for row in rows for text in reader.references([row]))
+        scores.check(config.eval.metrics, texts)
 
 
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:

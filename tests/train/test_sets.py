@@ -157,7 +157,11 @@ def test_rows_of_held_out_sets_are_there_whether_cached_or_not(read, tmp_path):
     for _ in range(2):
         found = read(f"data.train={source}", f"data.eval={source}", "data.system_prompt=Hi")
         task = found.held_out["task"]
-        assert [data.reference(row) for row in task.rows] == ["answer 0", "answer 1", "answer 2"]
+        assert [row.messages[-1]["content"] for row in task.rows] == [
+            "answer 0",
+            "answer 1",
+            "answer 2",
+        ]
         assert task.system_prompt == "Hi"
 
 
@@ -201,7 +205,7 @@ def test_a_share_or_a_number_is_held_out(read, tmp_path, tokenizer, size, expect
     task = found.held_out["task"]
     assert [row.where for row in task.rows] == [example.where for example in held]
     for row, text in zip(task.rows, texts(tokenizer, held), strict=True):
-        assert data.reference(row) in text
+        assert row.messages[-1]["content"] in text
 
 
 def test_what_is_held_out_depends_on_the_seed_alone(read, tmp_path):
@@ -260,7 +264,7 @@ def test_every_source_gives_its_share_and_the_sum_is_exact(read, tmp_path):
         }
         share = total / sum(counts.values())
         assert all(abs(given[name] - share * count) <= 1 for name, count in counts.items()), given
-        answers = [data.reference(row).split()[1] for row in task.rows]
+        answers = [row.messages[-1]["content"].split()[1] for row in task.rows]
         assert {name: answers.count(name) for name in counts} == given
 
 
@@ -294,7 +298,7 @@ def test_overlap_is_told_or_dropped(read, tmp_path):
         "them out"
     )
     dropped = read(*options, "data.drop_overlap=true")
-    assert [data.reference(row) for row in dropped.held_out["task"].rows] == ["another"]
+    assert [row.messages[-1]["content"] for row in dropped.held_out["task"].rows] == ["another"]
     assert len(dropped.held_out["task"].examples) == 1
     assert dropped.printed[-1] == "data.eval: 2 rows left out, as they stand in data.train too"
     assert dropped.train.digest() == told.train.digest()

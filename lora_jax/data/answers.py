@@ -1,0 +1,157 @@
+"""Answers as text: what was supervised and what was generated, read alike and so comparable.
+
+    supervised    <think>\\n\\n</think>\\n\\n {"city": "Rome"} <|im_end|>
+    generated     <think>\\n so: Rome \\n</think>\\n\\n {"city": "Rome"}
+    compared      {"city": "Rome"}
+
+The reference of a row is the text of its last supervised turn as the template writes it, uncut. It
+is tokenised and read as a generation is: it ends before its first stop token, what the template
+writes before every answer is left out, and special tokens are skipped. With `strip_thoughts` the
+thought is left out, too. An answer with tool calls is compared in the form of `calls.canonical`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lora_jax.data.calls import canonical
+from lora_jax.data.render import (
+    Template,
+    content,
+    read_template,
+    resolve_template,
+    with_kwargs,
+)
+from lora_jax.data.rows import Row
+from lora_jax.data.spans import to_text
+from lora_jax.data.templates import prompt_tokens
+
+# What opens and closes a thought, by the models that write it so.
+THOUGHTS = (
+    ("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Nemotron, SmolLM3, Granite, LFM2, OLMo
+    ("[THINK]", "[/THINK]"),  # Magistral, Ministral
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),  # gpt-oss
+    ("to=self<|message|>", "<|eom|><|start|>assistant"),  # Muse
+)
+
+
+@dataclass(frozen=True)
+class AnswerReader:
+    """Prompts, references and answers of held-out rows under one chat template."""
+
+    tokenizer: Any
+    stop_tokens: frozenset[int]
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    strip_thoughts: bool = True
+    templates: dict[bool, Template | None] = field(default_factory=dict)  # by "has tools"
+
+    def prompt(self, row: Row) -> np.ndarray:
+        """Return the tokens before the last supervised turn, up to where its answer begins."""
+        return prompt_tokens(
+            row.to_supervised(),
+            self.tokenizer,
+            system_prompt=self.system_prompt,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def references(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """Return the distinct references of rows that share a prompt.
+
+        Raises:
+            UserError: as `encode_all`.
+        """
+        found = map(self._reference, rows)
+        return tuple(dict.fromkeys(map(canonical, found) if _call_tools(rows) else found))
+
+    def read(
+        self, rows: Sequence[Row], prompt: Sequence[int], tokens: Sequence[int]
+    ) -> tuple[str, str]:
+        """Return (thought, answer) in the tokens generated after `prompt`, which `rows` share."""
+        before = self.tokenizer.decode(prompt, skip_special_tokens=False)
+        thought, answer = self._read(tokens, before, self._template(rows[0]))
+        return thought, canonical(answer) if _call_tools(rows) else answer
+
+    def _reference(self, row: Row) -> str:
+        """The last supervised turn, as a generation of the same tokens is read."""
+        template = self._template(row)
+        row = with_kwargs(row, self.chat_template_kwargs)
+        found = to_text(row, self.tokenizer, template, self.system_prompt)
+        spans = [found.text[start:end] for start, end in found.spans if start >= found.prompt_end]
+        ids = self.tokenizer("".join(spans), add_special_tokens=False, verbose=False)["input_ids"]
+        return self._read(ids, found.text[: found.prompt_end], template)[1]
+
+    def _template(self, row: Row) -> Template | None:
+        """What there is to know of the row's template; read once for each."""
+        key = bool(row.tools)
+        if key not in self.templates:
+            source = resolve_template(self.tokenizer, self.chat_template, row.tools)
+            known = None
+            if source is not None:
+                known = read_template(self.tokenizer, source, self.chat_template_kwargs)
+            self.templates[key] = known
+        return self.templates[key]
+
+    def _read(
+        self, tokens: Sequence[int], before: str, template: Template | None
+    ) -> tuple[str, str]:
+        """Return (thought, answer) in some tokens that follow the text `before`."""
+        stop = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), None)
+        tokens = list(tokens[:stop])
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        thought, answer, inner = "", text, ""
+        if self.strip_thoughts:
+            thought, answer = split_thought(before, text)
+        head = template.head.strip() if template is not None else ""
+        if head and answer.lstrip().startswith(head):
+            answer = answer.lstrip().removeprefix(head)
+        if self.strip_thoughts:  # one in the content, which some templates write after their own
+            inner, answer = split_thought("", answer)
+        if answer == text:
+            return "", self.tokenizer.decode(tokens, skip_special_tokens=True)
+        thought = self._without_special(f"{thought.strip()}\n{inner.strip()}")
+        return thought.strip(), self._without_special(answer).strip()
+
+    def _without_special(self, text: str) -> str:
+        special = [
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        # The longest first, as the tokenizer takes it where one begins another.
+        special.sort(key=len, reverse=True)
+        return re.sub("|".join(map(re.escape, special)), "", text) if special else text
+
+
+def _call_tools(rows: Sequence[Row]) -> bool:
+    """Whether an answer calls a tool, also one whose content has the call as text."""
+    answers = [row.to_supervised().messages[-1] for row in rows]
+    return any(one.get("tool_calls") or "<tool_call>" in content(one) for one in answers)
+
+
+def split_thought(before: str, text: str) -> tuple[str, str]:
+    """Split text that follows `before` into its thought and what comes after it.
+
+    A thought is at the beginning, or was opened by `before`. Text that never closes it is an answer
+    as it is: a wrong one, unless the reference is the same.
+
+        >>> split_thought("assistant\\n", "<think>\\nhm</think> yes")
+        ('\\nhm', ' yes')
+        >>> split_thought("assistant\\n<think>\\n", "hm</think> yes")
+        ('hm', ' yes')
+        >>> split_thought("assistant\\n", "<think>\\nhm")
+        ('', '<think>\\nhm')
+    """
+    for opening, closing in THOUGHTS:
+        inside = before.rstrip().endswith(opening)
+        if closing in text and (inside or text.lstrip().startswith(opening)):
+            thought, _, answer = text.partition(closing)
+            return thought.lstrip().removeprefix(opening), answer
+    return "", text
