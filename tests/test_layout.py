@@ -37,7 +37,7 @@ LAYERS = (
         "train.resume",
         "train.sets",
     ),
-    ("train.calibration", "train.probe", "train.setup", "train.evaluate"),
+    ("train.calibration", "train.probe", "train.setup", "train.evaluate", "train.warn"),
     ("train.export",),
     ("train.compare", "train.dry_run", "train.inspect", "train.trainer"),
     ("train.loop", "plan"),

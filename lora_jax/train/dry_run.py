@@ -7,6 +7,7 @@ from lora_jax import adapters as methods
 from lora_jax import formats, sharding, tree
 from lora_jax.config import Config
 from lora_jax.targets import Target, Whole
+from lora_jax.train import warn
 from lora_jax.train.model import describe
 from lora_jax.train.setup import continue_adapter, find_trainable
 
@@ -70,6 +71,8 @@ def print_targets(config: Config) -> None:
         f"trainable || adapter {4 * found.exported:,} bytes in float32\nmesh: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
+    for warning in warn.of_config(config):
+        print(f"warning: {warning}")
 
 
 def group_slices(target: Target) -> dict[tuple[int, float], list[int]]:

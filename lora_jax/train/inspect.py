@@ -7,27 +7,22 @@ Of a stream the first `data.stream_rows` records are read and no more.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from os.path import commonprefix
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from lora_jax import data, formats
 from lora_jax.config import Config, UserError
 from lora_jax.formats import fingerprint
-from lora_jax.models.common import Model
-from lora_jax.train import sets, setup
+from lora_jax.train import sets, setup, warn
 from lora_jax.train.model import describe
-from lora_jax.train.report import Measured, Overlap, Packing, Pair, Report, Shown
+from lora_jax.train.report import Overlap, Packing, Pair, Report, Shown
 from lora_jax.train.report import plot as plot
 from lora_jax.train.report import print_report as print_report
 from lora_jax.train.sets import DataSet, TrainData
-
-_LITTLE = 0.01  # a supervised share below it is worth a warning
 
 
 def inspect(config: Config, console: Console, examples: int = 3) -> Report:
@@ -51,17 +46,12 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     counts, records = dict(encoder.counts), None
     if train.stream is not None:
         records, train = _first_block(train.stream, encoder)
-        counts[_names(train)[0]] = encoder.counts["block"]
-    task = "data.eval" if config.data.eval is not None else "data.eval_size"
-    tests = {task if name == "task" else f"data.{name}": one for name, one in held_out.items()}
+        counts[next(iter(warn.name_training(train)))] = encoder.counts["block"]
+    tests = warn.name_held_out(config, held_out)
     training = [example for one in train.sets.values() for example in one.examples]
-    everything = dict(zip(_names(train), train.sets.values(), strict=True)) | tests
-    measured = {name: _measure(one, counts.get(name)) for name, one in everything.items()}
-    warnings = [
-        *_missing(config, model),
-        *_warnings(measured),
-        *([] if model.labels else _endless(train, tokenizer, config, formats.stop_tokens(source))),
-    ]
+    everything = warn.name_training(train) | tests
+    measured = warn.measure(everything, counts)
+    warnings = warn.find(config, model, tokenizer, train, measured)
     try:
         setup.check_sizes(config, model, list(everything.values()), console)
     except UserError as error:  # where a run would stop, the report says what it knows
@@ -80,11 +70,6 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
         packing=_pack(config, train, encoder, records is not None),
         warnings=warnings,
     )
-
-
-def _names(train: TrainData) -> list[str]:
-    """The training sets as `sets.read_sets` calls them."""
-    return [f"data.train {source}" for source in train.sets]
 
 
 def _first_block(source: str, encoder: sets.Encoder) -> tuple[int, TrainData]:
@@ -127,19 +112,7 @@ def show(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> S
             text, done = whole[done:upto], upto
         pieces.append((text, weight))
         start = end
-    return Shown(example.where, len(tokens), _supervised(example), pieces + label)
-
-
-def _supervised(example: data.Example) -> int:
-    return int(np.count_nonzero(example.loss_weights))
-
-
-def _measure(one: DataSet, counts: data.Counts | None) -> Measured:
-    return Measured(
-        counts,
-        np.array([len(example.tokens) for example in one.examples]),
-        np.array([_supervised(example) for example in one.examples]),
-    )
+    return Shown(example.where, len(tokens), warn.count_supervised(example), pieces + label)
 
 
 def find_repeats(examples: Iterable[data.Example]) -> list[Pair]:
@@ -189,7 +162,9 @@ def _pack(
     for name, one in loaders.items():
         epoch, row, rows = position[name]["epoch"], position[name]["row"], one.rows_per_epoch
         length = config.data.max_length if streamed else one.row_length
-        supervised = [sum(map(_supervised, one.row(epoch * rows + i))) for i in range(rows)]
+        supervised = [
+            sum(map(warn.count_supervised, one.row(epoch * rows + i))) for i in range(rows)
+        ]
         found[name] = Packing(
             share=shares[name],
             rows_per_epoch=rows,
@@ -199,64 +174,3 @@ def _pack(
             supervised_tokens=epoch * sum(supervised) + sum(supervised[:row]),
         )
     return found
-
-
-def _missing(config: Config, model: Model) -> Iterator[str]:
-    settings = config.data
-    if settings.eval is None and settings.eval_size is None:
-        yield "neither data.eval nor data.eval_size is set: nothing measures what is learnt"
-    if settings.regression is None and not model.labels:
-        yield "data.regression is not set: nothing measures what is forgotten"
-
-
-def _warnings(measured: Mapping[str, Measured]) -> Iterator[str]:
-    for name, one in measured.items():
-        if one.share < _LITTLE:
-            yield (
-                f"{name}: {one.share:.2%} of the tokens are supervised, so nearly all of the work "
-                "teaches nothing; shorten the prompts"
-            )
-        if one.counts is not None and one.counts.unaligned:
-            yield (
-                f"{name}: {one.counts.unaligned} prompts split into other tokens alone, as in a "
-                "generation, than before their answers; end them at a word, or use a chat template"
-            )
-        if one.counts is not None and (empty := one.counts.empty_answers):
-            yield (
-                f"{name}: {empty} examples have an empty answer, and teach to end at once; leave "
-                'them out, or mark the turns "train": false'
-            )
-        if one.counts is not None and (unended := one.counts.unended_answers):
-            yield (
-                f"{name}: {unended} examples have an earlier answer that no end-of-turn token "
-                "ends, so how to end is learnt from the last one alone; use one row per answer, "
-                "or another data.chat_template"
-            )
-
-
-def _endless(
-    train: TrainData, tokenizer: Any, config: Config, extra: Sequence[int]
-) -> Iterator[str]:
-    try:
-        settings = config.data
-        stops = data.stop_tokens(
-            tokenizer, settings.chat_template, extra, settings.chat_template_kwargs
-        )
-    except UserError as error:  # of no matter to the rows, which the template may take
-        yield f"what ends an answer cannot be told: {error}"
-        return
-    for name, one in zip(_names(train), train.sets.values(), strict=True):
-        count = sum(not _ends(example, stops) for example in one.examples)
-        if count:
-            yield (
-                f"{name}: the last answer of {count} of {len(one.examples)} examples has no stop "
-                "token, as when it is cut at data.max_length: how to end is not learnt from it"
-            )
-
-
-def _ends(example: data.Example, stops: AbstractSet[int]) -> bool:
-    """Whether the last run of supervised tokens holds one of `stops`."""
-    last = int(np.flatnonzero(example.loss_weights)[-1])
-    before = np.flatnonzero(example.loss_weights[:last] == 0)
-    first = int(before[-1]) + 1 if len(before) else 0
-    return not stops.isdisjoint(example.tokens[first : last + 1].tolist())

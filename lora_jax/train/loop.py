@@ -30,6 +30,7 @@ from lora_jax.train import (
     scores,
     sets,
     setup,
+    warn,
 )
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
 from lora_jax.train.model import describe, find_stops
@@ -84,6 +85,11 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         console.print(f"{output} is finished: {done['steps']} steps; nothing is left to do")
         return done
 
+    known = warn.name_training(train_data) | warn.name_held_out(config, held_out)
+    measured = warn.measure(known, encoder.counts)
+    warnings = warn.find(config, model, tokenizer, train_data, measured)
+    for warning in warnings:
+        console.print(f"warning: {warning}")
     console.print(f"loading {config.model}")
     optimizer = make_optimizer(config.train, config.adapter)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
@@ -130,7 +136,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         summary = {"tokens_per_second": speed, "total_parameters": frozen + trained}
         summary |= {"trainable_parameters": trained, "adapter_bytes": 4 * found.exported}
         summary |= conclude(judge, state, before, prints, output, console, probed)
-    summary |= {"seconds": time.monotonic() - started}
+    summary |= {"seconds": time.monotonic() - started, "warnings": warnings}
     metrics.write_summary(output / "summary.json", summary)
     metrics.print_summary(console, summary)
     if hosts.is_main():

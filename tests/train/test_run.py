@@ -85,7 +85,7 @@ def test_what_a_run_writes(run):
     assert set(summary) == {
         *("steps", "supervised_tokens", "tokens_per_second", "seconds", "peak_rss_bytes"),
         *("total_parameters", "trainable_parameters", "adapter_bytes", "checkpoint_bytes"),
-        *("task", "regression", "exported_step", "merge", *norms),
+        *("task", "regression", "exported_step", "merge", "warnings", *norms),
     }
     assert summary["steps"] == summary["exported_step"] == 50
     assert summary["supervised_tokens"] == sum(line["supervised_tokens"] for line in run.steps)

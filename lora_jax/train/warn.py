@@ -1,0 +1,154 @@
+"""Warnings about a run that can be given before it starts, the same wherever they are given.
+
+warn.of_config(config)                                  # from settings alone: --dry-run, plan
+warn.find(config, model, tokenizer, train, measured)    # inspect, and a run before its steps
+"""
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+
+from lora_jax import data, formats
+from lora_jax.config import Config, UserError
+from lora_jax.models.common import Model
+from lora_jax.train.report import Measured
+from lora_jax.train.sets import DataSet, TrainData
+
+_LITTLE = 0.01  # a supervised share below it is worth a warning
+
+
+def of_config(config: Config) -> Iterator[str]:
+    """Settings that are certain to miss their purpose."""
+    settings = config.train
+    steps = settings.steps
+    if settings.warmup_steps >= steps:
+        last = settings.learning_rate * steps / settings.warmup_steps
+        yield (
+            f"train.warmup_steps={settings.warmup_steps} is not below train.steps={steps}: the "
+            f"learning rate only rises, to {last:.3g} of {settings.learning_rate:g} at the last "
+            "step; lower train.warmup_steps"
+        )
+    if settings.schedule == "constant" and settings.final_rate != 0:
+        yield (
+            f"train.final_rate={settings.final_rate:g} has no effect: train.schedule=constant does "
+            "not decay"
+        )
+    for name in ("eval_every", "save_every", "log_every"):
+        every = getattr(settings, name)
+        if every is not None and every > steps:
+            yield (
+                f"train.{name}={every} is above train.steps={steps}: it is never due before the "
+                "last step"
+            )
+    patience, every = settings.early_stopping_patience, settings.eval_every
+    if patience is not None and every is not None and every <= steps < (patience + 1) * every:
+        yield (
+            f"train.early_stopping_patience={patience} has no effect: {steps} steps have "
+            f"{steps // every} evaluations (train.eval_every={every})"
+        )
+
+
+def find(
+    config: Config,
+    model: Model,
+    tokenizer: Any,
+    train: TrainData,
+    measured: Mapping[str, Measured],
+) -> list[str]:
+    """All warnings about a run with these data; of a stream, about what was read of it."""
+    return [
+        *of_config(config),
+        *_missing(config, model),
+        *_of_sets(measured),
+        *([] if model.labels else _endless(config, model, tokenizer, train)),
+    ]
+
+
+def name_training(train: TrainData) -> dict[str, DataSet]:
+    """The training sets by the names that `sets.read_sets` gives them."""
+    return {f"data.train {source}": one for source, one in train.sets.items()}
+
+
+def name_held_out(config: Config, held_out: Mapping[str, DataSet]) -> dict[str, DataSet]:
+    """The held-out sets by their settings."""
+    task = "data.eval" if config.data.eval is not None else "data.eval_size"
+    return {task if name == "task" else f"data.{name}": one for name, one in held_out.items()}
+
+
+def measure(sets: Mapping[str, DataSet], counts: Mapping[str, data.Counts]) -> dict[str, Measured]:
+    """Lengths and supervised tokens of every set, with the counts of its source."""
+    return {
+        name: Measured(
+            counts.get(name),
+            np.array([len(example.tokens) for example in one.examples]),
+            np.array([count_supervised(example) for example in one.examples]),
+        )
+        for name, one in sets.items()
+    }
+
+
+def count_supervised(example: data.Example) -> int:
+    """Tokens with a weight above 0."""
+    return int(np.count_nonzero(example.loss_weights))
+
+
+def _missing(config: Config, model: Model) -> Iterator[str]:
+    settings = config.data
+    if settings.eval is None and settings.eval_size is None:
+        yield "neither data.eval nor data.eval_size is set: nothing measures what is learnt"
+    if settings.regression is None and not model.labels:
+        yield "data.regression is not set: nothing measures what is forgotten"
+
+
+def _of_sets(measured: Mapping[str, Measured]) -> Iterator[str]:
+    for name, one in measured.items():
+        if one.share < _LITTLE:
+            yield (
+                f"{name}: {one.share:.2%} of the tokens are supervised, so nearly all of the work "
+                "teaches nothing; shorten the prompts"
+            )
+        if one.counts is not None and one.counts.unaligned:
+            yield (
+                f"{name}: {one.counts.unaligned} prompts split into other tokens alone, as in a "
+                "generation, than before their answers; end them at a word, or use a chat template"
+            )
+        if one.counts is not None and (empty := one.counts.empty_answers):
+            yield (
+                f"{name}: {empty} examples have an empty answer, and teach to end at once; leave "
+                'them out, or mark the turns "train": false'
+            )
+        if one.counts is not None and (unended := one.counts.unended_answers):
+            yield (
+                f"{name}: {unended} examples have an earlier answer that no end-of-turn token "
+                "ends, so how to end is learnt from the last one alone; use one row per answer, "
+                "or another data.chat_template"
+            )
+
+
+def _endless(config: Config, model: Model, tokenizer: Any, train: TrainData) -> Iterator[str]:
+    settings = config.data
+    try:
+        extra = formats.stop_tokens(model.directory)
+        stops = data.stop_tokens(
+            tokenizer, settings.chat_template, extra, settings.chat_template_kwargs
+        )
+    except UserError as error:  # of no matter to the rows, which the template may take
+        yield f"what ends an answer cannot be told: {error}"
+        return
+    for name, one in name_training(train).items():
+        count = sum(not _ends(example, stops) for example in one.examples)
+        if count:
+            yield (
+                f"{name}: the last answer of {count} of {len(one.examples)} examples has no stop "
+                "token, as when it is cut at data.max_length: how to end is not learnt from it"
+            )
+
+
+def _ends(example: data.Example, stops: AbstractSet[int]) -> bool:
+    """Whether the last run of supervised tokens holds one of `stops`."""
+    last = int(np.flatnonzero(example.loss_weights)[-1])
+    before = np.flatnonzero(example.loss_weights[:last] == 0)
+    first = int(before[-1]) + 1 if len(before) else 0
+    return not stops.isdisjoint(example.tokens[first : last + 1].tolist())
