@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.data.calls import canonical
+from lora_jax.data.dates import with_date
 from lora_jax.data.render import Template, content, read_template, resolve_template
 from lora_jax.data.rows import Row
 from lora_jax.data.spans import to_text
@@ -44,6 +45,7 @@ class AnswerReader:
     stop_tokens: frozenset[int]
     system_prompt: str | None = None
     chat_template: str | None = None
+    template_date: str | None = None
     strip_thoughts: bool = True
     templates: dict[bool, Template | None] = field(default_factory=dict)  # by "has tools"
 
@@ -54,6 +56,7 @@ class AnswerReader:
             self.tokenizer,
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
+            template_date=self.template_date,
         )
 
     def references(self, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -86,6 +89,8 @@ class AnswerReader:
         key = bool(row.tools)
         if key not in self.templates:
             source = resolve_template(self.tokenizer, self.chat_template, row.tools)
+            if source is not None:
+                source = with_date(source, self.template_date)
             known = None if source is None else read_template(self.tokenizer, source)
             self.templates[key] = known
         return self.templates[key]

@@ -18,6 +18,7 @@ Tokens are taken as they are; no more than their first weight is changed, to 0.
 
 `chat_template` is throughout: None for the tokenizer's own, the path of a Jinja file, or "none" for
 prompt and completion joined as they stand, after BOS if the tokenizer would add one, and with EOS.
+`template_date` is the day (YYYY-MM-DD) that templates with `strftime_now` are given; None: today.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config import UserError
+from lora_jax.data.dates import check_repeatable, with_date
 from lora_jax.data.render import (
     content,
     conversation,
@@ -84,6 +86,7 @@ def encode(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    template_date: str | None = None,
     max_length: int,
     too_long: str = "truncate",
 ) -> Example | None:
@@ -97,6 +100,7 @@ def encode(
         tokenizer,
         system_prompt=system_prompt,
         chat_template=chat_template,
+        template_date=template_date,
         max_length=max_length,
         too_long=too_long,
     )
@@ -109,6 +113,7 @@ def encode_all(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    template_date: str | None = None,
     max_length: int,
     too_long: str = "truncate",
     on_bad_row: str = "error",
@@ -120,15 +125,16 @@ def encode_all(
     rows that have no supervised token or that the template refuses, "drop" leaves them out.
 
     Raises:
-        UserError: no chat template or a bad one; conversations that it refuses or rewrites; rows
-            too long under "error"; rows without a supervised token; no example left; a tokenizer
-            without offsets or, where it is needed, without EOS.
+        UserError: no chat template, a bad one, or one that uses chance; conversations that it
+            refuses or rewrites; rows too long under "error"; rows without a supervised token; no
+            example left; a tokenizer without offsets or, where it is needed, without EOS.
     """
     examples, counts = encode_rows(
         rows,
         tokenizer,
         system_prompt=system_prompt,
         chat_template=chat_template,
+        template_date=template_date,
         max_length=max_length,
         too_long=too_long,
         on_bad_row=on_bad_row,
@@ -152,6 +158,7 @@ def prompt_tokens(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    template_date: str | None = None,
 ) -> np.ndarray:
     """(time,) int32: everything before the last assistant turn, up to where its answer begins.
 
@@ -164,6 +171,7 @@ def prompt_tokens(
     if template is None:
         text, head = "".join(map(content, messages)), _bos(tokenizer)
     else:
+        template = with_date(template, template_date)
         text, head = render_prompt(tokenizer, template, row, messages), []
     ids = _tokenize(tokenizer, [text])[0][0]
     return np.asarray(_join(head, ids), np.int32)
@@ -206,6 +214,7 @@ def encode_rows(
     *,
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    template_date: str | None = None,
     max_length: int,
     too_long: str = "truncate",
     on_bad_row: str = "error",
@@ -215,6 +224,9 @@ def encode_rows(
     for row in rows:
         if isinstance(row, Row) and bool(row.tools) not in templates:
             source = resolve_template(tokenizer, chat_template, row.tools)
+            if source is not None:
+                check_repeatable(source, name(tokenizer))
+                source = with_date(source, template_date)
             known = None if source is None else read_template(tokenizer, source)
             templates[bool(row.tools)] = known
     ready, usable, problems = [], [], []

@@ -36,6 +36,7 @@ def compare(
     source = formats.resolve(config.model)
     config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
+    config = sets.settle_date(config, tokenizer, console)
     template = data.template_text(tokenizer, config.data.chat_template)
     prints = fingerprint.take(source, tokenizer, template)
     directories = {path: Path(path).expanduser() for path in paths}

@@ -208,6 +208,7 @@ def make_reader(
         stops,
         system_prompt=task.system_prompt if task is not None else None,
         chat_template=settings.chat_template,
+        template_date=settings.template_date,
         strip_thoughts=config.eval.strip_thoughts,
     )
 

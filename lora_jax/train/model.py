@@ -18,7 +18,9 @@ from lora_jax.config import (
 from lora_jax.models.common import Model
 
 # Settings of `data` that a model that classifies has no use for.
-_OF_TEXT = ("prompt", "completion", "system_prompt", "chat_template", "regression")
+_OF_TEXT = (
+    *("prompt", "completion", "system_prompt", "chat_template", "template_date", "regression"),
+)
 
 
 def describe(config: Config, source: Path) -> tuple[Config, Model]:
