@@ -166,6 +166,7 @@ def main() -> None:
     source, console = formats.resolve(config.model), Console(stderr=True)
     config, described = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
+    config = sets.settle_date(config, tokenizer, console)
     digest = fingerprint.tokenizer_digest(tokenizer)
     encoder = sets.make_encoder(config, described, tokenizer, digest, console)
     train_data, held_out = sets.read_sets(config, encoder)

@@ -1,6 +1,7 @@
 """Which values are possible, and which go together. What needs the model is checked with it."""
 
 import dataclasses
+import datetime
 from collections.abc import Iterable
 from typing import Any
 
@@ -147,6 +148,8 @@ def _data_problems(data: DataConfig) -> Iterable[str]:
             f"data.train={sources!r} is neither a source nor a mapping of sources to weights, as "
             "in {a.jsonl: 0.7, b.jsonl: 0.3}"
         )
+    if data.template_date is not None and not _is_date(data.template_date):
+        yield f"data.template_date={data.template_date!r} is no day of the form 2026-11-26"
     if data.eval_size is not None and data.eval is not None:
         yield "data.eval and data.eval_size are both set; choose one"
     if data.eval_size is not None and data.eval_size >= 1 and data.eval_size % 1:
@@ -161,6 +164,13 @@ def _data_problems(data: DataConfig) -> Iterable[str]:
             yield "data.eval_size cannot hold rows out of a stream; name them in data.eval"
         if data.drop_overlap:
             yield "data.drop_overlap needs all of data.train, which data.streaming does not read"
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _run_problems(config: Config) -> Iterable[str]:

@@ -66,6 +66,7 @@ class DataConfig:
     system_prompt: str | None = None  # put before rows that have no system turn of their own
     chat_template: str | None = None  # null: the tokenizer's | a Jinja file | none: plain text
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking: false
+    template_date: str | None = None  # YYYY-MM-DD, "today" of templates; null: when a run starts
     max_length: int = 512  # tokens per row
     too_long: str = "truncate"  # truncate | drop | error, for examples above max_length
     packing: bool = True  # several examples per row; attention and positions stay inside each

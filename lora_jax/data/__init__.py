@@ -9,6 +9,7 @@ from .cache import Cached as Cached
 from .cache import cached_examples as cached_examples
 from .cache import code_version as code_version
 from .cache import digest_files as digest_files
+from .dates import reads_date as reads_date
 from .keys import describe_problems as describe_problems
 from .labels import encode_labelled as encode_labelled
 from .labels import label_names as label_names

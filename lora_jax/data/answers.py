@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.data.calls import canonical
+from lora_jax.data.dates import with_date
 from lora_jax.data.render import (
     Template,
     content,
@@ -51,8 +52,10 @@ class AnswerReader:
     system_prompt: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_date: str | None = None
     strip_thoughts: bool = True
-    templates: dict[bool, Template | None] = field(default_factory=dict)  # by "has tools"
+    # By "has tools" and the arguments of the template.
+    templates: dict[tuple[bool, str], Template | None] = field(default_factory=dict)
 
     def prompt(self, row: Row) -> np.ndarray:
         """Return the tokens before the last supervised turn, up to where its answer begins."""
@@ -62,6 +65,7 @@ class AnswerReader:
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
             chat_template_kwargs=self.chat_template_kwargs,
+            template_date=self.template_date,
         )
 
     def references(self, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -84,20 +88,22 @@ class AnswerReader:
     def _reference(self, row: Row) -> str:
         """The last supervised turn, as a generation of the same tokens is read."""
         template = self._template(row)
-        row = with_kwargs(row, self.chat_template_kwargs)
-        found = to_text(row, self.tokenizer, template, self.system_prompt)
+        full = with_kwargs(row, self.chat_template_kwargs)
+        found = to_text(full, self.tokenizer, template, self.system_prompt)
         spans = [found.text[start:end] for start, end in found.spans if start >= found.prompt_end]
         ids = self.tokenizer("".join(spans), add_special_tokens=False, verbose=False)["input_ids"]
         return self._read(ids, found.text[: found.prompt_end], template)[1]
 
     def _template(self, row: Row) -> Template | None:
         """What there is to know of the row's template; read once for each."""
-        key = bool(row.tools)
+        arguments = with_kwargs(row, self.chat_template_kwargs).chat_template_kwargs
+        key = bool(row.tools), repr(arguments)
         if key not in self.templates:
             source = resolve_template(self.tokenizer, self.chat_template, row.tools)
             known = None
             if source is not None:
-                known = read_template(self.tokenizer, source, self.chat_template_kwargs)
+                source = with_date(source, self.template_date)
+                known = read_template(self.tokenizer, source, arguments)
             self.templates[key] = known
         return self.templates[key]
 

@@ -18,7 +18,8 @@ Tokens are taken as they are; no more than their first weight is changed, to 0.
 
 `chat_template` is throughout: None for the tokenizer's own, the path of a Jinja file, or "none" for
 prompt and completion joined as they stand, after BOS if the tokenizer would add one, and with EOS.
-`chat_template_kwargs` are arguments for it; those of a row come first.
+`chat_template_kwargs` are arguments for it; those of a row come first. `template_date` is the day
+(YYYY-MM-DD) that templates with `strftime_now` are given; None: today.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config import UserError
+from lora_jax.data.dates import check_repeatable, with_date
 from lora_jax.data.keys import check_read, describe_problems
 from lora_jax.data.render import (
     Template,
@@ -96,6 +98,7 @@ def encode(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
     max_length: int,
     too_long: str = "truncate",
 ) -> Example | None:
@@ -110,6 +113,7 @@ def encode(
         system_prompt=system_prompt,
         chat_template=chat_template,
         chat_template_kwargs=chat_template_kwargs,
+        template_date=template_date,
         max_length=max_length,
         too_long=too_long,
     )
@@ -123,6 +127,7 @@ def encode_all(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
     max_length: int,
     too_long: str = "truncate",
     on_bad_row: str = "error",
@@ -134,9 +139,9 @@ def encode_all(
     rows that have no supervised token or that the template refuses, "drop" leaves them out.
 
     Raises:
-        UserError: no chat template or a bad one; conversations that it refuses or rewrites; rows
-            too long under "error"; rows without a supervised token; no example left; a tokenizer
-            without offsets or, where it is needed, without EOS.
+        UserError: no chat template, a bad one, or one that uses chance; conversations that it
+            refuses or rewrites; rows too long under "error"; rows without a supervised token; no
+            example left; a tokenizer without offsets or, where it is needed, without EOS.
     """
     examples, counts = encode_rows(
         rows,
@@ -144,6 +149,7 @@ def encode_all(
         system_prompt=system_prompt,
         chat_template=chat_template,
         chat_template_kwargs=chat_template_kwargs,
+        template_date=template_date,
         max_length=max_length,
         too_long=too_long,
         on_bad_row=on_bad_row,
@@ -168,6 +174,7 @@ def prompt_tokens(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
 ) -> np.ndarray:
     """(time,) int32: everything before the last assistant turn, up to where its answer begins.
 
@@ -182,6 +189,7 @@ def prompt_tokens(
     if template is None:
         text, head = "".join(map(content, messages)), _bos(tokenizer)
     else:
+        template = with_date(template, template_date)
         text, head = render_prompt(tokenizer, template, row, messages), []
     ids = _tokenize(tokenizer, [text])[0][0]
     return np.asarray(_join(head, ids, np.zeros(len(ids), np.float32))[0], np.int32)
@@ -233,6 +241,7 @@ def encode_rows(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
     max_length: int,
     too_long: str = "truncate",
     on_bad_row: str = "error",
@@ -244,7 +253,11 @@ def encode_rows(
             check_kwargs(tokenizer, chat_template, chat_template_kwargs)
             source = resolve_template(tokenizer, chat_template, row.tools)
             options = with_kwargs(row, chat_template_kwargs).chat_template_kwargs
-            known = None if source is None else read_template(tokenizer, source, options)
+            known = None
+            if source is not None:
+                check_repeatable(source, name(tokenizer))
+                source = with_date(source, template_date)
+                known = read_template(tokenizer, source, options)
             templates[key] = known
     ready, usable, problems = [], [], []
     unread: list[tuple[str, str | BadRow]] = []

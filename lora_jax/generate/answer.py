@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax import adapters as methods
-from lora_jax import data, formats
+from lora_jax import data, formats, hosts
 from lora_jax.config import UserError
 from lora_jax.formats import fingerprint
 from lora_jax.generate import check_prompts, make_generate
@@ -40,6 +40,8 @@ def answer(
     """
     source = formats.resolve(spec)
     described, found, home = formats.describe(source), None, source
+    for text in described.notes:
+        hosts.note(text)
     if described.labels:
         raise UserError(
             f"model={spec!r} classifies and writes no text; `lora-jax eval` scores its labels"

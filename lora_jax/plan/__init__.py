@@ -25,6 +25,7 @@ from lora_jax.plan.compiled import Compiled, Shortfall, compile_for, compile_her
 from lora_jax.plan.program import Program, build, describe
 from lora_jax.plan.roofline import count, find_bounds
 from lora_jax.plan.search import Candidate, find_best, remedies
+from lora_jax.train import warn
 from lora_jax.train.setup import head_notes
 
 _SHOWN = 10  # candidates of a search
@@ -109,7 +110,8 @@ def plan(
     program = build(settled, model, mesh)
     found = estimate(program, target.platform)
     full = full_fine_tuning(settled, model, mesh, target.platform)
-    hbm, notes = target.hbm, list(find_notes(program))
+    hbm = target.hbm
+    notes = [*find_notes(program), *model.notes, *warn.of_config(config)]
     result: dict[str, Any] = {
         "model": config.model,
         "topology": target.topology.name if target.topology else None,

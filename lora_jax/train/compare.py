@@ -38,6 +38,7 @@ def compare(
     for note in model.notes:
         console.print(f"note: {note}")
     tokenizer = formats.load_tokenizer(source)
+    config = sets.settle_date(config, tokenizer, console)
     template = data.template_text(tokenizer, config.data.chat_template)
     prints = fingerprint.take(source, tokenizer, template)
     directories = {path: Path(path).expanduser() for path in paths}

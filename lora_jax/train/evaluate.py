@@ -212,6 +212,7 @@ def make_reader(
         system_prompt=task.system_prompt if task is not None else None,
         chat_template=settings.chat_template,
         chat_template_kwargs=settings.chat_template_kwargs,
+        template_date=settings.template_date,
         strip_thoughts=config.eval.strip_thoughts,
     )
 

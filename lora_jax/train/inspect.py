@@ -38,6 +38,7 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     source = formats.resolve(config.model, weights=False)
     config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
+    config = sets.settle_date(config, tokenizer, console)
     digest = fingerprint.tokenizer_digest(tokenizer)
     encoder = dataclasses.replace(
         sets.make_encoder(config, model, tokenizer, digest, console), vocab_size=None

@@ -67,11 +67,12 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     config, loaded = setup.continue_adapter(config, model)
     given = config.adapter
     if record is not None:
-        config = resume.with_ranks(record, config)
+        config = resume.with_date(record, resume.with_ranks(record, config))
         resume.check_config(record, config)
     found = setup.find_trainable(config, model)
     setup.check_attention(config, model, mesh, console)
     tokenizer = formats.load_tokenizer(source)
+    config = sets.settle_date(config, tokenizer, console)
     prints = setup.take_fingerprint(config, source, tokenizer, record)
     find_stops(config, model, tokenizer)  # refuses damaged files before anything slow
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)

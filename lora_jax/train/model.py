@@ -23,7 +23,7 @@ from lora_jax.models.common import Model
 # Settings of `data` that a model that classifies has no use for.
 _OF_TEXT = (
     *("prompt", "completion", "system_prompt", "chat_template", "chat_template_kwargs"),
-    "regression",
+    *("template_date", "regression"),
 )
 
 

@@ -68,6 +68,17 @@ def with_ranks(record: Mapping[str, Any], config: Config) -> Config:
     return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **ranks))
 
 
+def with_date(record: Mapping[str, Any], config: Config) -> Config:
+    """Return the config with the date that the run of `record` gives its chat template, unless the
+    config names one.
+    """
+    stored = record["config"]["data"].get("template_date")
+    if config.data.template_date is not None or stored is None:
+        return config
+    settings = dataclasses.replace(config.data, template_date=stored)
+    return dataclasses.replace(config, data=settings)
+
+
 def _named(config: Config, output: Path) -> str:
     if config.checkpoint_dir is None:
         return f"output_dir={str(output)!r}"
@@ -84,6 +95,8 @@ def check_config(record: Mapping[str, Any], config: Config) -> None:
     now = _flat(dataclasses.asdict(config))
     # A setting that did not exist at the time had the effect of its default.
     then = _flat(dataclasses.asdict(Config())) | _flat(record["config"])
+    if then["data.template_date"] is None:  # not known, or without effect: the data's digest tells
+        then["data.template_date"] = now["data.template_date"]
     # `data` and its like are parts of the fingerprint there; settings are named in full.
     allowed = (*_FREE, *(name for name in config.allow_change if name not in PRINTS))
     raise_all(

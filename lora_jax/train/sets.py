@@ -1,6 +1,7 @@
 """The data of a run: what it trains on, and what it is measured on."""
 
 import dataclasses
+import datetime
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax import data, demo
+from lora_jax import data, demo, hosts
 from lora_jax.config import Config, UserError, virtual_tokens
 from lora_jax.models.common import Model, foreign_token
 
@@ -144,11 +145,14 @@ class Encoder:
             examples, counts = build()
             notes: Sequence[str] = ()
         else:
+            template = data.template_text(self.tokenizer, settings.chat_template)
+            dated = self.labels is None and data.reads_date(template)
             key = {
                 "source": source,  # examples say where they came from
                 "data": data.digest_files(files),
                 "tokenizer": self.tokenizer_digest,
-                "template": data.template_text(self.tokenizer, settings.chat_template),
+                "template": template,
+                "date": (settings.template_date or today()) if dated else "",
                 "code": data.code_version(),
                 "settings": repr(
                     (
@@ -180,6 +184,7 @@ class Encoder:
             "system_prompt": settings.system_prompt,
             "chat_template": settings.chat_template,
             "chat_template_kwargs": settings.chat_template_kwargs,
+            "template_date": settings.template_date,
             "max_length": self.max_length,
             "too_long": settings.too_long,
             "on_bad_row": settings.on_bad_row,
@@ -210,6 +215,29 @@ def make_encoder(
     """The `Encoder` of a run with `model`."""
     vocab_size, labels = model.config.vocab_size, model.labels or None
     return Encoder(config, tokenizer, tokenizer_digest, console, vocab_size, labels)
+
+
+def today() -> str:
+    """The day on this machine, as YYYY-MM-DD."""
+    return datetime.date.today().isoformat()
+
+
+def settle_date(config: Config, tokenizer: Any, console: Console) -> Config:
+    """Return the config with the day that the chat template is given, where it reads one: all
+    that renders with this config renders alike, on every host and beyond midnight.
+
+    Raises:
+        UserError: the template cannot be read.
+    """
+    given = config.data.template_date
+    if not data.reads_date(data.template_text(tokenizer, config.data.chat_template)):
+        if given is not None:
+            console.print("note: data.template_date has no effect: the chat template reads no date")
+        return config
+    date = given or hosts.from_main(today)
+    console.print(f"note: the chat template reads the date, and gets data.template_date={date}")
+    settings = dataclasses.replace(config.data, template_date=date)
+    return dataclasses.replace(config, data=settings)
 
 
 def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: int) -> None:
