@@ -23,8 +23,8 @@ _TRAIN_HELP = """examples:
 
 Any setting of the YAML file can be overridden as key.sub=value; docs/configuration.md lists them
 all, and so does `python -m lora_jax.reference`. Rows are {"prompt": .., "completion": ..},
-{"messages": [..]} and others, in .jsonl, .csv, .parquet or on the hub. SIGTERM and Ctrl-C end a
-run with a checkpoint, and resume=true goes on from it.
+{"messages": [..]} and others, in .jsonl, .csv, .parquet or on the hub. SIGTERM, SIGHUP and Ctrl-C
+end a run with a checkpoint, and resume=true goes on from it.
 """
 _EVAL_HELP = """examples:
   lora-jax eval --config configs/quickstart.yaml --adapter runs/quickstart/adapter

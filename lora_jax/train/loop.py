@@ -50,7 +50,7 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     with hosts.joined(config.hosts):
         agree = hosts.agree if jax.process_count() > 1 else None
         console = console or metrics.make_console(quiet=not hosts.is_main())
-        with interrupt.catch(agree) as signals:
+        with interrupt.catch(agree, console.print) as signals:
             return _run(config, console, signals)
 
 

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from lora_jax.train import interrupt
 from lora_jax.train.interrupt import Interrupted, Signals, catch
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def send(number=signal.SIGTERM):
@@ -33,7 +34,7 @@ def handlers():
     assert after == own, "the handlers were not restored"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [*zip(NUMBERS, (0, 130, 0), strict=True)])
 def test_outside_held_a_signal_raises_at_once(number, status, handlers):
     with pytest.raises(Interrupted) as raised, catch():
         send(number)
@@ -64,25 +65,53 @@ def test_a_signal_that_waited_is_still_there_after_held():
         pytest.fail("it was forgotten")
 
 
-@pytest.mark.parametrize("second", NUMBERS)
-def test_a_second_signal_raises_at_once(second):
+@pytest.mark.parametrize("first", NUMBERS)
+def test_repetitions_do_not_disturb_what_ends_the_run(first):
+    """A scheduler, a terminal and a parent process may each pass the same signal on."""
+    saved = []
     with pytest.raises(Interrupted) as raised, catch() as signals, signals.held():
+        send(first)
+        for number in NUMBERS:
+            send(number)
+        try:
+            signals.check()
+        except Interrupted:
+            for number in NUMBERS:
+                send(number)
+            saved.append("whole")
+            raise
+    assert saved and str(raised.value) == first.name
+
+
+@pytest.fixture
+def deliberate(monkeypatch):
+    """Every repetition counts as one that comes late enough."""
+    monkeypatch.setattr(interrupt, "DELIBERATE", 0.0)
+
+
+@pytest.mark.parametrize("first", NUMBERS)
+def test_only_a_later_ctrl_c_gives_up_and_says_so(first, deliberate):
+    said = []
+    with pytest.raises(Interrupted) as raised, catch(say=said.append) as signals, signals.held():
+        send(first)
         send(signal.SIGTERM)
-        send(second)
-        pytest.fail("the second signal waited")
-    assert str(raised.value) == second.name
+        send(signal.SIGHUP)
+        hint = "; Ctrl-C again gives up what is not saved" * (first == signal.SIGINT)
+        assert said == [f"{first.name}: stopping after this step{hint}"]
+        send(signal.SIGINT)
+        pytest.fail("the second Ctrl-C waited")
+    assert raised.value.status == 130
+    assert said[1:] == ["stopping now: what was not saved yet is lost"]
 
 
-def test_a_second_signal_ends_the_clean_up_of_the_first():
-    with catch() as signals, signals.held():
-        with pytest.raises(Interrupted):
-            try:
-                send(signal.SIGTERM)
-                signals.check()
-            except Interrupted:
-                with pytest.raises(Interrupted, match="SIGINT"):
-                    send(signal.SIGINT)
-                raise
+def test_what_nohup_ignores_stays_ignored(handlers):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch():
+            send(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert handlers == []
 
 
 def test_free_raises_at_once_and_held_holds_again_after_it():
