@@ -212,7 +212,7 @@ def _tasks_here(environment: Any) -> int | None:
 
 
 def is_main() -> bool:
-    """Whether this is the process that logs and writes."""
+    """Return True for the process that logs and writes."""
     return jax.process_index() == 0
 
 
@@ -258,7 +258,7 @@ def leave(status: int) -> None:
 
 
 def failed() -> bool:
-    """Whether a run on several hosts has ended here with an error."""
+    """Return True if a run on several hosts has ended here with an error."""
     return _failed
 
 

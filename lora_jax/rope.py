@@ -44,7 +44,7 @@ _ABOVE_ZERO = ("rope_theta", "factor", "partial_rotary_factor", ORIGINAL)
 
 
 def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the values of the fields that a rope_type has."""
+    """Yield problems with the values of the fields that a rope_type has."""
     numbers = {name: parameters[name] for name in parameters if name not in ("rope_type", *_LISTS)}
     truncate = numbers.pop("truncate", True)
     if not isinstance(truncate, bool):
@@ -77,7 +77,7 @@ def _is_number(value: Any) -> bool:
 
 
 def rotary_features(head_dim: int, parameters: Mapping[str, Any]) -> int:
-    """How many features of a head are rotated, from the first on."""
+    """Count the features of a head that are rotated, from the first on."""
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
@@ -229,7 +229,7 @@ def _yarn(periods: np.ndarray, dim: int, parameters: Mapping[str, Any]) -> np.nd
 
 
 def attention_factor(parameters: Mapping[str, Any]) -> float:
-    """What cosines and sines are multiplied with."""
+    """Return the factor that cosines and sines are multiplied with."""
     given = parameters.get("attention_factor")
     match parameters["rope_type"]:
         case "yarn" | "longrope" if given is not None:

@@ -1,4 +1,4 @@
-"""What decoding refuses before it begins."""
+"""Refusals of decoding before it begins."""
 
 import pytest
 

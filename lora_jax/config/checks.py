@@ -1,4 +1,4 @@
-"""Which values are possible, and which go together. What needs the model is checked with it."""
+"""Checks of values, alone and together. What needs the model is checked with it."""
 
 import dataclasses
 import datetime
@@ -226,7 +226,7 @@ def _export_problems(config: Config) -> Iterable[str]:
 
 
 def _base_problems(config: Config) -> Iterable[str]:
-    """What does not go with the dtype of the base, or with the init."""
+    """Yield what does not go with the dtype of the base, or with the init."""
     if config.adapter.method == "full" and config.base_dtype in ("int8", "nf4"):
         yield (
             "adapter.method=full trains the weights themselves, and "
@@ -248,7 +248,7 @@ def _base_problems(config: Config) -> Iterable[str]:
 
 
 def merge_problem(config: Config) -> str | None:
-    """Why this run cannot be merged without a decision, or None."""
+    """Return why this run cannot be merged without a decision, or None."""
     chosen = config.export.quantized_base
     if config.base_dtype not in ("int8", "nf4"):
         return None

@@ -1,4 +1,4 @@
-"""What to do with a row that a chat template refuses: changes to the row, each of them tried.
+"""Remedies for a row that a chat template refuses: changes to the row, each of them tried.
 
 A change is advised only where the template takes the row changed so; another template is the
 remedy of every row.
@@ -13,7 +13,7 @@ from lora_jax.data.probe import has_thought
 from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 
 _ANOTHER = "use another data.chat_template"
-_MOST = 2  # changes that are told
+_MOST = 2  # changes named in an error
 
 Message = dict[str, Any]
 

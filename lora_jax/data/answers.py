@@ -18,17 +18,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.data.calls import canonical
-from lora_jax.data.dates import with_date
-from lora_jax.data.render import (
-    Template,
-    content,
-    read_template,
-    resolve_template,
-    with_kwargs,
-)
+from lora_jax.data.render import Template, content, with_kwargs
 from lora_jax.data.rows import Row
 from lora_jax.data.spans import to_text
-from lora_jax.data.templates import prompt_tokens
+from lora_jax.data.templates import find_template, prompt_tokens
 
 # What opens and closes a thought, by the models that write it so.
 THOUGHTS = (
@@ -86,7 +79,7 @@ class AnswerReader:
         return thought, canonical(answer) if _call_tools(rows) else answer
 
     def _reference(self, row: Row) -> str:
-        """The last supervised turn, as a generation of the same tokens is read."""
+        """Return the last supervised turn, read as a generation of the same tokens is."""
         template = self._template(row)
         full = with_kwargs(row, self.chat_template_kwargs)
         found = to_text(full, self.tokenizer, template, self.system_prompt)
@@ -95,16 +88,17 @@ class AnswerReader:
         return self._read(ids, found.text[: found.prompt_end], template)[1]
 
     def _template(self, row: Row) -> Template | None:
-        """What there is to know of the row's template; read once for each."""
+        """Return the row's template, read once for each source and arguments."""
         arguments = with_kwargs(row, self.chat_template_kwargs).chat_template_kwargs
         key = bool(row.tools), repr(arguments)
         if key not in self.templates:
-            source = resolve_template(self.tokenizer, self.chat_template, row.tools)
-            known = None
-            if source is not None:
-                source = with_date(source, self.template_date)
-                known = read_template(self.tokenizer, source, arguments)
-            self.templates[key] = known
+            self.templates[key] = find_template(
+                row,
+                self.tokenizer,
+                self.chat_template,
+                self.chat_template_kwargs,
+                self.template_date,
+            )
         return self.templates[key]
 
     def _read(
@@ -137,7 +131,7 @@ class AnswerReader:
 
 
 def _call_tools(rows: Sequence[Row]) -> bool:
-    """Whether an answer calls a tool, also one whose content has the call as text."""
+    """Return True if an answer calls a tool, or its content has a call as text."""
     answers = [row.to_supervised().messages[-1] for row in rows]
     return any(one.get("tool_calls") or "<tool_call>" in content(one) for one in answers)
 

@@ -27,7 +27,7 @@ _MACRO = (
 
 
 def reads_date(source: str) -> bool:
-    """Whether what a template renders depends on the day."""
+    """Return True if the text of a template depends on the day."""
     return _CLOCK in source
 
 
@@ -40,7 +40,7 @@ def with_date(source: str, date: str | None) -> str:
     if date is None or not reads_date(source):
         return source
     day = datetime.fromisoformat(date)
-    # "%%" is a percent sign, and what follows it no code.
+    # "%%" is a percent sign; the letter after it is no code.
     codes = [["%%", "\0"]]
     codes += [[code, day.strftime(code)] for code in sorted({*_DIRECTIVE.findall(source)})]
     return _MACRO % json.dumps([*codes, ["\0", "%"]]) + source

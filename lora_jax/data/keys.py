@@ -3,8 +3,8 @@
     is_harmless("created_at", value)   an id, a time, a source: left out
     check_keys(given, known)           any other key that is not known is refused by name
 
-A key is harmless by its name, or because its value is a date or a time. null and "" are as absent,
-and so are an empty list and an empty object under a key that is not known.
+A key is harmless by its name, or because its value is a date or a time. null and "" count as
+absent, and so do an empty list and an empty object under a key that is not known.
 """
 
 import datetime
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import nearest
-from lora_jax.data.rows import BadRow, Row, listed
+from lora_jax.data.rows import REASONING, BadRow, Row, listed
 
 # Identity, origin, time, language, statistics, and settings of the request that made an answer.
 HARMLESS = (
@@ -47,10 +47,9 @@ HARMLESS = (
     *("top_k", "max_tokens", "max_completion_tokens", "seed", "stream", "logprobs", "store"),
     *("finish_reason", "stop_reason", "parallel_tool_calls", "service_tier"),
 )
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 MESSAGE_KEYS = (
     *("role", "content", "train", "tool_calls", "tool_call_id", "name"),
-    *REASONING_KEYS,
+    *REASONING,
 )
 HARMLESS_ENDS = ("_id", "_uuid", "_at", "_date", "_time", "_timestamp", "_url", "_hash", "_version")
 _TIMES = (datetime.date, datetime.time, datetime.timedelta)
@@ -71,7 +70,7 @@ _REASONS = {
 class UnknownKeys(BadRow):
     """Keys of a record that are not known, or that cannot be used.
 
-    known: keys that would have been, to suggest one
+    known: keys that are understood, to suggest one
     about: the text before the keys
     """
 
@@ -89,12 +88,12 @@ class UnknownKeys(BadRow):
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value is as absent under a key that is not known."""
+    """Return True if a value counts as absent under a key that is not known."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def is_harmless(key: str, value: Any) -> bool:
-    """Return whether a key says nothing about the text of its record or message."""
+    """Return True if a key says nothing about the text of its record or message."""
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(" ", "_")
     return (
         plain in HARMLESS
@@ -158,5 +157,5 @@ def check_read(row: Row, template: str | None) -> None:
 
 
 def reads(template: str | None, name: str) -> bool:
-    """Return whether a name stands in the source of a chat template."""
+    """Return True if a name occurs in the source of a chat template."""
     return template is not None and re.search(rf"\b{re.escape(name)}\b", template) is not None

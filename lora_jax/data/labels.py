@@ -40,7 +40,7 @@ def parse_label_row(
     label: str,
     ignore_columns: Collection[str] = (),
 ) -> LabelRow:
-    """Return the row that a record stands for; `columns` of its text or pair, None: as in FORMS.
+    """Return the row of a record; `columns` of its text or pair, None: as in FORMS.
 
     Where the columns are not named, others are refused unless they are harmless or ignored, as
     `lora_jax.data.keys` has it.

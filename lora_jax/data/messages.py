@@ -20,15 +20,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import nearest
-from lora_jax.data.keys import MESSAGE_KEYS, REASONING_KEYS, is_empty, is_harmless
-from lora_jax.data.rows import ROLES, SYSTEM_ROLES, BadRow, kind, listed, printable
+from lora_jax.data.keys import MESSAGE_KEYS, is_empty, is_harmless
+from lora_jax.data.rows import REASONING, ROLES, SYSTEM_ROLES, BadRow, kind, listed, printable
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 _SPEAKERS |= {role: role for role in ROLES}
 _TRAIN = ("train", "training", "loss", "weight", "loss_weight", "loss_scale")
 _REFUSED = {
     "train_detail": "parts of a turn cannot be left out of the training",
-    "refusal": "what the assistant said stands in 'content'",
+    "refusal": "the answer belongs in 'content'",
     **dict.fromkeys(
         ("audio", "image", "images", "video", "videos", "files"), "only text can be read"
     ),
@@ -87,7 +87,7 @@ def _message(message: Any, name: str, first: bool, ignore: Collection[str]) -> d
 
 
 def _without_harmless(checked: dict[str, Any], name: str) -> dict[str, Any]:
-    for key in ("name", *REASONING_KEYS):
+    for key in ("name", *REASONING):
         if not isinstance(checked.get(key, ""), str):
             raise BadRow(f"{name}.{key} is {kind(checked[key])}, not a string")
     kept = {}
@@ -125,7 +125,7 @@ def _set_train(checked: dict[str, Any], name: str) -> None:
                 "trained on"
             )
     if len(set(map(bool, found.values()))) > 1:
-        raise BadRow(f"{name}: {' and '.join(map(repr, found))} say different things")
+        raise BadRow(f"{name}: {' and '.join(map(repr, found))} differ: keep one")
     if found:
         checked["train"] = bool(next(iter(found.values())))
 
@@ -134,7 +134,7 @@ def _set_train(checked: dict[str, Any], name: str) -> None:
 
 
 def _are_parts(content: Any) -> bool:
-    """Return whether a content is a list of parts, not a list that a tool returned."""
+    """Return True if a content is a list of parts, not a list that a tool returned."""
     return isinstance(content, list) and any(
         isinstance(part, dict)
         and isinstance(part.get("type"), str)
@@ -204,13 +204,18 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
     if value is None or value == "":
         return {}
     if isinstance(value, str):
-        value = _parsed(value, f"{name}.arguments")
+        value = parse_json(value, f"{name}.arguments")
     if not isinstance(value, dict):
         raise BadRow(f"{name}.arguments is {kind(value)}, not an object, nor JSON text of one")
     return value
 
 
-def _parsed(text: str, name: str) -> Any:
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON text of a record; `name` is that of its place in messages.
+
+    Raises:
+        BadRow: it is no JSON.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -228,7 +233,7 @@ def tools_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if key == "functions" and not is_empty(given.get("tools")):
         raise BadRow("'tools' and 'functions' are both there: keep one")
     if isinstance(value, str):
-        value = _parsed(value, repr(key)) if value else None
+        value = parse_json(value, repr(key)) if value else None
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -247,7 +252,7 @@ def _tool(tool: Any, name: str) -> dict[str, Any]:
     if not isinstance(function.get("name", ""), str) or ("function" in tool and not function):
         raise BadRow(f"{name} has no function with a 'name' that is a string")
     if isinstance(function.get("parameters"), str):
-        function["parameters"] = _parsed(function["parameters"], f"{name}.parameters")
+        function["parameters"] = parse_json(function["parameters"], f"{name}.parameters")
     if not isinstance(function.get("parameters", {}), dict):
         raise BadRow(f"{name}.parameters is {kind(function['parameters'])}, not an object")
     return tool | {"function": function} if "function" in tool else function
@@ -260,7 +265,7 @@ def from_sharegpt(value: Any) -> Any:
     """Return the turns with "from" as messages, the others as they are, for `messages_of`.
 
     Raises:
-        BadRow: a turn by nobody known, or without a text.
+        BadRow: a turn of an unknown speaker, or without a text.
     """
     if not isinstance(value, list):
         return value
@@ -272,7 +277,7 @@ def from_sharegpt(value: Any) -> Any:
             if not isinstance(speaker, str):
                 raise BadRow(f"{name}.from is {kind(speaker)}, not a string")
             if speaker in ("function_call", "tool_call"):
-                said = _parsed(said, f"{name}.value") if isinstance(said, str) else said
+                said = parse_json(said, f"{name}.value") if isinstance(said, str) else said
                 calls = said if isinstance(said, list) else [said]
                 turn = others | {"role": "assistant", "content": "", "tool_calls": calls}
             elif speaker not in _SPEAKERS:

@@ -2,7 +2,7 @@
 
     (row,) = parse_rows({"prompt": "2+2?", "completion": "4"}, where="train.jsonl:1")
 
-The keys of a record tell its form. The first of these whose keys are all there, and not null, is
+The keys of a record decide its form. The first of these whose keys are all there, and not null, is
 taken. docs/data.md lists every key, and who writes it.
 
     columns named in data.prompt or data.completion     a user turn and its answer
@@ -38,7 +38,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_jax.data.keys import check_keys
-from lora_jax.data.messages import from_sharegpt, messages_of, tools_of
+from lora_jax.data.messages import from_sharegpt, messages_of, parse_json, tools_of
 from lora_jax.data.named_columns import columns, fill
 from lora_jax.data.rows import (
     SYSTEM_ROLES,
@@ -48,7 +48,6 @@ from lora_jax.data.rows import (
     TextRow,
     kind,
     listed,
-    printable,
 )
 from lora_jax.data.token_rows import KEYS as TOKEN_KEYS
 from lora_jax.data.token_rows import token_rows
@@ -82,7 +81,7 @@ def parse_rows(
     completion: str | None = None,
     ignore_columns: Collection[str] = (),
 ) -> tuple[AnyRow, ...]:
-    """Return the row that a record stands for, or the several of packed tokens; `prompt`,
+    """Return the row of a record, or the several rows of packed tokens; `prompt`,
     `completion` and `ignore_columns` as in the module's text.
 
     Raises:
@@ -126,7 +125,7 @@ def parse_row(
     completion: str | None = None,
     ignore_columns: Collection[str] = (),
 ) -> AnyRow:
-    """Return the one row that a record stands for, as `parse_rows` does.
+    """Return the one row of a record, as `parse_rows` does.
 
     Raises:
         BadRow: as `parse_rows`; packed tokens, which make several rows.
@@ -197,12 +196,7 @@ def _tells_tools(first: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value else None
-        except (ValueError, RecursionError) as error:
-            raise BadRow(
-                f"'chat_template_kwargs' is a string that is no JSON: {printable(str(error))}"
-            ) from error
+        value = parse_json(value, "'chat_template_kwargs'") if value else None
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -213,13 +207,13 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
 
 
 def _check_requests(given: Mapping[str, Any]) -> None:
-    """Refuse what would have an answer take another form than the conversation tells."""
+    """Refuse requests for another form of the answer than the conversation has."""
     for key in ("tool_choice", "function_call", "response_format"):
         value = given.get(key, "")
         kept = value.get("type") if isinstance(value, dict) else value
         wanted = "text" if key == "response_format" else "auto"
         if not isinstance(kept, str) or kept not in ("", wanted):
-            raise BadRow(f"{key!r} is set: no chat template is told of it; leave it out of the row")
+            raise BadRow(f"{key!r} is set: no chat template reads it; leave it out of the row")
 
 
 def _prompt_completion(given: Mapping[str, Any], ignore: Collection[str]) -> list[dict[str, Any]]:
@@ -270,7 +264,7 @@ def _turns(*pairs: Sequence[str]) -> list[dict[str, Any]]:
 def _text_row(given: Mapping[str, Any], where: str) -> TextRow:
     others = [key for key in _HALVES if key in given]
     if others:
-        raise BadRow(f"'text' beside {others[0]!r} could mean two things; {_needed(dict(given))}")
+        raise BadRow(f"'text' next to {others[0]!r} could mean two things; {_needed(dict(given))}")
     text = given["text"]
     if not isinstance(text, str):
         raise BadRow(f"'text' is {kind(text)}, not a string")
@@ -281,7 +275,7 @@ def _text_row(given: Mapping[str, Any], where: str) -> TextRow:
 
 
 def _check_text(value: Any) -> None:
-    """Raise what no tokenizer or template could take: lone surrogates, values outside JSON."""
+    """Refuse what no tokenizer or template accepts: lone surrogates, values outside JSON."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud800" is JSON but no text

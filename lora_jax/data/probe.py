@@ -28,7 +28,7 @@ _THOUGHT = re.compile(
 
 
 class Part(NamedTuple):
-    """One text of a conversation, and the mark that stands for it in the probe."""
+    """One text of a conversation, and its mark in the probe."""
 
     turn: int  # index of its message
     label: str  # for error messages
@@ -146,7 +146,7 @@ class _Marks:
 
 
 def probe(messages: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Part]]:
-    """The messages with marks in place of their texts, and the parts that the marks stand for."""
+    """The messages with marks in place of their texts, and the parts that they replace."""
     marks = _Marks()
     return [marks.message(i, message) for i, message in enumerate(messages)], marks.parts
 
@@ -210,7 +210,7 @@ def lost_in_order(text: str, parts: Sequence[Part], trained: Collection[int]) ->
 
 
 def holds(text: str, value: Any) -> bool:
-    """Whether a text holds a value in one of the forms in which templates write it."""
+    """Return True if a text holds a value in one of the forms in which templates write it."""
     squeezed = squeeze(text)
     return any(form in squeezed for form in _forms(value))
 
@@ -221,17 +221,17 @@ def squeeze(text: str) -> str:
 
 
 def has_thought(text: str) -> bool:
-    """Whether a content has the tag that ends a thought."""
+    """Return True if a content has the tag that ends a thought."""
     return any(tag.group(2) for tag in _tags(text))
 
 
 def opened_thoughts(text: str) -> int:
-    """How many tags of a text open a thought."""
+    """Count the tags of a text that open a thought."""
     return sum(tag.group(1) is not None for tag in _tags(text))
 
 
 def opens_thought(text: str) -> bool:
-    """Whether a text ends in a tag that opens a thought."""
+    """Return True if a text ends in a tag that opens a thought."""
     return any(tag.group(1) and tag.end() == len(text) for tag in _tags(text))
 
 

@@ -203,7 +203,7 @@ def _records_of(
 
 
 def _decoder(schema: Any) -> Callable[[dict], dict]:
-    """What `datasets` writes as JSON in a string, where values differ in type, becomes values."""
+    """Return a parser of the JSON text that `datasets` writes where values differ in type."""
     if "arrow.json" not in str(schema):
         return dict
     from datasets import Features

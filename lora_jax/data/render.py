@@ -1,6 +1,6 @@
 """Chat templates: where they come from, what they write around an answer, rendering with them.
 
-A template is a program that others wrote: whatever it raises is told as a refusal of the row.
+A template is a program that others wrote: whatever it raises is reported as a refusal of the row.
 `chat_template` is None for the tokenizer's own, the path of a Jinja file, or "none" for plain text.
 """
 
@@ -100,7 +100,7 @@ def template_text(tokenizer: Any, chat_template: str | None) -> str:
 def read_template(
     tokenizer: Any, source: str, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> Template:
-    """What there is to know about a template before rows are rendered with it."""
+    """Return the `Template` of a source, read once for each tokenizer and arguments."""
     special = special_tokens(tokenizer)
     arguments = dict(chat_template_kwargs or {})
     given = json.dumps(arguments, sort_keys=True, default=str)
@@ -408,7 +408,7 @@ def name(tokenizer: Any) -> str:
 
 
 def _marked(source: str) -> bool:
-    """Whether there are {% generation %} blocks, all of them where their positions can be told."""
+    """Return True if there are {% generation %} blocks and the positions of all can be found."""
     depth, inside = 0, []
     for opens, closes, _ in _TAGS.findall(re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)):
         depth += bool(opens) - bool(closes)

@@ -1,4 +1,4 @@
-"""What a row of data can be: a conversation, a text, or tokens with weights of their own.
+"""Kinds of rows: a conversation, a text, tokens with weights of their own, or a text and its label.
 
 `lora_jax.data.parse` says which records become one.
 """
@@ -74,7 +74,7 @@ AnyRow = Row | TextRow | TokenRow | LabelRow
 
 
 class BadRow(Exception):
-    """What is wrong with one record, without its place."""
+    """A problem with one record, without its place."""
 
 
 def kind(value: Any) -> str:

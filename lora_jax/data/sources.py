@@ -4,7 +4,7 @@
     read("org/name:train[:10%]", prompt="{question}", completion="{answer}")
     for where, record, problem in records("huge.jsonl", start=5_000_000): ...
 
-A source is one of, and what stands first wins:
+A source is one of these; the first that fits is taken:
 
     demo:NAME                       as `lora_jax.demo` has it
     FILE                            .json, .jsonl, .csv, .tsv (also with .gz), .parquet, .arrow
@@ -18,7 +18,7 @@ A .json file holds a list of objects, or {"data": [..]}. The first line of a .cs
 its columns. A file without records is an error, as is one that cannot be read to its end. In tables
 of Arrow and Parquet, null inside a value stands for what is absent.
 
-What a record may be is told by `lora_jax.data.parse`.
+`lora_jax.data.parse` defines what a record may be.
 """
 
 import glob
@@ -52,7 +52,7 @@ _PROBLEMS = 10  # shown; the others are counted
 
 @dataclass(frozen=True)
 class Rows:
-    """What `read` found."""
+    """Rows that `read` found."""
 
     rows: list[AnyRow]
     dropped: int  # records left out under on_bad_row="drop"
@@ -133,7 +133,7 @@ def records(source: str | Path, start: int = 0) -> Iterator[Record]:
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether `source` is of the form org/name[/CONFIG][:SPLIT], and no file or directory."""
+    """Return True if `source` is org/name[/CONFIG][:SPLIT], and no file or directory."""
     return _HUB_NAME.fullmatch(source) is not None and not os.path.exists(source)
 
 

@@ -15,7 +15,7 @@ are. So conversations are accepted whose history the template rewrites.
 A middle answer without an end mark ends in the special token that follows it: the mark of the next
 role, at which a generation stops.
 
-A row is refused where neither tells the answer from its prompt, and where a part of it would be
+A row is refused where neither separates the answer from its prompt, and where a part of it would be
 lost, moved or repeated (`lora_jax.data.probe`): every turn of the context, every thought and call
 of an answer, the tools. The error names changes to the row that were tried
 (`lora_jax.data.advice`). Special tokens in a content are tokenised as such; what is supervised
@@ -66,14 +66,14 @@ class Text:
     text: str
     spans: list[Span]  # supervised, in order
     prompt_end: int  # where the last supervised turn begins
-    closing: frozenset[int]  # tokens that end an answer; EOS goes where none of them stands
+    closing: frozenset[int]  # tokens that end an answer; EOS is added where there is none
     bos: bool  # BOS goes before it where the tokenizer would add it; templates write their own
     empty: bool = False  # an answer has no text, thought or call: its end alone is supervised
     unended: bool = False  # an answer before the last one has no end that could be supervised
 
 
 class _Refused(UserError):
-    """A refusal of a row without what to do; `cause` names its kind."""
+    """A refusal of a row, still without a remedy; `cause` names its kind."""
 
     def __init__(self, text: str, cause: str):
         super().__init__(text)
@@ -202,12 +202,12 @@ def _rendered(
 
 
 def _turns(chat: _Chat, trained: Sequence[int]) -> list[tuple[int, list[Span]]]:
-    """What is supervised of each trained turn."""
+    """Return the supervised spans of each trained turn."""
     return list((_marked_spans if chat.template.marked else _split_spans)(chat, trained))
 
 
 def _shape(row: Row, marked_copy: Sequence[Any]) -> str:
-    """All of a row that decides which of its parts a template writes."""
+    """Return a key of all that decides which parts of a row a template writes."""
     train = [message.get("train", True) for message in row.messages]
     return repr((marked_copy, train, dataclasses.replace(row, messages=(), where="")))
 
@@ -259,7 +259,7 @@ def _split_spans(chat: _Chat, trained: Sequence[int]) -> Iterator[tuple[int, lis
 
 
 def _turn_end(chat: _Chat, i: int, start: int) -> int | None:
-    """Where turn `i`, which begins at `start`, ends in the text; None if that cannot be told."""
+    """Return the end of turn `i`, which begins at `start`, in the text; None if it is not found."""
     text, template = chat.text, chat.template
     if i == len(chat.messages) - 1:
         return max(start, len(text.rstrip()))
@@ -288,7 +288,7 @@ def _with_end(chat: _Chat, i: int, start: int, end: int) -> int:
 
 
 def _ends(chat: _Chat, span: Span) -> bool:
-    """Whether what is supervised of an answer ends in a token that ends answers."""
+    """Return True if the supervised span of an answer ends in a token that ends answers."""
     eos = chat.tokenizer.eos_token
     ends = (*chat.template.ends, eos) if eos else chat.template.ends
     return chat.text[span[0] : span[1]].endswith(ends)
@@ -345,7 +345,7 @@ def _marks_by_turn(
 
 
 def _marked_begin(chat: _Chat, i: int, prompt: str, start: int, before: int) -> int:
-    """Where the answer of turn `i` begins, whose block begins at `start`: after its prompt.
+    """Return the start of the answer of turn `i`, whose block begins at `start`: after its prompt.
 
     `before`: where the blocks of earlier turns end.
     """

@@ -71,7 +71,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows of a data set."""
+    """Counts of the rows of a data set that were kept, cut and left out."""
 
     examples: int  # rows kept
     supervised_tokens: int  # of the kept rows
@@ -160,7 +160,7 @@ def encode_all(
 
 
 def nothing_left(rows: int, counts: Counts, max_length: int, too_long: str) -> UserError:
-    """What to raise where none of some rows became an example."""
+    """Return the error for rows of which none became an example."""
     return UserError(
         f"no example is left of {rows} rows: the longest has {counts.longest} tokens, "
         f"data.max_length={max_length}, data.too_long={too_long!r}"
@@ -221,13 +221,13 @@ def stop_tokens(
 
 
 def prompt_key(example: Example) -> bytes:
-    """What stands before the first supervised token: equal for examples that ask the same."""
+    """Return the tokens before the first supervised one: equal for examples that ask the same."""
     first = int(np.argmax(example.loss_weights > 0))
     return example.tokens[:first].tobytes()
 
 
 def has_prompt(example: Example) -> bool:
-    """Whether an example asks something, as a plain text does not.
+    """Return True if an example asks something, as a plain text does not.
 
     A first token is never supervised, so it alone is no prompt.
     """
@@ -246,19 +246,14 @@ def encode_rows(
     too_long: str = "truncate",
     on_bad_row: str = "error",
 ) -> tuple[list[Example], Counts]:
-    """As `encode_all`, but no example need be left."""
+    """Do the same as `encode_all`, except that no example need be left."""
     templates: dict[tuple, Template | None] = {}
     for row in rows:
         if isinstance(row, Row) and (key := _template_key(row)) not in templates:
             check_kwargs(tokenizer, chat_template, chat_template_kwargs)
-            source = resolve_template(tokenizer, chat_template, row.tools)
-            options = with_kwargs(row, chat_template_kwargs).chat_template_kwargs
-            known = None
-            if source is not None:
-                check_repeatable(source, name(tokenizer))
-                source = with_date(source, template_date)
-                known = read_template(tokenizer, source, options)
-            templates[key] = known
+            templates[key] = find_template(
+                row, tokenizer, chat_template, chat_template_kwargs, template_date
+            )
     ready, usable, problems = [], [], []
     unread: list[tuple[str, str | BadRow]] = []
     for row in rows:
@@ -327,6 +322,26 @@ def encode_rows(
     )
 
 
+def find_template(
+    row: Row,
+    tokenizer: Any,
+    chat_template: str | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    template_date: str | None,
+) -> Template | None:
+    """Return the template that renders a row; None for plain text.
+
+    Raises:
+        UserError: a bad chat template, or one that uses chance.
+    """
+    source = resolve_template(tokenizer, chat_template, row.tools)
+    if source is None:
+        return None
+    check_repeatable(source, name(tokenizer))
+    arguments = with_kwargs(row, chat_template_kwargs).chat_template_kwargs
+    return read_template(tokenizer, with_date(source, template_date), arguments)
+
+
 def _template_key(row: Row) -> tuple[bool, str]:
     """Return what decides the template of a row, which may be another one for rows with tools."""
     return bool(row.tools), repr(row.chat_template_kwargs)
@@ -343,7 +358,7 @@ def _unsupervised(row: AnyRow) -> str:
 
 def _as_given(row: TokenRow) -> Example:
     weights = np.asarray(row.loss_weights, np.float32)
-    weights[:1] = 0  # nothing stands before it to predict it from
+    weights[:1] = 0  # no token before it predicts it
     return Example(np.asarray(row.tokens, np.int32), weights, row.where)
 
 
@@ -374,7 +389,7 @@ def _examples(
                         f"{name(tokenizer)} has no EOS token to end it with"
                     )
                 ids, weights = [*ids, tokenizer.eos_token_id], np.append(weights, np.float32(1))
-            weights[:1] = 0  # nothing stands before it to predict it from
+            weights[:1] = 0  # no token before it predicts it
             yield Example(np.asarray(ids, np.int32), weights, row.where), aligned
 
 

@@ -2,7 +2,7 @@
 
     {"input_ids": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]}   ->  5 6 7  and  8 9
 
-The sequences are told by any of these, which must agree where there are several:
+Any of these gives the sequences; where there are several, they must agree:
 
     position_ids                               0, 1, 2, 0, 1: 0 begins a sequence
     seq_lengths, seq_lens, seqlens,            3, 2
@@ -71,7 +71,7 @@ def token_rows(given: dict, where: str) -> tuple[TokenRow, ...]:
 
 
 def _sequences(given: dict, length: int) -> tuple[list[bool], list[int]]:
-    """Return which tokens are no padding, and where sequences begin among these."""
+    """Return a flag for each token that is no padding, and the starts of sequences among these."""
     numbers: dict[str, list[int]] = {}  # of each token's sequence, 0 for padding
     if "attention_mask" in given:
         numbers["attention_mask"] = _mask_numbers(given["attention_mask"], length, given)
@@ -85,7 +85,7 @@ def _sequences(given: dict, length: int) -> tuple[list[bool], list[int]]:
     starts = {
         key: _changes([column[i] for i in kept])
         for key, column in numbers.items()
-        # A mask of ones and zeros tells padding and nothing else.
+        # A mask of ones and zeros marks padding and nothing else.
         if key != "attention_mask" or max(column) > 1
     }
     if "position_ids" in given:
@@ -97,7 +97,7 @@ def _sequences(given: dict, length: int) -> tuple[list[bool], list[int]]:
     first, *others = starts or {"": [0]}
     for other in others:
         if starts[other] != starts[first]:
-            raise BadRow(f"{first!r} and {other!r} tell different sequences")
+            raise BadRow(f"{first!r} and {other!r} give different sequences: keep the right one")
     return there, starts[first] if starts else [0]
 
 
@@ -205,7 +205,7 @@ def _loss_weights(given: dict, tokens: list[int]) -> list[float]:
             if label not in (_UNSUPERVISED, token):
                 raise BadRow(
                     f"labels[{index}] is neither {_UNSUPERVISED} nor input_ids[{index}]: labels "
-                    "stand at their own token, not at the one before"
+                    "belong to their own token, not to the one before"
                 )
         return [float(label != _UNSUPERVISED) for label in labels]
     mask = _numbers(given, names[0], {int, bool}, len(tokens))

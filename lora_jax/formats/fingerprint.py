@@ -1,4 +1,4 @@
-"""What an adapter was trained on, in a few digests: base weights, tokenizer, chat template.
+"""Digests of what an adapter was trained on: base weights, tokenizer, chat template.
 
     fingerprint = {"base": "9f2c..", "tokenizer": "41aa..", "template": "c07e.."}
 
@@ -75,7 +75,7 @@ def _copied_head(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Where the bytes of each tensor lie in a safetensors file, from its header."""
+    """Offsets of the bytes of each tensor in a safetensors file, from its header."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(length))

@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face file make up which leaf of the tree.
+"""Names: the tensors of a Hugging Face file that make up each leaf of the tree.
 
 model/layers/self_attn/q_proj/kernel             (layers, in, out)
     model.layers.3.self_attn.q_proj.weight       (out, in), one per layer

@@ -102,7 +102,7 @@ def write_adapter(
 
 
 def peft_problems(found: Trainable) -> list[str]:
-    """Why these adapters have no form in PEFT, each with what to do; empty if they have one."""
+    """List why these adapters have no form in PEFT, with remedies; empty if they have one."""
     config = found.config
     if config.method == "full":
         return ["method=full trains the model itself, which is no adapter; use --format hf"]

@@ -1,9 +1,9 @@
-"""Embeddings and heads that PEFT saves whole without a word of them in adapter_config.json.
+"""Embeddings and heads that PEFT saves whole and does not name in adapter_config.json.
 
     base_model.model.model.embed_tokens.weight               after resize_token_embeddings
     base_model.model.model.embed_tokens.base_layer.weight    under an adapter of the embedding
 
-`peft` puts them into the base when it loads the adapter. Those equal to the base say nothing; any
+`peft` puts them into the base when it loads the adapter. Those equal to the base are left out; any
 other becomes a module of `modules_to_save`.
 """
 
@@ -67,8 +67,8 @@ def with_saved_modules(
     dropped = {key for name, key in found.items() if name in same}
     kept = {name: key for name, key in plain.items() if name not in same}
     rest = {key: value for key, value in tensors.items() if key not in dropped}
-    if told := sorted(set(plain) & same):
-        hosts.note(f"{file} holds {' and '.join(told)} as in the base; left out")
+    if equal := sorted(set(plain) & same):
+        hosts.note(f"{file} holds {' and '.join(equal)} as in the base; left out")
     if not kept:
         return rest, config
     hosts.note(
@@ -134,7 +134,7 @@ def _is_same(stored: np.ndarray, value: np.ndarray, path: tree.Path, rounded: bo
 def _base_values(
     paths: set[tree.Path], params: Mapping, base: Model | None
 ) -> dict[tree.Path, np.ndarray]:
-    """The weights of the base in float32; empty if they are not at hand."""
+    """The weights of the base in float32; empty if they are not available."""
     leaves = tree.flatten(params)
     if not any(isinstance(leaves[path], jax.ShapeDtypeStruct) for path in paths):
         return {path: np.asarray(leaves[path], np.float32) for path in paths}

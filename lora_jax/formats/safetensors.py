@@ -45,9 +45,10 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
     """The parameters of `model`, read slice by slice straight to their place on the mesh.
 
     `dtype` None keeps the dtype of the files. "nf4" and "int8" quantise the kernels of the blocks
-    and keep embeddings, norms, biases and the output head as they are in the files; one tensor of
-    floats at a time stands in host memory then, and one quantised leaf. Otherwise no more than one
-    device's share of one leaf does. Heads that the files lack start at random (`missing_heads`).
+    and keep embeddings, norms, biases and the output head as they are in the files; host memory
+    then holds one tensor of floats at a time, and one quantised leaf. Otherwise it holds no more
+    than one device's share of one leaf. Heads that the files lack start at random
+    (`missing_heads`).
 
     Raises:
         UserError: tensors that are missing, unexpected, mis-shaped or not finite, all of them
@@ -191,7 +192,7 @@ def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
     if cast not in FLOATS.values():
         floats = [stored.name for stored in FLOATS.values()]
         raise UserError(
-            f"dtype={dtype!r} is not how weights can be stored; there are: "
+            f"dtype={dtype!r} is no dtype that weights can be stored in; these are: "
             f"{', '.join([*floats, *SCHEMES])}, and None for the dtype of the files."
             + nearest(str(dtype), [*floats, *SCHEMES])
         )
@@ -237,8 +238,8 @@ def _part_reader(
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """As `np.empty`, on a boundary of 64 bytes: the CPU backend takes such an array over as it is,
-    where it would copy another and have the largest leaf in memory twice.
+    """Return `np.empty` on a boundary of 64 bytes. The CPU backend uses such an array as it is; it
+    would copy another, with the largest leaf in memory twice.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)
@@ -290,8 +291,8 @@ def _cpu() -> Any:
 
 
 def _place_parts(leaf: QuantizedWeight, spec: PartitionSpec, mesh: Mesh) -> QuantizedWeight:
-    """Put the arrays of a leaf on the mesh, each as its kernel lies; an axis that a dimension does
-    not divide is left out.
+    """Put the arrays of a leaf on the mesh, each sharded as its kernel; an axis that a dimension
+    does not divide is left out.
     """
 
     def place(part: np.ndarray) -> jax.Array:

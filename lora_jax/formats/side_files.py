@@ -89,7 +89,7 @@ def load_tokenizer(directory: Path) -> Any:
 @contextmanager
 def _unmarked(directory: Path) -> Iterator[Path]:
     """The directory, or copies of its small files where any has a byte order mark."""
-    files = [file for file in _find(directory, ("config.json", *SIDE_FILES))]
+    files = _find(directory, ("config.json", *SIDE_FILES))
     if not any(_is_marked(directory / file) for file in files):
         yield directory
         return
@@ -106,7 +106,7 @@ def stop_tokens(directory: Path) -> list[int]:
     """The EOS ids that generation_config.json and config.json name.
 
     Raises:
-        UserError: a file that cannot be read, or ids that are none.
+        UserError: a file that cannot be read, or values that are no token ids.
     """
     found = {token for name in _configs(directory) for token in read_eos(directory / name)}
     return sorted(found)
@@ -156,7 +156,7 @@ def read_eos(file: Path) -> list[int]:
     """The ids that a JSON file has under `eos_token_id`, in their order.
 
     Raises:
-        UserError: the file cannot be read, or they are no ids.
+        UserError: the file cannot be read, or the values are no token ids.
     """
     value = read_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -168,7 +168,7 @@ def read_eos(file: Path) -> list[int]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Sorted keys and a closing newline, so that equal content gives equal bytes."""
+    """Write JSON with sorted keys and a closing newline: equal content gives equal bytes."""
     file.write_text(
         json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -194,7 +194,7 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers."""
+    """Return True if two tensors hold the same numbers."""
     states = [
         (tensor.file.stat().st_mtime_ns, tensor.file.stat().st_size) for tensor in (one, other)
     ]

@@ -1,4 +1,4 @@
-"""Answers to prompts, from files: what `lora-jax generate` does."""
+"""Answers to prompts, from files, for `lora-jax generate`."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""What every family shares: the `Model` value, the scan over stacked layers, and the decoder that
-Llama, Mistral, Qwen, Gemma, Phi and OLMo vary.
+"""Parts that every family shares: the `Model` value, the scan over stacked layers, and the decoder
+that Llama, Mistral, Qwen, Gemma, Phi and OLMo vary.
 
 model / embed_tokens / embedding                        (vocab, d)
 model / layers / {input,post_attention}_layernorm / scale   (layers, d)
@@ -87,7 +87,7 @@ def scan_layers(
 
 @dataclass(frozen=True)
 class Names:
-    """Where the tensors of a family's files are not named as the paths of its tree."""
+    """Names of tensors in a family's files, where they are not the paths of its tree."""
 
     base: str = "model."  # prefix that files of the bare model leave out
     no_weights: str = r".*rotary_emb\.inv_freq"  # regex of tensors that hold none
@@ -116,12 +116,12 @@ class Model:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What it tells apart, of a model that classifies; empty for one that writes text."""
+        """The classes of a classifier; empty for a model that writes text."""
         return getattr(self.config, "labels", ())
 
     @property
     def learned_positions(self) -> int | None:
-        """How many tokens a text can have, where every position has a row of its own."""
+        """The most tokens that a text can have, where every position has a row of its own."""
         return getattr(self.config, "learned_positions", None)
 
     def check_tokens(self, tokens: Any, what: str = "tokens") -> None:
@@ -260,7 +260,7 @@ def read_decoder(
     class in transformers; `sizes` are those of vocab_size, hidden_size, intermediate_size,
     num_hidden_layers and num_attention_heads.
 
-    `slides` tells the layers with a window, if `layer_types` does not. Without it the family has a
+    `slides` names the layers with a window, if `layer_types` does not. Without it the family has a
     window in all layers or in none, and `layer_types` is not read.
     """
     names = ("vocab_size", "hidden_size", "intermediate_size")
@@ -298,7 +298,7 @@ def read_decoder(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What the attention of a layer needs to know of where the tokens stand."""
+    """Inputs of the attention of a layer that follow from the places of the tokens."""
 
     cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
     masks: Any  # of every block of keys: (b, t, s), or the `Sight` of a fused kernel
@@ -308,7 +308,7 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """How a layer's router spread the tokens over its experts; sums over them."""
+    """Sums over the tokens that a layer's router sent to its experts."""
 
     load: jax.Array  # (experts,): how often each was chosen
     probabilities: jax.Array  # (experts,)

@@ -80,7 +80,7 @@ class Config:
 
     @property
     def learned_positions(self) -> int:
-        """How many tokens a text can have."""
+        """The most tokens that a text can have."""
         return self.max_position_embeddings
 
 

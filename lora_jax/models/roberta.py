@@ -28,7 +28,7 @@ NAMES = Names(
 class Config(bert.Config):
     @property
     def learned_positions(self) -> int:
-        """How many tokens a text can have: the first rows belong to padding."""
+        """The most tokens that a text can have: the first rows belong to padding."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
 

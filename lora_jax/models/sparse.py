@@ -37,7 +37,7 @@ def note_router_loss(reader: ConfigReader) -> None:
 
 
 def read_chosen(reader: ConfigReader, experts: int, default: int) -> int:
-    """How many experts every token goes through."""
+    """Read the number of experts that every token goes through."""
     chosen = reader.integer("num_experts_per_tok", default)
     if chosen > experts:
         reader.refuse(f"num_experts_per_tok={chosen} is above the number of experts, {experts}")

@@ -46,7 +46,7 @@ def plan_parameters(parameters: float, as_json: bool = False) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a run would be: a TPU slice, or so many devices like those here."""
+    """Devices of a planned run: a TPU slice, or so many devices like those here."""
 
     topology: Topology | None
     devices: int
@@ -190,7 +190,7 @@ def _override(config: Config, one: Candidate) -> Config:
 
 
 def find_notes(program: Program) -> Iterator[str]:
-    """What the mesh cannot do for this model, though it is no mistake."""
+    """Find what the mesh cannot do for this model, though it is no mistake."""
     tensor = program.mesh.shape["tensor"]
     yield from head_notes(program.model, tensor)
     for path, leaf in tree.flatten(program.model.params).items():

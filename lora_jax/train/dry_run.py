@@ -1,4 +1,4 @@
-"""What a config would train, from shapes alone: no weights, no data, no tokenizer."""
+"""Preview of what a config trains, from shapes alone: no weights, no data, no tokenizer."""
 
 import math
 from collections.abc import Sequence

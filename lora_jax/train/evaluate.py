@@ -66,7 +66,7 @@ def generate_all(
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of adapters reaches on the held-out data."""
+    """Results of a set of adapters on the held-out data."""
 
     losses: Mapping[str, float]  # nats per supervised token: task, regression
     metrics: Mapping[str, float]  # of the answers, by the names of eval.metrics

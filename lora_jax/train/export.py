@@ -34,7 +34,7 @@ def own_template(config: Config) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide the numbers."""
+    """Versions of the packages that affect numerical results."""
     return {name: version(name) for name in ("lora_jax", "jax", "flax", "optax")}
 
 

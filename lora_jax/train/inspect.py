@@ -1,4 +1,4 @@
-"""What a run would train on: examples as the model sees them, and numbers about all of them.
+"""Preview of a run's data: examples as the model sees them, and numbers about all of them.
 
     report = inspect(config, console)  # trains nothing, loads no weights
     print_report(report, Console())
@@ -130,7 +130,7 @@ def find_repeats(examples: Iterable[data.Example]) -> list[Pair]:
 
 
 def find_overlap(examples: Iterable[data.Example], training: Sequence[data.Example]) -> Overlap:
-    """Which examples stand among those of `training`, wholly or with another answer.
+    """Find examples that are among those of `training`, wholly or with another answer.
 
     A plain text asks nothing: it has no prompt to be the same.
     """

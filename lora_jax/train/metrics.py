@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, the progress bar, the closing table, the loss plot,
+"""Output of a run: metrics.jsonl, the progress bar, the closing table, the loss plot,
 summary.json.
 """
 
@@ -61,7 +61,7 @@ class Clock:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all laps but the first, or of the first if there is no other."""
+        """Compute the speed of all laps but the first, or of the first if there is no other."""
         seconds, tokens = (self._seconds, self._tokens) if self._laps > 1 else self._first
         return tokens / seconds if seconds else 0.0
 

@@ -1,4 +1,4 @@
-"""Whether a run may go on from its checkpoint: nothing that would change it differs in silence."""
+"""Checks before a run goes on from its checkpoint: no setting that matters differs in silence."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -95,7 +95,9 @@ def check_config(record: Mapping[str, Any], config: Config) -> None:
     now = _flat(dataclasses.asdict(config))
     # A setting that did not exist at the time had the effect of its default.
     then = _flat(dataclasses.asdict(Config())) | _flat(record["config"])
-    if then["data.template_date"] is None:  # not known, or without effect: the data's digest tells
+    if (
+        then["data.template_date"] is None
+    ):  # not known, or without effect: the digest of the data differs
         then["data.template_date"] = now["data.template_date"]
     # `data` and its like are parts of the fingerprint there; settings are named in full.
     allowed = (*_FREE, *(name for name in config.allow_change if name not in PRINTS))

@@ -1,4 +1,4 @@
-"""What generated answers are worth, against one or several references each.
+"""Scores of generated answers, against one or several references each.
 
     answers = [Answer("13 of us\\nAsked for: []", ('{"people": "13"}',), '{"people": "13 of us"}')]
     compute(["exact_match", "slot_f1"], answers)    # {"exact_match": 0.0, "slot_f1": 0.0}

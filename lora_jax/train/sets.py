@@ -24,7 +24,7 @@ class DataSet:
 
 
 def digest(sets: Iterable[DataSet]) -> str:
-    """Of the examples of some sets, in their order."""
+    """Digest of the examples of some sets, in their order."""
     total = hashlib.sha256()
     for one in sets:
         total.update(f"{len(one.examples)} examples".encode())
@@ -37,14 +37,14 @@ def digest(sets: Iterable[DataSet]) -> str:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a run trains on: sets by source, each with its weight, or a source to stream."""
+    """Training data of a run: sets by source, each with its weight, or a source to stream."""
 
     sets: Mapping[str, DataSet]
     weights: Mapping[str, float]
     stream: str | None = None
 
     def digest(self) -> str:
-        """Of all examples and weights, wherever their files lie; of the files if they are streamed,
+        """Digest of all examples and weights, wherever their files are; of the files if streamed,
         or of the name of a data set of the hub.
         """
         if self.stream is not None:
@@ -258,7 +258,7 @@ def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: i
 
 
 def describe(counts: data.Counts, limit: int) -> str:
-    """What became of the rows of a source, for people."""
+    """Describe what became of the rows of a source, for people."""
     share = counts.supervised_tokens / max(1, counts.total_tokens)
     notes = [
         f"{counts.examples:,} examples",
@@ -408,7 +408,7 @@ def hold_out(
 
 
 def _question(example: data.Example) -> bytes:
-    """What must not be asked on both sides: the prompt, or all of a text, which has none."""
+    """Return what must not be on both sides: the prompt, or all of a text, which has none."""
     return data.prompt_key(example) if data.has_prompt(example) else example.tokens.tobytes()
 
 

@@ -1,4 +1,4 @@
-"""What a run checks and reads before anything slow starts."""
+"""Checks and reads of a run before anything slow starts."""
 
 import dataclasses
 import os
@@ -148,7 +148,7 @@ def check_attention(config: Config, model: Model, mesh: Mesh, console: Console) 
 
 
 def head_notes(model: Model, splits: int) -> Iterator[str]:
-    """What a tensor axis of so many devices cannot split."""
+    """Notes on what a tensor axis of so many devices cannot split."""
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     if heads % splits:
         yield (
@@ -163,7 +163,7 @@ def head_notes(model: Model, splits: int) -> Iterator[str]:
 
 
 def find_trainable(config: Config, model: Model) -> targets.Trainable:
-    """What the run trains, of the shapes of `model`.
+    """Find what the run trains, from the shapes of `model`.
 
     Raises:
         UserError: as `targets.find_trainable`, of the base as `base_dtype` will have it; adapters

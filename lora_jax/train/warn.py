@@ -134,8 +134,8 @@ def _endless(config: Config, model: Model, tokenizer: Any, train: TrainData) -> 
         stops = data.stop_tokens(
             tokenizer, settings.chat_template, extra, settings.chat_template_kwargs
         )
-    except UserError as error:  # of no matter to the rows, which the template may take
-        yield f"what ends an answer cannot be told: {error}"
+    except UserError as error:  # the template may accept the rows all the same
+        yield f"the tokens that end an answer are not known: {error}"
         return
     for name, one in name_training(train).items():
         count = sum(not _ends(example, stops) for example in one.examples)
@@ -147,7 +147,7 @@ def _endless(config: Config, model: Model, tokenizer: Any, train: TrainData) -> 
 
 
 def _ends(example: data.Example, stops: AbstractSet[int]) -> bool:
-    """Whether the last run of supervised tokens holds one of `stops`."""
+    """Return True if the last run of supervised tokens holds one of `stops`."""
     last = int(np.flatnonzero(example.loss_weights)[-1])
     before = np.flatnonzero(example.loss_weights[:last] == 0)
     first = int(before[-1]) + 1 if len(before) else 0

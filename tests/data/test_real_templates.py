@@ -1,4 +1,4 @@
-"""What is supervised under the chat templates of real models, as trl ships them.
+"""Supervised text under the chat templates of real models, as trl ships them.
 
 Masks are written by hand, «supervised» in the rendered conversation; one that begins with … is the
 end of a text. The tokenizer has one token per byte, and the special tokens that templates write.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.data import BadRow, Row, TextRow, TokenRow, keys, parse_rows
+from lora_jax.data.rows import REASONING
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 ASK = {"role": "user", "content": "q"}
@@ -247,7 +248,7 @@ LINES = {
         ),
         (turn(loss_weight=0.25), "messages[1].loss_weight is 0.25"),
         (turn(train=1), "train is a number, not true or false"),
-        (turn(train=True, weight=0), "'train' and 'weight' say different things"),
+        (turn(train=True, weight=0), "'train' and 'weight' differ: keep one"),
     ],
     "`train_detail`": [
         (turn(train_detail=[{"begin_offset": 0}]), "messages[1].train_detail cannot be used"),
@@ -308,7 +309,7 @@ LINES = {
         (chat(ASK | {"name": 3}, ANSWER), "messages[0].name is a number, not a string"),
     ],
     "`reasoning_content`, `thinking`, `reasoning`": [
-        *((turn(**{key: "hm"}), (ASK, ANSWER | {key: "hm"})) for key in keys.REASONING_KEYS),
+        *((turn(**{key: "hm"}), (ASK, ANSWER | {key: "hm"})) for key in REASONING),
         (turn(reasoning_content=["hm"]), "reasoning_content is a list, not a string"),
     ],
     "`refusal`": [(turn(refusal=None), HELLO), (turn(refusal="No."), "refusal cannot be used")],
@@ -377,8 +378,8 @@ LINES = {
             tokens(position_ids=[0, 1, 2, 0, 1], seq_lengths=[3, 2], segment_ids=[1, 1, 1, 2, 2]),
             CUT,
         ),
-        (tokens(position_ids=[0, 1, 2, 0, 1], seq_lengths=[2, 3]), "tell different sequences"),
-        (tokens(position_ids=[0, 1, 2, 3, 4], seq_lengths=[2, 3]), "tell different sequences"),
+        (tokens(position_ids=[0, 1, 2, 0, 1], seq_lengths=[2, 3]), "give different sequences"),
+        (tokens(position_ids=[0, 1, 2, 3, 4], seq_lengths=[2, 3]), "give different sequences"),
     ],
 }
 

@@ -212,8 +212,14 @@ def test_tokens(extra, tokens, weights):
         ({"text": 3}, "'text' is a number, not a string"),
         ({"text": " \n"}, "'text' is empty"),
         ({"text": "\ud800"}, "the unpaired surrogate \\ud800"),
-        ({"text": "t", "prompt": "p"}, "'text' beside 'prompt' could mean two things; a row needs"),
-        ({"text": "t", "output": "p"}, "'text' beside 'output' could mean two things; a row needs"),
+        (
+            {"text": "t", "prompt": "p"},
+            "'text' next to 'prompt' could mean two things; a row needs",
+        ),
+        (
+            {"text": "t", "output": "p"},
+            "'text' next to 'output' could mean two things; a row needs",
+        ),
         ({"input_ids": "5 6"}, "'input_ids' is a string, not a list of numbers"),
         ({"input_ids": []}, "'input_ids' is empty"),
         ({"input_ids": [5, -1]}, "input_ids[1] is not between 0 and 2147483647"),

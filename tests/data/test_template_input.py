@@ -1,4 +1,4 @@
-"""What a row and the settings give a chat template: arguments, keys of messages, calls, tools."""
+"""Input of chat templates from rows and settings: arguments, keys of messages, calls, tools."""
 
 import json
 

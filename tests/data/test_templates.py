@@ -1,4 +1,4 @@
-"""What is supervised, against masks written by hand: «supervised» in the rendered conversation.
+"""Supervised text, against masks written by hand: «supervised» in the rendered conversation.
 
 The tokenizer knows one token per byte, and the special tokens: a mask reads as its text does.
 """

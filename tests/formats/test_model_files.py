@@ -1,5 +1,5 @@
-"""What is in a model directory: which files are read, heads that a config ties, prefixes, and names
-that do not fit. transformers, loading the same directory, is the oracle.
+"""Contents of a model directory: the files that are read, heads that a config ties, prefixes, and
+names that do not fit. transformers, loading the same directory, is the oracle.
 """
 
 import json
@@ -312,7 +312,7 @@ def test_one_prefix_that_explains_all_names_is_read(tiny_model, tmp_path, error,
 
 
 def test_the_bare_decoder_of_transformers(tiny_llama, error):
-    """As Qwen3-Embedding is saved."""
+    """The form in which Qwen3-Embedding is saved."""
     directory, oracle = tiny_llama(family="qwen3", tie_word_embeddings=True)
     oracle.model.save_pretrained(directory)
     assert "embed_tokens.weight" in load_file(directory / "model.safetensors")

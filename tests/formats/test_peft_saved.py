@@ -104,7 +104,7 @@ def test_what_equals_the_base_is_left_out(saved, caplog, tied):
 
 
 def test_what_peft_saves_after_a_resize_and_over_an_adapted_embedding(tiny_llama, tmp_path, error):
-    """Of the vocabulary that the model has, whatever its first base had."""
+    """The vocabulary is that of the model, whatever its first base had."""
     directory, oracle = tiny_llama(1)
     small, _ = tiny_llama(2, vocab_size=90)
     settings = peft.LoraConfig(r=3, target_modules=["q_proj"])

@@ -105,8 +105,8 @@ def test_the_float_model_never_stands_in_memory(tiny_llama, monkeypatch, scheme)
 
 
 def tell(directory: Path) -> dict:
-    """How every quantised array lies on a mesh of 2 (fsdp) x 4 (tensor), and whether its numbers
-    are those of one device.
+    """Report the sharding of every quantised array on a mesh of 2 (fsdp) x 4 (tensor), and if its
+    numbers are those of one device.
     """
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
     alone = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -193,7 +193,7 @@ def test_a_value_that_is_not_finite_is_seen_wherever_it_is(dtype):
 def test_a_dtype_that_weights_are_not_stored_in_is_refused(tiny_llama, dtype):
     directory, _ = tiny_llama()
     listed = "float32, float16, bfloat16, int8, nf4, and None"
-    with pytest.raises(UserError, match=f"is not how weights can be stored; .*: {listed}") as e:
+    with pytest.raises(UserError, match=f"is no dtype that weights .*; these are: {listed}") as e:
         formats.load(directory, dtype=dtype)
     assert repr(dtype) in str(e.value)
     assert dtype != "nf3" or "Did you mean 'nf4'?" in str(e.value)

@@ -1,5 +1,5 @@
-"""What the reader of config.json understands: published and old forms, defaults, and every refusal;
-sizes of real models by their shapes alone.
+"""Fields that the reader of config.json understands: published and old forms, defaults, and every
+refusal; sizes of real models by their shapes alone.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What inspect counts, against values by hand, and how examples look as text.
+"""Counts of inspect, against values by hand, and its examples as text.
 
 With one token per byte, a row of a prompt of p bytes and an answer of c bytes has 20 + p + c tokens
 in the ChatML template, and c + 1 of them are supervised.
@@ -379,7 +379,9 @@ def test_a_template_that_refuses_the_sample_is_a_warning(look, write, tmp_path):
     template.write_text("{{ raise_exception('never') }}")
     report = look(write("texts.jsonl", {"text": "hello"}), chat_template=str(template))
     (warning,) = [text for text in report.warnings if "never" in text]
-    assert warning.startswith("what ends an answer cannot be told: a sample conversation: the chat")
+    assert warning.startswith(
+        "the tokens that end an answer are not known: a sample conversation: the chat"
+    )
 
 
 # Streams

@@ -67,7 +67,7 @@ def train(config, output, *overrides):
 
 
 def trace(output):
-    """What must be equal to the bit: logs but for speed, and every leaf of the last checkpoint."""
+    """Return what must be equal to the bit: logs without speed, leaves of the last checkpoint."""
     speed = ("tokens_per_second",)
     lines = [
         {name: value for name, value in line.items() if name not in speed}

@@ -349,7 +349,7 @@ def test_the_digest_of_the_data_sees_examples_weights_and_sources(read, tmp_path
 
 
 def run(files, output, capsys, *overrides):
-    """What a run of two steps printed, and its directory."""
+    """Return what a run of two steps printed, and its directory."""
     capsys.readouterr()
     settings = ("eval.generate=false", "export.peft=false", *overrides)
     command = ["--config", str(files / "run.yaml"), f"output_dir={output}", *settings]
