@@ -32,8 +32,8 @@ def combine_directories(
 
     Raises:
         UserError: the model or an adapter cannot be found, is damaged or does not fit; an adapter
-            was made on another base, or two with other tokenizers or templates (unless named in
-            `allow_change`); what `lora_jax.adapters.combine` refuses; `output` is not empty.
+            was made on another base, or two with other tokenizers, templates or arguments for them
+            (unless named in `allow_change`); what `lora_jax.adapters.combine` refuses; `output` is not empty.
     """
     _check_free(output)
     source = formats.resolve(spec)
@@ -47,6 +47,7 @@ def combine_directories(
         ]
     )
     prints = _check_prints(source, directories, allow_change)
+    arguments = _template_kwargs(directories, allow_change)
     parts, problems = [], []
     for directory, (path, weight) in zip(directories, adapters, strict=True):
         try:
@@ -66,7 +67,7 @@ def combine_directories(
     }
     side = next((d for d in directories if (d / "tokenizer_config.json").is_file()), source)
     stops = {token for directory in directories for token in formats.read_stops(directory)}
-    _write(output, spec, model, made, side, prints, report, stops)
+    _write(output, spec, model, made, side, prints, report, stops, arguments)
     return report
 
 
@@ -105,7 +106,8 @@ def extract_directory(
     report = _report(made, model, method="extract", rank=rank) | {"finetuned": finetuned}
     side = other if (other / "tokenizer_config.json").is_file() else source
     prints = {"base": fingerprint.base_digest(source)}
-    _write(output, spec, model, made, side, prints, report)
+    stops = formats.generation_stops(other)
+    _write(output, spec, model, made, side, prints, report, stops)
     return report
 
 
@@ -137,6 +139,25 @@ def _check_prints(
     return found
 
 
+def _template_kwargs(directories: Sequence[Path], allow_change: Collection[str]) -> dict[str, Any]:
+    """The arguments for the chat template that all adapters of this project were trained with; of
+    different ones, where the template may change, those of the first.
+    """
+    known = [d for d in directories if formats.read_fingerprint(d)]
+    given = [formats.read_template_kwargs(directory) for directory in known]
+    if "template" not in allow_change:
+        raise_all(
+            [
+                f"template: {other} was trained with data.chat_template_kwargs={found}, and "
+                f"{known[0]} with {given[0]}; combine adapters of one prompt, or list 'template' "
+                "in allow_change to write those of the first"
+                for other, found in zip(known, given, strict=True)
+                if found != given[0]
+            ]
+        )
+    return given[0] if given else {}
+
+
 def _report(made: Combined, model: Model, **settings: Any) -> dict[str, Any]:
     """The settings, the ranks and parameters of the result, and its distance from what was meant,
     |made - meant| / |meant|: over all modules, and of the worst.
@@ -163,6 +184,7 @@ def _write(
     prints: Mapping[str, str],
     report: Mapping[str, Any],
     stops: Collection[int] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     formats.write_adapter(
         output,
@@ -175,6 +197,7 @@ def _write(
         extra={
             "fingerprint": dict(prints),
             "combined": dict(report),
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
             **({"eos_token_id": sorted(stops)} if stops else {}),
         },
     )

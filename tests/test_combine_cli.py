@@ -487,3 +487,33 @@ def test_the_work_is_done_in_float64(make, run, tmp_path):
     assert all(
         torch.tensor(x).abs().max() < 1e-7 for x in updates(oracle, tmp_path / "zero").values()
     )
+
+
+def test_arguments_of_the_chat_template_and_ends_of_answers_go_along(make, run, tmp_path, capsys):
+    base, _, adapters = make(TIED, {}, {})
+    kwargs, other = {"enable_thinking": False}, {"enable_thinking": True}
+
+    def record(directory, arguments):
+        file = directory / "lora_jax.json"
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content | {"chat_template_kwargs": arguments}))
+
+    for adapter in adapters:
+        record(adapter, kwargs)
+    both = ["--model", base, "--adapter", adapters[0], "--adapter", adapters[1], "--output"]
+    run(*both, tmp_path / "both")
+    assert formats.read_template_kwargs(tmp_path / "both") == kwargs
+    record(adapters[1], other)
+    assert main(["combine", *map(str, both), str(tmp_path / "no")]) == 2
+    told = capsys.readouterr().err
+    assert str(kwargs) in told and str(other) in told and "'template' in allow_change" in told
+    assert not (tmp_path / "no").exists()
+    run(*both, tmp_path / "first", "--allow-change", "template")
+    assert formats.read_template_kwargs(tmp_path / "first") == kwargs
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    (tuned / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    weights = load_file(tuned / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(weights | {name: weights[name] + 0.1}, tuned / "model.safetensors")
+    run("--model", base, "--finetuned", tuned, "--rank", 2, "--output", tmp_path / "extracted")
+    assert formats.read_stops(tmp_path / "extracted") == [0, 2]

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,54 @@ def test_data_files(write, name, content, zipped):
     for on_bad_row in ("error", "drop"):
         with pytest.raises(UserError, match=expected):
             data.read(other, on_bad_row=on_bad_row)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("a.jsonl", 1), ("a.json", 1), ("a.csv", 1), ("a.tsv", 1), ("b.jsonl", 2), ("b.csv", 2)],
+)
+def test_null_bytes_in_data(write, name, line):
+    """UTF-16 without its mark, or one null byte in the last row."""
+    rows = {
+        ".jsonl": b'{"prompt": "q", "completion": "a"}\n{"prompt": "q", "completion": "a?"}\n',
+        ".json": b'[{"prompt": "q", "completion": "a"}]',
+        ".csv": b"prompt,completion\nq,a?\n",
+        ".tsv": b"prompt\tcompletion\nq\ta\n",
+    }
+    content = rows[Path(name).suffix]
+    if name[0] == "b":
+        content = content.replace(b"?", b"\0")
+    else:
+        content = content.decode().encode("utf-16-le")
+    expected = rf"{name}:{line}: the text has null bytes, as UTF-16 has; save it as UTF-8"
+    with pytest.raises(UserError, match=expected):
+        data.read(write(name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("chat_template.jinja", CHATML.encode() + b"\0", "null bytes"),
+        ("additional_chat_templates/a.jinja", CHATML.encode("utf-16"), "the text is UTF-16"),
+        ("tokenizer_config.json", b'{"eos_token": "\xe9"}', "not UTF-8"),
+        ("tokenizer.json", b"{", "invalid JSON"),
+        ("tokenizer.json", b"[]", "must hold a JSON object, not a list"),
+    ],
+)
+def test_a_damaged_file_of_a_tokenizer_is_named(models, tmp_path, name, content, problem):
+    directory = shutil.copytree(models[0], tmp_path / "model")
+    (directory / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} cannot be read: .*{problem}"):
+        formats.load_tokenizer(directory)
+
+
+def test_a_directory_in_place_of_a_file(tmp_path):
+    for name in ("run.yaml", "lora_jax.json"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"run\.yaml cannot be read: Is a directory"):
+        configs.load(tmp_path / "run.yaml")
+    with pytest.raises(UserError, match=r"lora_jax\.json cannot be read: Is a directory"):
+        formats.read_fingerprint(tmp_path)
 
 
 def test_yaml_files(write):

@@ -50,7 +50,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             or out of range.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"config file {path} does not exist")
     text = read_text(path, f"config file {path}")
     try:

@@ -20,6 +20,7 @@ from lora_jax.config.text import BOM, other_encoding
 from lora_jax.data.rows import kind, printable
 
 _LARGEST_FIELD = 2**31 - 1  # characters in a field of a .csv file
+_NULL_BYTES = "the text has null bytes, as UTF-16 has; save it as UTF-8"
 
 # (where, the record or None, what is wrong or None)
 Record = tuple[str, Any, str | None]
@@ -72,6 +73,8 @@ def _parse(data: bytes) -> tuple[Any, str | None, int]:
         line = data.count(b"\n", 0, error.start) + 1
         return None, f"invalid UTF-8 (byte 0x{data[error.start]:02x})", line
     except json.JSONDecodeError as error:
+        if b"\0" in data:
+            return None, _NULL_BYTES, data.count(b"\n", 0, data.index(b"\0")) + 1
         return None, f"invalid JSON: {error.msg} at column {error.colno}", error.lineno
     except RecursionError:
         return None, "invalid JSON: nested too deeply", 1
@@ -123,6 +126,8 @@ def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
     finally:
         csv.field_size_limit(limit)
     for field in fields or ():
+        if "\0" in field:
+            return fields, _NULL_BYTES
         try:
             field.encode("utf-8")
         except UnicodeEncodeError as error:  # a byte that `surrogateescape` has carried here

@@ -265,7 +265,7 @@ def read_template_kwargs(directory: Path) -> dict[str, Any]:
 
 def _recorded(directory: Path, name: str) -> dict[str, Any]:
     file = directory / "lora_jax.json"
-    if not file.is_file():
+    if not file.exists():
         return {}
     stored = read_json(file).get(name, {})
     if not isinstance(stored, dict):
@@ -280,7 +280,7 @@ def read_stops(directory: Path) -> list[int]:
         UserError: lora_jax.json is damaged.
     """
     file = directory / "lora_jax.json"
-    return read_eos(file) if file.is_file() else []
+    return read_eos(file) if file.exists() else []
 
 
 def read_adapter(

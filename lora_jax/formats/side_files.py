@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import UserError, read_json
+from lora_jax.config import UserError, read_json, read_text
 from lora_jax.config.text import BOM
 
 # Everything that `save_pretrained` of a tokenizer or processor writes, and licences.
@@ -27,6 +27,7 @@ SIDE_FILES = (
     *("LICENSE*", "LICENCE*", "License*", "license*", "COPYING*", "NOTICE*", "Notice*"),
     "USE_POLICY*",
 )
+_JSON = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _OWN_TEMPLATE = "chat_template.jinja"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -68,14 +69,19 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a Hugging Face directory.
 
     Raises:
-        UserError: none that transformers can load.
+        UserError: none that transformers can load; a file that is not UTF-8 text, or not JSON.
     """
     from transformers import AutoTokenizer
 
+    for file in _find(directory, _TEMPLATES):
+        if file.suffix == ".jinja":  # transformers accepts null bytes
+            read_text(directory / file)
     try:
         with _unmarked(directory) as place:
             tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # transformers raises many kinds for missing and damaged files
+        for file in _find(directory, _JSON):  # and names none
+            read_json(directory / file)
         reason = next(
             (line for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
