@@ -56,6 +56,12 @@ MESSAGE_KEYS = (
     *("role", "content", "train", "tool_calls", "tool_call_id", "name"),
     *REASONING_KEYS,
 )
+# Arguments of `apply_chat_template` that are the program's own.
+RESERVED = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
+}
 HARMLESS_ENDS = (
     *("_id", "_uuid", "_at", "_date", "_time", "_timestamp", "_url", "_hash", "_version"),
     *("_path", "_score", "_count"),
