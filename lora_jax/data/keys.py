@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import nearest
-from lora_jax.data.rows import REASONING, BadRow, Row, listed
+from lora_jax.data.rows import REASONING, BadRow, Row, printable
 
 # Identity, origin, time, language, statistics, and settings of the request that made an answer.
 HARMLESS = (
@@ -40,6 +40,10 @@ HARMLESS = (
         "turns",
         "num_turns",
         "turn_identifier",
+        "title",
+        "views",
+        "dump",
+        "object",
     ),
     *("length", "num_tokens", "n_tokens", "token_count", "word_count", "char_count", "usage"),
     *("cost", "latency", "duration"),
@@ -51,14 +55,26 @@ MESSAGE_KEYS = (
     *("role", "content", "train", "tool_calls", "tool_call_id", "name"),
     *REASONING,
 )
-HARMLESS_ENDS = ("_id", "_uuid", "_at", "_date", "_time", "_timestamp", "_url", "_hash", "_version")
+# Arguments of `apply_chat_template` that are the program's own.
+RESERVED = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
+}
+HARMLESS_ENDS = (
+    *("_id", "_uuid", "_at", "_date", "_time", "_timestamp", "_url", "_hash", "_version"),
+    *("_path", "_score", "_count"),
+)
+_SHOWN = 50  # keys named in one message
 _TIMES = (datetime.date, datetime.time, datetime.timedelta)
 _PREFERENCE = "this trains on one answer, and preference data have two or a label"
 _MEDIA = "only text can be read"
+_ARGUMENT = "an argument of the chat template goes into 'chat_template_kwargs'"
 _WEIGHT = "a row has no weight of its own; give sources weights in data.train"
 _REASONS = {
     **dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_weights"), _WEIGHT),
     **dict.fromkeys(("chosen", "rejected", "label", "kto_tag"), _PREFERENCE),
+    **dict.fromkeys(("enable_thinking", "thinking", "reasoning_effort", "documents"), _ARGUMENT),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
     **dict.fromkeys(
         ("system", "system_prompt", "system_message", "tools", "functions", "chat_template_kwargs"),
@@ -72,18 +88,25 @@ class UnknownKeys(BadRow):
 
     known: keys that are understood, to suggest one
     about: the text before the keys
+    remedy: the sentence at the end
     """
 
     def __init__(
-        self, keys: Iterable[str], known: Collection[str] = (), about: str = "keys not known"
+        self,
+        keys: Iterable[str],
+        known: Collection[str] = (),
+        about: str = "keys not known",
+        remedy: str = "What is not used is left out by data.ignore_columns, a list of names",
     ):
-        self.keys, self.known, self.about = tuple(dict.fromkeys(keys)), known, about
-        names = listed([repr(key) for key in self.keys])
-        hints = [nearest(key[:100], known) for key in self.keys[:3]]
+        self.keys, self.known = tuple(dict.fromkeys(keys)), known
+        self.about, self.remedy = about, remedy
+        shown = [printable(repr(key)) for key in self.keys[:_SHOWN]]
+        more = len(self.keys) - len(shown)
+        names = ", ".join([*shown, *([f"and {more} more"] if more else [])])
+        hints = [nearest(key[:100], known) for key in self.keys[:3] if key not in _REASONS]
         reasons = {f" {key!r}: {_REASONS[key]}." for key in self.keys if key in _REASONS and known}
         super().__init__(
-            f"{about}: {names}.{next(filter(None, hints), '')}{''.join(sorted(reasons))} What is "
-            "not used is left out by data.ignore_columns, a list of names"
+            f"{about}: {names}.{next(filter(None, hints), '')}{''.join(sorted(reasons))} {remedy}"
         )
 
 
@@ -97,7 +120,7 @@ def is_harmless(key: str, value: Any) -> bool:
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(" ", "_")
     return (
         plain in HARMLESS
-        or plain.startswith("_")
+        or plain.startswith(("_", "unnamed:"))  # pandas names an index "Unnamed: 0"
         or plain.endswith(HARMLESS_ENDS)
         or isinstance(value, _TIMES)
     )
@@ -121,17 +144,23 @@ def check_keys(given: Mapping[str, Any], known: Collection[str]) -> None:
 def describe_problems(problems: Sequence[tuple[str, str | BadRow]]) -> list[str]:
     """Return the problems of records, each after its place, as (place, problem) pairs name them.
 
-    Unknown keys come first, in one line however many records have them.
+    Unknown keys come first, in one line of each kind however many records have them.
     """
-    unknown = [(where, found) for where, found in problems if isinstance(found, UnknownKeys)]
     lines = [f"{where}: {found}" for where, found in problems if not isinstance(found, UnknownKeys)]
-    if not unknown:
-        return lines
+    unknown: dict[str, list[tuple[str, UnknownKeys]]] = {}
+    for where, found in problems:
+        if isinstance(found, UnknownKeys):
+            unknown.setdefault(found.about, []).append((where, found))
+    return [*map(_in_one_line, unknown.values()), *lines]
+
+
+def _in_one_line(unknown: Sequence[tuple[str, UnknownKeys]]) -> str:
     first, found = unknown[0]
-    every = UnknownKeys([k for _, one in unknown for k in one.keys], found.known, found.about)
+    keys = [key for _, one in unknown for key in one.keys]
+    every = UnknownKeys(keys, found.known, found.about, found.remedy)
     more = len(unknown) - 1
     rows = f" and {more} more row{'s' * (more > 1)}" if more else ""
-    return [f"{first}{rows}: {every}", *lines]
+    return f"{first}{rows}: {every}"
 
 
 # Keys that a chat template may read
@@ -146,14 +175,21 @@ def check_read(row: Row, template: str | None) -> None:
         UnknownKeys: keys of messages that are not known, or of `chat_template_kwargs`.
     """
     known = set(MESSAGE_KEYS)
-    given = {key for message in row.messages for key, value in message.items() if value}
+    given = {
+        key for message in row.messages for key, value in message.items() if not is_empty(value)
+    }
     if unread := sorted(key for key in given - known if not reads(template, key)):
         raise UnknownKeys(
             unread, about="keys of messages that are not known, nor read by the chat template"
         )
     options = row.chat_template_kwargs
     if unread := sorted(k for k, value in options.items() if value and not reads(template, k)):
-        raise UnknownKeys(unread, about="'chat_template_kwargs' that the chat template never reads")
+        raise UnknownKeys(
+            unread,
+            about="'chat_template_kwargs' that the chat template never reads",
+            remedy="Leave them out of the rows, or the whole object with "
+            "data.ignore_columns=[chat_template_kwargs]",
+        )
 
 
 def reads(template: str | None, name: str) -> bool:

@@ -26,6 +26,7 @@ from lora_jax.data.rows import REASONING, ROLES, SYSTEM_ROLES, BadRow, kind, lis
 _SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 _SPEAKERS |= {role: role for role in ROLES}
 _TRAIN = ("train", "training", "loss", "weight", "loss_weight", "loss_scale")
+_OF_CALLS = ("function", "name", "arguments", "id", "type", "index")
 _REFUSED = {
     "train_detail": "parts of a turn cannot be left out of the training",
     "refusal": "the answer belongs in 'content'",
@@ -194,9 +195,21 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         raise BadRow(f"{name}.function is {kind(function)}, not an object")
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise BadRow(f"{name} has no function with a 'name' that is a string")
+    keys = {*call, *function}
+    if unknown := sorted(str(key) for key in keys if not _is_of_call(key, call, function)):
+        raise BadRow(
+            f"{name} has {listed([*map(repr, unknown)])}, not known of a call: it has a 'name' and "
+            "'arguments'"
+        )
     if "arguments" in function:
         function = function | {"arguments": _arguments(function["arguments"], name)}
     return call | {"function": function} if "function" in call else function
+
+
+def _is_of_call(key: Any, call: Mapping[str, Any], function: Mapping[str, Any]) -> bool:
+    """Return whether a key belongs to a call, or says nothing."""
+    value = function.get(key, call.get(key))
+    return key in _OF_CALLS or is_empty(value) or is_harmless(str(key), value)
 
 
 def _arguments(value: Any, name: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lora_jax.data.keys import check_keys
+from lora_jax.data.keys import RESERVED, check_keys
 from lora_jax.data.messages import from_sharegpt, messages_of, parse_json, tools_of
 from lora_jax.data.named_columns import columns, fill
 from lora_jax.data.rows import (
@@ -65,12 +65,6 @@ _KNOWN = {
     "prompt": ("prompt", "completion", *_CONVERSATION, "text"),
     "instruction": ("instruction", "input", "output", "history", *_CONVERSATION, "text"),
     "text": ("text", "label"),
-}
-# Arguments of `apply_chat_template` that are the program's own.
-_RESERVED = {
-    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"),
-    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors"),
-    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 
 
@@ -201,7 +195,7 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise BadRow(f"'chat_template_kwargs' is {kind(value)}, not an object of arguments")
-    if reserved := sorted(_RESERVED & {*value}):
+    if reserved := sorted(RESERVED & {*value}):
         raise BadRow(f"'chat_template_kwargs' cannot hold {listed([*map(repr, reserved)])}")
     return value
 
@@ -284,4 +278,6 @@ def _check_text(value: Any) -> None:
     except RecursionError as error:
         raise BadRow("nested too deeply") from error
     except (TypeError, ValueError) as error:
-        raise BadRow(f"no JSON: {error}") from error
+        raise BadRow(
+            f"a message, a tool or an argument holds what JSON has not: {error}; write it as text"
+        ) from error

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_jax.config import UserError, read_text
-from lora_jax.data.keys import reads
+from lora_jax.data.keys import RESERVED, reads
 from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 
 PLAIN = "none"
@@ -352,13 +352,18 @@ def conversation(row: Row, system_prompt: str | None) -> list[dict[str, Any]]:
 def check_kwargs(
     tokenizer: Any, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None
 ) -> None:
-    """Refuse arguments that the chat template never reads.
+    """Refuse arguments that the chat template never reads, and those that the program gives it.
 
     Raises:
         UserError: there are some, all of them named.
     """
     if not chat_template_kwargs:
         return
+    if own := sorted(RESERVED & {*chat_template_kwargs}):
+        raise UserError(
+            f"data.chat_template_kwargs cannot hold {', '.join(map(repr, own))}: rows and settings "
+            "decide these; take it out"
+        )
     source = template_text(tokenizer, chat_template)
     plain = chat_template == PLAIN
     unread = [key for key in chat_template_kwargs if plain or not reads(source, key)]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.data.keys import UnknownKeys
 from lora_jax.data.rows import BadRow, TokenRow, kind
 
 _WEIGHTS = ("loss_weights", "labels", "completion_mask", "assistant_masks")
@@ -51,6 +52,7 @@ def token_rows(given: dict, where: str) -> tuple[TokenRow, ...]:
     weights = _loss_weights(given, tokens)
     if "token_type_ids" in given and any(_numbers(given, "token_type_ids", {int}, len(tokens))):
         raise BadRow("'token_type_ids' is not 0 throughout: this model reads no types of tokens")
+    _check_columns(given)
     there, starts = _sequences(given, len(tokens))
     tokens = [token for token, kept in zip(tokens, there, strict=True) if kept]
     weights = [weight for weight, kept in zip(weights, there, strict=True) if kept]
@@ -68,6 +70,17 @@ def token_rows(given: dict, where: str) -> tuple[TokenRow, ...]:
         TokenRow(tuple(tokens[a:b]), tuple(weights[a:b]), f"{where}[{number}]", number)
         for number, (a, b) in enumerate(spans)
     )
+
+
+def _check_columns(given: dict) -> None:
+    """Refuse numbers under a name that is harmless for one value: they may tell sequences."""
+    unknown = []
+    for key in (key for key in given if key not in KEYS):
+        value = given[key].tolist() if isinstance(given[key], np.ndarray) else given[key]
+        if isinstance(value, list) and {*map(type, value)} & {int, float}:
+            unknown.append(str(key))
+    if unknown:
+        raise UnknownKeys(unknown, KEYS)
 
 
 def _sequences(given: dict, length: int) -> tuple[list[bool], list[int]]:
@@ -98,7 +111,15 @@ def _sequences(given: dict, length: int) -> tuple[list[bool], list[int]]:
     for other in others:
         if starts[other] != starts[first]:
             raise BadRow(f"{first!r} and {other!r} give different sequences: keep the right one")
-    return there, starts[first] if starts else [0]
+    found = starts[first] if starts else [0]
+    for start, end in zip(found, [*found[1:], len(kept)], strict=True):
+        if kept[start:end] and kept[end - 1] - kept[start] >= end - start:
+            hole = next(i for i in range(kept[start], length) if not there[i])
+            raise BadRow(
+                f"token {hole} is padding in the middle of a sequence: padding belongs before or "
+                "after one"
+            )
+    return there, found
 
 
 def _mask_numbers(mask: Any, length: int, given: dict) -> list[int]:

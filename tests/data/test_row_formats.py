@@ -288,6 +288,18 @@ LINES = {
         (called(name="f", arguments="[1]"), "tool_calls[0].arguments is a list, not an object"),
         (called(name="f", arguments=3), "tool_calls[0].arguments is a number, not an object"),
     ],
+    "`id`, `type`, `index`": [
+        (
+            called(id="1", type="function", name="f", arguments={}, index=0),
+            (
+                ASK,
+                called(id="1", type="function", name="f", arguments={}, index=0)["messages"][1],
+            ),
+        ),
+        (called(name="f", parameters={"x": 1}), "has 'parameters', not known of a call"),
+        (called(type="tool_use", name="f", input={"x": 1}), "has 'input', not known of a call"),
+        (called(function={"name": "f", "arguments": {}}, weight=0), "has 'weight', not known"),
+    ],
     "`function_call`": [
         (
             turn(content=None, function_call={"name": "f", "arguments": '{"x": 1}'}),
@@ -327,6 +339,8 @@ LINES = {
         (tokens(attention_mask=[0, 1, 1, 1, 0]), (TokenRow((6, 7, 8), (1.0,) * 3, "f:1"),)),
         (tokens(attention_mask=[1, 1, 1, 2, 2]), CUT),
         (tokens(attention_mask=[1, 1, 2, 2, 0]), split(2, 2)),
+        (tokens(attention_mask=[1, 0, 2, 2, 2]), split(1, 3, ids=(5, 7, 8, 9))),
+        (tokens(attention_mask=[1, 0, 1, 1, 1]), "token 1 is padding in the middle"),
         (tokens(attention_mask=SQUARE.tolist()), CUT),
         (tokens(attention_mask=SQUARE), CUT),
         (tokens(attention_mask=[[SQUARE.tolist()]]), CUT),
@@ -365,6 +379,12 @@ LINES = {
         (tokens(seq_idx=[0, 0, 0, 1, 1]), CUT),
         (tokens(document_ids=[7, 7, 7, 3, 3]), CUT),
         (tokens(doc_ids=[0, 0, 1, 0, 0]), "in several places"),
+        (tokens(segment_ids=[2, 2, 1, 0, 1]), "token 3 is padding in the middle"),
+    ],
+    "any other list of numbers": [
+        (tokens(document_id=[0, 0, 0, 1, 1]), "'document_id'. Did you mean 'document_ids'?"),
+        (tokens(length=[3, 2], index=np.asarray([0, 1])), "keys not known: 'length', 'index'"),
+        (tokens(length=5, source_id=["a", "b"]), WHOLE),
     ],
     "`token_type_ids`": [
         (tokens(token_type_ids=[0] * 5), WHOLE),
@@ -399,6 +419,51 @@ def test_the_page_lists_the_harmless_names():
     before, _, names = section.partition(":\n")
     assert re.findall(r"`(\w+)`", names) == list(keys.HARMLESS)
     assert tuple(re.findall(r"`(_\w+)`", before)) == keys.HARMLESS_ENDS
+
+
+def test_columns_of_well_known_data_are_left_out():
+    page = {"id": "1", "url": "u", "title": "T", "text": "t"}  # Wikipedia
+    crawled = {"text": "t", "dump": "CC", "file_path": "p", "language_score": 0.9, "int_score": 3}
+    for record in (page, crawled, {"text": "t", "Unnamed: 0": 3}):
+        assert parse_rows(record, "f:1") == (TextRow("t", "f:1"),)
+
+
+def test_every_key_that_is_not_known_is_named():
+    names = [f"a_rather_long_name_{i}" for i in range(30)]
+    with pytest.raises(BadRow) as caught:
+        parse_rows(PAIR | dict.fromkeys(names, "x"), "f:1")
+    assert all(repr(name) in str(caught.value) for name in names)
+    with pytest.raises(BadRow, match="'x49', and 5 more"):
+        parse_rows(PAIR | {f"x{i}": "x" for i in range(55)}, "f:1")
+
+
+def test_arguments_of_the_template_have_their_own_place():
+    with pytest.raises(BadRow, match="'enable_thinking': an argument of the chat template goes"):
+        parse_rows(PAIR | {"enable_thinking": False}, "f:1")
+
+
+@pytest.mark.parametrize("value", [False, 0])
+def test_keys_of_messages_that_say_no_are_no_absent_keys(value):
+    (row,) = parse_rows(turn(trainable=value), "f:1")
+    with pytest.raises(BadRow, match="nor read by the chat template: 'trainable'"):
+        keys.check_read(row, "{{ messages }}")
+    keys.check_read(row, "{{ messages[0].trainable }}")
+
+
+def test_arguments_and_keys_that_are_not_read_are_told_apart():
+    rows = [
+        parse_rows(turn(mood="x"), "f:1")[0],
+        parse_rows(PAIR | {"chat_template_kwargs": {"thinking": True}}, "f:2")[0],
+    ]
+    problems = []
+    for row in rows:
+        with pytest.raises(BadRow) as caught:
+            keys.check_read(row, "{{ messages }}")
+        problems.append((row.where, caught.value))
+    first, second = keys.describe_problems(problems)
+    assert first.startswith("f:1: keys of messages") and "'mood'" in first
+    assert second.startswith("f:2: 'chat_template_kwargs'") and "'thinking'" in second
+    assert second.endswith("data.ignore_columns=[chat_template_kwargs]")
 
 
 @pytest.mark.parametrize("line", LINES)

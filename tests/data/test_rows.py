@@ -185,7 +185,7 @@ def test_tokens(extra, tokens, weights):
         ({"messages": [ASK | {"train": True}, ANSWER]}, "train is true on a 'user' turn"),
         ({"prompt": "\ud800", "completion": "a"}, "the unpaired surrogate \\ud800"),
         ({"messages": [ASK | {"x": ["\udfff"]}, ANSWER]}, "the unpaired surrogate \\udfff"),
-        ({"messages": [ASK | {"x": b""}, ANSWER]}, "no JSON: Object of type bytes"),
+        ({"messages": [ASK | {"x": b""}, ANSWER]}, "holds what JSON has not: Object of type bytes"),
         ({"conversations": "hi"}, "'conversations' is a string, not a list"),
         ({"conversations": [{"from": 3, "value": "x"}]}, "conversations[0].from is a number"),
         (

@@ -135,6 +135,18 @@ def test_the_end_of_an_answer_is_found_with_the_arguments():
     assert stop_tokens(tokenizer, None, (), {"mode": "x"}) == {end}
 
 
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "strftime_now"])
+def test_arguments_that_are_the_programs_own(name):
+    tokenizer = build(THINKING + "{{ tools or '' }}{# strftime_now #}")
+    with pytest.raises(UserError, match=f"data.chat_template_kwargs cannot hold '{name}'"):
+        encode_rows(
+            [row({"messages": [ASK, ANSWER]})],
+            tokenizer,
+            max_length=100,
+            chat_template_kwargs={name: [1]},
+        )
+
+
 def test_keys_of_messages_that_the_template_reads():
     tokenizer = build(THINKING.replace("{{ m['role'] }}:", "{{ m['role'] }}:{{ m['mood'] }}"))
     rows = [
