@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lora_jax import formats
+from lora_jax import formats, hosts
 from lora_jax.adapters import combine as methods
 from lora_jax.adapters import extract as extraction
 from lora_jax.adapters.updates import Combined
@@ -26,9 +26,10 @@ def combine_directories(
     density: float | None = None,
     seed: int = 0,
     allow_change: Collection[str] = (),
+    ignore: Collection[str] = (),
 ) -> dict[str, Any]:
     """Write the combination of PEFT directories, each with its weight, as a PEFT directory; returns
-    a report of it (`_report`).
+    a report of it (`_report`). `ignore` are fields of config.json known not to matter.
 
     Raises:
         UserError: the model or an adapter cannot be found, is damaged or does not fit; an adapter
@@ -37,7 +38,7 @@ def combine_directories(
     """
     _check_free(output)
     source = formats.resolve(spec)
-    model = formats.describe(source)
+    model = _describe(source, ignore)
     directories = [Path(path).expanduser() for path, _ in adapters]
     raise_all(
         [
@@ -79,9 +80,10 @@ def extract_directory(
     rank: int,
     target_modules: Any = "all-linear",
     uncovered: str = "refuse",
+    ignore: Collection[str] = (),
 ) -> dict[str, Any]:
     """Write what a model directory has learnt beside its base as a PEFT directory; returns a report
-    of it (`_report`).
+    of it (`_report`). `ignore` are fields of config.json known not to matter.
 
     Raises:
         UserError: a model cannot be found, or the two have other weights; what
@@ -89,8 +91,8 @@ def extract_directory(
     """
     _check_free(output)
     source, other = formats.resolve(spec), formats.resolve(finetuned)
-    model = formats.describe(source)
-    tuned_model = formats.describe(other)
+    model = _describe(source, ignore)
+    tuned_model = _describe(other, ignore)
     check_same_structure(
         tuned_model.params, model.params, f"{finetuned} is no fine-tuned form of {spec}"
     )
@@ -109,6 +111,13 @@ def extract_directory(
     stops = formats.generation_stops(other)
     _write(output, spec, model, made, side, prints, report, stops)
     return report
+
+
+def _describe(source: Path, ignore: Collection[str]) -> Model:
+    model = formats.describe(source, ignore)
+    for text in model.notes:
+        hosts.note(text)
+    return model
 
 
 def _check_free(output: Path) -> None:

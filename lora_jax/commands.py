@@ -300,6 +300,7 @@ def add_combine(parser: argparse.ArgumentParser) -> None:
         "whole in the adapter, or left as in the base (default: refuse)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    _add_ignore(parser)
     _add_allow_change(parser)
     _add_verbose(parser)
     parser.set_defaults(function=combine)
@@ -324,6 +325,7 @@ def combine(options: argparse.Namespace) -> None:
             rank=options.rank,
             target_modules=_one_or_list(options.target_modules),
             uncovered=options.uncovered or "refuse",
+            ignore=options.ignore_config_fields,
         )
     else:
         report = combine_directories(
@@ -335,6 +337,7 @@ def combine(options: argparse.Namespace) -> None:
             density=options.density,
             seed=options.seed,
             allow_change=options.allow_change,
+            ignore=options.ignore_config_fields,
         )
     if options.json:
         return print(json.dumps(report))
@@ -385,6 +388,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "int8", "nf4"),
         help="of the frozen weights, as base_dtype in training (default: as in the files)",
     )
+    _add_ignore(parser)
     _add_allow_change(parser)
     _add_verbose(parser)
     parser.set_defaults(function=generate)
@@ -406,6 +410,7 @@ def generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         seed=options.seed,
         allow_change=options.allow_change,
+        ignore=options.ignore_config_fields,
     )
     print(*texts, sep="\n\n")
 
@@ -429,6 +434,16 @@ def _add_allow_change(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=configs.PRINTS[:3],
         help="go on although this is not what the adapter was trained with",
+    )
+
+
+def _add_ignore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-config-fields",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="fields of config.json known not to matter, as ignore_config_fields in training",
     )
 
 

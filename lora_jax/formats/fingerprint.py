@@ -46,7 +46,8 @@ def base_digest(directory: Path) -> str:
     from the embedding counts, whatever the config says.
     """
     tensors = list_tensors(directory)
-    tied = read_json(directory / "config.json").get("tie_word_embeddings")
+    # Where config.json does not say, as in Gemma's and GPT-2's, the family may tie them.
+    tied = read_json(directory / "config.json").get("tie_word_embeddings", True)
     copy = _copied_head(tensors) if tied else None
     offsets = {file: _offsets(file) for file in {tensor.file for tensor in tensors.values()}}
     digest = hashlib.sha256()

@@ -27,10 +27,12 @@ def answer(
     temperature: float = 0.0,
     seed: int = 0,
     allow_change: Collection[str] = (),
+    ignore: Collection[str] = (),
 ) -> list[str]:
     """Return one answer per prompt, each prompt a user turn of its own conversation.
 
     `chat_template_kwargs` go to the chat template, before those that the adapter was trained with.
+    `ignore` are fields of config.json known not to matter.
 
     Raises:
         UserError: the model or adapter cannot be found or do not fit, or the model classifies;
@@ -39,7 +41,7 @@ def answer(
             does not have, or weights that are not finite.
     """
     source = formats.resolve(spec)
-    described, found, home = formats.describe(source), None, source
+    described, found, home = formats.describe(source, ignore), None, source
     for text in described.notes:
         hosts.note(text)
     if described.labels:
@@ -79,7 +81,7 @@ def answer(
     known = formats.stop_tokens(source)
     known += [] if adapter is None else formats.read_stops(Path(adapter).expanduser())
     stops = data.stop_tokens(tokenizer, chat_template, known, arguments)
-    model = formats.load(source, dtype=base_dtype)
+    model = formats.load(source, dtype=base_dtype, ignore=ignore)
     bound, prefix = model.params, None
     if found is not None:
         bound, prefix = methods.bind(bound, *found), methods.prefix(*found)

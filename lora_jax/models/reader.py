@@ -187,7 +187,8 @@ class ConfigReader:
                 self.refuse(
                     f"{name}={_short(value)} is not understood for model_type="
                     f"{self.model_type!r} and may change the numbers; if it does not, set "
-                    f"ignore_config_fields=[{name}]"
+                    f"ignore_config_fields=[{name}] (--ignore-config-fields {name} of generate and "
+                    "combine)"
                 )
         if left_out:
             self.notes.append(

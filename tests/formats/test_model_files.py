@@ -146,6 +146,20 @@ def test_fingerprints_see_a_head_that_differs(tied):
     assert len({*digests}) == 4
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_fingerprints_of_families_that_tie_unless_told_otherwise(tied, edit_json, family):
+    directory, _ = tied(family)
+    edit_json(directory / "config.json", drop=["tie_word_embeddings"])
+    file, before = directory / "model.safetensors", fingerprint.base_digest(directory)
+    embedding = next(
+        name for name in load_file(file) if name.endswith(("wte.weight", "tokens.weight"))
+    )
+    edit(file, lambda tensors: tensors | {HEAD: tensors[embedding].copy()})
+    assert fingerprint.base_digest(directory) == before
+    edit(file, other_head(embedding))
+    assert fingerprint.base_digest(directory) != before
+
+
 def test_a_model_that_ties_is_refused_over_files_that_do_not(tied):
     directory, _ = tied()
     model = formats.describe(directory)
