@@ -33,7 +33,8 @@ def combine_directories(
     Raises:
         UserError: the model or an adapter cannot be found, is damaged or does not fit; an adapter
             was made on another base, or two with other tokenizers, templates or arguments for them
-            (unless named in `allow_change`); what `lora_jax.adapters.combine` refuses; `output` is not empty.
+            (unless named in `allow_change`); what `lora_jax.adapters.combine` refuses; `output` is
+            not empty.
     """
     _check_free(output)
     source = formats.resolve(spec)
