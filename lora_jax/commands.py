@@ -472,7 +472,10 @@ def _seed(text: str) -> int:
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} must not be negative")
     return value

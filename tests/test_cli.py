@@ -386,6 +386,7 @@ def test_arguments_that_nothing_takes_are_refused(words, strange, capsys):
         (["generate", "--seed", "-1"], "argument --seed: -1 must be from 0 to 9223372036854775807"),
         (["generate", "--seed", "x"], "argument --seed: 'x' is no whole number"),
         (["generate", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is no whole number"),
+        (["generate", "--temperature", "x"], "argument --temperature: 'x' is no number"),
         (["combine", "--seed", str(2**63)], "argument --seed: 9223372036854775808 must be from 0"),
         (["combine", "--rank", "1.5"], "argument --rank: '1.5' is no whole number"),
     ],
