@@ -136,6 +136,8 @@ def evaluate(options: argparse.Namespace) -> None:
     config = configs.load(options.config, options.overrides)
     if options.output and not os.access(Path(options.output).parent, os.W_OK):
         raise UserError(f"--output {options.output}: its directory is missing or not writable")
+    if options.output and Path(options.output).is_dir():
+        raise UserError(f"--output {options.output} is a directory; give a file in it")
     from rich.console import Console
 
     from lora_jax import hosts
@@ -168,6 +170,8 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def inspect(options: argparse.Namespace) -> None:
     config = configs.load(options.config, options.overrides)
+    if options.plot and Path(options.plot).is_dir():
+        raise UserError(f"--plot {options.plot} is a directory; give a file in it")
     from rich.console import Console
 
     from lora_jax.train import inspect as inspection
@@ -286,7 +290,7 @@ def add_combine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--density", type=float, metavar="D", help="share of every update that ties and dare keep"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what dare drops (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of what dare drops (default: 0)")
     parser.add_argument(
         "--target-modules",
         nargs="+",
@@ -381,7 +385,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=_not_negative, default=0.0, help="0 is greedy (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--base-dtype",
@@ -461,15 +465,32 @@ def _json_object(text: str) -> dict:
     return value
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
 
 
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if not 0 <= value <= configs.LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{value} must be from 0 to {configs.LARGEST_SEED}")
+    return value
+
+
 def _not_negative(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} must not be negative")
     return value

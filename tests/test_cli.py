@@ -374,3 +374,35 @@ def test_arguments_that_nothing_takes_are_refused(words, strange, capsys):
         main(words.split())
     assert caught.value.code == 2
     assert f"unrecognized arguments: {strange}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["generate", "--seed", str(2**70)],
+            "argument --seed: 1180591620717411303424 must be from 0",
+        ),
+        (["generate", "--seed", "-1"], "argument --seed: -1 must be from 0 to 9223372036854775807"),
+        (["generate", "--seed", "x"], "argument --seed: 'x' is no whole number"),
+        (["generate", "--max-new-tokens", "x"], "--max-new-tokens: 'x' is no whole number"),
+        (["generate", "--temperature", "x"], "argument --temperature: 'x' is no number"),
+        (["combine", "--seed", str(2**63)], "argument --seed: 9223372036854775808 must be from 0"),
+        (["combine", "--rank", "1.5"], "argument --rank: '1.5' is no whole number"),
+    ],
+)
+def test_numbers_of_options(arguments, expected, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert expected in capsys.readouterr().err
+
+
+def test_a_directory_where_a_file_shall_be_written(refused, files, tmp_path):
+    config = ("--config", files / "run.yaml")
+    for command, option in (("eval", "--output"), ("inspect", "--plot")):
+        message = refused(main, command, *config, option, tmp_path)
+        assert message == f"error: {option} {tmp_path} is a directory; give a file in it\n"
+
+
+def test_a_seed_that_is_too_large(train_refused):
+    assert f"seed={2**63} must be at most {2**63 - 1}" in train_refused(f"seed={2**63}")

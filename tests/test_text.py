@@ -145,6 +145,14 @@ def test_a_damaged_file_of_a_tokenizer_is_named(models, tmp_path, name, content,
         formats.load_tokenizer(directory)
 
 
+def test_a_reason_on_the_second_line_is_given(models, tmp_path):
+    directory = shutil.copytree(models[0], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": "x"}))
+    with pytest.raises(UserError, match=r"can load: .*eos_token_id.*: .*'x'"):
+        formats.load_tokenizer(directory)
+
+
 def test_a_directory_in_place_of_a_file(tmp_path):
     for name in ("run.yaml", "lora_jax.json"):
         (tmp_path / name).mkdir()

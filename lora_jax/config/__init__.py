@@ -6,7 +6,7 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 `UserError`.
 """
 
-from lora_jax.config.checks import adapter_problems, check, merge_problem
+from lora_jax.config.checks import LARGEST_SEED, adapter_problems, check, merge_problem
 from lora_jax.config.files import dump, load, parse
 from lora_jax.config.settings import (
     DATA_INITS,
@@ -30,6 +30,7 @@ from lora_jax.config.text import read_json, read_text
 
 __all__ = [
     "DATA_INITS",
+    "LARGEST_SEED",
     "PRINTS",
     "SOFT",
     "AdapterConfig",

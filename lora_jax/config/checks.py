@@ -61,6 +61,7 @@ _AT_LEAST = {
     "hosts.lost_after": 5,
     "seed": 0,
 }
+LARGEST_SEED = 2**63 - 1  # that JAX takes
 _ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size", "export.max_merge_kl")
 # Settings that go with method=lora alone; rank, alpha and the like are read by no other.
 _OF_LORA = (
@@ -97,6 +98,8 @@ def check(config: Config) -> None:
     for key, least in _AT_LEAST.items():
         if value(key) is not None and not value(key) >= least:
             problems.append(f"{key}={value(key)} must be at least {least}")
+    if config.seed > LARGEST_SEED:
+        problems.append(f"seed={config.seed} must be at most {LARGEST_SEED}")
     for key in _ABOVE_ZERO:
         if value(key) is not None and not 0 < value(key) < float("inf"):
             problems.append(f"{key}={value(key)} must be above 0")

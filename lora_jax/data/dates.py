@@ -11,6 +11,7 @@ import json
 import re
 from datetime import datetime
 from itertools import pairwise
+from string import ascii_letters
 from typing import Any
 
 import jinja2
@@ -18,7 +19,7 @@ import jinja2
 from lora_jax.config import UserError
 
 _CLOCK = "strftime_now"
-_DIRECTIVE = re.compile(r"(?<!\{)%[-_0^#]?[A-Za-z]")
+_DIRECTIVE = re.compile(r"(?<!\{)%[-_0^#]*\d*[EO]?[A-Za-z]")
 _MACRO = (
     "{%% macro strftime_now(format) %%}{%% set day = namespace(text=format) %%}"
     "{%% for code, value in %s %%}{%% set day.text = day.text.replace(code, value) %%}"
@@ -42,7 +43,9 @@ def with_date(source: str, date: str | None) -> str:
     day = datetime.fromisoformat(date)
     # "%%" is a percent sign; the letter after it is no code.
     codes = [["%%", "\0"]]
-    codes += [[code, day.strftime(code)] for code in sorted({*_DIRECTIVE.findall(source)})]
+    # A template may also put a code together: '%' ~ 'Y'. The longer go first: %Ey before %E.
+    found = {*_DIRECTIVE.findall(source), *(f"%{letter}" for letter in ascii_letters)}
+    codes += [[code, day.strftime(code)] for code in sorted(found, key=lambda c: (-len(c), c))]
     return _MACRO % json.dumps([*codes, ["\0", "%"]]) + source
 
 

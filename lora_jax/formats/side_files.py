@@ -82,9 +82,9 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:  # transformers raises many kinds for missing and damaged files
         for file in _find(directory, _JSON):  # and names none
             read_json(directory / file)
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        whole = len(lines) > 1 and lines[0].endswith(":")  # the second line holds the reason
+        reason = " ".join(lines[: 1 + whole]) or type(error).__name__
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error

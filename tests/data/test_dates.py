@@ -61,6 +61,7 @@ def test_other_templates_are_not_touched(name):
 
 
 FORMATS = ["%d %b %Y", "%Y-%m-%d", "%-d %B %y", "%A, %j", "%%d 100%% %d", "%H:%M:%S", "%x %X", "no"]
+FORMATS += ["%Ey %Od %5d %_d %^a %G-W%V", "%s", "%"]
 AROUND = ["{}", "\n  {}", "  {{% if true %}}{}{{% endif %}}", "{{# c #}}\n\n{}", "{{%- if 1 %}} {}"]
 
 
@@ -70,7 +71,7 @@ def test_formats_are_those_of_strftime_and_whitespace_stays(around, clock, monke
     calls = "".join(f"{{{{ strftime_now('{one}') }}}}|" for one in FORMATS)
     source = around.format(calls) + ("{% endif %}" if around.startswith("{{%- if") else "")
     source += "{% macro m() %}{{ strftime_now(format='%d' ~ ' %b') }}{% endmacro %}{{ m() }}"
-    source += "{{ strftime_now is defined }}"
+    source += "{{ strftime_now is defined }}{{ strftime_now('%' ~ 'h') }}"
     tokenizer = build("qwen2_5")
 
     def render(source):
@@ -79,6 +80,11 @@ def test_formats_are_those_of_strftime_and_whitespace_stays(around, clock, monke
         )
 
     assert render(with_date(source, "2026-11-05")) == render(source)
+
+
+@pytest.mark.parametrize("date", ["0001-01-01", "9999-12-31"])
+def test_the_first_and_the_last_day(date):
+    assert with_date("{{ strftime_now('%d') }}", date).endswith("{{ strftime_now('%d') }}")
 
 
 @pytest.mark.parametrize(
