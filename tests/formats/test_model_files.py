@@ -76,6 +76,7 @@ def test_another_head_unties(tied, tmp_path, error, caplog, family):
         assert error(torch_logits(oracle), expected) > 0.1
         assert not formats.describe(directory).config.tie_word_embeddings
     assert caplog.text.count(f"{directory / 'config.json'} ties the output head") == 1
+    assert "PEFT's trainable_token_indices would tie them still" in caplog.text
 
     model = formats.load(directory)
     formats.write_model(tmp_path / "merged", model, model.params, directory)
