@@ -55,7 +55,8 @@ def describe(
         hosts.note(
             f"{directory / 'config.json'} ties the output head to the embedding, and "
             "lm_head.weight differs from it: the model is read as an untied one, as transformers "
-            "does"
+            "does. PEFT's trainable_token_indices would tie them still: for these, set "
+            "tie_word_embeddings to false in that file"
         )
         content = {**content, "tie_word_embeddings": False}
         model = models.describe(content, ignore, labels)

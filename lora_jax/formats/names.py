@@ -17,6 +17,8 @@ from lora_jax import tree
 from lora_jax.models import Names
 from lora_jax.targets import HEAD
 
+# Modules that torch puts around others, one by one too; no model has modules of these names.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Leaf name -> (name in the file, stored transposed).
 _LEAVES = {
     "kernel": ("weight", True),
@@ -111,8 +113,9 @@ def _today(name: str, names: Names) -> str:
 
 def unwrap(stored: Iterable[str], params: Mapping) -> dict[str, str]:
     """Names in a file -> the same below the modules of `params`, by the prefix that all of them
-    have; the names as they are where they have several.
+    have; the names as they are where they have several. Wrappers of torch may be anywhere.
 
+    model.layers.0._orig_mod.mlp.up_proj.weight   model.layers.0.mlp.up_proj.weight
     model._orig_mod.layers.0.mlp.up_proj.weight   model.layers.0.mlp.up_proj.weight
     module.lm_head.weight                         lm_head.weight
     """
@@ -120,10 +123,9 @@ def unwrap(stored: Iterable[str], params: Mapping) -> dict[str, str]:
     for first, *rest in tree.flatten(params):
         is_head = first in tree.OUTPUT_HEADS or len(rest) < 2
         roots[first if is_head else rest[0]] = "" if is_head else f"{first}."
-    names = list(stored)
+    names = {name: [part for part in name.split(".") if part not in _WRAPPERS] for name in stored}
     found, bodies, heads, outer = {}, set(), set(), set()
-    for name in names:
-        parts = name.split(".")
+    for name, parts in names.items():
         at = next((i for i, part in enumerate(parts) if part in roots), None)
         if at is not None:
             base, prefix = roots[parts[at]], "".join(f"{part}." for part in parts[:at])
@@ -135,4 +137,7 @@ def unwrap(stored: Iterable[str], params: Mapping) -> dict[str, str]:
     if not one or not all(body.startswith(head) for body in bodies for head in heads):
         return {name: name for name in names}
     wrapper = next(iter(heads | outer), "")
-    return {name: found.get(name, name.removeprefix(wrapper)) for name in names}
+    return {
+        name: found.get(name, ".".join(parts).removeprefix(wrapper))
+        for name, parts in names.items()
+    }

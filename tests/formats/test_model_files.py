@@ -17,6 +17,7 @@ from lora_jax import adapters as methods
 from lora_jax import formats
 from lora_jax.config import AdapterConfig, MeshConfig, UserError
 from lora_jax.formats import fingerprint
+from lora_jax.formats.names import unwrap
 from lora_jax.sharding import make_mesh
 
 from ..families import FAMILIES
@@ -75,6 +76,7 @@ def test_another_head_unties(tied, tmp_path, error, caplog, family):
         assert error(torch_logits(oracle), expected) > 0.1
         assert not formats.describe(directory).config.tie_word_embeddings
     assert caplog.text.count(f"{directory / 'config.json'} ties the output head") == 1
+    assert "PEFT's trainable_token_indices would tie them still" in caplog.text
 
     model = formats.load(directory)
     formats.write_model(tmp_path / "merged", model, model.params, directory)
@@ -335,6 +337,37 @@ def test_the_bare_decoder_of_transformers(tiny_llama, error):
     oracle.model.save_pretrained(directory)
     with pytest.raises(UserError, match="missing lm_head.weight .*\n.*without its output head"):
         formats.load(directory)
+
+
+@pytest.mark.parametrize("where", ["every layer", "one layer", "modules in layers in a model"])
+def test_wrappers_of_torch_around_layers_are_left_out(tiny_llama, where):
+    directory, _ = tiny_llama()
+    before = logits(directory)
+
+    def wrapped(name):
+        _, layers, rest = name.partition("model.layers.")
+        number, _, inner = rest.partition(".")
+        outer = ""
+        match where:
+            case "one layer":
+                inner = "_orig_mod." * (number == "0") + inner
+            case "every layer":
+                inner = f"_orig_mod.{inner}"
+            case _:
+                inner = f"_checkpoint_wrapped_module.{inner.replace('mlp.', 'mlp._orig_mod.')}"
+                outer = "module._fsdp_wrapped_module."
+        return outer + (f"{layers}{number}.{inner}" if layers else name)
+
+    edit(directory / "model.safetensors", lambda t: {wrapped(name): t[name] for name in t})
+    assert any("_orig_mod" in name for name in load_file(directory / "model.safetensors"))
+    np.testing.assert_array_equal(logits(directory), before)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_module_that_the_model_lacks_loses_the_wrapper_too(wrapper):
+    names = ["model.layers.0.norm.weight", "model.pooler.weight"]
+    params = {"model": {"layers": {"norm": {"scale": 0}}}}
+    assert list(unwrap([wrapper + name for name in names], params).values()) == names
 
 
 def test_several_prefixes_are_refused_the_unexpected_names_first(tiny_llama):
