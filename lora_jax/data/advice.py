@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from lora_jax.data.probe import has_thought
-from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
+from lora_jax.data.rows import REASONING, SYSTEM_ROLES, THOUGHTS, Row
 
 _ANOTHER = "use another data.chat_template"
 _MOST = 2  # changes named in an error
@@ -88,9 +87,10 @@ def _split(message: Message) -> tuple[str, str]:
     """The thought of a message, "" where it has none, and the rest of its content."""
     said = message.get("content") or ""
     thought = next((message[key] for key in REASONING if message.get(key)), "")
-    if message["role"] == "assistant" and has_thought(said):
-        inner, _, said = said.rpartition("</think>")
-        thought = thought or inner.replace("<think>", "").strip()
+    for opening, closing in THOUGHTS if message["role"] == "assistant" else ():
+        if closing in said:
+            inner, _, said = said.rpartition(closing)
+            thought = thought or inner.replace(opening, "").strip()
     return thought, said.strip()
 
 

@@ -19,18 +19,12 @@ import numpy as np
 
 from lora_jax.data.calls import canonical
 from lora_jax.data.render import Template, content, with_kwargs
-from lora_jax.data.rows import Row
+from lora_jax.data.rows import THOUGHTS, Row
 from lora_jax.data.spans import to_text
 from lora_jax.data.templates import find_template, prompt_tokens
 
-# What opens and closes a thought, by the models that write it so.
-THOUGHTS = (
-    ("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Nemotron, SmolLM3, Granite, LFM2, OLMo
-    ("[THINK]", "[/THINK]"),  # Magistral, Ministral
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
-    ("◁think▷", "◁/think▷"),  # Kimi
-    ("<|channel>thought", "<channel|>"),  # Gemma 4
+# Models that think in a message of its own open and close it so.
+_MESSAGES = (
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),  # gpt-oss
     ("to=self<|message|>", "<|eom|><|start|>assistant"),  # Muse
 )
@@ -149,7 +143,7 @@ def split_thought(before: str, text: str) -> tuple[str, str]:
         >>> split_thought("assistant\\n", "<think>\\nhm")
         ('', '<think>\\nhm')
     """
-    for opening, closing in THOUGHTS:
+    for opening, closing in (*THOUGHTS, *_MESSAGES):
         inside = before.rstrip().endswith(opening)
         if closing in text and (inside or text.lstrip().startswith(opening)):
             thought, _, answer = text.partition(closing)

@@ -18,12 +18,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from lora_jax.data.rows import REASONING
+from lora_jax.data.rows import REASONING, THOUGHTS
 
 _MARK = re.compile(r"zq\d+qz|7319\d{6}")
+# Group 1 opens a thought, group 2 closes it.
 _THOUGHT = re.compile(
-    r"(<think(?:ing)?>|\[THINK\]|<\|channel>thought\b|<\|START_THINKING\|>)"
-    r"|(</think(?:ing)?>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>)"
+    "|".join(f"({'|'.join(map(re.escape, tags))})" for tags in zip(*THOUGHTS, strict=True))
 )
 
 

@@ -11,6 +11,16 @@ from typing import Any
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # templates read one of these keys
+# What opens and closes a thought inside of a text, by the models that write it so.
+THOUGHTS = (
+    ("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Nemotron, SmolLM3, Granite, LFM2, OLMo
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),  # Magistral, Ministral
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lora_jax.config import UserError
 from lora_jax.data import AnswerReader, encode, stop_tokens
 from lora_jax.data.answers import split_thought
 from lora_jax.data.calls import canonical
+from lora_jax.data.rows import THOUGHTS
 from lora_jax.train import scores
 from lora_jax.train.evaluate import to_answer
 
@@ -231,5 +232,6 @@ def test_a_thought_is_split_off_where_it_begins_the_answer():
     assert split_thought("", "so <think>hm</think> a") == ("", "so <think>hm</think> a")
     assert split_thought("", "a </think> b") == ("", "a </think> b")
     assert split_thought("<think>\n", "a </think> b") == ("a ", " b")
-    assert split_thought("", "[THINK]hm[/THINK]a") == ("hm", "a")
+    for opening, closing in THOUGHTS:
+        assert split_thought("", f"{opening}hm{closing}a") == ("hm", "a")
     assert json.loads(split_thought("", "<think></think>\n\n{}")[1]) == {}

@@ -26,6 +26,7 @@ from lora_jax.data import (
     resolve_template,
     stop_tokens,
 )
+from lora_jax.data.rows import THOUGHTS
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + \
 '<|im_end|>\n' }}\
@@ -871,10 +872,13 @@ def test_a_thought_that_is_rendered_twice_is_refused():
     twice = {"role": "assistant", "content": "a", "thinking": "hm", "reasoning": "hm"}
     text = error_of(encode, Row((question, twice), "f:1"), build(both), max_length=99)
     assert text.startswith("f:1: the chat template repeats the thinking of turn 1; ")
-    two = {"role": "assistant", "content": "<think>hm</think>a", "reasoning_content": "hm"}
-    text = error_of(encode, Row((question, two), "f:1"), build(), max_length=99)
-    assert text.startswith("f:1: turn 1 has a thought in its reasoning_content and another in its")
-    assert "keep one; write the thoughts into the contents, as <think>..</think>, or" in text
+    for opening, closing in THOUGHTS:
+        said = f"{opening}hm{closing}a"
+        two = {"role": "assistant", "content": said, "reasoning_content": "hm"}
+        text = error_of(encode, Row((question, two), "f:1"), build(), max_length=99)
+        start = "f:1: turn 1 has a thought in its reasoning_content and another in its"
+        assert text.startswith(start)
+        assert "keep one; write the thoughts into the contents, as <think>..</think>, or" in text
     options = {"chat_template": "none", "max_length": 99}
     said = {"role": "assistant", "content": "a", "thinking": "hm"}
     text = error_of(encode, Row((question, said), "f:1"), build(), **options)
