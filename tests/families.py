@@ -262,7 +262,9 @@ ALIASES = {
         "MinistralForCausalLM",
         GIVEN,
         {
-            "layer types": dict(sliding_window=5, layer_types=[FULL, SLIDING, SLIDING]),
+            "layer types": dict(
+                rms_norm_eps=0.05, sliding_window=5, layer_types=[FULL, SLIDING, SLIDING]
+            ),
             "window": dict(sliding_window=5, tie_word_embeddings=True, rms_norm_eps=0.05),
         },
     ),
