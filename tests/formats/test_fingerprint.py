@@ -97,7 +97,7 @@ CHANGES = {
     "shape of the same bytes": changed(SMALL, lambda x: x.reshape(2, 4)),
     "shape of a large tensor": changed(LARGE, lambda x: x.reshape(200, 300)),
     "name": {("x" + name if name == SMALL else name): x for name, x in TENSORS.items()},
-    "one more": TENSORS | {HEAD: TENSORS[LARGE]},
+    "one more": TENSORS | {HEAD: TENSORS[LARGE][::-1]},
     "one less": {name: x for name, x in TENSORS.items() if name != SMALL},
 }
 

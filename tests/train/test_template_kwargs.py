@@ -9,6 +9,7 @@ from rich.console import Console
 from lora_jax import config as configs
 from lora_jax import data
 from lora_jax.cli import main, train_main
+from lora_jax.data import answers
 from lora_jax.train.compare import compare
 
 from .conftest import CHATML
@@ -39,6 +40,7 @@ def asked(monkeypatch):
         return prompt_tokens(*args, **options)
 
     monkeypatch.setattr(data, "prompt_tokens", spy)
+    monkeypatch.setattr(answers, "prompt_tokens", spy)
     return seen
 
 
