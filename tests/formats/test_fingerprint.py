@@ -107,6 +107,12 @@ def test_everything_else_does(digest, change):
     assert digest(CHANGES[change]) != digest(TENSORS)
 
 
+def test_a_copy_of_the_embedding_counts_where_the_config_unties_it(digest):
+    copied, untied = TENSORS | {HEAD: TENSORS[LARGE]}, {"tie_word_embeddings": False}
+    assert digest(copied, **untied) != digest(TENSORS, **untied)
+    assert digest(copied) == digest(TENSORS)  # the family decides, and reading compares them
+
+
 def test_a_change_anywhere_in_a_large_tensor_is_seen_if_it_is_not_tiny(digest):
     """Samples are spread evenly: a 32nd of a tensor never lies between two of them."""
     size, before = TENSORS[LARGE].size, digest(TENSORS)
