@@ -21,6 +21,7 @@ LAYERS = (
         "train.step",
         "train.checkpoint",
         "train.interrupt",
+        "train.lock",
         "train.merge_report",
         "train.norms",
         "train.scores",
@@ -31,6 +32,7 @@ LAYERS = (
     ),
     (
         "train.base",
+        "train.directory",
         "train.metrics",
         "train.model",
         "train.report",

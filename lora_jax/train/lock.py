@@ -1,0 +1,368 @@
+"""One run at a time in a directory, among all processes and hosts that share it.
+
+    with hold(Path("runs/a"), "output_dir") as lock:
+        ...
+        lock.check()        # raises if another run has taken the directory over
+
+`.lora_jax.lock` names the holder: host, process, since when. It is dead, and its directory free
+again, as soon as one of these shows it:
+
+- on the same machine, its `flock` on that file, which the kernel releases however a process ends;
+- where the file system has no `flock`, the process: its number and its start time;
+- from another machine, the file's time: the holder renews it every `BEAT` seconds, and one that
+  is older than `DEAD` belongs to no live process.
+
+The file is made by `link`, which is atomic over NFS too. A dead lock has one heir at most: a
+contender links `.lora_jax.lock-after-TOKEN`, where TOKEN is the dead one's, and only the one that
+succeeds may replace the file. One that dies half-way leaves a chain, which the next one follows.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_jax.config import UserError
+
+NAME = ".lora_jax.lock"
+BEAT = 10.0  # seconds after which the holder renews its file
+DEAD = 120.0  # seconds without that after which it is gone, seen from another machine
+_BUSY = 10.0  # seconds to compete with others that start at the same time
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that a lock file names, and what is known of it."""
+
+    token: str
+    host: str
+    pid: int
+    since: float
+    age: float  # seconds since it renewed the file
+    alive: bool
+    certain: bool  # not by the age alone
+
+    def describe(self, file: Path, name: str) -> str:
+        """The reason why `name` cannot be used, with what to do."""
+        since = datetime.datetime.fromtimestamp(self.since).astimezone()
+        text = (
+            f"{name}={str(file.parent)!r} is in use by process {self.pid} on host {self.host} "
+            f"since {since.isoformat(sep=' ', timespec='seconds')} ({file.name}). Wait for that "
+            f"run to end, stop it, or choose another {name}"
+        )
+        if not self.certain:
+            text += (
+                f". It was last seen {max(0, self.age):.0f} s ago: if that process is gone, this "
+                f"works again in {DEAD - max(0, self.age):.0f} s, or at once without {file}"
+            )
+        return text
+
+
+class Lock:
+    """The hold of this process on a directory; made by `hold`."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._file, self._name, self._pid = directory / NAME, name, os.getpid()
+        self._over, self._swap = threading.Event(), threading.Lock()
+        self._fd = self._acquire()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Make sure that the directory is still held, and lock it again if its file is gone.
+
+        Raises:
+            UserError: another run holds it.
+        """
+        try:
+            if os.path.samestat(os.lstat(self._file), os.fstat(self._fd)):
+                return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{self._file} cannot be read: {error.strerror}") from error
+        found = self._acquire()
+        with self._swap:
+            before, self._fd = self._fd, found
+            _close(before)
+
+    def release(self) -> None:
+        """Let go of the directory; a fork of the process has nothing to let go of."""
+        if os.getpid() != self._pid:
+            return
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._file), os.fstat(self._fd)):
+                self._file.unlink()
+        _close(self._fd)
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            with contextlib.suppress(OSError), self._swap:
+                os.utime(self._fd)
+
+    def _acquire(self) -> int:
+        """Make the lock file; returns a descriptor of it.
+
+        Raises:
+            UserError: another process holds the directory; it cannot be written.
+        """
+        token = secrets.token_hex(8)
+        own = self._file.with_name(f"{NAME}-{token}")
+        try:
+            fd, record = _candidate(own, token)
+        except OSError as error:
+            raise UserError(
+                f"{self._name}={str(self._file.parent)!r} is not writable: {error.strerror}"
+            ) from error
+        try:
+            self._compete(own, token, record, os.fstat(fd).st_mtime)
+        except BaseException as error:
+            own.unlink(missing_ok=True)
+            _close(fd)
+            if isinstance(error, OSError):
+                raise UserError(f"{self._file} cannot be made: {error.strerror}") from error
+            raise
+        self._clean()
+        return fd
+
+    def _compete(self, own: Path, token: str, record: dict[str, Any], now: float) -> None:
+        until = time.monotonic() + _BUSY
+        while time.monotonic() < until:
+            last, free, heirs = _last(self._file, now)
+            if last is None or last.token != token:
+                if last is not None and last.alive:
+                    raise UserError(last.describe(self._file, self._name))
+                if not _claim(own, free, record):
+                    time.sleep(0.01)
+                    continue
+                heirs.append(free)
+                last = _last(self._file, now)[0]
+                if last is None or last.token != token:  # heir of a lock that is no more
+                    free.unlink(missing_ok=True)
+                    continue
+            own.replace(self._file)  # without effect if both are one file
+            own.unlink(missing_ok=True)
+            for heir in heirs:
+                if heir != self._file:
+                    heir.unlink(missing_ok=True)
+            return
+        raise UserError(
+            f"{self._name}={str(self._file.parent)!r}: other processes lock and leave it all the "
+            "time; run this again"
+        )
+
+    def _clean(self) -> None:
+        """Remove what processes left that died while they competed."""
+        now = os.stat(self._file).st_mtime
+        for file in self._file.parent.glob(f"{NAME}-*"):
+            with contextlib.suppress(OSError, UserError):
+                found = _read(file, now)
+                if found is not None and not found.alive and found.age > DEAD:
+                    file.unlink()
+
+
+@contextlib.contextmanager
+def hold(directory: Path, name: str) -> Iterator[Lock]:
+    """Lock a directory, which exists, until the block ends. `name` is that of its setting.
+
+    Raises:
+        UserError: another process holds it; it is named, with host, time and what to do.
+    """
+    lock = Lock(directory, name)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def look(directory: Path, name: str) -> None:
+    """Raise as `hold` does, without a change of the directory, if a live process holds it."""
+    last = _last(directory / NAME, time.time())[0]
+    if last is not None and last.alive:
+        raise UserError(last.describe(directory / NAME, name))
+
+
+def _candidate(own: Path, token: str) -> tuple[int, dict[str, Any]]:
+    """A file of this process's own that becomes the lock by a second name, and its content."""
+    fd = os.open(own, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    _open.add(fd)
+    try:
+        locked = True
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # a file system without
+        locked = False
+    record = {
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.time(),
+        "machine": _machine(),
+        "namespace": _namespace(),
+        "started": _start_time(os.getpid()),
+        "locked": locked,
+    }
+    try:
+        os.write(fd, json.dumps(record).encode())
+        os.fsync(fd)
+    except OSError:
+        own.unlink(missing_ok=True)
+        _close(fd)
+        raise
+    return fd, record
+
+
+def _claim(own: Path, free: Path, record: dict[str, Any]) -> bool:
+    """Make `free`, which one process alone can do; returns whether it was this one."""
+    try:
+        os.link(own, free)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        try:
+            fd = os.open(free, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        os.write(fd, json.dumps({**record, "locked": False}).encode())
+        os.close(fd)
+    return True
+
+
+def _last(file: Path, now: float) -> tuple[Holder | None, Path, list[Path]]:
+    """The holder, the name that its heir has to make, and those that its forerunners made."""
+    last, free, heirs = None, file, []
+    while (found := _read(free, now)) is not None:
+        last, free = found, file.with_name(f"{NAME}-after-{found.token}")
+        if free in heirs:
+            raise _unreadable(file, "its chain has no end")
+        heirs.append(free)
+    return last, free, heirs[:-1]
+
+
+def _read(file: Path, now: float) -> Holder | None:
+    """The holder that a lock file names; None if there is no such file."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(file, error.strerror) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _unreadable(file, "it is no file")
+        record = json.loads(os.read(fd, 4096))
+        if not re.fullmatch("[0-9a-f]{16}", record["token"]):
+            raise _unreadable(file, "it names no process")
+        alive, certain = _is_alive(fd, record)
+        age = now - os.fstat(fd).st_mtime
+        return Holder(
+            token=record["token"],
+            host=str(record["host"]),
+            pid=int(record["pid"]),
+            since=float(record["since"]),
+            age=age,
+            alive=alive if certain else abs(age) < DEAD,
+            certain=certain,
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _unreadable(file, "it names no process") from error
+    finally:
+        os.close(fd)
+
+
+def _is_alive(fd: int, record: dict[str, Any]) -> tuple[bool, bool]:
+    """Find out whether a holder lives, and whether that is certain."""
+    free = True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True, True
+    except OSError:
+        free = False
+    if record["machine"] != _machine():
+        return True, False
+    if free and record["locked"]:
+        return False, True
+    if record["namespace"] != _namespace():
+        return True, False
+    return _start_time(int(record["pid"])) == record["started"], True
+
+
+def _machine() -> str:
+    """The running kernel; a container on it has a host name of its own and shares this."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _namespace() -> str:
+    """The name space of process numbers."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str | None:
+    """A text that differs for two processes of one number; None if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    except (OSError, IndexError):
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return "running"
+
+
+def _unreadable(file: Path, reason: str) -> UserError:
+    return UserError(
+        f"{file} cannot be read ({reason}): it says which process uses the directory. If none "
+        "does, remove it"
+    )
+
+
+# A fork inherits descriptors, and with them the flock, and may outlive its parent.
+
+
+_open: set[int] = set()
+
+
+def _close(fd: int) -> None:
+    _open.discard(fd)
+    os.close(fd)
+
+
+def _close_in_fork() -> None:
+    while _open:
+        os.close(_open.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
