@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax import hosts, tree
@@ -362,7 +363,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         temporary.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a full disk
         raise UserError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,7 +3,8 @@ in the background.
 
     checkpoints/<step>/adapters      the adapter tree
     checkpoints/<step>/optimizer     the optimizer's arrays, by path
-    checkpoints/<step>/record        step, data position, RNG, config, versions, fingerprint, leaves
+    checkpoints/<step>/record        run, step, data position, RNG, config, versions, fingerprint,
+                                     leaves
     checkpoints/<step>/sha256.json   a digest of every file above
 
 Nothing of the base model is in them. Orbax restores a flipped byte in silence and casts dtypes in
@@ -17,7 +18,8 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,24 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at
 Place = Path | epath.Path  # a directory, or one in a bucket
 ITEMS = ("adapters", "optimizer", "record")
 _SEAL = "sha256.json"
+_PARTS = (*ITEMS, _SEAL, "_CHECKPOINT_METADATA")  # a step has one of them, however damaged it is
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step that is not committed
 
 
 class Checkpoints:
     """The checkpoints of one run. Leave it by `close`, which waits for what is under way."""
 
-    def __init__(self, directory: Place, save_total_limit: int | None = None):
-        self._kept = _Kept(save_total_limit)
+    def __init__(
+        self,
+        directory: Place,
+        save_total_limit: int | None = None,
+        check: Callable[[], None] = lambda: None,
+        committed: Callable[[], None] = lambda: None,
+    ):
+        # What says nothing of its origin is nobody's to remove.
+        unknown = [step for step in list_steps(directory) if load_record(directory, step) is None]
+        self._kept = _Kept(save_total_limit, unknown)
+        self._check, self._committed = check, committed
         options = ocp.CheckpointManagerOptions(
             create=True, preservation_policy=self._kept, cleanup_tmp_directories=True
         )
@@ -79,6 +92,7 @@ class Checkpoints:
                 stand as they were.
         """
         self.wait()
+        self._check()
         self._kept.best_step, self._kept.sound_step = best_step, sound_step
         optimizer = _by_path(opt_state)
         leaves = _leaf_digests({"adapters": _paths(adapters), "optimizer": optimizer})
@@ -113,6 +127,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if hosts.is_main():
                 _seal(self._directory / str(step))
+                self._committed()
 
     def wait(self) -> None:
         """Wait for the save that is under way.
@@ -127,6 +142,7 @@ class Checkpoints:
     def delete(self, step: int) -> None:
         """Remove a checkpoint that turned out to be of no use."""
         self.wait()
+        self._check()
         self._manager.delete(step)
 
     def close(self) -> None:
@@ -140,10 +156,12 @@ class Checkpoints:
 
 
 class _Kept:
-    """Orbax's preservation policy: the latest steps, the best one, and the last sound one."""
+    """Orbax's preservation policy: the latest steps, the best one, the last sound one, and those
+    that are not known to be of a run.
+    """
 
-    def __init__(self, limit: int | None):
-        self.limit = limit
+    def __init__(self, limit: int | None, unknown: Collection[int] = ()):
+        self.limit, self.unknown = limit, unknown
         self.best_step: int | None = None
         self.sound_step: int | None = None
 
@@ -151,15 +169,21 @@ class _Kept:
         steps = sorted(info.step for info in checkpoints)
         latest = steps if self.limit is None else steps[-self.limit :]
         sound = [step for step in steps if step <= (self.sound_step or 0)][-1:]
-        return [info.step in (*latest, *sound, self.best_step) for info in checkpoints]
+        kept = (*latest, *sound, *self.unknown, self.best_step)
+        return [info.step in kept for info in checkpoints]
 
 
 @contextlib.contextmanager
 def open_checkpoints(
-    directory: Place, save_total_limit: int | None = None
+    directory: Place,
+    save_total_limit: int | None = None,
+    check: Callable[[], None] = lambda: None,
+    committed: Callable[[], None] = lambda: None,
 ) -> Iterator[Checkpoints]:
-    """The checkpoints of `directory`; leaving the block waits for a save that is under way."""
-    checkpoints = Checkpoints(directory, save_total_limit)
+    """The checkpoints of `directory`; leaving the block waits for a save that is under way. `check`
+    is called before anything is written or removed, `committed` after each save, on the main host.
+    """
+    checkpoints = Checkpoints(directory, save_total_limit, check, committed)
     try:
         yield checkpoints
     finally:
@@ -182,7 +206,8 @@ def find_place(config: Config, output: Path) -> Place:
     """Where the checkpoints of a run in `output` are."""
     if config.checkpoint_dir is None:
         return output / "checkpoints"
-    return epath.Path(config.checkpoint_dir).expanduser()
+    bucket = "://" in config.checkpoint_dir
+    return epath.Path(config.checkpoint_dir) if bucket else Path(config.checkpoint_dir).expanduser()
 
 
 def check_place(config: Config) -> None:
@@ -207,9 +232,51 @@ def list_steps(directory: Place) -> list[int]:
     """Committed steps below a run's `checkpoints`, in order; none if there is no such directory."""
     if not directory.is_dir():
         return []
-    found = (path for path in directory.iterdir() if path.name.isdigit())
+    found = (path for path in directory.iterdir() if _is_step(path))
     # In a directory a step gets its name when it is committed; in a bucket a mark says so.
     return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+
+
+def _is_step(path: Place) -> bool:
+    """Return True for a directory that is named by a number and holds parts of a checkpoint."""
+    if not re.fullmatch("0|[1-9][0-9]*", path.name) or not path.is_dir():
+        return False
+    return any((path / part).exists() for part in _PARTS)
+
+
+def is_temporary(path: Place) -> bool:
+    """Return True for what a kill leaves of a save, which Orbax removes."""
+    name = path.name
+    return _TEMPORARY in name or re.fullmatch(r"\.record-[0-9]+", name) is not None
+
+
+def misleading(directory: Place) -> list[str]:
+    """Names that Orbax would take for steps, of what is none, or is a link."""
+    if not directory.is_dir():
+        return []
+    return sorted(path.name for path in directory.iterdir() if _is_misleading(path))
+
+
+def _is_misleading(path: Place) -> bool:
+    if not path.name.isdigit():
+        return False
+    if isinstance(path, Path) and path.is_symlink():
+        return True
+    # A kill while Orbax removes a step may leave an empty directory.
+    return not _is_step(path) and not (
+        path.name.isascii() and path.is_dir() and not any(path.iterdir())
+    )
+
+
+def load_record(directory: Place, step: int) -> dict[str, Any] | None:
+    """The record of a step, whose other files are not looked at; None if it is damaged."""
+    try:
+        file = directory / str(step) / "record" / "metadata"
+        record = json.loads(file.read_text(encoding="utf-8"))
+        digest = record.pop("sha256")
+        return record if digest == _digest_json(record) else None
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def size(directory: Place, step: int) -> int:
@@ -221,7 +288,8 @@ def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
     """The record of a step (the latest if none is named), after a check of the step's files.
 
     Raises:
-        UserError: no such checkpoint; a file that is damaged, missing or not from the save.
+        UserError: no such checkpoint; a file that is damaged, missing or not from the save; a
+            directory whose name is not its step.
     """
     steps = list_steps(directory)
     if not steps:
@@ -231,15 +299,14 @@ def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
         raise UserError(f"{directory} has no checkpoint of step {chosen}; it has: {steps}")
     place = directory / str(chosen)
     _check_seal(place)
-    file = place / "record" / "metadata"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        digest = record.pop("sha256")
-        whole = digest == _digest_json(record)
-    except (OSError, ValueError, KeyError, AttributeError):
-        whole, record = False, {}
-    if not whole:
-        raise _damaged(place, [f"{file.relative_to(directory)} is damaged"])
+    record = load_record(directory, chosen)
+    if record is None:
+        raise _damaged(place, [f"{chosen}/record/metadata is damaged"])
+    if record.get("step") != chosen:
+        raise UserError(
+            f"{place} holds the checkpoint of step {record.get('step')}: it was renamed or copied; "
+            "give it its name, or remove it"
+        )
     return record
 
 

@@ -301,21 +301,56 @@ def export_run(
     source = formats.resolve(config.model)
     config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
-    stops = find_stops(config, model, tokenizer)
     template = template_text(tokenizer, config.data.chat_template)
     found = fingerprint.take(source, tokenizer, template)
     fingerprint.check(record["fingerprint"], found, str(run), allow_change)
+    examples = (
+        ()
+        if kind == "peft"
+        else _read_probe(
+            config, sets.make_encoder(config, model, tokenizer, found["tokenizer"], console)
+        )
+    )
+    export_checkpoint(
+        kind, output, place, record, config, model, tokenizer, found, console, examples, profile
+    )
+
+
+def chosen_step(config: Config, record: Mapping[str, Any]) -> int:
+    """The step whose adapters a run that ends with this record exports."""
     best = record["watch"]["best_step"] if config.train.load_best_model_at_end else None
+    return record["step"] if best is None else best
+
+
+def export_checkpoint(
+    kind: str,
+    target: Path,
+    place: checkpoint.Place,
+    record: Mapping[str, Any],
+    config: Config,
+    model: Model,
+    tokenizer: Any,
+    prints: Mapping[str, str],
+    console: Console,
+    examples: Sequence[Example] = (),
+    profile: str | None = None,
+) -> dict[str, Any]:
+    """Write `target` as `peft` or `hf` from the checkpoint in `place` that `record`, the latest
+    one, chooses. `model` has shapes. Returns what `export_merged` does, of an adapter nothing.
+
+    Raises:
+        UserError: a damaged checkpoint; as `export_peft` and `export_merged`.
+    """
+    stops = find_stops(config, model, tokenizer)
     shapes = methods.shapes(model.params, config.adapter)
-    adapters, _, _ = checkpoint.restore(place, shapes, step=best)
+    adapters, _, _ = checkpoint.restore(place, shapes, step=chosen_step(config, record))
     if kind == "peft":
         trainable = find_trainable(model.params, config.adapter)
         problems = [] if profile else formats.serving_problems(trainable)
         for problem in [*problems, *describe_stops(model, tokenizer, stops)]:
             console.print(f"note: {problem}")
-        return export_peft(output, config, model, adapters, found, profile, stops)
-    encoder = sets.make_encoder(config, model, tokenizer, found["tokenizer"], console)
-    examples = _read_probe(config, encoder)
-    params = base.load_under(config, source, model, make_mesh(config.mesh), adapters)
+        export_peft(target, config, model, adapters, prints, profile, stops)
+        return {}
+    params = base.load_under(config, model.directory, model, make_mesh(config.mesh), adapters)
     model = model.replace(params=params)
-    export_merged(output, config, model, adapters, console, examples, stops)
+    return export_merged(target, config, model, adapters, console, examples, stops)

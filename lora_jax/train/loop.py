@@ -17,10 +17,12 @@ from lora_jax import config as configs
 from lora_jax import data, formats, hosts, tree
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
+from lora_jax.models.common import Model
 from lora_jax.train import (
     base,
     calibration,
     checkpoint,
+    directory,
     export,
     interrupt,
     metrics,
@@ -50,13 +52,19 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     with hosts.joined(config.hosts):
         agree = hosts.agree if jax.process_count() > 1 else None
         console = console or metrics.make_console(quiet=not hosts.is_main())
-        with interrupt.catch(agree, console.print) as signals:
-            return _run(config, console, signals)
+        with (
+            interrupt.catch(agree, console.print) as signals,
+            contextlib.ExitStack() as held,
+        ):
+            return _run(config, console, signals, held)
 
 
-def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[str, Any]:
+def _run(
+    config: Config, console: Console, signals: interrupt.Signals, held: contextlib.ExitStack
+) -> dict[str, Any]:
     started = time.monotonic()
-    output, mesh, record = setup.prepare(config)
+    run, mesh, record = setup.prepare(config, held)
+    output, place = run.output, run.place
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
     hosts.from_main(lambda: str(formats.resolve(config.model)))  # hosts may share the cache
@@ -82,9 +90,11 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
     setup.check_metrics(config, model, tokenizer, held_out)
-    if record is not None and (done := hosts.from_main(lambda: _finished(output, record, config))):
-        console.print(f"{output} is finished: {done['steps']} steps; nothing is left to do")
-        return done
+    if record is not None and (done := hosts.from_main(lambda: _finished(run, record, config))):
+        merges = "merged" in done["wrong"]
+        probed = probe.choose(config, encoder, train_data, held_out) if merges else []
+        return _mend(run, done, record, config, model, tokenizer, prints, console, probed)
+    hosts.from_main(lambda: run.check_exports(directory.wanted(config)))
 
     known = warn.name_training(train_data) | warn.name_held_out(config, held_out)
     measured = warn.measure(known, encoder.counts)
@@ -94,7 +104,6 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     console.print(f"loading {config.model}")
     optimizer = make_optimizer(config.train, config.adapter)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    place = checkpoint.find_place(config, output)
     if record is None:
         calibrate = calibration.make_calibrate(config, model, train_data, encoder, mesh)
         config, params, adapters = base.load(config, source, model, mesh, init_key, calibrate)
@@ -117,13 +126,15 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         if record is None:
             before = judge.score(state.adapters)
             console.print(f"before: {before.describe()}")
-            setup.clear_logs(output)
+            run.clear_logs()
         else:
             before = Scores(**record["before"])
             console.print(f"resumed from step {state.step}; before: {before.describe()}")
-        # The first thing written: whatever failed before, the same output_dir can be used again.
+        # The first things written: whatever failed before, the same output_dir can be used again.
+        run.begin()
         metrics.write_whole(output / "config.yaml", configs.dump(config))
         about = {
+            "run": run.id,
             "config": dataclasses.asdict(config),
             "given_adapter": dataclasses.asdict(given),
             "versions": export.versions(),
@@ -133,25 +144,28 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
         }
         position = record and record["data"]
         loader = sets.make_loader(config, train_data, encoder, position, console)
-        speed = train(judge, state, loader, optimizer, dropout_key, about, console, signals, record)
+        speed = train(
+            run, judge, state, loader, optimizer, dropout_key, about, console, signals, record
+        )
         summary = {"tokens_per_second": speed, "total_parameters": frozen + trained}
         summary |= {"trainable_parameters": trained, "adapter_bytes": 4 * found.exported}
-        summary |= conclude(judge, state, before, prints, output, console, probed)
+        summary |= conclude(run, judge, state, before, prints, console, probed)
     summary |= {"seconds": time.monotonic() - started, "warnings": warnings}
     metrics.write_summary(output / "summary.json", summary)
     metrics.print_summary(console, summary)
     if hosts.is_main():
-        written = ", ".join(sorted(path.name for path in output.iterdir()))
+        names = (path.name for path in output.iterdir())
+        written = ", ".join(sorted(name for name in names if not name.startswith(".")))
         console.print(f"written to {output}: {written}")
     return summary
 
 
 def conclude(
+    run: directory.Run,
     judge: Judge,
     state: State,
     before: Scores,
     prints: Mapping[str, str],
-    output: Path,
     console: Console,
     probed: Sequence[data.Example] = (),
 ) -> dict[str, Any]:
@@ -159,8 +173,7 @@ def conclude(
     summary says of them.
     """
     config, model, reader = judge.config, judge.model, judge.reader
-    stops = reader.stop_tokens
-    place = checkpoint.find_place(config, output)
+    stops, output, place = reader.stop_tokens, run.output, run.place
     adapters, chosen = state.adapters, state.step
     if config.train.load_best_model_at_end and state.watch.best_step not in (None, chosen):
         chosen = state.watch.best_step
@@ -174,11 +187,12 @@ def conclude(
     losses = {name: points[chosen] for name, points in logged.items()} if known else None
     after = judge.score(adapters, losses)
     sizes = norms.measure(model.params, adapters, config.adapter)
-    setup.remove_exports(output)
+    run.remove_exports()
     extra: dict[str, Any] = {}
-    full = config.adapter.method == "full"  # has no adapter to export, only a model
-    if config.export.peft and not full:
-        export.export_peft(output / "adapter", config, model, adapters, prints, stops=stops)
+    wanted = directory.wanted(config)
+    if "adapter" in wanted:
+        with run.exporting("adapter", config) as target:
+            export.export_peft(target, config, model, adapters, prints, stops=stops)
         trainable = methods.find_trainable(model.params, config.adapter)
         problems = formats.serving_problems(trainable)
         for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
@@ -191,9 +205,11 @@ def conclude(
     samples = scores.spread(after.answers, config.eval.samples)
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
-    if config.export.merged or full:  # last, as a gate may refuse it
-        merged = output / "merged"
-        extra |= export.export_merged(merged, config, model, adapters, console, probed, stops=stops)
+    if "merged" in wanted:  # last, as a gate may refuse it
+        with run.exporting("merged", config) as target:
+            extra |= export.export_merged(
+                target, config, model, adapters, console, probed, stops=stops
+            )
     return {
         "steps": state.step,
         "exported_step": chosen,
@@ -205,19 +221,68 @@ def conclude(
         "regression": score_pair("regression", before, after),
         **norms.summarize(sizes),
         **extra,
+        "outputs": hosts.from_main(run.digests),
     }
 
 
-def _finished(output: Path, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do; one that goes on loses its old one."""
-    file = output / "summary.json"
+def _finished(
+    run: directory.Run, record: Mapping[str, Any], config: Config
+) -> dict[str, Any] | None:
+    """Of a run that has no step left to take, the summary and the exports that are not what it
+    says. A run that goes on loses its summary.
+    """
+    run.check()
+    file = run.output / "summary.json"
     watch = Watch(**record["watch"])
     over = record["step"] == config.train.steps or watch.gave_up(config.train)
     if over and not record["pending"] and file.is_file():
         with contextlib.suppress(ValueError):  # damaged: what it says is worked out again
-            return configs.read_json(file)
+            summary = configs.read_json(file)
+            if (summary.get("steps"), summary.get("exported_step")) == (
+                record["step"],
+                export.chosen_step(config, record),
+            ):
+                return {"summary": summary, "wrong": run.find_wrong(config, summary)}
     file.unlink(missing_ok=True)
     return None
+
+
+def _mend(
+    run: directory.Run,
+    done: Mapping[str, Any],
+    record: Mapping[str, Any],
+    config: Config,
+    model: Model,
+    tokenizer: Any,
+    prints: Mapping[str, str],
+    console: Console,
+    probed: Sequence[data.Example],
+) -> dict[str, Any]:
+    """Export again, from the checkpoint, what is wrong with the exports of a finished run. Returns
+    the summary, which says what there is then.
+    """
+    summary, wrong = dict(done["summary"]), done["wrong"]
+    finished = f"{run.output} is finished: {summary['steps']} steps"
+    if not wrong:
+        console.print(f"{finished}; nothing is left to do")
+        if "outputs" not in summary:
+            console.print("note: its summary has no digests of its exports: they are not checked")
+        return summary
+    hosts.from_main(lambda: run.check_exports(wrong))
+    for name, reason in wrong.items():
+        console.print(
+            f"{finished}; {run.output / name} {reason}: it is exported again from the checkpoint "
+            f"of step {summary['exported_step']}"
+        )
+        kind = "peft" if name == "adapter" else "hf"
+        with run.exporting(name, config) as target:
+            summary |= export.export_checkpoint(
+                *(kind, target, run.place, record, config, model, tokenizer, prints),
+                *(console, probed),
+            )
+    summary["outputs"] = hosts.from_main(run.digests)
+    metrics.write_summary(run.output / "summary.json", summary)
+    return summary
 
 
 def _restore(

@@ -2,12 +2,9 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_jax.config import PRINTS, Config, UserError, raise_all
-from lora_jax.train import checkpoint
-from lora_jax.train.metrics import LOGS
 
 # What may differ at any time: it does not change what the remaining steps compute, or the
 # fingerprint says whether it does (the model, the training data and the chat template by path).
@@ -26,35 +23,6 @@ _RANKS = (
     *("target_modules", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern"),
 )
-_EARLY = {"config.yaml", "checkpoints", "run_id.txt", "tensorboard", *LOGS}
-
-
-def find_record(config: Config, output: Path) -> dict[str, Any] | None:
-    """The record of the latest checkpoint that the run goes on from; None: it starts anew.
-
-    Raises:
-        UserError: `resume=true` without a checkpoint; a directory in use without `resume`, or
-            whose files are not those of a run; a damaged checkpoint.
-    """
-    place = checkpoint.find_place(config, output)
-    steps = checkpoint.list_steps(place)
-    if config.resume is not False and steps:
-        return checkpoint.read_record(place)
-    if config.resume is True:
-        raise UserError(
-            f"resume=true, but {_named(config, output)} has no checkpoint to go on from; "
-            "resume=auto starts anew where there is none"
-        )
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    # Killed before its first save, a run has left nothing but these.
-    begun = config.resume == "auto" and "config.yaml" in found and found <= _EARLY
-    if steps or (found and not begun):
-        advice = "; resume=true goes on from its last checkpoint" if steps else ""
-        raise UserError(
-            f"{_named(config, output)} already holds a run or other files; choose another or "
-            f"remove it{advice}"
-        )
-    return None
 
 
 def with_ranks(record: Mapping[str, Any], config: Config) -> Config:
@@ -79,18 +47,33 @@ def with_date(record: Mapping[str, Any], config: Config) -> Config:
     return dataclasses.replace(config, data=settings)
 
 
-def _named(config: Config, output: Path) -> str:
-    if config.checkpoint_dir is None:
-        return f"output_dir={str(output)!r}"
-    return f"output_dir={str(output)!r} or checkpoint_dir={config.checkpoint_dir!r}"
-
-
 def check_config(record: Mapping[str, Any], config: Config) -> None:
     """Compare the settings of a checkpoint with those of now.
 
     Raises:
         UserError: settings that differ and are not in `allow_change`, all of them listed; fewer
             steps than are done.
+    """
+    # `data` and its like are parts of the fingerprint there; settings are named in full.
+    allowed = [name for name in config.allow_change if name not in PRINTS]
+    raise_all(
+        [
+            f"{key}={now!r}, and the checkpoint was made with {then!r}; keep it, or list {key!r} "
+            "in allow_change"
+            for key, (now, then) in differences(record, config).items()
+            if not _covers(allowed, key)
+        ]
+    )
+    if config.train.steps < record["step"]:
+        raise UserError(
+            f"train.steps={config.train.steps}, and the checkpoint is that of step "
+            f"{record['step']}: nothing can be taken back"
+        )
+
+
+def differences(record: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that change what the remaining steps compute and are not those of the checkpoint:
+    (now, then) by dotted key.
     """
     now = _flat(dataclasses.asdict(config))
     # A setting that did not exist at the time had the effect of its default.
@@ -99,21 +82,11 @@ def check_config(record: Mapping[str, Any], config: Config) -> None:
         then["data.template_date"] is None
     ):  # not known, or without effect: the digest of the data differs
         then["data.template_date"] = now["data.template_date"]
-    # `data` and its like are parts of the fingerprint there; settings are named in full.
-    allowed = (*_FREE, *(name for name in config.allow_change if name not in PRINTS))
-    raise_all(
-        [
-            f"{key}={now.get(key)!r}, and the checkpoint was made with {then.get(key)!r}; keep "
-            f"it, or list {key!r} in allow_change"
-            for key in sorted({*now, *then})
-            if now.get(key) != then.get(key) and not _covers(allowed, key)
-        ]
-    )
-    if config.train.steps < record["step"]:
-        raise UserError(
-            f"train.steps={config.train.steps}, and the checkpoint is that of step "
-            f"{record['step']}: nothing can be taken back"
-        )
+    return {
+        key: (now.get(key), then.get(key))
+        for key in sorted({*now, *then})
+        if now.get(key) != then.get(key) and not _covers(_FREE, key)
+    }
 
 
 def _covers(names: Collection[str], key: str) -> bool:

@@ -1,9 +1,8 @@
 """Checks and reads of a run before anything slow starts."""
 
+import contextlib
 import dataclasses
-import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
 from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, virtual_tokens
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
-from lora_jax.train import checkpoint, resume, scores
+from lora_jax.train import directory, scores
 from lora_jax.train.evaluate import make_reader
-from lora_jax.train.metrics import LOGS
 from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.sinks import check_sinks
 from lora_jax.train.step import check_experts
@@ -27,15 +25,17 @@ from lora_jax.train.step import check_experts
 _SHARED = 15.0  # seconds until a file that one host wrote must be there on the others
 
 
-def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
-    """The output directory, made and writable, the mesh, and the record of the checkpoint that the
-    run goes on from, if there is one.
+def prepare(
+    config: Config, held: contextlib.ExitStack
+) -> tuple[directory.Run, Mesh, dict[str, Any] | None]:
+    """The run in its directories, made and locked until `held` ends, the mesh, and the record of
+    the checkpoint that the run goes on from, if there is one.
 
     Raises:
         UserError: no training data named; a metric or sink whose package is missing; a mesh that
-            does not fit the devices, the batch or the rows; a shard size that is none; an output
-            directory that holds something, cannot be written or is not shared by all hosts; as
-            `resume.find_record`.
+            does not fit the devices, the batch or the rows; a shard size that is none; directories
+            that are in use, hold something, cannot be written or are not shared by all hosts; as
+            `directory.open_run`.
     """
     training_sources(config)
     scores.check(config.eval.metrics)
@@ -53,31 +53,10 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
             "that it computes from; use device"
         )
     formats.parse_size(config.export.max_shard_size)
-    output = Path(config.output_dir).expanduser()
-    record = hosts.from_main(lambda: _open_output(config, output))
-    place = checkpoint.find_place(config, output)
-    if jax.process_count() > 1 and "://" not in str(place):
-        _check_shared(output if config.checkpoint_dir is None else Path(place))
-    return output, mesh, record
-
-
-def _open_output(config: Config, output: Path) -> dict[str, Any] | None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir={str(output)!r} is a file; choose a directory")
-    checkpoint.check_place(config)
-    record = resume.find_record(config, output)
-    needed = {"output_dir": output}
-    if config.checkpoint_dir is not None and "://" not in config.checkpoint_dir:
-        needed["checkpoint_dir"] = Path(config.checkpoint_dir).expanduser()
-    for name, directory in needed.items():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror
-            raise UserError(f"{name}={str(directory)!r} cannot be made: {reason}") from error
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise UserError(f"{name}={str(directory)!r} is not writable")
-    return record
+    run, record = directory.open_run(config, held)
+    if jax.process_count() > 1 and isinstance(run.place, Path):
+        _check_shared(run.output if config.checkpoint_dir is None else run.place)
+    return run, mesh, record
 
 
 def _check_shared(directory: Path) -> None:
@@ -201,23 +180,6 @@ def take_fingerprint(
         stored = formats.read_fingerprint(path)
         fingerprint.check(stored, found, str(path), config.allow_change)
     return found
-
-
-def clear_logs(output: Path) -> None:
-    """Remove what a run that was killed before its first checkpoint has written."""
-    if not hosts.is_main():
-        return
-    for name in LOGS:
-        (output / name).unlink(missing_ok=True)
-
-
-def remove_exports(output: Path) -> None:
-    """Remove earlier exports of this very run, and what a kill left of one that was under way."""
-    if not hosts.is_main():
-        return
-    for pattern in ("adapter", "merged", ".adapter-*", ".merged-*"):
-        for directory in output.glob(pattern):
-            shutil.rmtree(directory)
 
 
 def check_metrics(

@@ -17,6 +17,7 @@ from lora_jax.config import Config, UserError
 from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
 from lora_jax.train import checkpoint, metrics, norms
+from lora_jax.train.directory import Run
 from lora_jax.train.evaluate import Judge, Scores
 from lora_jax.train.interrupt import Interrupted, Signals
 from lora_jax.train.optimizer import make_schedule
@@ -54,6 +55,7 @@ def place_state(
 
 
 def train(
+    run: Run,
     judge: Judge,
     state: State,
     loader: data.Loader | data.Mixture | data.StreamLoader,
@@ -73,13 +75,14 @@ def train(
         UserError: a loss that diverges; files that cannot be written.
         Interrupted: a signal came.
     """
-    config, output = judge.config, Path(judge.config.output_dir).expanduser()
+    config, output = judge.config, run.output
     settings = config.train
     placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
-    place = checkpoint.find_place(config, output)
     with (
         signals.held(),
-        checkpoint.open_checkpoints(place, settings.save_total_limit) as kept,
+        checkpoint.open_checkpoints(
+            run.place, settings.save_total_limit, run.check, run.committed
+        ) as kept,
         open_sinks(config, output, state.step + 1) as sinks,
         metrics.Journal(output / "metrics.jsonl", settings.steps, console, sinks) as journal,
     ):

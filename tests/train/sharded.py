@@ -1,5 +1,6 @@
 """The same training on several meshes of eight virtual devices, told as one JSON object."""
 
+import contextlib
 import json
 import os
 import re
@@ -156,7 +157,8 @@ def main():
     config = {"data.train": "rows.jsonl", "output_dir": "/dev/null/never"}
 
     def start(**changes):
-        prepare(make_config(*(f"{key}={value}" for key, value in (config | changes).items())))
+        settings = (f"{key}={value}" for key, value in (config | changes).items())
+        prepare(make_config(*settings), contextlib.ExitStack())
 
     result["errors"] = {
         "no rule": message(
