@@ -180,7 +180,7 @@ def find_trainable(config: Config, model: Model) -> targets.Trainable:
     check_experts(model, config)
     found = targets.find_trainable(model.params, config.adapter)
     if config.export.peft and config.adapter.method != "full":
-        raise_all([f"export.peft: {problem}" for problem in formats.peft_problems(found)])
+        raise_all([f"export.peft: {problem}" for problem in formats.peft_problems(found, model)])
     return found
 
 

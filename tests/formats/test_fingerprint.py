@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax import formats
+from lora_jax import formats, hosts
 from lora_jax.config import UserError
 from lora_jax.formats import digests, fingerprint
 
@@ -258,6 +258,19 @@ def test_what_differs_is_named_and_can_be_allowed(name, told):
     others = [other for other in STORED if other != name]
     with pytest.raises(UserError, match=told):
         fingerprint.check(STORED, found, "runs/x", others)
+
+
+def test_a_digest_of_samples_is_not_compared_with_one_of_all_bytes(caplog):
+    hosts.note.cache_clear()
+    found = STORED | {"base": f"sha256:{'b' * 64}"}
+    for stored, here in ((STORED, found), (found, STORED)):
+        fingerprint.check(stored, here, "runs/x", ())
+        with pytest.raises(UserError, match="^template: "):
+            fingerprint.check(stored, here | {"template": "0" * 64}, "runs/x", ())
+    text = "runs/x has the digest of its base in the form of another version, which cannot be comp"
+    assert caplog.text.count(text) == 1
+    with pytest.raises(UserError, match=r"\(bbbbbbbbbbbb, here 000000000000\)"):
+        fingerprint.check(found, found | {"base": f"sha256:{'0' * 64}"}, "runs/x", ())
 
 
 def test_all_that_differ_are_told_together():
