@@ -60,7 +60,7 @@ def combine_directories(
     raise_all(problems)
     options: dict[str, Any] = {"rank": rank, "density": density, "seed": seed}
     plan = methods.plan(model.params, parts, method, **options)
-    raise_all(formats.peft_problems(find_trainable(model.params, plan.config)))
+    raise_all(formats.peft_problems(find_trainable(model.params, plan.config), model))
     with formats.open_matrices(source, model) as read:
         made = methods.carry_out(plan, read)
     options |= {"seed": seed if method.startswith("dare") else None}
@@ -104,7 +104,7 @@ def extract_directory(
         config = extraction.plan(
             model.params, changes, rank=rank, target_modules=target_modules, uncovered=uncovered
         )
-        raise_all(formats.peft_problems(find_trainable(model.params, config)))
+        raise_all(formats.peft_problems(find_trainable(model.params, config), model))
         made = extraction.extract(model.params, config, read, tuned)
     report = _report(made, model, method="extract", rank=rank) | {"finetuned": finetuned}
     side = other if (other / "tokenizer_config.json").is_file() else source

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from lora_jax.formats import digests
+
 from .families import save, torch_model
 
 # No two axes are equal: vocabulary, hidden, intermediate, queries (6 x 8), keys (2 x 8).
@@ -37,6 +39,15 @@ def free_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_digests(tmp_path_factory):
+    """Digests of the tests' models stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("cache")
+        patch.setattr(digests, "cache_directory", lambda: directory)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,27 @@
 """Digests of what an adapter was trained on: base weights, tokenizer, chat template.
 
-    fingerprint = {"base": "9f2c..", "tokenizer": "41aa..", "template": "c07e.."}
+    fingerprint = {"base": "sha256:9f2c..", "tokenizer": "41aa..", "template": "c07e.."}
 
-It stands in every checkpoint and in every adapter's lora_jax.json. An adapter under another base
-runs without an error and answers badly, so what does not fit is refused by name, unless the caller
-lists that name in `allow_change`.
+Every checkpoint and the lora_jax.json of every adapter hold it. An adapter under another base runs
+without an error and answers badly, so what does not fit is refused by name, unless the caller lists
+that name in `allow_change`.
 """
 
 import hashlib
 import json
+import threading
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lora_jax import hosts, models
 from lora_jax.config import raise_all, read_json
+from lora_jax.formats import digests
 from lora_jax.formats.tensors import Tensor, are_equal, list_tensors
 from lora_jax.tree import TIED_EMBEDDINGS
 
 PARTS = ("base", "tokenizer", "template")
-_WHOLE = 1 << 16  # bytes up to which a tensor is read whole
-_SAMPLES, _SAMPLE = 64, 256  # of a larger one: so many pieces of so many bytes, evenly spread
 
 
 def take(directory: Path, tokenizer: Any, template: str) -> dict[str, str]:
@@ -29,40 +29,51 @@ def take(directory: Path, tokenizer: Any, template: str) -> dict[str, str]:
     use.
 
     Raises:
-        UserError: the directory has no readable safetensors.
+        UserError: as `base_digest`.
     """
-    return {
-        "base": base_digest(directory),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "template": _digest(template),
-    }
+    return {"base": base_digest(directory), **take_texts(tokenizer, template)}
+
+
+def take_texts(tokenizer: Any, template: str) -> dict[str, str]:
+    """The parts of a fingerprint that need no weights."""
+    return {"tokenizer": tokenizer_digest(tokenizer), "template": _digest(template)}
+
+
+def start(directory: Path) -> Future[str]:
+    """Begin `base_digest` in the background, in a thread that no process waits for when it ends."""
+    future: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(base_digest(directory))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def base_digest(directory: Path) -> str:
-    """Names, shapes, dtypes and sampled bytes of every tensor, whatever files they lie in.
+    """Names, shapes, dtypes and bytes of every tensor, whatever files hold them.
 
     What says nothing about the model is left out: a copy of the embedding under the name of a tied
     head, and rotary frequencies, which some versions of transformers wrote. A head that differs
     from the embedding counts, whatever the config says.
+
+    All of the files is read, once for each state of them (`digests`).
+
+    Raises:
+        UserError: no readable safetensors, or no readable config.json.
     """
     tensors = list_tensors(directory)
-    # Where config.json does not say, as in Gemma's and GPT-2's, the family may tie them.
-    tied = read_json(directory / "config.json").get("tie_word_embeddings", True)
+    tied = models.ties_embeddings(read_json(directory / "config.json"))
     copy = _copied_head(tensors) if tied else None
-    offsets = {file: _offsets(file) for file in {tensor.file for tensor in tensors.values()}}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if name.endswith("rotary_emb.inv_freq") or name == copy:
-            continue
-        digest.update(f"{name} {tensor.shape} {tensor.dtype}\n".encode())
-        start, end = offsets[tensor.file][name]
-        data = np.memmap(tensor.file, np.uint8, "r", start, end - start) if end > start else b""
-        if len(data) <= _WHOLE:
-            digest.update(bytes(data))
-        else:
-            for first in np.linspace(0, len(data) - _SAMPLE, _SAMPLES).astype(int):
-                digest.update(bytes(data[first : first + _SAMPLE]))
-    return digest.hexdigest()
+    sums = digests.of_files(tensors)
+    return digests.join(
+        (name, tensor.shape, tensor.dtype.name, sums[name])
+        for name, tensor in tensors.items()
+        if not name.endswith("rotary_emb.inv_freq") and name != copy
+    )
 
 
 def _copied_head(tensors: Mapping[str, Tensor]) -> str | None:
@@ -73,18 +84,6 @@ def _copied_head(tensors: Mapping[str, Tensor]) -> str | None:
     if len(heads) != 1 or len(embeddings) != 1:
         return None
     return heads[0] if are_equal(tensors[heads[0]], tensors[embeddings[0]]) else None
-
-
-def _offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Offsets of the bytes of each tensor in a safetensors file, from its header."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    return {
-        name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -106,27 +105,36 @@ def _digest(content: Any) -> str:
 def check(
     stored: Mapping[str, str], found: Mapping[str, str], what: str, allow_change: Collection[str]
 ) -> None:
-    """Compare a stored fingerprint with that of what is at hand; parts that only one of them has
-    are not compared.
+    """Compare a stored fingerprint with the one found; parts that only one of them has are not
+    compared. Nor is the digest of a base that an earlier version took of samples: a note says so.
 
     Raises:
         UserError: parts that differ and are not in `allow_change`, all of them named.
     """
-    told = {
+    differs = {
         "base": "the base model's weights are not those",
         "tokenizer": "the tokenizer is not the one",
         "template": "the chat template is not the one",
         "data": "the training examples are not those",
         "held_out": "the held-out examples are not those",
     }
+    compared = [name for name in differs if name in stored and name in found]
+    if "base" in compared and _scheme(stored["base"]) != _scheme(found["base"]):
+        compared.remove("base")
+        hosts.note(
+            f"{what} has the digest of its base in the form of another version, which cannot be "
+            "compared: nothing shows whether this is the base that it was made with"
+        )
     raise_all(
         [
-            f"{name}: {told[name]} that {what} was made with ({stored[name][:12]}, here "
-            f"{found[name][:12]}); use the same, or list {name!r} in allow_change"
-            for name in told
-            if name in stored
-            and name in found
-            and stored[name] != found[name]
-            and name not in allow_change
+            f"{name}: {differs[name]} that {what} was made with ({digests.shorten(stored[name])}, "
+            f"here {digests.shorten(found[name])}); use the same, or list {name!r} in allow_change"
+            for name in compared
+            if stored[name] != found[name] and name not in allow_change
         ]
     )
+
+
+def _scheme(digest: str) -> str:
+    """The form of a digest. The first ones, of samples of every tensor, name none."""
+    return digest.rpartition(":")[0]

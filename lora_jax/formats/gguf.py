@@ -25,6 +25,7 @@ import numpy as np
 
 from lora_jax.config import UserError
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
+from lora_jax.formats.tensors import is_finite
 
 # The settings that are read here, or change nothing; any other that is not zero is refused.
 _COMMON = (
@@ -371,6 +372,11 @@ def _restored(entry: Entry, tensors: dict[str, Any], source: Path) -> np.ndarray
     if entry.heads:  # llama.cpp: the two halves of each head, interleaved
         pairs = array.reshape(entry.heads, entry.shape[0] // entry.heads // 2, 2, -1)
         array = pairs.swapaxes(1, 2).reshape(entry.shape)
+    if not is_finite(array):
+        raise UserError(
+            f"{source}: weights are infinite or not a number in {entry.source}; the file is "
+            "damaged, or a training diverged: get it again"
+        )
     return array - np.float32(entry.offset) if entry.offset else array
 
 

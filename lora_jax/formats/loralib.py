@@ -16,8 +16,9 @@ import numpy as np
 from lora_jax import adapters as methods
 from lora_jax import tree
 from lora_jax.config import AdapterConfig, UserError, nearest, raise_all
+from lora_jax.formats.peft_digest import check_digest
 from lora_jax.formats.peft_tensors import PREFIX, unpack
-from lora_jax.formats.tensors import open_tensors
+from lora_jax.formats.tensors import read_floats
 from lora_jax.targets import HEAD, find_trainable
 
 # What says something that these files cannot hold.
@@ -45,8 +46,8 @@ def read_loralib(file: Path, params: Mapping, config: AdapterConfig) -> tuple[di
             if getattr(config, name)
         ]
     )
-    with open_tensors(file) as handle:
-        tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+    tensors, metadata = read_floats(file)
+    check_digest(file, tensors, metadata)
     weights, biases = _weights(params), _biases(params)
     places = {"lora_A": weights, "lora_B": weights, "bias": biases}
     modules, problems = _by_module(tensors, places)

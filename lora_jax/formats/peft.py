@@ -4,9 +4,10 @@
     file   base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight    (rank, in)
 
 `adapter_config.json` (`peft_config`) and `adapter_model.safetensors` (`peft_tensors`) are PEFT's;
-`lora_jax.json` holds what PEFT has no field for. Adapters of an init that takes its part out of the
-base are written as those of twice the rank over the original base, and those of parts of a fused
-projection as one of the sum of their ranks over all of it. Virtual tokens are in `peft_virtual`.
+`lora_jax.json` holds what PEFT has no field for. It and the tensors carry a digest of the tensors
+(`peft_digest`). Adapters of an init that takes its part out of the base are written as those of
+twice the rank over the original base, and those of parts of a fused projection as one of the sum of
+their ranks over all of it. Virtual tokens are in `peft_virtual`.
 """
 
 import math
@@ -16,15 +17,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from lora_jax import adapters as methods
-from lora_jax import tree
+from lora_jax import models, tree
 from lora_jax.adapters.lora import as_plain
 from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all, read_json
-from lora_jax.formats import peft_virtual
+from lora_jax.formats import digests, peft_virtual
 from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
+from lora_jax.formats.peft_digest import FIELD, METADATA, WEIGHTS, check_digest
 from lora_jax.formats.peft_saved import with_saved_modules
 from lora_jax.formats.peft_tensors import (
     EXPERTS,
@@ -42,7 +43,7 @@ from lora_jax.formats.peft_tensors import (
 )
 from lora_jax.formats.safetensors import new_directory
 from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
-from lora_jax.formats.tensors import open_tensors
+from lora_jax.formats.tensors import read_floats, write_tensors
 from lora_jax.models.common import Model
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
@@ -93,16 +94,19 @@ def write_adapter(
         tensors = pack(leaves, found)
         content = to_peft_config(found, params, base_model, task_type)
     with new_directory(target) as temporary:
-        file = temporary / "adapter_model.safetensors"
-        save_file(tensors, file, metadata={"format": "pt"})
+        file, digest = temporary / WEIGHTS, digests.of_arrays(tensors)
+        write_tensors(file, tensors, {"format": "pt", METADATA: digest})
         write_json(temporary / "adapter_config.json", content)
-        write_json(temporary / "lora_jax.json", {"base_model": base_model, **(extra or {})})
+        about = {"base_model": base_model, **(extra or {}), FIELD: digest}
+        write_json(temporary / "lora_jax.json", about)
         if source is not None:
             copy_side_files(source, temporary, chat_template)
 
 
-def peft_problems(found: Trainable) -> list[str]:
-    """List why these adapters have no form in PEFT, with remedies; empty if they have one."""
+def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
+    """List why these adapters have no form in PEFT, or would be others there over the files of
+    `base`, with remedies; empty if they have one.
+    """
     config = found.config
     if config.method == "full":
         return ["method=full trains the model itself, which is no adapter; use --format hf"]
@@ -139,7 +143,23 @@ def peft_problems(found: Trainable) -> list[str]:
                 f"{home}, which is saved whole; name that, or export with --format hf"
             )
             break
-    return problems
+    return problems + ([] if base is None else _token_problems(found, base))
+
+
+def _token_problems(found: Trainable, base: Model) -> list[str]:
+    """PEFT ties trained tokens of the embedding to the head if config.json says so, whatever head
+    the files have.
+    """
+    file = base.directory / "config.json"
+    untied = tree.tied_embedding(base.params) is None
+    if not found.rows or not untied or not models.ties_embeddings(read_json(file)):
+        return []
+    return [
+        f"trainable_token_indices={found.config.trainable_token_indices!r}: {file} ties the output "
+        "head to the embedding, and the files hold a head that differs, which PEFT would replace; "
+        "set tie_word_embeddings to false in that file, or export with --format hf "
+        "(export.peft=false, export.merged=true)"
+    ]
 
 
 def _dora_problems(found: Trainable) -> Iterable[str]:
@@ -292,13 +312,14 @@ def read_adapter(
 
     Raises:
         UserError: as `read_config`; and tensors that are missing, unexpected, mis-shaped, not
-            finite or contradictory, all of them listed; a vocabulary that was resized.
+            finite or contradictory, all of them listed; a vocabulary that was resized; tensors
+            that are not those of the digest that the file carries.
     """
     config = read_config(directory, params)
-    file, settings = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    file, settings = directory / WEIGHTS, directory / "adapter_config.json"
     found, shapes = _expected(settings, params, config)
-    with open_tensors(file) as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+    tensors, metadata = read_floats(file)
+    check_digest(file, tensors, metadata)
     known = set() if config.method in SOFT else {tensor.key for tensor in layout(found)}
     tensors = _with_usual_names(file, tensors, known, params)
     tensors, whole = with_saved_modules(file, tensors, known, config, params, base)

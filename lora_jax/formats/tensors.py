@@ -7,7 +7,8 @@ of weights in the directory is not read, as there.
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from lora_jax import hosts
+from lora_jax import hosts, tree
 from lora_jax.config import UserError, read_json
 
 FLOATS = {
@@ -30,6 +32,7 @@ _NO_WEIGHTS = {  # of buffers, such as the position_ids of old BERT files
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_ADAPTER_FLOATS = (*FLOATS, "F64")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
 # Infinity of each dtype as an integer; what is above it is not a number.
@@ -179,6 +182,40 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise UserError(
             f"{file} is not a readable safetensors file (damaged or cut short?): {error}"
         ) from error
+
+
+def read_floats(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a small file, such as an adapter's, and the metadata of the file.
+
+    Raises:
+        UserError: it cannot be read; tensors of integers, all of them listed.
+    """
+    with open_tensors(file) as handle:
+        names = list(handle.keys())
+        kinds = {name: handle.get_slice(name).get_dtype() for name in names}
+        wrong = [name for name in names if kinds[name] not in _ADAPTER_FLOATS]
+        if wrong:
+            raise UserError(
+                f"{file} is no file of an adapter's weights, which are "
+                f"{', '.join(_ADAPTER_FLOATS)}:\n  "
+                + tree.summarize([f"{name} has dtype {kinds[name]}" for name in wrong])
+            )
+        return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file with its metadata in their order, which the library changes from
+    one process to the next: equal tensors give equal bytes.
+    """
+    save_file(dict(tensors), file, metadata=dict(metadata))
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length)) | {"__metadata__": dict(metadata)}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def is_finite(values: np.ndarray) -> bool:

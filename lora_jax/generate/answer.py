@@ -61,9 +61,9 @@ def answer(
     arguments = dict(chat_template_kwargs or {})
     if adapter is not None:
         template = data.template_text(tokenizer, chat_template)
-        prints = fingerprint.take(source, tokenizer, template)
-        stored = formats.read_fingerprint(Path(adapter).expanduser())
-        fingerprint.check(stored, prints, adapter, allow_change)
+        if stored := formats.read_fingerprint(Path(adapter).expanduser()):
+            prints = fingerprint.take(source, tokenizer, template)
+            fingerprint.check(stored, prints, adapter, allow_change)
         arguments = formats.read_template_kwargs(Path(adapter).expanduser()) | arguments
     options = {
         "system_prompt": system_prompt,

@@ -84,6 +84,17 @@ def describe(
     )
 
 
+def ties_embeddings(hf_config: Mapping[str, Any]) -> bool:
+    """Return True if a config.json ties the output head to the embedding; where it does not say,
+    the family's default counts.
+    """
+    reader = ConfigReader(hf_config)
+    family = FAMILIES.get(str(reader.model_type))
+    return family is not None and bool(
+        getattr(family.read_config(reader), "tie_word_embeddings", False)
+    )
+
+
 def _with_labels(hf_config: Mapping[str, Any], labels: Sequence[str], architecture: str) -> dict:
     named = {
         "id2label": {str(i): name for i, name in enumerate(labels)},

@@ -40,7 +40,7 @@ def compare(
     tokenizer = formats.load_tokenizer(source)
     config = sets.settle_date(config, tokenizer, console)
     template = data.template_text(tokenizer, config.data.chat_template)
-    prints = fingerprint.take(source, tokenizer, template)
+    prints = fingerprint.take_texts(tokenizer, template)
     directories = {path: Path(path).expanduser() for path in paths}
     raise_all(
         [
@@ -52,7 +52,10 @@ def compare(
     found = {}
     for path, directory in directories.items():
         found[path] = formats.read_adapter(directory, model.params, model)
-        fingerprint.check(formats.read_fingerprint(directory), prints, path, allow_change)
+        stored = formats.read_fingerprint(directory)
+        if "base" in stored and "base" not in prints:
+            prints["base"] = fingerprint.base_digest(source)
+        fingerprint.check(stored, prints, path, allow_change)
         trained, here = formats.read_template_kwargs(directory), config.data.chat_template_kwargs
         if trained != here:
             console.print(

@@ -15,7 +15,7 @@ from lora_jax import adapters as methods
 from lora_jax import config as configs
 from lora_jax import formats, hosts, tree
 from lora_jax.adapters import bind, merge
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config, UserError, raise_all
 from lora_jax.data import Example, resolve_template, template_text
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
@@ -49,7 +49,11 @@ def export_peft(
 ) -> None:
     """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, and
     under `eos_token_id` in lora_jax.json the ids that end an answer.
+
+    Raises:
+        UserError: as `formats.write_adapter`; adapters that are others in PEFT over this base.
     """
+    raise_all(formats.peft_problems(find_trainable(model.params, config.adapter), model))
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
         return

@@ -72,6 +72,7 @@ def _run(
     config, model = describe(config, source)
     for note in model.notes:
         console.print(f"note: {note}")
+    base_digest = fingerprint.start(source)
     config, loaded = setup.continue_adapter(config, model)
     given = config.adapter
     if record is not None:
@@ -81,11 +82,12 @@ def _run(
     setup.check_attention(config, model, mesh, console)
     tokenizer = formats.load_tokenizer(source)
     config = sets.settle_date(config, tokenizer, console)
-    prints = setup.take_fingerprint(config, source, tokenizer, record)
+    prints = setup.take_fingerprint(config, base_digest, tokenizer, record)
     find_stops(config, model, tokenizer)  # refuses damaged files before anything slow
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     train_data, held_out = sets.read_sets(config, encoder)
     prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}
+    prints["base"] = setup.settle_base(base_digest)
     if record is not None:
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)

@@ -5,6 +5,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -158,28 +159,45 @@ def find_trainable(config: Config, model: Model) -> targets.Trainable:
     check_experts(model, config)
     found = targets.find_trainable(model.params, config.adapter)
     if config.export.peft and config.adapter.method != "full":
-        raise_all([f"export.peft: {problem}" for problem in formats.peft_problems(found)])
+        raise_all([f"export.peft: {problem}" for problem in formats.peft_problems(found, model)])
     return found
 
 
 def take_fingerprint(
-    config: Config, source: Path, tokenizer: Any, record: Mapping[str, Any] | None
+    config: Config, base: Future[str], tokenizer: Any, record: Mapping[str, Any] | None
 ) -> dict[str, str]:
-    """The fingerprint of base, tokenizer and template, after a comparison with those of the
-    checkpoint and of `adapter.path`.
+    """The fingerprint of tokenizer and template, after a comparison with those of the checkpoint
+    or of `adapter.path`, if there is one. Only then the digest of the base is waited for.
 
     Raises:
-        UserError: what differs, by name.
+        UserError: what differs, by name; as `settle_base`.
     """
     template = data.template_text(tokenizer, config.data.chat_template)
-    found = fingerprint.take(source, tokenizer, template)
+    found, stored, what = fingerprint.take_texts(tokenizer, template), {}, ""
     if record is not None:
-        fingerprint.check(record["fingerprint"], found, "the checkpoint", config.allow_change)
+        stored, what = record["fingerprint"], "the checkpoint"
     elif config.adapter.path is not None:
-        path = Path(config.adapter.path).expanduser()
-        stored = formats.read_fingerprint(path)
-        fingerprint.check(stored, found, str(path), config.allow_change)
+        what = str(Path(config.adapter.path).expanduser())
+        stored = formats.read_fingerprint(Path(what))
+    if what:  # on all hosts alike, whatever their files say
+        found["base"] = settle_base(base)
+    fingerprint.check(stored, found, what, config.allow_change)
     return found
+
+
+def settle_base(base: Future[str]) -> str:
+    """The digest of the base, which is the same on all hosts. Each reads its own files.
+
+    Raises:
+        UserError: another host has other weights; as `fingerprint.base_digest`.
+    """
+    digest = base.result()
+    if (main := hosts.from_main(lambda: digest)) != digest:
+        raise UserError(
+            f"host {jax.process_index()} has other weights of the base than host 0: its files are "
+            "damaged, or those of another version; copy them again"
+        )
+    return main
 
 
 def check_metrics(

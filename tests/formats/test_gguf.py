@@ -386,6 +386,17 @@ def test_unsupported_gemma3_files_are_refused(tmp_path, options, message):
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, monkeypatch, value):
+    tensors = hf_tensors(tied=True)
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = value
+    monkeypatch.setattr(f"{__name__}.hf_tensors", lambda tied: tensors)
+    write(tmp_path / "a.gguf")
+    with pytest.raises(UserError, match=r"a\.gguf: weights are infinite .* in blk\.1\.attn_q"):
+        convert(tmp_path / "a.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
 def test_missing_file_and_occupied_target(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         convert(tmp_path / "no.gguf", tmp_path / "m")

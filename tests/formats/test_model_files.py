@@ -19,6 +19,7 @@ from lora_jax.config import AdapterConfig, MeshConfig, UserError
 from lora_jax.formats import fingerprint
 from lora_jax.formats.names import unwrap
 from lora_jax.sharding import make_mesh
+from lora_jax.targets import find_trainable
 
 from ..families import FAMILIES
 
@@ -146,6 +147,42 @@ def test_fingerprints_see_a_head_that_differs(tied):
     save_file({HEAD: original.pop(EMBEDDINGS["llama"]), **original}, file)
     digests.append(fingerprint.base_digest(directory))
     assert len({*digests}) == 4
+
+
+def test_trained_tokens_of_a_head_that_unties_have_no_form_in_peft(tied, edit_json):
+    directory, _ = tied()
+    config = AdapterConfig(trainable_token_indices=[3])
+
+    def problems(config=config):
+        model = formats.describe(directory)
+        return formats.peft_problems(find_trainable(model.params, config), model)
+
+    assert not problems()
+    edit(directory / "model.safetensors", other_head(EMBEDDINGS["llama"]))
+    (problem,) = problems()
+    assert problem.startswith(f"trainable_token_indices=[3]: {directory / 'config.json'} ties the")
+    assert "set tie_word_embeddings to false in that file, or export with --format hf" in problem
+    assert not problems(AdapterConfig())
+    edit_json(directory / "config.json", tie_word_embeddings=False)
+    assert not problems()
+
+
+def test_trained_tokens_of_a_tied_head_are_others_in_peft(tied, tmp_path, error):
+    """The reason for the refusal: PEFT computes another model from such files."""
+    directory, _ = tied()
+    edit(directory / "model.safetensors", other_head(EMBEDDINGS["llama"]))
+    model = formats.load(directory)
+    config = AdapterConfig(rank=2, target_modules=["q_proj"], trainable_token_indices=[3])
+    adapters = _noisy(methods.shapes(model.params, config))
+    formats.write_adapter(tmp_path / "adapter", adapters, model.params, config, base_model="base")
+    ours = model.apply(methods.bind(model.params, adapters, config), TOKENS)
+    for ties in (True, False):
+        content = json.loads((directory / "config.json").read_text())
+        content["tie_word_embeddings"] = ties
+        (directory / "config.json").write_text(json.dumps(content))
+        base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        theirs = torch_logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
+        assert (error(ours, theirs) > 0.1) == ties
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

@@ -1,0 +1,248 @@
+"""Digests of tensors: the sha256 of the bytes of each, whatever file holds it.
+
+    of_files(list_tensors(directory))    {"model.norm.weight": "41aa..", ..}, read in threads
+    of_arrays(tensors)                   one digest of names, shapes, dtypes and bytes
+
+The digests of a file are kept under `digests/` in the cache directory (`LORA_JAX_CACHE`) and hold
+for as long as its path, size, times and inode are the same: a second start reads nothing of it. An
+entry that is damaged, or of another state of the file, is ignored and replaced.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax import hosts
+from lora_jax.config import UserError
+from lora_jax.demo import cache_directory
+from lora_jax.formats.tensors import Tensor
+
+_THREADS = min(16, os.cpu_count() or 1)
+_PIECE = 1 << 20  # bytes read at once, by each thread
+_LARGE = 10**9  # bytes from which a note says what is being read
+_ENTRY_LIMIT = 1 << 24  # bytes of one entry; a longer one is not read
+_ENTRIES, _ENTRIES_SIZE = 1024, 1 << 26  # entries that are kept, and their bytes
+# A file that changed this shortly before it was read may change again within one tick of the clock
+# of its file system, which nothing would show. Some count whole seconds.
+_TICK, _COARSE_TICK = 10**8, 2 * 10**9  # nanoseconds
+
+
+def of_files(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The sha256 of the bytes of every tensor, from the cache where a file is unchanged.
+
+    Raises:
+        UserError: a file cannot be read, is cut short, or changes meanwhile.
+    """
+    by_file: dict[Path, dict[str, str]] = {}  # stored name -> name
+    for name, tensor in tensors.items():
+        by_file.setdefault(tensor.file, {})[tensor.stored] = name
+    states = {file: _state(file) for file in by_file}
+    known = {file: _read_entry(states[file], by_file[file].keys()) for file in by_file}
+    missing = [file for file, digests in known.items() if digests is None]
+    read = _read_files(missing)
+    for file in missing:
+        if _state(file) != states[file]:
+            raise UserError(f"{file} was changed while it was read; start again when it is written")
+        _keep_entry(states[file], read[file])
+    return {
+        by_file[file][stored]: digest
+        for file in by_file
+        for stored, digest in (known[file] or read[file]).items()
+        if stored in by_file[file]
+    }
+
+
+def of_arrays(tensors: Mapping[str, np.ndarray]) -> str:
+    """One digest of arrays: their names, shapes, dtypes and bytes."""
+    return join(
+        (name, array.shape, array.dtype.name, hashlib.sha256(_bytes(array)).hexdigest())
+        for name, array in tensors.items()
+    )
+
+
+def join(tensors: Iterable[tuple[str, Sequence[int], str, str]]) -> str:
+    """One digest of tensors, in any order: name, shape, dtype and sha256 of each."""
+    total = hashlib.sha256()
+    for name, shape, dtype, digest in sorted(tensors):
+        total.update(json.dumps([name, list(shape), dtype, digest]).encode() + b"\n")
+    return f"sha256:{total.hexdigest()}"
+
+
+def shorten(digest: str) -> str:
+    """The first digits of a digest, for messages."""
+    return digest.rpartition(":")[2][:12]
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where the bytes of a tensor are."""
+
+    file: Path
+    stored: str
+    start: int
+    size: int
+
+
+def _read_files(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
+    spans = [span for file in files for span in _spans(file)]
+    if (size := sum(span.size for span in spans)) >= _LARGE:
+        hosts.note(
+            f"reading {size / 1e9:.1f} GB of weights for their digest, which is kept in "
+            f"{_directory()} for the next start"
+        )
+    found: dict[Path, dict[str, str]] = {file: {} for file in files}
+    left, lock, stop = iter(spans), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        buffer = memoryview(bytearray(_PIECE))
+        while not stop.is_set():
+            with lock:
+                span = next(left, None)
+            if span is None:
+                return
+            try:
+                found[span.file][span.stored] = _read_span(span, buffer, stop)
+            except BaseException as error:
+                errors.append(error)
+                stop.set()
+
+    # Daemons: a process that ends for another reason does not wait for them.
+    count = min(_THREADS, len(spans), 1 + size // (16 * _PIECE))
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+    if errors:
+        raise errors[0]
+    return found
+
+
+def _read_span(span: _Span, buffer: memoryview, stop: threading.Event) -> str:
+    digest, left = hashlib.sha256(), span.size
+    try:
+        with span.file.open("rb", buffering=0) as opened:
+            opened.seek(span.start)
+            while left and not stop.is_set():
+                count = opened.readinto(buffer[:left])
+                if not count:
+                    raise UserError(f"{span.file} ends within {span.stored}: it is cut short")
+                digest.update(buffer[:count])
+                left -= count
+    except OSError as error:
+        raise UserError(f"{span.file} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def _spans(file: Path) -> list[_Span]:
+    """The tensors of a safetensors file in its order, from its header."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    offsets = {n: entry["data_offsets"] for n, entry in header.items() if n != "__metadata__"}
+    spans = [
+        _Span(file, name, 8 + length + start, end - start) for name, (start, end) in offsets.items()
+    ]
+    return sorted(spans, key=lambda span: span.start)
+
+
+# The cache
+
+
+def _directory() -> Path:
+    return cache_directory() / "digests"
+
+
+def _state(file: Path) -> dict[str, Any]:
+    """All that must be the same for a file to be: links lead to one entry for the file itself."""
+    try:
+        path = file.resolve()
+        status = path.stat()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    return {
+        "path": str(path),
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,  # changes with the bytes even if mtime is set back
+        "inode": status.st_ino,
+    }
+
+
+def _entry(state: Mapping[str, Any]) -> Path:
+    return _directory() / f"{hashlib.sha256(os.fsencode(state['path'])).hexdigest()}.json"
+
+
+def _read_entry(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, str] | None:
+    """The digests that are kept for this state of a file; None if there are none."""
+    entry = _entry(state)
+    try:
+        if not entry.is_file():  # no pipe, no device
+            return None
+        with entry.open("rb") as opened:
+            content = json.loads(opened.read(_ENTRY_LIMIT))
+        digests = content["digests"]
+        if content != _content(state, digests) or not {*names} <= digests.keys():
+            return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return digests if all(isinstance(digest, str) for digest in digests.values()) else None
+
+
+def _content(state: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    text = json.dumps([state, digests], sort_keys=True)
+    return {"state": state, "digests": digests, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _keep_entry(state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Write the digests of a file for the next start, at once or not at all."""
+    changed = max(state["mtime_ns"], state["ctime_ns"])
+    tick = _TICK if changed % 10**9 else _COARSE_TICK
+    text = json.dumps(_content(state, digests))
+    if time.time_ns() - changed < tick or len(text) > _ENTRY_LIMIT:
+        return
+    entry = _entry(state)
+    partial = entry.with_name(f"{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(entry)
+        finally:
+            partial.unlink(missing_ok=True)
+        _remove_oldest(entry.parent)
+    except OSError as error:
+        hosts.note(
+            f"digests cannot be kept in {entry.parent}: {error.strerror or error}; the next start "
+            "reads the weights for them again"
+        )
+
+
+def _remove_oldest(directory: Path) -> None:
+    """Keep the newest entries, so many and of so many bytes."""
+    kept = size = 0
+    found = [(file.stat(), file) for file in directory.glob("*.json*") if file.is_file()]
+    for status, file in sorted(found, key=lambda one: one[0].st_mtime_ns, reverse=True):
+        kept, size = kept + 1, size + status.st_size
+        if kept > _ENTRIES or size > _ENTRIES_SIZE:
+            file.unlink(missing_ok=True)
