@@ -27,6 +27,9 @@ CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DELIBERATE = 1.0  # seconds after which Ctrl-C is no repetition of the first signal
 ANSWER = 0.3  # seconds until a thread answers for a main thread that does not
 STUCK = 3.0  # seconds until a process that should end at once is left
+# Ends this process with a status, if it is one of a command: in a notebook, nobody else's state is
+# to be lost. Set by the command line.
+leave: Callable[[int], None] | None = None
 _AGAIN = "stopping now: what was not saved yet is lost"
 
 

@@ -43,7 +43,9 @@ class Phase:
     """A part of a run that takes a while.
 
     total: units of work, if they are known
+    done: those that an earlier session has done
     status: text in place of the elapsed time, such as a loss
+    every: seconds between its lines, where there are no bars
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Phase:
         unit: str = "",
         done: int = 0,
         status: Callable[[], str] | None = None,
+        every: float = EVERY,
     ) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.every = every
         self.began = self._moved = time.monotonic()
         self.next_line = self.began + FIRST
         self.said = False  # a line of it was printed
@@ -133,26 +137,29 @@ class Display:
         unit: str = "",
         done: int = 0,
         status: Callable[[], str] | None = None,
+        every: float = EVERY,
     ) -> Iterator[Phase]:
-        """Show a `Phase` while the block runs, and if that took a while, what was done at its end."""
-        phase = Phase(self._prefix + what, total, unit, done, status)
+        """Show a `Phase` while the block runs, and after a long one, what was done."""
+        phase = Phase(self._prefix + what, total, unit, done, status, every)
         outermost = not self._phases
         self._phases.append(phase)
         try:
-            with self._shown() if outermost and not self.console.quiet else contextlib.nullcontext():
+            with (
+                self._shown() if outermost and not self.console.quiet else contextlib.nullcontext()
+            ):
                 yield phase
         finally:
             self._phases.remove(phase)
-        if phase.said or phase.seconds >= FIRST:
+        if status is not None and self._moves:
+            self.console.print(phase.line)  # the bar has gone
+        elif status is None and (phase.said or phase.seconds >= FIRST):
             self.console.print(f"{phase.title} in {format_seconds(phase.seconds)}")
 
-    def say_line(self, phase: Phase, every: float = EVERY) -> None:
-        """Print the line of a phase, where there are no bars and its time has come; the next one
-        comes after `every` seconds.
-        """
+    def say_line(self, phase: Phase) -> None:
+        """Print the line of a phase, where there are no bars and its time has come."""
         now = time.monotonic()
         if not self._moves and now >= phase.next_line:
-            phase.next_line, phase.said = now + every, True
+            phase.next_line, phase.said = now + phase.every, True
             self.console.print(phase.line)
 
     def __rich__(self) -> Table:
