@@ -2,8 +2,8 @@
 
 import sys
 
-from lora_jax.cli import train_main, use_huge_pages
+from lora_jax.cli import own_process, train_main
 
 if __name__ == "__main__":
-    use_huge_pages()
+    own_process()
     sys.exit(train_main())

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_jax.commands import COMMANDS, Command
 from lora_jax.config import UserError
+from lora_jax.train import interrupt
 from lora_jax.train.interrupt import Interrupted
 
 
@@ -97,6 +98,12 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def own_process() -> None:
+    """Prepare a process that belongs to one command: memory, and how signals end it."""
+    use_huge_pages()
+    interrupt.leave = os._exit
+
+
 def use_huge_pages() -> None:
     """Restart this process, once, with glibc backing its memory by transparent huge pages.
 
@@ -111,5 +118,5 @@ def use_huge_pages() -> None:
 
 def console_script() -> None:
     """The `lora-jax` command."""
-    use_huge_pages()
+    own_process()
     sys.exit(main())

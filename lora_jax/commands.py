@@ -30,6 +30,7 @@ _EVAL_HELP = """examples:
   lora-jax eval --config configs/quickstart.yaml --adapter runs/quickstart/adapter
   lora-jax eval --config runs/a/config.yaml --adapter runs/a/adapter --adapter runs/b/adapter
   lora-jax eval --config configs/e2e.yaml data.eval=mine.jsonl eval.metrics=[bleu,rouge_l]
+  lora-jax eval --config runs/a/config.yaml --adapter runs/a/adapter --predictions answers.jsonl
 
 One table: held-out losses and the metrics of greedy answers, for the base and for every adapter.
 The config says which model, which data (data.eval, data.regression) and which metrics.
@@ -127,6 +128,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         help="a PEFT adapter directory; may be given several times",
     )
     parser.add_argument("--output", metavar="FILE", help="write the numbers there, as JSON, too")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write every answer there, one JSON object per line"
+    )
     _add_allow_change(parser)
     _add_verbose(parser)
     parser.set_defaults(function=evaluate)
@@ -134,24 +138,31 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     config = configs.load(options.config, options.overrides)
-    if options.output and not os.access(Path(options.output).parent, os.W_OK):
-        raise UserError(f"--output {options.output}: its directory is missing or not writable")
-    if options.output and Path(options.output).is_dir():
-        raise UserError(f"--output {options.output} is a directory; give a file in it")
+    for name, file in (("--output", options.output), ("--predictions", options.predictions)):
+        if file and not os.access(Path(file).parent, os.W_OK):
+            raise UserError(f"{name} {file}: its directory is missing or not writable")
+        if file and Path(file).is_dir():
+            raise UserError(f"{name} {file} is a directory; give a file in it")
+    if options.predictions and not config.eval.generate:
+        raise UserError("--predictions writes answers, and eval.generate=false generates none")
     from rich.console import Console
 
     from lora_jax import hosts
+    from lora_jax.train import predictions
     from lora_jax.train.compare import compare, print_table
     from lora_jax.train.metrics import make_console
 
     with hosts.joined(config.hosts):
         main = hosts.is_main()
-        rows = compare(config, options.adapter, make_console(not main), options.allow_change)
+        rows, lines = compare(config, options.adapter, make_console(not main), options.allow_change)
     if main:
         print_table(rows, Console())
     if main and options.output:
         text = json.dumps(rows, indent=2) + "\n"
         Path(options.output).write_text(text, encoding="utf-8")
+    if main and options.predictions:
+        text = predictions.to_text(lines)
+        Path(options.predictions).write_text(text, encoding="utf-8")
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:

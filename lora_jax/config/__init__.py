@@ -10,6 +10,7 @@ from lora_jax.config.checks import LARGEST_SEED, adapter_problems, check, merge_
 from lora_jax.config.files import dump, load, parse
 from lora_jax.config.settings import (
     DATA_INITS,
+    LOSSES,
     PRINTS,
     SOFT,
     AdapterConfig,
@@ -31,6 +32,7 @@ from lora_jax.config.text import read_json, read_text
 __all__ = [
     "DATA_INITS",
     "LARGEST_SEED",
+    "LOSSES",
     "PRINTS",
     "SOFT",
     "AdapterConfig",

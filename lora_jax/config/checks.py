@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_jax.config.settings import (
     DATA_INITS,
+    LOSSES,
     PRINTS,
     SOFT,
     AdapterConfig,
@@ -52,6 +53,7 @@ _AT_LEAST = {
     "train.epsilon": 0,
     "eval.batch_size": 1,
     "eval.loss_examples": 1,
+    "eval.generate_every": 1,
     "eval.generate_examples": 1,
     "eval.generate_batch_size": 1,
     "eval.max_new_tokens": 1,
@@ -205,12 +207,54 @@ def _run_problems(config: Config) -> Iterable[str]:
                 f"allow_change: {name!r} is neither a setting nor one of: {', '.join(PRINTS)}."
                 f"{nearest(name, keys)}"
             )
-    held_out = config.data.eval is not None or config.data.eval_size is not None
-    for name in ("early_stopping_patience", "load_best_model_at_end"):
-        if getattr(train, name) and not (held_out and train.eval_every):
-            yield f"train.{name} needs data.eval (or data.eval_size) and train.eval_every"
+    yield from _evaluation_problems(config)
     if train.divergence is not None and not train.divergence > 1:
         yield f"train.divergence={train.divergence} must be above 1; null never stops"
+
+
+def _evaluation_problems(config: Config) -> Iterable[str]:
+    """Yield what is asked of evaluations that do not measure it."""
+    train, metric = config.train, config.train.metric_for_best_model
+    held_out = config.data.eval is not None or config.data.eval_size is not None
+    every = config.eval.generate_every
+    if every is not None and not (held_out and config.eval.generate):
+        yield (
+            f"eval.generate_every={every} needs data.eval (or data.eval_size) and "
+            "eval.generate=true"
+        )
+    if every is not None and (train.eval_every is None or every % train.eval_every):
+        yield (
+            f"eval.generate_every={every} is not a multiple of train.eval_every="
+            f"{train.eval_every}: answers are generated at evaluations"
+        )
+    users = [
+        f"train.{name}"
+        for name in ("early_stopping_patience", "load_best_model_at_end")
+        if getattr(train, name)
+    ]
+    if not users and metric != type(train)().metric_for_best_model:
+        yield (
+            f"train.metric_for_best_model={metric} has no effect without "
+            "train.load_best_model_at_end or train.early_stopping_patience"
+        )
+    known = (*LOSSES, *dict.fromkeys([*config.eval.metrics, "accuracy"]))
+    if metric not in known:
+        yield (
+            f"train.metric_for_best_model={metric!r} is not measured: it is one of {known[0]}, "
+            f"{known[1]} and what eval.metrics lists.{nearest(metric, known)}"
+        )
+        return
+    for name in users:
+        if metric == "regression_loss":
+            if not (config.data.regression is not None and train.eval_every):
+                yield f"{name} by regression_loss needs data.regression and train.eval_every"
+        elif not (held_out and train.eval_every):
+            yield f"{name} needs data.eval (or data.eval_size) and train.eval_every"
+        elif metric not in LOSSES and every != train.eval_every:
+            yield (
+                f"{name} by {metric} needs answers at every evaluation: set "
+                f"eval.generate_every={train.eval_every}, as train.eval_every is"
+            )
 
 
 def _export_problems(config: Config) -> Iterable[str]:

@@ -11,6 +11,7 @@ SOFT = ("prompt", "prefix")  # methods that train virtual tokens
 DATA_INITS = ("eva", "lora_ga")  # look at data
 # Parts of a fingerprint: what a run was made with.
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")
+LOSSES = ("task_loss", "regression_loss")  # that an evaluation measures: less is better
 _VIRTUAL_TOKENS = 20
 
 
@@ -94,8 +95,9 @@ class TrainConfig:
     eval_every: int | None = None  # steps between held-out losses; null: only before and after
     save_every: int | None = None  # steps between checkpoints; null: a tenth of all steps
     save_total_limit: int | None = 2  # latest checkpoints kept, beside the best; null: all
-    early_stopping_patience: int | None = None  # evaluations without a better task loss; null: off
-    load_best_model_at_end: bool = False  # export the best task loss, not the last step
+    early_stopping_patience: int | None = None  # evaluations without a better metric; null: off
+    load_best_model_at_end: bool = False  # export the best adapters, not those of the last step
+    metric_for_best_model: str = "task_loss"  # | regression_loss | one of eval.metrics
     divergence: float | None = 3.0  # stop where the loss is so many times its best; null: never
     optimizer_memory: str = "device"  # device | host: where AdamW's moments lie between steps
     log_every: int = 1  # steps between lines of metrics.jsonl
@@ -109,12 +111,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    before: bool = True  # measure the base (or adapter.path) before the first step
+    cache: bool = True  # keep the base's scores in LORA_JAX_CACHE, for the next run
     batch_size: int = 16  # rows per batch of held-out loss
     loss_examples: int | None = None  # of each held-out set, spread over it; null: all
     generate: bool = True  # answers to data.eval, greedy, scored by `metrics`
     metrics: list[str] = field(default_factory=lambda: ["exact_match"])  # slot_f1, bleu, rouge_l
     strip_thoughts: bool = True  # score answers without the thoughts in front of them
     generate_examples: int | None = None  # how many rows of data.eval are generated; null: all
+    generate_every: int | None = None  # steps between answers, n * train.eval_every; null: none
     generate_batch_size: int = 64  # prompts generated together
     max_new_tokens: int = 200  # per generated answer
     samples: int = 3  # answers shown at the end

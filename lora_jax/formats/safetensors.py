@@ -42,14 +42,20 @@ from lora_jax.weights import Untied
 _HEAD = f"{HEAD[0]}.weight"
 
 
-def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) -> dict:
+def read_params(
+    directory: Path,
+    model: Model,
+    mesh: Mesh,
+    dtype: Any = None,
+    advance: Callable[[], None] = lambda: None,
+) -> dict:
     """The parameters of `model`, read slice by slice straight to their place on the mesh.
 
     `dtype` None keeps the dtype of the files. "nf4" and "int8" quantise the kernels of the blocks
     and keep embeddings, norms, biases and the output head as they are in the files; host memory
     then holds one tensor of floats at a time, and one quantised leaf. Otherwise it holds no more
     than one device's share of one leaf. Heads that the files lack start at random
-    (`missing_heads`).
+    (`missing_heads`). `advance` is called after each array.
 
     Raises:
         UserError: tensors that are missing, unexpected, mis-shaped or not finite, all of them
@@ -71,6 +77,7 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
         for path, leaf in leaves.items():
             if path in drawn:
                 params[path] = _draw(path, leaf, NamedSharding(mesh, specs[path]))
+                advance()
                 continue
             parts = pieces(path, leaf.shape, model.names)
             found = [tensors[part.name] for part in parts]
@@ -86,6 +93,7 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
                 sharding = NamedSharding(mesh, specs[path])
                 read = _part_reader(leaf.shape, sources, stored, broken)
                 params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+            advance()
     _refuse_broken(directory, {tensors[name].stored: lost for name, lost in broken.items()}, cast)
     return tree.unflatten(params)
 

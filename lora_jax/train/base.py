@@ -14,6 +14,7 @@ from lora_jax.config import Config
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.targets import changes_base, needs_floats
+from lora_jax.train.progress import SILENT, Display
 
 
 def load(
@@ -23,6 +24,7 @@ def load(
     mesh: Mesh,
     key: jax.Array,
     calibrate: Callable | None = None,
+    display: Display = SILENT,
 ) -> tuple[Config, Mapping, Mapping]:
     """The config with the ranks that the adapters have, the base as the run uses it, and fresh
     adapters. `calibrate` is that of `adapters.init`.
@@ -34,8 +36,9 @@ def load(
     Raises:
         UserError: what `formats.read_params` and `adapters.init` refuse.
     """
-    params, scheme = _read(config, source, model, mesh, needs_floats(config.adapter))
-    with contextlib.nullcontext() if calibrate is None else jax.set_mesh(mesh):
+    params, scheme = _read(config, source, model, mesh, needs_floats(config.adapter), display)
+    here = contextlib.nullcontext() if calibrate is None else jax.set_mesh(mesh)
+    with here, display.phase(f"starting the adapters ({config.adapter.init})"):
         if calibrate is not None:
             ranked = methods.redistribute(key, params, config.adapter, calibrate)
             config = dataclasses.replace(config, adapter=ranked)
@@ -44,24 +47,38 @@ def load(
 
 
 def load_under(
-    config: Config, source: Path, model: Model, mesh: Mesh, adapters: Mapping
+    config: Config,
+    source: Path,
+    model: Model,
+    mesh: Mesh,
+    adapters: Mapping,
+    display: Display = SILENT,
 ) -> Mapping:
     """The base that `adapters` stand on: the one that `load` gave when they were fresh.
 
     Raises:
         UserError: what `formats.read_params` refuses.
     """
-    params, scheme = _read(config, source, model, mesh, changes_base(config.adapter))
+    params, scheme = _read(config, source, model, mesh, changes_base(config.adapter), display)
     params = methods.residual(params, adapters, config.adapter)
     return quantize_tree(params, scheme) if scheme else params
 
 
 def _read(
-    config: Config, source: Path, model: Model, mesh: Mesh, floats: bool
+    config: Config, source: Path, model: Model, mesh: Mesh, floats: bool, display: Display
 ) -> tuple[Mapping, str | None]:
     """The weights, and the scheme that they are to be quantised with later, if they are wanted
     before that.
     """
-    if config.base_dtype in SCHEMES and floats:
-        return formats.read_params(source, model, mesh), config.base_dtype
-    return formats.read_params(source, model, mesh, config.base_dtype), None
+    later = config.base_dtype in SCHEMES and floats
+    dtype = None if later else config.base_dtype
+    return read_params(source, model, mesh, dtype, display), config.base_dtype if later else None
+
+
+def read_params(
+    source: Path, model: Model, mesh: Mesh, dtype: str | None, display: Display
+) -> Mapping:
+    """`formats.read_params`, with its progress shown."""
+    count = len(jax.tree.leaves(model.params))
+    with display.phase("loading weights", count, "arrays") as phase:
+        return formats.read_params(source, model, mesh, dtype, phase.advance)

@@ -384,6 +384,11 @@ def _check_leaves(place: Place, stored: Mapping[str, Any], wanted: Mapping[str, 
         )
 
 
+def digest_leaves(tree_of_arrays: Any) -> str:
+    """Digest of the names, dtypes, shapes and bits of all arrays, wherever they are sharded."""
+    return _digest_json(_leaf_digests({"leaves": _paths(tree_of_arrays)}))
+
+
 def _leaf_digests(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
     """dtype, shape and digest of every leaf, under `item/path`."""
     flat = {

@@ -13,16 +13,17 @@ from lora_jax import adapters as methods
 from lora_jax import data, formats, sharding
 from lora_jax.config import AdapterConfig, Config, raise_all
 from lora_jax.formats import fingerprint
-from lora_jax.train import scores, sets, setup
+from lora_jax.train import base, base_scores, predictions, scores, sets, setup
 from lora_jax.train.evaluate import make_judge
 from lora_jax.train.model import describe
+from lora_jax.train.progress import Display
 
 
 def compare(
     config: Config, paths: Sequence[str], console: Console, allow_change: Collection[str] = ()
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Losses and metrics of the base and of every PEFT adapter directory in `paths`, a mapping
-    each, with its name under `adapter`.
+    each, with its name under `adapter`; and a mapping per answer, as `predictions` has it.
 
     `config` gives the model, the held-out data and how they are measured.
 
@@ -40,7 +41,9 @@ def compare(
     tokenizer = formats.load_tokenizer(source)
     config = sets.settle_date(config, tokenizer, console)
     template = data.template_text(tokenizer, config.data.chat_template)
-    prints = fingerprint.take_texts(tokenizer, template)
+    display = Display(console)
+    with display.phase("checking the model's files"):
+        prints = fingerprint.take(source, tokenizer, template)
     directories = {path: Path(path).expanduser() for path in paths}
     raise_all(
         [
@@ -53,8 +56,6 @@ def compare(
     for path, directory in directories.items():
         found[path] = formats.read_adapter(directory, model.params, model)
         stored = formats.read_fingerprint(directory)
-        if "base" in stored and "base" not in prints:
-            prints["base"] = fingerprint.base_digest(source)
         fingerprint.check(stored, prints, path, allow_change)
         trained, here = formats.read_template_kwargs(directory), config.data.chat_template_kwargs
         if trained != here:
@@ -63,24 +64,32 @@ def compare(
                 f"measured with {here}"
             )
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
-    held_out = sets.read_held_out(config, encoder)
+    with display.phase("reading the data"):
+        held_out = sets.read_held_out(config, encoder)
     setup.check_metrics(config, model, tokenizer, held_out)
     console.print(f"loading {config.model}")
-    model = model.replace(params=formats.read_params(source, model, mesh, config.base_dtype))
+    params = base.read_params(source, model, mesh, config.base_dtype, display)
+    model = model.replace(params=params)
     # Fresh adapters of plain LoRA change nothing: they are the base.
     plain = AdapterConfig(rank=1)
     fresh = methods.init(jax.random.key(0), model.params, plain)[1]
-    rows = []
+    rows, lines = [], []
     for name, (adapters, settings) in [("base", (fresh, plain)), *found.items()]:
         specs = sharding.adapter_specs(adapters, model.params, model.rules, mesh)
         own = dataclasses.replace(config, adapter=settings)
-        judge = make_judge(own, model, tokenizer, held_out, mesh)
+        judge = make_judge(own, model, tokenizer, held_out, mesh, display)
         with jax.set_mesh(mesh):
-            result = judge.score(sharding.place(adapters, specs, mesh))
+            placed = sharding.place(adapters, specs, mesh)
+            if adapters is fresh:
+                result = base_scores.measure(judge, placed, prints, console.print)
+            else:
+                with display.about(name):
+                    result = judge.score(placed)
         console.print(f"{name}: {result.describe()}")
-        losses = {f"{kind}_loss": loss for kind, loss in result.losses.items()}
-        rows.append({"adapter": name, **losses, **result.metrics})
-    return rows
+        about = {"adapter": name}
+        rows.append(about | result.numbers())
+        lines += predictions.to_lines(about, result.answers, own.eval.metrics)
+    return rows, lines
 
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:

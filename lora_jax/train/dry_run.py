@@ -8,6 +8,7 @@ from lora_jax import formats, sharding, tree
 from lora_jax.config import Config
 from lora_jax.targets import Target, Whole
 from lora_jax.train import warn
+from lora_jax.train.metrics import share
 from lora_jax.train.model import describe
 from lora_jax.train.setup import continue_adapter, find_trainable
 
@@ -67,8 +68,8 @@ def print_targets(config: Config) -> None:
     frozen = 0 if config.adapter.method == "full" else frozen
     print(
         f"\n{trainable:,} trainable parameters || {frozen:,} frozen || "
-        f"{100 * trainable / (trainable + frozen):.4f} % "
-        f"trainable || adapter {4 * found.exported:,} bytes in float32\nmesh: "
+        f"{100 * share(trainable, frozen):.4f} % trainable || "
+        f"adapter {4 * found.exported:,} bytes in float32\nmesh: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
     for warning in warn.of_config(config):

@@ -1,7 +1,8 @@
 """Held-out losses, and answers by greedy generation with their scores."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_jax.models.common import Model
 from lora_jax.sharding import place_batch, whole
 from lora_jax.train import scores
 from lora_jax.train.model import find_stops
+from lora_jax.train.progress import SILENT, Display, Phase
 from lora_jax.train.scores import Answer
 from lora_jax.train.sets import DataSet
 from lora_jax.train.step import make_classify, make_eval_step
@@ -48,19 +50,23 @@ def generate_all(
     bound: Any,
     prompts: Sequence[np.ndarray],
     batch_size: int,
+    phase: Phase,
+    check: Callable[[], None],
     **options: Any,
 ) -> list[list[int]]:
     """Answers to all prompts, in their order. Prompts of like length share a batch; the last batch
-    is filled up.
+    is filled up. `check` is called before each.
     """
     batch_size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     for first in range(0, len(order), batch_size):
+        check()
         chosen = order[first : first + batch_size]
         rows = [prompts[i].tolist() for i in chosen]
         rows += rows[:1] * (batch_size - len(rows))
         answers |= dict(zip(chosen, generate(bound, rows, **options), strict=False))
+        phase.advance(len(chosen))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -72,6 +78,11 @@ class Scores:
     metrics: Mapping[str, float]  # of the answers, by the names of eval.metrics
     answers: Sequence[Answer] = ()  # to the prompts of the task; empty if none are generated
 
+    def numbers(self) -> dict[str, float]:
+        """Return all of them by the names that metrics.jsonl has."""
+        losses = {f"{name}_loss": loss for name, loss in self.losses.items()}
+        return {**losses, **self.metrics}
+
     def describe(self) -> str:
         parts = [f"{name} loss {loss:.4f}" for name, loss in self.losses.items()]
         parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.metrics.items()]
@@ -80,7 +91,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Judge:
-    """Everything that scoring needs but the adapters."""
+    """Everything that scoring needs but the adapters.
+
+    took: seconds of the last losses, and per answer of the last answers
+    """
 
     config: Config
     model: Model
@@ -90,47 +104,81 @@ class Judge:
     eval_step: Callable
     generate: Callable  # of a model that writes text
     classify: Callable  # of one that classifies
+    display: Display = SILENT
+    took: dict[str, float] = field(default_factory=dict)
 
     def score(self, adapters: Any, losses: Mapping[str, float] | None = None) -> Scores:
         """Losses (measured here unless they are known), answers and their metrics."""
         losses = self.losses(adapters) if losses is None else losses
-        answers = self.answers(adapters, self.config.eval.generate_examples)
+        return self.with_metrics(losses, self.answers(adapters, self.config.eval.generate_examples))
+
+    def with_metrics(self, losses: Mapping[str, float], answers: Sequence[Answer]) -> Scores:
+        """Join losses and answers with the metrics of the answers."""
         metrics = scores.compute(self.config.eval.metrics, answers) if answers else {}
         return Scores(losses, metrics, answers)
 
     def losses(self, adapters: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Nats per supervised token on each held-out set; `check` may end it between batches."""
-        size, length = self.config.eval.batch_size, self.config.data.max_length
-        places = placeholders(methods.prefix(adapters, self.config.adapter))
-        found = {}
-        for name, held_out in self.held_out.items():
-            measured = scores.spread(held_out.examples, self.config.eval.loss_examples)
-            measured = data.with_places(measured, places)
-            # Examples of another adapter's config may leave no room for places.
-            room = max([length, *(len(example.tokens) for example in measured)])
-            batches = data.eval_batches(measured, size, room)
-            params = self.model.params
-            found[name] = mean_loss(self.eval_step, adapters, params, batches, self.mesh, check)
+        batches = {
+            name: self._batches(held_out, adapters) for name, held_out in self.held_out.items()
+        }
+        if not batches:
+            return {}
+        found, params, began = {}, self.model.params, time.monotonic()
+        total = sum(map(len, batches.values()))
+        with self.display.phase("losses", total, "batches") as phase:
+            for name, own in batches.items():
+                seen = phase.over(own)
+                found[name] = mean_loss(self.eval_step, adapters, params, seen, self.mesh, check)
+        self.took["losses"] = time.monotonic() - began
         return found
 
-    def answers(self, adapters: Any, limit: int | None) -> list[Answer]:
+    def _batches(self, held_out: DataSet, adapters: Any) -> list[dict[str, np.ndarray]]:
+        places = placeholders(methods.prefix(adapters, self.config.adapter))
+        measured = scores.spread(held_out.examples, self.config.eval.loss_examples)
+        measured = data.with_places(measured, places)
+        # Examples of another adapter's config may leave no room for places.
+        room = max([self.config.data.max_length, *(len(one.tokens) for one in measured)])
+        return list(data.eval_batches(measured, self.config.eval.batch_size, room))
+
+    def answers(
+        self, adapters: Any, limit: int | None, check: Callable[[], None] = lambda: None
+    ) -> list[Answer]:
         """Greedy answers to prompts of the task: to all, or to `limit` spread evenly over them.
+        `check` may end it between batches.
 
         Rows that ask the same are one prompt with several references.
         """
+        count = self.count_answers(limit)
+        if not count:
+            return []
+        began = time.monotonic()
+        with self.display.phase("answers", count) as phase:
+            answer = self._labels if self.model.labels else self._texts
+            found = answer(adapters, limit, phase, check)
+        self.took["answers"] = (time.monotonic() - began) / count
+        return found
+
+    def count_answers(self, limit: int | None) -> int:
+        """Count the answers that `answers` gives."""
+        if "task" not in self.held_out or not self.config.eval.generate:
+            return 0
+        asked = self.held_out["task"].examples if self.model.labels else self.questions
+        return len(asked) if limit is None else min(limit, len(asked))
+
+    def _texts(
+        self, adapters: Any, limit: int | None, phase: Phase, check: Callable[[], None]
+    ) -> list[Answer]:
+        """The texts that prompts of the task get."""
         config = self.config
-        if "task" not in self.held_out or not config.eval.generate:
-            return []
-        if self.model.labels:
-            return self._labels(adapters, limit)
         questions = dict(scores.spread(list(self.questions.items()), limit))
-        if not questions:
-            return []
         answers = generate_all(
             self.generate,
             methods.bind(self.model.params, adapters, config.adapter),
             [np.asarray(tokens, np.int32) for tokens in questions],
             config.eval.generate_batch_size,
+            phase,
+            check,
             max_new_tokens=config.eval.max_new_tokens,
             stop_tokens=self.reader.stop_tokens,
             prefix=methods.prefix(adapters, config.adapter),
@@ -140,8 +188,10 @@ class Judge:
             for (prompt, rows), tokens in zip(questions.items(), answers, strict=True)
         ]
 
-    def _labels(self, adapters: Any, limit: int | None) -> list[Answer]:
-        """The labels that texts of the task get."""
+    def _labels(
+        self, adapters: Any, limit: int | None, phase: Phase, check: Callable[[], None]
+    ) -> list[Answer]:
+        """The labels that texts of the task get, with the probabilities of all."""
         task, length = self.held_out["task"], self.config.data.max_length
         rows = {row.where: row for row in task.rows if isinstance(row, data.LabelRow)}
         examples = scores.spread(task.examples, limit)
@@ -149,18 +199,19 @@ class Judge:
         answers: dict[int, Answer] = {}
         size = self.config.eval.batch_size
         for first in range(0, len(packed), size):
+            check()
             chosen = packed[first : first + size]
             texts = [[examples[i] for i in row] for row in chosen]
             batch = data.stack(texts + [[]] * (size - len(chosen)), length)
             placed = place_batch(batch, self.mesh)
             found = whole(self.classify(adapters, self.model.params, placed))
-            for numbers, row in zip(found, chosen, strict=False):
+            for logits, row in zip(found, chosen, strict=False):
                 start = 0
                 for i in row:
                     asked = rows[examples[i].where]
-                    label = self.model.labels[numbers[start]]
-                    answers[i] = Answer(" | ".join(asked.texts), (asked.label,), label)
+                    answers[i] = to_label(asked, self.model.labels, logits[start])
                     start += len(examples[i].tokens)
+                phase.advance(len(row))
         return [answers[i] for i in range(len(examples))]
 
     @cached_property
@@ -189,7 +240,16 @@ def to_answer(
     """Generated tokens with the references of the rows that ask `prompt`."""
     thought, answer = reader.read(rows, prompt, tokens)
     asked = str(rows[0].to_supervised().prompt[-1].get("content") or "")
-    return Answer(asked, reader.references(rows), answer, thought)
+    return Answer(asked, reader.references(rows), answer, thought, rows[0].where)
+
+
+def to_label(row: data.LabelRow, labels: Sequence[str], logits: np.ndarray) -> Answer:
+    """The likeliest label of a row, and the probabilities softmax(logits) of all."""
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    shares = dict(zip(labels, (powers / powers.sum()).tolist(), strict=True))
+    label = labels[int(np.argmax(logits))]
+    asked = " | ".join(row.texts)
+    return Answer(asked, (row.label,), label, where=row.where, probabilities=shares)
 
 
 def make_reader(
@@ -223,6 +283,7 @@ def make_judge(
     tokenizer: Any,
     held_out: Mapping[str, DataSet],
     mesh: Mesh,
+    display: Display = SILENT,
 ) -> Judge:
     """A `Judge` with its compiled functions over the held-out data."""
     return Judge(
@@ -234,19 +295,23 @@ def make_judge(
         eval_step=make_eval_step(model, config),
         generate=make_generate(model, jnp.dtype(config.train.compute_dtype)),
         classify=make_classify(model, config),
+        display=display,
     )
 
 
-def score_pair(name: str, before: Scores, after: Scores) -> dict[str, Any] | None:
+def score_pair(name: str, before: Scores | None, after: Scores) -> dict[str, Any] | None:
     """The summary's entry for a held-out set, None if it was not measured before and after (a
-    resumed run may have been allowed other sets or metrics).
+    resumed run may have been allowed other sets or metrics). With `eval.before=false`, what was
+    before is None.
     """
-    if name not in before.losses or name not in after.losses:
+    if name not in after.losses or (before is not None and name not in before.losses):
         return None
-    pair: dict[str, Any] = {"loss_before": before.losses[name], "loss_after": after.losses[name]}
+    first = None if before is None else before.losses[name]
+    pair: dict[str, Any] = {"loss_before": first, "loss_after": after.losses[name]}
     if name == "task" and after.answers:
-        for metric in (name for name in after.metrics if name in before.metrics):
-            pair[f"{metric}_before"] = before.metrics[metric]
-            pair[f"{metric}_after"] = after.metrics[metric]
+        for metric, value in after.metrics.items():
+            if before is None or metric in before.metrics:
+                pair[f"{metric}_before"] = None if before is None else before.metrics[metric]
+                pair[f"{metric}_after"] = value
         pair["examples"] = len(after.answers)
     return pair

@@ -9,10 +9,15 @@ with catch(say=print) as signals:
 
 A scheduler or a terminal often sends a signal twice. Only Ctrl-C a second time, a second or more
 after the first signal, gives up what is still being saved.
+
+Python runs a handler between two of its own instructions, and a program of XLA, or its compilation,
+is one of them, which may take minutes. A thread answers a signal in the meantime, and ends a
+process that has nothing to save (`leave`).
 """
 
 import contextlib
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +25,12 @@ from typing import Any
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DELIBERATE = 1.0  # seconds after which Ctrl-C is no repetition of the first signal
+ANSWER = 0.3  # seconds until a thread answers for a main thread that does not
+STUCK = 3.0  # seconds until a process that should end at once is left
+# Ends this process with a status, if it is one of a command: in a notebook, nobody else's state is
+# to be lost. Set by the command line.
+leave: Callable[[int], None] | None = None
+_AGAIN = "stopping now: what was not saved yet is lost"
 
 
 class Interrupted(BaseException):
@@ -39,28 +50,77 @@ class Signals:
     agree: of a run on several hosts, the largest number that any of them gives; all must call it
         together. Inside `held` such a run ends in `check` alone, which all must call then.
     say: takes a line of text for the user
+    leave: ends the process with a status, where the main thread should end at once and is inside
+        of XLA; None waits for it
     """
 
     def __init__(
         self,
         agree: Callable[[int], int] | None = None,
         say: Callable[[str], None] = lambda text: None,
+        leave: Callable[[int], None] | None = None,
     ) -> None:
         self._agree, self._say = agree, say
+        self._leave = leave if agree is None else None
         self._number: int | None = None
         self._since = 0.0
         self._waits = False
+        self._received = 0.0  # when the handler ran last
+        self._again = False  # a deliberate Ctrl-C has come, for which it may not have run
+        self._said: set[str] = set()
+        self._over = threading.Event()
 
     def receive(self, number: int, _frame: Any) -> None:
+        now = self._received = time.monotonic()
         if self._number is None:
-            self._number, self._since = number, time.monotonic()
+            self._number, self._since = number, now
             if not self._waits:
                 raise Interrupted(number)
-            again = "; Ctrl-C again gives up what is not saved" * (number == signal.SIGINT)
-            self._say(f"{signal.Signals(number).name}: stopping after this step{again}")
-        elif number == signal.SIGINT and time.monotonic() - self._since >= DELIBERATE:
-            self._say("stopping now: what was not saved yet is lost")
-            raise Interrupted(number)
+            self._say_once(_first_answer(number))
+            if not self._again:
+                return
+        elif not (number == signal.SIGINT and now - self._since >= DELIBERATE):
+            return
+        self._say_once(_AGAIN)
+        raise Interrupted(number)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
+
+    def watch(self, mailbox: socket.socket) -> None:
+        """Read the numbers of signals as they come, and answer those that no handler has taken.
+        Ends when the other end is closed.
+        """
+        first = None
+        while content := mailbox.recv(1):
+            number, sent = content[0], time.monotonic()
+            if number not in CAUGHT:
+                continue
+            if first is None:
+                first = sent
+                self._start(number, sent, self._waits)
+            elif number == signal.SIGINT and sent - first >= DELIBERATE and not self._again:
+                self._again = True
+                self._start(number, sent, False)
+
+    def _start(self, *arguments: Any) -> None:
+        threading.Thread(target=self._answer, args=arguments, daemon=True).start()
+
+    def _answer(self, number: int, sent: float, waits: bool) -> None:
+        """Answer for the handler, if it does not run in time."""
+        if self._over.wait(ANSWER) or self._received >= sent:
+            return
+        if waits:
+            return self._say_once(_first_answer(number))
+        self._say_once(_AGAIN if self._again else f"{signal.Signals(number).name}: stopping now")
+        if self._leave is not None and not self._over.wait(STUCK) and self._received < sent:
+            self._leave(Interrupted(number).status)
+
+    def end(self) -> None:
+        """Answer nothing any more."""
+        self._over.set()
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal waits, here or on another host."""
@@ -92,15 +152,22 @@ class Signals:
             self._waits = before
 
 
+def _first_answer(number: int) -> str:
+    again = "; Ctrl-C again gives up what is not saved" * (number == signal.SIGINT)
+    return f"{signal.Signals(number).name}: stopping after this step{again}"
+
+
 @contextlib.contextmanager
 def catch(
-    agree: Callable[[int], int] | None = None, say: Callable[[str], None] = lambda text: None
+    agree: Callable[[int], int] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    leave: Callable[[int], None] | None = None,
 ) -> Iterator[Signals]:
     """Receive SIGTERM, SIGHUP and SIGINT until the block ends; a SIGHUP that is ignored, as under
     `nohup`, stays ignored. Only the main thread may; elsewhere (some notebooks) the signals keep
-    their meaning. `agree` and `say`: as in `Signals`.
+    their meaning. The arguments are those of `Signals`.
     """
-    signals = Signals(agree, say)
+    signals = Signals(agree, say, leave)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
@@ -110,7 +177,26 @@ def catch(
         if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
     }
     try:
-        yield signals
+        with _watched(signals):
+            yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _watched(signals: Signals) -> Iterator[None]:
+    """Inside, a thread hears of every signal as soon as it comes."""
+    mailbox, sender = socket.socketpair()
+    with mailbox, sender:
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=signals.watch, args=(mailbox,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            signals.end()
+            sender.shutdown(socket.SHUT_WR)
+            thread.join()

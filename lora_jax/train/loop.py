@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import (
     base,
+    base_scores,
     calibration,
     checkpoint,
     directory,
@@ -27,6 +29,7 @@ from lora_jax.train import (
     interrupt,
     metrics,
     norms,
+    predictions,
     probe,
     resume,
     scores,
@@ -37,6 +40,8 @@ from lora_jax.train import (
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
 from lora_jax.train.model import describe, find_stops
 from lora_jax.train.optimizer import make_optimizer
+from lora_jax.train.progress import Display
+from lora_jax.train.sinks import Sink, open_sinks
 from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
 
@@ -52,19 +57,26 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     with hosts.joined(config.hosts):
         agree = hosts.agree if jax.process_count() > 1 else None
         console = console or metrics.make_console(quiet=not hosts.is_main())
+        leave = None if interrupt.leave is None else partial(_leave, console, interrupt.leave)
         with (
-            interrupt.catch(agree, console.print) as signals,
+            interrupt.catch(agree, console.print, leave) as signals,
             contextlib.ExitStack() as held,
         ):
-            return _run(config, console, signals, held)
+            return _run(config, Display(console), signals, held)
+
+
+def _leave(console: Console, leave: Callable[[int], None], status: int) -> None:
+    """End the process in the middle of a program, with the cursor that a bar hides."""
+    console.show_cursor()
+    leave(status)
 
 
 def _run(
-    config: Config, console: Console, signals: interrupt.Signals, held: contextlib.ExitStack
+    config: Config, display: Display, signals: interrupt.Signals, held: contextlib.ExitStack
 ) -> dict[str, Any]:
-    started = time.monotonic()
+    started, console = time.monotonic(), display.console
     run, mesh, record = setup.prepare(config, held)
-    output, place = run.output, run.place
+    output = run.output
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
     hosts.from_main(lambda: str(formats.resolve(config.model)))  # hosts may share the cache
@@ -82,10 +94,12 @@ def _run(
     setup.check_attention(config, model, mesh, console)
     tokenizer = formats.load_tokenizer(source)
     config = sets.settle_date(config, tokenizer, console)
-    prints = setup.take_fingerprint(config, base_digest, tokenizer, record)
+    with display.phase("checking the model's files"):
+        prints = setup.take_fingerprint(config, base_digest, tokenizer, record)
     find_stops(config, model, tokenizer)  # refuses damaged files before anything slow
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
-    train_data, held_out = sets.read_sets(config, encoder)
+    with display.phase("reading the data"):
+        train_data, held_out = sets.read_sets(config, encoder)
     prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}
     prints["base"] = setup.settle_base(base_digest)
     if record is not None:
@@ -108,68 +122,118 @@ def _run(
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     if record is None:
         calibrate = calibration.make_calibrate(config, model, train_data, encoder, mesh)
-        config, params, adapters = base.load(config, source, model, mesh, init_key, calibrate)
+        config, params, adapters = base.load(
+            config, source, model, mesh, init_key, calibrate, display
+        )
         found = setup.find_trainable(config, model)  # init=eva moves ranks
         state = place_state(config, model, mesh, optimizer, loaded or adapters)
     else:
         empty = methods.shapes(model.params, config.adapter)
         empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
         state = place_state(config, model, mesh, optimizer, empty)
-        _restore(state, place, output, record)
-        params = base.load_under(config, source, model, mesh, state.adapters)
+        _restore(state, checkpoint.find_place(config, output), output, record)
+        params = base.load_under(config, source, model, mesh, state.adapters, display)
     frozen = 0 if config.adapter.method == "full" else tree.count(model.params)
     trained, model = found.parameters, model.replace(params=params)
-    console.print(f"training {trained:,} parameters beside {frozen:,} frozen ones")
+    console.print(f"training {metrics.describe_share(trained, frozen)}")
 
     merges = config.export.merged or config.adapter.method == "full"
     probed = probe.choose(config, encoder, train_data, held_out) if merges else []
-    judge = make_judge(config, model, tokenizer, held_out, mesh)
-    with jax.set_mesh(mesh):
-        if record is None:
-            before = judge.score(state.adapters)
-            console.print(f"before: {before.describe()}")
-            run.clear_logs()
-        else:
-            before = Scores(**record["before"])
-            console.print(f"resumed from step {state.step}; before: {before.describe()}")
-        # The first things written: whatever failed before, the same output_dir can be used again.
-        run.begin()
-        metrics.write_whole(output / "config.yaml", configs.dump(config))
-        about = {
-            "run": run.id,
-            "config": dataclasses.asdict(config),
-            "given_adapter": dataclasses.asdict(given),
-            "versions": export.versions(),
-            "fingerprint": prints,
-            "rng": np.asarray(jax.random.key_data(dropout_key)).tolist(),
-            "before": {"losses": before.losses, "metrics": before.metrics},
-        }
-        position = record and record["data"]
-        loader = sets.make_loader(config, train_data, encoder, position, console)
-        speed = train(
-            run, judge, state, loader, optimizer, dropout_key, about, console, signals, record
-        )
-        summary = {"tokens_per_second": speed, "total_parameters": frozen + trained}
-        summary |= {"trainable_parameters": trained, "adapter_bytes": 4 * found.exported}
-        summary |= conclude(run, judge, state, before, prints, console, probed)
-    summary |= {"seconds": time.monotonic() - started, "warnings": warnings}
+    judge = make_judge(config, model, tokenizer, held_out, mesh, display)
+    earlier = 0.0 if record is None else record.get("seconds", 0.0)
+
+    def seconds() -> float:
+        return earlier + time.monotonic() - started
+
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        before = _measure_before(judge, state, prints, record, console)
+        # A signal waits from the first file on: a run that has begun ends with a checkpoint.
+        with signals.held():
+            _begin(run, judge, before, fresh=record is None)
+            first = 0 if record is None and before is not None else state.step + 1
+            sinks = stack.enter_context(open_sinks(config, output, first))
+            if record is None and before is not None:
+                metrics.send(sinks, 0, before.numbers())
+            about = {
+                "run": run.id,
+                "config": dataclasses.asdict(config),
+                "given_adapter": dataclasses.asdict(given),
+                "versions": export.versions(),
+                "fingerprint": prints,
+                "rng": np.asarray(jax.random.key_data(dropout_key)).tolist(),
+                "before": before and {"losses": before.losses, "metrics": before.metrics},
+            }
+            position = record and record["data"]
+            loader = sets.make_loader(config, train_data, encoder, position, console)
+            speed = train(
+                *(run, judge, state, loader, optimizer, dropout_key, about, console, signals),
+                *(record, sinks, seconds),
+            )
+        summary = conclude(run, judge, state, before, prints, console, probed, sinks)
+    summary |= {"tokens_per_second": speed, "total_parameters": frozen + trained}
+    summary |= {"trainable_parameters": trained, "trainable_share": metrics.share(trained, frozen)}
+    summary |= {"adapter_bytes": 4 * found.exported, "seconds": seconds()}
+    summary |= {"session_seconds": time.monotonic() - started}
+    summary["warnings"] = [*warnings, *warn.of_forgetting(summary["regression"])]
+    _report(summary, output, console, len(warnings))
+    return summary
+
+
+def _measure_before(
+    judge: Judge,
+    state: State,
+    prints: Mapping[str, str],
+    record: Mapping[str, Any] | None,
+    console: Console,
+) -> Scores | None:
+    """The scores before the first step, which a checkpoint has; None with `eval.before=false`."""
+    if record is not None:
+        before = record["before"] and Scores(**record["before"])
+        told = f"; before: {before.describe()}" if before else ""
+        console.print(f"resumed from step {state.step}{told}")
+        return before
+    if not judge.config.eval.before:
+        console.print("before: not measured (eval.before=false)")
+        return None
+    before = Scores({}, {})
+    if judge.held_out:
+        before = base_scores.measure(judge, state.adapters, prints, console.print)
+    console.print(f"before: {before.describe()}")
+    return before
+
+
+def _begin(run: directory.Run, judge: Judge, before: Scores | None, fresh: bool) -> None:
+    """Write the first files: whatever failed before, the same output_dir can be used again."""
+    if fresh:
+        run.clear_logs()
+    run.begin()
+    metrics.write_whole(run.output / "config.yaml", configs.dump(judge.config))
+    if fresh and before is not None:
+        names = judge.config.eval.metrics
+        predictions.put(run.output / "predictions.jsonl", 0, before.answers, names)
+
+
+def _report(summary: Mapping[str, Any], output: Path, console: Console, said: int) -> None:
+    """Write the summary and print it, with the warnings after the first `said` ones."""
     metrics.write_summary(output / "summary.json", summary)
     metrics.print_summary(console, summary)
+    for warning in summary["warnings"][said:]:
+        console.print(f"warning: {warning}")
     if hosts.is_main():
         names = (path.name for path in output.iterdir())
         written = ", ".join(sorted(name for name in names if not name.startswith(".")))
         console.print(f"written to {output}: {written}")
-    return summary
 
 
 def conclude(
     run: directory.Run,
     judge: Judge,
     state: State,
-    before: Scores,
+    before: Scores | None,
     prints: Mapping[str, str],
     console: Console,
     probed: Sequence[data.Example] = (),
+    sinks: Sequence[Sink] = (),
 ) -> dict[str, Any]:
     """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
     summary says of them.
@@ -183,23 +247,24 @@ def conclude(
         console.print(f"the adapters of step {chosen} are the best: these are exported")
     file = output / "metrics.jsonl"
     curves: dict[str, Any] = hosts.from_main(lambda: metrics.read_curves(file, judge.held_out))
-    logged = {name: dict(curves.get(name, ())) for name in judge.held_out}
-    # A run that was resumed with other settings may end at a step without an evaluation.
-    known = all(chosen in points for points in logged.values())
-    losses = {name: points[chosen] for name, points in logged.items()} if known else None
-    after = judge.score(adapters, losses)
+    after = state.scores if chosen == state.step else None
+    if after is None:
+        after = _score_exported(judge, adapters, chosen, curves)
+    names = config.eval.metrics
+    predictions.put(output / "predictions.jsonl", chosen, after.answers, names)
+    metrics.send(sinks, state.step, after.metrics)
     sizes = norms.measure(model.params, adapters, config.adapter)
     run.remove_exports()
     extra: dict[str, Any] = {}
     wanted = directory.wanted(config)
     if "adapter" in wanted:
-        with run.exporting("adapter", config) as target:
+        with judge.display.phase("writing the adapter"), run.exporting("adapter", config) as target:
             export.export_peft(target, config, model, adapters, prints, stops=stops)
         trainable = methods.find_trainable(model.params, config.adapter)
         problems = formats.serving_problems(trainable)
         for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
             console.print(f"note: {problem}")
-    for name, loss in before.losses.items():
+    for name, loss in before.losses.items() if before else ():
         curves[name] = [(0, loss), *curves.get(name, [])]
     metrics.plot_losses(output / "plots" / "loss.png", curves)
     if sizes:
@@ -208,7 +273,7 @@ def conclude(
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
     if "merged" in wanted:  # last, as a gate may refuse it
-        with run.exporting("merged", config) as target:
+        with judge.display.phase("merging"), run.exporting("merged", config) as target:
             extra |= export.export_merged(
                 target, config, model, adapters, console, probed, stops=stops
             )
@@ -225,6 +290,21 @@ def conclude(
         **extra,
         "outputs": hosts.from_main(run.digests),
     }
+
+
+def _score_exported(
+    judge: Judge,
+    adapters: Any,
+    step: int,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+) -> Scores:
+    """The scores of the adapters of a step, its losses out of the curves where they are."""
+    logged = {name: dict(curves.get(name, ())) for name in judge.held_out}
+    # A run that was resumed with other settings may end at a step without an evaluation.
+    known = all(step in points for points in logged.values())
+    losses = {name: points[step] for name, points in logged.items()} if known else None
+    with judge.display.about(f"step {step}"):
+        return judge.score(adapters, losses)
 
 
 def _finished(

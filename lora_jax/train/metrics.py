@@ -3,24 +3,24 @@ summary.json.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from lora_jax import hosts
-from lora_jax.train.scores import Answer
+from lora_jax.train.progress import Display, Phase, format_seconds
+from lora_jax.train.scores import Answer, is_right
 from lora_jax.train.sinks import Sink
 
 
@@ -70,7 +70,8 @@ class Clock:
         return steps * (self._seconds / (self._laps - 1) if self._laps > 1 else self._first[0])
 
 
-LOGS = ("metrics.jsonl", "norms.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "norms.jsonl", "samples.jsonl", "predictions.jsonl")
+EVERY = 10.0  # seconds between the lines of training
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -96,10 +97,9 @@ def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
     """The answers of a step to the sample prompts, in place of those that a killed run wrote."""
     cut_back(file, step - 1)
     for answer in answers:
-        line = {"step": step, **dataclasses.asdict(answer)}
-        if not answer.thought:
-            del line["thought"]
-        append_line(file, line)
+        line = {"step": step, "prompt": answer.prompt, "references": answer.references}
+        thought = {"thought": answer.thought} if answer.thought else {}
+        append_line(file, {**line, "answer": answer.answer, **thought})
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -136,57 +136,70 @@ def read_curves(file: Path, held_out: Iterable[str]) -> dict[str, list[tuple[int
 
 
 class Journal:
-    """metrics.jsonl, one object per line written at once, and the progress bar (plain lines without
-    a terminal).
+    """metrics.jsonl, one object per line written at once, and the progress of the steps after
+    `first`.
+
+    remaining: by the number of steps done, the seconds until the end of the run, and True if that
+        is all of them
     """
 
-    def __init__(self, file: Path, steps: int, console: Console, sinks: Sequence[Sink] = ()):
+    def __init__(
+        self,
+        file: Path,
+        steps: int,
+        display: Display,
+        sinks: Sequence[Sink],
+        first: int,
+        remaining: Callable[[int], tuple[float, bool]],
+    ) -> None:
         self._file = (file if hosts.is_main() else Path(os.devnull)).open("a", encoding="utf-8")
-        self._sinks = sinks
-        self._console, self._steps = console, steps
-        self._next_line = 0.0
-        self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("compiling", total=steps)
+        self._sinks, self._display, self._remaining = sinks, display, remaining
+        self._steps, self._first = steps, first
+        self._text, self._end, self._known = "", 0.0, True
+        self._stack = contextlib.ExitStack()
+        self._phase: Phase | None = None
 
     def __enter__(self) -> "Journal":
-        self._bar.start()
+        shown = self._display.phase(
+            "step", self._steps, done=self._first, status=self._status, every=EVERY
+        )
+        self._phase = self._stack.enter_context(shown)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
         self._file.close()
 
     def write(self, content: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same numbers to the sinks."""
         self._file.write(json.dumps(content) + "\n")
         self._file.flush()
-        numbers = {name: value for name, value in content.items() if name != "step"}
-        for send in self._sinks:
-            send(content["step"], numbers)
+        send(self._sinks, content["step"], content)
 
     def show(self, step: int, loss: float, rate: float, clock: Clock) -> None:
-        """Move the bar; without a terminal, print a line every ten seconds and at the end."""
-        left = format_seconds(clock.remaining(self._steps - step))
-        text = (
-            f"loss {loss:.4f}  rate {rate:.2e}  {clock.tokens_per_second:,.0f} tokens/s  ETA {left}"
-        )
-        self._bar.update(self._task, completed=step, description=text)
-        now = time.monotonic()
-        if not self._console.is_terminal and (now >= self._next_line or step == self._steps):
-            self._next_line = now + 10
-            self._console.print(f"step {step}/{self._steps}  {text}")
+        """Show a finished step."""
+        assert self._phase is not None
+        self._text = f"loss {loss:.4f}  lr {rate:.2e}  {clock.tokens_per_second:,.0f} tokens/s"
+        left, self._known = self._remaining(step)
+        self._end = time.monotonic() + left
+        self._phase.advance(step - self._phase.done)
+        if step == self._steps or not self._phase.said:
+            self._phase.next_line = 0.0
+        self._display.say_line(self._phase)
+
+    def _status(self) -> str:
+        left = self._end - time.monotonic()
+        if left < 1:  # an evaluation takes longer than those before: nobody knows
+            return self._text
+        more = "" if self._known else " and evaluations"
+        return f"{self._text}  ETA {format_seconds(left)}{more}"
 
 
-def format_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def send(sinks: Sequence[Sink], step: int, content: Mapping[str, Any]) -> None:
+    """Give the numbers of a step to all sinks."""
+    numbers = {name: value for name, value in content.items() if name != "step"}
+    for one in sinks:
+        one(step, numbers)
 
 
 def peak_rss_bytes() -> int:
@@ -201,6 +214,17 @@ def device_memory() -> dict[str, int]:
     return {} if peak is None else {"device_bytes": peak}
 
 
+def share(trained: int, frozen: int) -> float:
+    """Trained parameters over all, which are trained and frozen ones together, as PEFT has it."""
+    return trained / (trained + frozen)
+
+
+def describe_share(trained: int, frozen: int) -> str:
+    """The counts and their `share` as text."""
+    total = trained + frozen
+    return f"{trained:,} of {total:,} parameters ({100 * share(trained, frozen):.4f} %)"
+
+
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The closing table: before and after, then size, speed and memory."""
     table = Table(title="before and after")
@@ -211,23 +235,25 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         for key in [key.removesuffix("_after") for key in summary[name] or () if "_after" in key]:
             unit = "loss (nats per token)" if key == "loss" else key.replace("_", " ")
             values = (summary[name][f"{key}_before"], summary[name][f"{key}_after"])
-            table.add_row(f"{label}: {unit}", *(f"{value:.4f}" for value in values))
+            cells = ("-" if value is None else f"{value:.4f}" for value in values)
+            table.add_row(f"{label}: {unit}", *cells)
     if table.row_count:
         console.print(table)
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    seconds, session = (format_seconds(summary[f"{name}seconds"]) for name in ("", "session_"))
     console.print(
         f"{summary['steps']} steps, {summary['supervised_tokens']:,} supervised tokens, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, {format_seconds(summary['seconds'])} in "
-        "all, "
-        f"peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB\n"
-        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters "
-        "trained, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds} in all"
+        + (f" ({session} since it was resumed)" if session != seconds else "")
+        + f", peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB\n"
+        f"trained {describe_share(trained, total - trained)}, "
         f"adapter {summary['adapter_bytes'] / 1e6:.2f} MB, checkpoint "
         f"{summary['checkpoint_bytes'] / 1e6:.2f} MB"
     )
 
 
 def print_samples(console: Console, samples: Sequence[Answer]) -> None:
-    """A few prompts with what was expected and what came."""
+    """A few prompts with what was expected and what came, and a mark of the right ones."""
     for sample in samples:
         table = Table(show_header=False, title_justify="left")
         table.add_column(style="bold")
@@ -236,7 +262,8 @@ def print_samples(console: Console, samples: Sequence[Answer]) -> None:
         table.add_row("expected", "\n".join(sample.references))
         if sample.thought:
             table.add_row("thought", sample.thought)
-        table.add_row("answer", sample.answer)
+        mark, style = ("right", "green") if is_right(sample) else ("wrong", "red")
+        table.add_row(Text(f"answer: {mark}", style), sample.answer)
         console.print(table)
 
 

@@ -13,6 +13,7 @@ _FREE = (
     *("data.train", "data.chat_template", "data.cache", "adapter.path"),
     "adapter.calibration_batches",
     *("eval.batch_size", "eval.generate_batch_size", "eval.samples"),
+    *("eval.before", "eval.cache", "eval.generate_every"),
     *("train.save_every", "train.save_total_limit", "train.eval_every", "train.log_every"),
     *("train.report_to", "train.early_stopping_patience", "train.load_best_model_at_end"),
     *("train.divergence", "train.remat", "train.loss_chunk", "train.attention"),

@@ -24,6 +24,8 @@ class Answer:
     references: tuple[str, ...]
     answer: str
     thought: str = ""  # that came before the answer, and is not compared
+    where: str = ""  # the first row that asks it
+    probabilities: Mapping[str, float] | None = None  # of a classifier: by label
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
@@ -162,6 +164,11 @@ def compute(names: Iterable[str], answers: Sequence[Answer]) -> dict[str, float]
     if not answers:
         raise UserError("eval.metrics: there are no answers to score")
     return {name: METRICS[name](answers) for name in names}
+
+
+def is_right(answer: Answer) -> bool:
+    """Return True if an answer is the same as any of its references."""
+    return exact_match([answer]) == 1.0
 
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:

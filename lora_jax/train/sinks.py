@@ -87,7 +87,7 @@ def _open_tracker(
 def _run_id(output: Path, first_step: int) -> str:
     """A name for the run in this directory that no other one has; the same when it goes on."""
     file = output / "run_id.txt"
-    if first_step == 1 or not file.is_file():
+    if first_step <= 1 or not file.is_file():
         title = re.sub(r"[^\w.-]+", "_", output.resolve().name)
         file.write_text(f"{title}-{secrets.token_hex(4)}", encoding="utf-8")
     return file.read_text(encoding="utf-8")

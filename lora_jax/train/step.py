@@ -171,8 +171,8 @@ def _on_device(x: jax.Array, sharding: Any) -> jax.Array:
 
 
 def make_classify(model: Model, config: Config) -> Callable:
-    """`classify(adapters, params, batch)` -> the number of the likeliest label of its text at every
-    token (b, t), dropout off.
+    """Make `classify(adapters, params, batch)` -> logits (b, t, labels) in float32, at every token
+    those of its text, dropout off.
     """
 
     kernel = _kernel(model, config)
@@ -180,7 +180,7 @@ def make_classify(model: Model, config: Config) -> Callable:
     def classify(adapters, params, batch):
         module = model.module(bind(params, adapters, config.adapter))
         hidden = _run(module.hidden, batch, config, "none", kernel)[0]
-        return jnp.argmax(module.logits(hidden), axis=-1)
+        return module.logits(hidden).astype(jnp.float32)
 
     return jax.jit(classify)
 

@@ -1,8 +1,9 @@
 """The optimizer steps of a run, with their logs, evaluations and checkpoints."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from lora_jax import data, sharding
 from lora_jax.config import Config, UserError
 from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
-from lora_jax.train import checkpoint, metrics, norms
+from lora_jax.train import checkpoint, forecast, metrics, norms, predictions
 from lora_jax.train.directory import Run
 from lora_jax.train.evaluate import Judge, Scores
 from lora_jax.train.interrupt import Interrupted, Signals
 from lora_jax.train.optimizer import make_schedule
-from lora_jax.train.sinks import open_sinks
+from lora_jax.train.scores import spread
+from lora_jax.train.sinks import Sink
 from lora_jax.train.step import make_train_step
 from lora_jax.train.watch import Watch
 
@@ -37,6 +39,7 @@ class State:
     step: int = 0  # optimizer steps done
     supervised_tokens: float = 0.0  # trained on so far
     watch: Watch = field(default_factory=Watch)
+    scores: Scores | None = None  # of this step, with answers, if they were measured; not saved
 
 
 def place_state(
@@ -65,11 +68,14 @@ def train(
     console: Console,
     signals: Signals,
     record: Mapping[str, Any] | None,
+    sinks: Sequence[Sink] = (),
+    seconds: Callable[[], float] = lambda: 0.0,
 ) -> float:
     """All steps from `state.step` on; `state` is changed in place. Returns tokens per second.
 
-    `about` joins every checkpoint's record; `record` is that of the checkpoint `state` came from.
-    A signal ends it between steps, and inside an evaluation, with a checkpoint of that step.
+    `about` joins every checkpoint's record, and so do the `seconds` that the run has taken;
+    `record` is that of the checkpoint `state` came from. A signal ends it between steps, and inside
+    an evaluation, with a checkpoint of that step.
 
     Raises:
         UserError: a loss that diverges; files that cannot be written.
@@ -78,13 +84,20 @@ def train(
     config, output = judge.config, run.output
     settings = config.train
     placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
+    clock = metrics.Clock()
     with (
         signals.held(),
         checkpoint.open_checkpoints(
             run.place, settings.save_total_limit, run.check, run.committed
         ) as kept,
-        open_sinks(config, output, state.step + 1) as sinks,
-        metrics.Journal(output / "metrics.jsonl", settings.steps, console, sinks) as journal,
+        metrics.Journal(
+            output / "metrics.jsonl",
+            settings.steps,
+            judge.display,
+            sinks,
+            state.step,
+            lambda step: forecast.seconds_left(judge, clock, step),
+        ) as journal,
     ):
         trainer = _Trainer(
             judge=judge,
@@ -99,18 +112,22 @@ def train(
             signals=signals,
             kept=kept,
             journal=journal,
+            clock=clock,
+            seconds=seconds,
         )
         over = False
         if record is not None:
             over = trainer.finish_step(record["pending"]) if record["pending"] else trainer.over
         while not over:
             over = trainer.finish_step(trainer.take_step())
-        kept.wait()
+        with judge.display.phase("writing the checkpoint"):
+            kept.wait()
     signals.check()  # one that came during the last save
     if state.step < settings.steps:
         console.print(
-            f"stopped early at step {state.step}: {state.watch.stale} evaluations without a task "
-            f"loss below that of step {state.watch.best_step}"
+            f"stopped early at step {state.step}: {state.watch.stale} evaluations without a better "
+            f"{settings.metric_for_best_model.replace('_', ' ')} than that of step "
+            f"{state.watch.best_step}"
         )
     return trainer.clock.tokens_per_second
 
@@ -134,7 +151,9 @@ class _Trainer:
     signals: Signals
     kept: checkpoint.Checkpoints
     journal: metrics.Journal
-    clock: metrics.Clock = field(default_factory=metrics.Clock)
+    clock: metrics.Clock
+    seconds: Callable[[], float]
+    compiled: bool = False
 
     @property
     def over(self) -> bool:
@@ -147,14 +166,16 @@ class _Trainer:
         state, mesh = self.state, self.judge.mesh
         rows = self.judge.config.train.batch_size
         batch = self.loader.batch(state.step, local_rows(rows, mesh))
-        state.adapters, state.opt_state, measured = self.step_fn(
-            state.adapters,
-            state.opt_state,
-            self.judge.model.params,
-            place_batch(batch, mesh, rows),
-            jax.random.fold_in(self.key, state.step + 1),
-        )
+        with self._compiling():
+            state.adapters, state.opt_state, measured = self.step_fn(
+                state.adapters,
+                state.opt_state,
+                self.judge.model.params,
+                place_batch(batch, mesh, rows),
+                jax.random.fold_in(self.key, state.step + 1),
+            )
         measured = {name: float(value) for name, value in measured.items()}
+        state.scores = None
         problem = state.watch.problem(
             state.step + 1,
             measured["loss"],
@@ -183,6 +204,16 @@ class _Trainer:
             **metrics.device_memory(),
         }
 
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """The first call compiles the step; later ones return at once."""
+        if self.compiled:
+            yield
+            return
+        with self.judge.display.phase("compiling the train step"):
+            yield
+        self.compiled = True
+
     def finish_step(self, line: Line) -> bool:
         """Evaluate, log and save what is due after the step of `line`; whether it was the last."""
         state, settings = self.state, self.judge.config.train
@@ -192,9 +223,10 @@ class _Trainer:
             last = state.step == settings.steps
             if self.judge.held_out and (last or _is_due(state.step, settings.eval_every)):
                 with self.signals.free(), self.clock.paused():
-                    losses = self.judge.losses(state.adapters, self.signals.check)
-                    line |= self._evaluated(losses)
-                better = state.watch.evaluated(state.step, losses)
+                    measured = self._evaluate()
+                line |= self._evaluated(measured)
+                values = {**measured.losses, **measured.metrics}
+                better = state.watch.evaluated(state.step, values, settings.metric_for_best_model)
         except Interrupted as stop:
             self._save(pending=line)
             self.kept.wait()
@@ -209,18 +241,40 @@ class _Trainer:
                 self._save(pending=None)
         return self.over
 
-    def _evaluated(self, losses: Mapping[str, float]) -> Line:
-        """Held-out losses and mean norms for the step's line; sample answers (after the last step
-        there are all of them anyway), and the norms of every layer, go to files of their own.
+    def _evaluate(self) -> Scores:
+        """Held-out losses; at every eval.generate_every steps and after the last one all answers
+        with their metrics, and at other evaluations sample answers, which go to a file of their
+        own. Without eval.generate_every, the answers after the last step are left to the caller.
         """
-        judge, state = self.judge, self.state
-        self.console.print(f"step {state.step}: {Scores(losses, {}).describe()}")
-        if judge.config.eval.samples and not self.over:
-            answers = judge.answers(state.adapters, judge.config.eval.samples)
-            metrics.append_samples(self.output / "samples.jsonl", state.step, answers)
-        sizes = norms.measure(judge.model.params, state.adapters, judge.config.adapter)
+        judge, state, settings = self.judge, self.state, self.judge.config.eval
+        every, check = settings.generate_every, self.signals.check
+        last = state.step == judge.config.train.steps
+        with judge.display.about(f"step {state.step}"):
+            losses = judge.losses(state.adapters, check)
+            if every is not None and (last or _is_due(state.step, every)):
+                answers = judge.answers(state.adapters, settings.generate_examples, check)
+                state.scores = judge.with_metrics(losses, answers)
+                return state.scores
+            if settings.samples and not self.over:
+                answers = judge.answers(state.adapters, settings.samples, check)
+                metrics.append_samples(self.output / "samples.jsonl", state.step, answers)
+        return Scores(losses, {})
+
+    def _evaluated(self, measured: Scores) -> Line:
+        """Held-out losses, metrics and mean norms for the step's line; answers, and the norms of
+        every layer, go to files of their own.
+        """
+        judge, state, config = self.judge, self.state, self.judge.config
+        self.console.print(f"step {state.step}: {measured.describe()}")
+        if measured.answers:
+            file, names = self.output / "predictions.jsonl", config.eval.metrics
+            predictions.put(file, state.step, measured.answers, names)
+            if not self.over:  # those of the last step are shown at the end
+                samples = spread(measured.answers, config.eval.samples)
+                metrics.append_samples(self.output / "samples.jsonl", state.step, samples)
+        sizes = norms.measure(judge.model.params, state.adapters, config.adapter)
         metrics.append_line(self.output / "norms.jsonl", {"step": state.step, "modules": sizes})
-        return {f"{name}_loss": loss for name, loss in losses.items()} | norms.summarize(sizes)
+        return measured.numbers() | norms.summarize(sizes)
 
     def _save(self, pending: Line | None) -> None:
         """Start a checkpoint of the state; `pending` is a line whose evaluation is still due."""
@@ -228,6 +282,7 @@ class _Trainer:
         record = {
             **self.about,
             "supervised_tokens": state.supervised_tokens,
+            "seconds": self.seconds(),
             "watch": dataclasses.asdict(state.watch),
             "data": self.loader.position(state.step),
             "pending": pending,

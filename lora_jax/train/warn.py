@@ -16,6 +16,7 @@ from lora_jax.models.common import Model
 from lora_jax.train.report import Measured
 from lora_jax.train.sets import DataSet, TrainData
 
+_FORGOTTEN = 0.3  # nats that a regression loss may rise without a warning
 _LITTLE = 0.01  # a supervised share below it is worth a warning
 
 
@@ -63,6 +64,22 @@ def find(
         *_missing(config, model),
         *_of_sets(measured),
         *([] if model.labels else _endless(config, model, tokenizer, train)),
+    ]
+
+
+def of_forgetting(regression: Mapping[str, Any] | None) -> list[str]:
+    """A warning if the loss on general text, as the summary has it, rose by more than `_FORGOTTEN`
+    nats.
+    """
+    if regression is None or regression["loss_before"] is None:
+        return []
+    before, after = regression["loss_before"], regression["loss_after"]
+    if not after - before > _FORGOTTEN:
+        return []
+    return [
+        f"the regression loss rose from {before:.4f} to {after:.4f}, by more than {_FORGOTTEN}: "
+        "the model forgets what it was not trained on; lower train.learning_rate, train.steps or "
+        "adapter.rank, or mix general text into data.train"
     ]
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lora_jax.config import TrainConfig
+from lora_jax.config import LOSSES, TrainConfig
 
 WINDOW = 20  # steps whose mean loss is compared
 _MARGIN = 1.0  # nats by which a diverging mean is above the lowest, whatever their ratio
@@ -14,21 +14,32 @@ _MARGIN = 1.0  # nats by which a diverging mean is above the lowest, whatever th
 class Watch:
     """What the steps and evaluations so far say; its fields go through JSON and back unchanged."""
 
-    best_loss: float | None = None  # lowest held-out loss of the task
+    best_loss: float | None = None  # best value of `metric`, a loss unless the config says other
     best_step: int | None = None
     stale: int = 0  # evaluations since
     recent: list[float] = field(default_factory=list)  # losses of the last WINDOW steps
     lowest: float | None = None  # lowest mean over WINDOW steps
     lowest_step: int | None = None  # the last of these steps
+    metric: str = "task_loss"  # that the best is the best of
 
-    def evaluated(self, step: int, losses: Mapping[str, float]) -> bool:
-        """Take note of held-out losses; whether the task's is the best so far."""
-        if "task" not in losses:
+    def evaluated(
+        self, step: int, measured: Mapping[str, float], metric: str = "task_loss"
+    ) -> bool:
+        """Take note of an evaluation: held-out losses by set, and metrics of answers by name.
+        Returns True if `metric` (as train.metric_for_best_model) is the best so far.
+        """
+        name = metric.removesuffix("_loss")
+        if name not in measured:
             return False
-        loss = losses["task"]
-        better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if metric != self.metric:  # values of another metric do not compare
+            self.metric, self.best_loss, self.best_step, self.stale = metric, None, None, 0
+        value = measured[name]
+        sign = 1 if metric in LOSSES else -1  # metrics of answers: greater is better
+        better = math.isfinite(value) and (
+            self.best_loss is None or sign * value < sign * self.best_loss
+        )
         if better:
-            self.best_loss, self.best_step, self.stale = loss, step, 0
+            self.best_loss, self.best_step, self.stale = value, step, 0
         else:
             self.stale += 1
         return better

@@ -1,5 +1,6 @@
 """Signals as an exception, at once or when the run can take it."""
 
+import hashlib
 import os
 import signal
 import threading
@@ -162,3 +163,65 @@ def test_other_threads_leave_the_signals_alone():
     thread.start()
     thread.join()
     assert found == [True, True]
+
+
+def stay_in_c(*numbers):
+    """Run one long call of C code, during which no handler runs, and send these signals in it."""
+
+    def send_all():
+        for number in numbers:
+            time.sleep(0.1)
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send_all)
+    thread.start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
+    thread.join()
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What was said and the statuses the process was left with, at once where nobody else acts."""
+    monkeypatch.setattr(interrupt, "ANSWER", 0.02)
+    monkeypatch.setattr(interrupt, "STUCK", 0.02)
+    return []
+
+
+def test_a_signal_inside_of_a_program_is_answered_at_once_and_waits_for_check(answers):
+    before = None
+    with pytest.raises(Interrupted), catch(None, answers.append, answers.append) as signals:
+        with signals.held():
+            stay_in_c(signal.SIGTERM)
+            before = list(answers)
+            signals.check()
+    assert before == answers == ["SIGTERM: stopping after this step"]
+
+
+@pytest.mark.parametrize(("number", "status"), [*zip(NUMBERS, (0, 130, 0), strict=True)])
+def test_a_process_with_nothing_to_save_is_left_inside_of_a_program(answers, number, status):
+    with pytest.raises(Interrupted), catch(None, answers.append, answers.append):
+        stay_in_c(number)
+        pytest.fail("it did not raise")
+    assert answers == [f"{number.name}: stopping now", status]
+
+
+def test_a_deliberate_ctrl_c_inside_of_a_program_gives_up(answers, deliberate):
+    """Both come while no handler runs, which Python makes one call of the handler of."""
+    with pytest.raises(Interrupted), catch(None, answers.append, answers.append) as signals:
+        with signals.held():
+            stay_in_c(signal.SIGINT, signal.SIGINT)
+            pytest.fail("it waited")
+    assert answers == [
+        "SIGINT: stopping after this step; Ctrl-C again gives up what is not saved",
+        "stopping now: what was not saved yet is lost",
+        130,
+    ]
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_several_hosts_and_a_notebook_are_not_left(answers, leave):
+    agree, end = (lambda number: number, answers.append) if leave else (None, None)
+    with pytest.raises(Interrupted), catch(agree, answers.append, end):
+        stay_in_c(signal.SIGINT)
+        pytest.fail("it did not raise")
+    assert answers == ["SIGINT: stopping now"]

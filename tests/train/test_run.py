@@ -71,7 +71,7 @@ def test_it_learns_the_rows_by_heart(run):
 def test_what_a_run_writes(run):
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "norms.jsonl", "samples.jsonl", "summary.json"),
-        *("checkpoints", "adapter", "merged", "plots"),
+        *("checkpoints", "adapter", "merged", "plots", "predictions.jsonl"),
     }
     for plot in ("loss", "norms"):
         assert (run.path / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
@@ -85,6 +85,7 @@ def test_what_a_run_writes(run):
     assert set(summary) == {
         *("steps", "supervised_tokens", "tokens_per_second", "seconds", "peak_rss_bytes"),
         *("total_parameters", "trainable_parameters", "adapter_bytes", "checkpoint_bytes"),
+        *("trainable_share", "session_seconds"),
         *("task", "regression", "exported_step", "merge", "warnings", *norms),
     }
     assert summary["steps"] == summary["exported_step"] == 50
@@ -93,6 +94,8 @@ def test_what_a_run_writes(run):
     frozen = 272 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
     assert summary["trainable_parameters"] == trained == summary["adapter_bytes"] / 4
     assert summary["total_parameters"] == trained + frozen
+    assert summary["trainable_share"] == trained / (trained + frozen)
+    assert summary["session_seconds"] == pytest.approx(summary["seconds"], abs=1)
     assert min(summary["peak_rss_bytes"], summary["seconds"], summary["tokens_per_second"]) > 0
 
 

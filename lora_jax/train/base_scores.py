@@ -1,0 +1,160 @@
+"""Scores before the first step, kept for the next run: minutes of the same work otherwise.
+
+An entry is a file `scores/DIGEST.json` of the cache directory, whose name is the digest of its key.
+The key is all that the scores depend on: weights, config, tokenizer, chat template, held-out rows,
+settings, code, versions and devices. Fresh adapters of plain LoRA change nothing, whatever their
+rank. Others (a start that changes the base, DoRA, virtual tokens, trained copies of modules,
+`adapter.path`) join the key with their settings and weights. Losses and answers are kept; metrics
+are computed from the answers.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax import data, demo, hosts
+from lora_jax.config import AdapterConfig, Config
+from lora_jax.train import checkpoint
+from lora_jax.train.evaluate import Judge, Scores
+from lora_jax.train.scores import Answer
+
+_PACKAGE = Path(__file__).parent.parent
+_PACKAGES = ("lora_jax", "jax", "jaxlib", "flax", "transformers", "tokenizers", "jinja2")
+# Settings of data that arrange rows or say where they are; the rows themselves are in the key.
+_ARRANGING = (
+    *("train", "eval", "eval_size", "regression", "drop_overlap", "packing", "shuffle", "cache"),
+    *("streaming", "stream_rows", "on_bad_row", "chat_template"),
+)
+# Settings of eval that neither losses nor answers depend on.
+_REPORTING = ("before", "cache", "metrics", "samples", "generate_every")
+# Settings of adapters that fresh ones do not depend on, where the other settings have defaults.
+_SIZES = (
+    *("rank", "alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern"),
+    *("alpha_pattern", "dropout", "use_rslora", "freeze_a", "lora_plus_ratio"),
+)
+
+
+def measure(
+    judge: Judge, adapters: Any, prints: Mapping[str, str], say: Callable[[str], None]
+) -> Scores:
+    """The scores of adapters before the first step, out of the cache where it has them.
+
+    prints: fingerprint of the base, the tokenizer and the template
+    """
+    with judge.display.about("base"):
+        if not judge.config.eval.cache:
+            return judge.score(adapters)
+        key = _key(judge, adapters, prints)
+        file = demo.cache_directory() / "scores" / f"{_digest(key)}.json"
+        content = hosts.from_main(lambda: _read(file, key, say))
+        if content is not None:
+            say("base: scores of an earlier run; eval.cache=false measures them again")
+            judge.took.update(content["took"])
+            answers = [_to_answer(fields) for fields in content["answers"]]
+            return judge.with_metrics(content["losses"], answers)
+        found = judge.score(adapters)
+    if hosts.is_main() and all(map(math.isfinite, found.losses.values())):
+        answers = [dataclasses.asdict(answer) for answer in found.answers]
+        content = {"losses": dict(found.losses), "answers": answers, "took": judge.took}
+        _write(file, {"key": key, **content}, say)
+    return found
+
+
+def _key(judge: Judge, adapters: Any, prints: Mapping[str, str]) -> dict[str, Any]:
+    config, model, mesh = judge.config, judge.model, judge.mesh
+    settings, train = dataclasses.asdict(config), config.train
+    device = mesh.devices.flat[0]
+    return {
+        "prints": {name: prints[name] for name in ("base", "tokenizer", "template")},
+        "config.json": _digest(model.hf_config),
+        "stop_tokens": sorted(judge.reader.stop_tokens),
+        "rows": {
+            name: [one.system_prompt, _digest([repr(row) for row in one.rows]), len(one.examples)]
+            for name, one in judge.held_out.items()
+        },
+        "examples": {name: _digest_examples(one.examples) for name, one in judge.held_out.items()},
+        "data": {name: x for name, x in settings["data"].items() if name not in _ARRANGING},
+        "eval": {name: x for name, x in settings["eval"].items() if name not in _REPORTING},
+        "base_dtype": config.base_dtype,
+        "train": [train.compute_dtype, train.attention, train.loss_chunk],
+        "adapter": _describe(config, adapters),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "code": data.digest_files(sorted(_PACKAGE.rglob("*.py"))),
+        "devices": [
+            *(device.device_kind, device.client.platform_version, platform.machine()),
+            *(dict(mesh.shape), jax.process_count(), os.environ.get("XLA_FLAGS", "")),
+            str(jax.config.jax_default_matmul_precision),
+        ],
+    }
+
+
+def _describe(config: Config, adapters: Any) -> Any:
+    """Settings and weights of adapters that may differ from the base, None of those that do not."""
+    fresh = {name: getattr(AdapterConfig(), name) for name in _SIZES}
+    starts = ("default", "gaussian")  # B is zero
+    start = "default" if config.adapter.init in starts else config.adapter.init
+    if dataclasses.replace(config.adapter, **fresh, init=start) == AdapterConfig():
+        return None
+    return [dataclasses.asdict(config.adapter), checkpoint.digest_leaves(adapters)]
+
+
+def _digest_examples(examples: list[data.Example]) -> str:
+    total = hashlib.sha256()
+    for one in examples:
+        for part in (one.where.encode(), one.tokens.tobytes(), one.loss_weights.tobytes()):
+            total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read(file: Path, key: Mapping[str, Any], say: Callable[[str], None]) -> dict | None:
+    """The content of an entry, None if there is none or it is damaged."""
+    try:
+        checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        say(f"note: the cached scores {file} cannot be read: {error}")
+        return None
+    try:
+        content = json.loads(text) if checksum == _digest(text) else {}
+        if content["key"] != _digest(key):
+            raise ValueError("of another key")
+        for fields in content["answers"]:
+            _to_answer(fields)
+        return {name: content[name] for name in ("losses", "answers", "took")}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        say(f"note: the cached scores {file} are damaged and not used")
+        return None
+
+
+def _to_answer(fields: Mapping[str, Any]) -> Answer:
+    return Answer(**{**fields, "references": tuple(fields["references"])})
+
+
+def _write(file: Path, content: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    text = json.dumps({**content, "key": _digest(content["key"])})
+    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        say(f"note: the scores cannot be kept in {file.parent}: {error.strerror or error}")

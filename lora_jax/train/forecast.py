@@ -1,0 +1,40 @@
+"""Time that the rest of a run takes: its steps, and the evaluations still to come."""
+
+from lora_jax.config import Config
+from lora_jax.train.evaluate import Judge
+from lora_jax.train.metrics import Clock
+
+
+def seconds_left(judge: Judge, clock: Clock, step: int) -> tuple[float, bool]:
+    """Estimate the seconds until the end, with `step` steps done and its evaluation still due.
+    False: evaluations are due of which none has been measured yet, and they are left out.
+    """
+    config, took = judge.config, judge.took
+    seconds = clock.remaining(config.train.steps - step)
+    due = evaluations(config, step) if judge.held_out else 0
+    answers = due_answers(judge, step)
+    seconds += due * took.get("losses", 0.0) + answers * took.get("answers", 0.0)
+    known = (not due or "losses" in took) and (not answers or "answers" in took)
+    return seconds, known
+
+
+def evaluations(config: Config, step: int) -> int:
+    """Count the evaluations at steps from `step` on; the last step has one in any case."""
+    return _multiples(step, config.train.steps, config.train.eval_every)
+
+
+def due_answers(judge: Judge, step: int) -> int:
+    """Count the answers that are generated from `step` on: all of the held-out ones at the end and
+    every eval.generate_every steps, samples at other evaluations.
+    """
+    settings, steps = judge.config.eval, judge.config.train.steps
+    full = judge.count_answers(settings.generate_examples)
+    times = _multiples(step, steps, settings.generate_every)
+    others = max(0, evaluations(judge.config, step) - times)
+    return times * full + others * judge.count_answers(settings.samples)
+
+
+def _multiples(step: int, steps: int, every: int | None) -> int:
+    """Count the multiples of `every` from `step` to `steps`, and the last step as one of them."""
+    found = 0 if every is None else steps // every - (step - 1) // every
+    return found + (every is None or steps % every != 0)

@@ -1,0 +1,55 @@
+"""Answers to held-out prompts as lines of a .jsonl file, each with the metrics of it alone.
+
+    {"step": 0, "where": "test.jsonl:3", "prompt": "two", "references": ["zwei"],
+     "answer": "2", "exact_match": 0.0}
+
+`step` 0 is the base; `lora-jax eval` writes `adapter` in its place. A thought that came before the
+answer is in `thought`, the labels' probabilities of a classifier in `probabilities`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.train import metrics
+from lora_jax.train.scores import METRICS, Answer
+
+
+def to_line(answer: Answer) -> dict[str, Any]:
+    """The fields of an answer that have a value."""
+    line = {
+        "where": answer.where,
+        "prompt": answer.prompt,
+        "references": list(answer.references),
+        "answer": answer.answer,
+        "thought": answer.thought,
+        "probabilities": answer.probabilities and dict(answer.probabilities),
+    }
+    needed = ("prompt", "references", "answer")
+    return {name: value for name, value in line.items() if value or name in needed}
+
+
+def to_lines(
+    about: Mapping[str, Any], answers: Iterable[Answer], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A line per answer: `about`, the answer, and the metrics of these names of it alone."""
+    return [
+        {**about, **to_line(answer), **{name: METRICS[name]([answer]) for name in names}}
+        for answer in answers
+    ]
+
+
+def put(file: Path, step: int, answers: Sequence[Answer], names: Sequence[str]) -> None:
+    """Write the answers of a step, in place of any that the file has, in the order of steps."""
+    if not answers:
+        return
+    others = [line for line in metrics.read_lines(file) if line["step"] != step]
+    lines = [*others, *to_lines({"step": step}, answers, names)]
+    lines.sort(key=lambda line: line["step"])
+    metrics.write_whole(file, to_text(lines))
+
+
+def to_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object per line."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,0 +1,196 @@
+"""Progress of a run: a bar per phase on a terminal, plain lines elsewhere.
+
+    display = Display(console)
+    with display.about("base"), display.phase("losses", 3, "batches") as phase:
+        for batch in batches:
+            ...
+            phase.advance()
+
+    terminal:   base: losses 2/3 batches ━━━━━━━━──── 0:14  ETA 0:07
+    elsewhere:  base: losses 2/3 batches, 0:32, ETA 0:16        (every 30 seconds)
+
+Where there is no terminal, no control characters are written. A phase of less than two seconds
+leaves no line in either place.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+T = TypeVar("T")
+FIRST = 2.0  # seconds until a phase has its first line
+EVERY = 30.0  # seconds between its lines
+_RATE = 4  # refreshes a second
+_WIDTH = 12  # characters of a bar
+
+
+def format_seconds(seconds: float) -> str:
+    """Format as m:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Phase:
+    """A part of a run that takes a while.
+
+    total: units of work, if they are known
+    done: those that an earlier session has done
+    status: text in place of the elapsed time, such as a loss
+    every: seconds between its lines, where there are no bars
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "",
+        done: int = 0,
+        status: Callable[[], str] | None = None,
+        every: float = EVERY,
+    ) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.every = every
+        self.began = self._moved = time.monotonic()
+        self.next_line = self.began + FIRST
+        self.said = False  # a line of it was printed
+        self._status = status
+
+    @property
+    def seconds(self) -> float:
+        """Elapsed so far."""
+        return time.monotonic() - self.began
+
+    def advance(self, count: int = 1) -> None:
+        """Count finished units of work."""
+        self.done, self._moved = self.done + count, time.monotonic()
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, each of which is one unit of work."""
+        for item in items:
+            yield item
+            self.advance()
+
+    @property
+    def title(self) -> str:
+        """The work and how much of it is done."""
+        if self.total is None:
+            return self.what
+        return f"{self.what} {self.done}/{self.total}{self.unit and ' '}{self.unit}"
+
+    @property
+    def status(self) -> str:
+        """Elapsed time and an estimate of the rest, or what replaces them."""
+        return "  ".join(self._times()) if self._status is None else self._status()
+
+    @property
+    def line(self) -> str:
+        """All of it as one line of plain text."""
+        if self._status is not None:
+            return f"{self.title}  {self._status()}"
+        return ", ".join([self.title, *self._times()])
+
+    def _times(self) -> list[str]:
+        times, now = [format_seconds(self.seconds)], time.monotonic()
+        if self.total and 0 < self.done < self.total:
+            each = (self._moved - self.began) / self.done
+            left = each * (self.total - self.done) - (now - self._moved)
+            if left >= 1:  # later than expected: nobody knows
+                times.append(f"ETA {format_seconds(left)}")
+        return times
+
+
+class Display:
+    """Shows the phases of a run on a console: all that run as bars on a terminal, the innermost as
+    lines elsewhere. A quiet console shows nothing.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        # FORCE_COLOR makes rich take a file for a terminal: colours, but no moving bars there.
+        self._moves = console.is_interactive and console.file.isatty()
+        self._phases: list[Phase] = []
+        self._prefix = ""
+
+    @contextlib.contextmanager
+    def about(self, subject: str) -> Iterator[None]:
+        """Inside, phases are named `subject: ...`."""
+        before, self._prefix = self._prefix, f"{subject}: "
+        try:
+            yield
+        finally:
+            self._prefix = before
+
+    @contextlib.contextmanager
+    def phase(
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "",
+        done: int = 0,
+        status: Callable[[], str] | None = None,
+        every: float = EVERY,
+    ) -> Iterator[Phase]:
+        """Show a `Phase` while the block runs, and after a long one, what was done."""
+        phase = Phase(self._prefix + what, total, unit, done, status, every)
+        outermost = not self._phases
+        self._phases.append(phase)
+        try:
+            with (
+                self._shown() if outermost and not self.console.quiet else contextlib.nullcontext()
+            ):
+                yield phase
+        finally:
+            self._phases.remove(phase)
+        if status is not None and self._moves:
+            self.console.print(phase.line)  # the bar has gone
+        elif status is None and (phase.said or phase.seconds >= FIRST):
+            self.console.print(f"{phase.title} in {format_seconds(phase.seconds)}")
+
+    def say_line(self, phase: Phase) -> None:
+        """Print the line of a phase, where there are no bars and its time has come."""
+        now = time.monotonic()
+        if not self._moves and now >= phase.next_line:
+            phase.next_line, phase.said = now + phase.every, True
+            self.console.print(phase.line)
+
+    def __rich__(self) -> Table:
+        table = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            table.add_column(no_wrap=True)
+        for phase in [*self._phases]:
+            bar = ProgressBar(phase.total, phase.done, _WIDTH, pulse=phase.total is None)
+            table.add_row(Text(phase.title), bar, Text(phase.status))
+        return table
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        if self._moves:
+            with Live(self, console=self.console, refresh_per_second=_RATE, transient=True):
+                yield
+            return
+        over = threading.Event()
+        thread = threading.Thread(target=self._follow, args=(over,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _follow(self, over: threading.Event) -> None:
+        """Print lines about the innermost phase, which may be busy in one long call."""
+        while not over.wait(1 / _RATE):
+            for phase in self._phases[-1:]:
+                self.say_line(phase)
+
+
+SILENT = Display(Console(quiet=True))
