@@ -26,6 +26,7 @@ LAYERS = (
         "train.scores",
         "train.sinks",
         "train.watch",
+        "train.window",
         "generate",
         "combine",
     ),

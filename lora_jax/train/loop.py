@@ -37,6 +37,7 @@ from lora_jax.train.model import describe, find_stops
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
+from lora_jax.train.window import Window
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -230,6 +231,7 @@ def _restore(
     )
     state.step, state.supervised_tokens = step, record["supervised_tokens"]
     state.watch = Watch(**record["watch"])
+    state.window = Window(**record.get("window", {}))
     # The line of a step whose evaluation was interrupted is written when it is made up for.
     last = step - 1 if record["pending"] else step
     for name in metrics.LOGS:

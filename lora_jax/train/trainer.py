@@ -23,6 +23,7 @@ from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.sinks import open_sinks
 from lora_jax.train.step import make_train_step
 from lora_jax.train.watch import Watch
+from lora_jax.train.window import Window
 
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -36,6 +37,7 @@ class State:
     step: int = 0  # optimizer steps done
     supervised_tokens: float = 0.0  # trained on so far
     watch: Watch = field(default_factory=Watch)
+    window: Window = field(default_factory=Window)  # steps since the last line
 
 
 def place_state(
@@ -140,7 +142,7 @@ class _Trainer:
         return self.state.step >= settings.steps or self.state.watch.gave_up(settings)
 
     def take_step(self) -> Line:
-        """One optimizer step; its line for metrics.jsonl."""
+        """Take one optimizer step. Returns the line for the steps since the last line."""
         state, mesh = self.state, self.judge.mesh
         rows = self.judge.config.train.batch_size
         batch = self.loader.batch(state.step, local_rows(rows, mesh))
@@ -167,6 +169,7 @@ class _Trainer:
         rate = float(self.schedule(state.step))
         state.step += 1
         state.supervised_tokens += measured["supervised_tokens"]
+        state.window.add(measured)
         # Of several hosts each has seen its own rows only.
         share = rows / len(batch["segment_ids"])
         self.clock.lap(round(share * np.count_nonzero(batch["segment_ids"])))
@@ -174,7 +177,7 @@ class _Trainer:
         speed = self.clock.tokens_per_second
         return {
             "step": state.step,
-            **measured,
+            **state.window.describe(),
             "learning_rate": rate,
             "tokens_per_second": speed,
             **metrics.device_memory(),
@@ -200,6 +203,7 @@ class _Trainer:
         evaluated = any(f"{name}_loss" in line for name in self.judge.held_out)
         if evaluated or self.over or _is_due(state.step, settings.log_every):
             self.journal.write(line)
+            state.window = Window()
         every = settings.save_every or max(1, settings.steps // 10)
         if better or self.over or _is_due(state.step, every):
             with self.clock.paused():
@@ -226,6 +230,7 @@ class _Trainer:
             **self.about,
             "supervised_tokens": state.supervised_tokens,
             "watch": dataclasses.asdict(state.watch),
+            "window": dataclasses.asdict(state.window),
             "data": self.loader.position(state.step),
             "pending": pending,
         }
