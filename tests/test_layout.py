@@ -23,6 +23,7 @@ LAYERS = (
         "train.interrupt",
         "train.merge_report",
         "train.norms",
+        "train.plots",
         "train.scores",
         "train.sinks",
         "train.watch",

@@ -25,6 +25,7 @@ from lora_jax.train import (
     interrupt,
     metrics,
     norms,
+    plots,
     probe,
     resume,
     scores,
@@ -186,9 +187,9 @@ def conclude(
             console.print(f"note: {problem}")
     for name, loss in before.losses.items():
         curves[name] = [(0, loss), *curves.get(name, [])]
-    metrics.plot_losses(output / "plots" / "loss.png", curves)
+    plots.plot_losses(output / "plots" / "loss.png", curves)
     if sizes:
-        metrics.plot_norms(output / "plots" / "norms.png", sizes)
+        plots.plot_norms(output / "plots" / "norms.png", sizes)
     samples = scores.spread(after.answers, config.eval.samples)
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
