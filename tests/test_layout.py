@@ -33,6 +33,7 @@ LAYERS = (
     ),
     (
         "train.base",
+        "train.card",
         "train.metrics",
         "train.model",
         "train.report",

@@ -176,11 +176,13 @@ def conclude(
     losses = {name: points[chosen] for name, points in logged.items()} if known else None
     after = judge.score(adapters, losses)
     sizes = norms.measure(model.params, adapters, config.adapter)
+    results = {name: score_pair(name, before, after) for name in ("task", "regression")}
     setup.remove_exports(output)
     extra: dict[str, Any] = {}
     full = config.adapter.method == "full"  # has no adapter to export, only a model
     if config.export.peft and not full:
-        export.export_peft(output / "adapter", config, model, adapters, prints, stops=stops)
+        target = output / "adapter"
+        export.export_peft(target, config, model, adapters, prints, stops=stops, results=results)
         trainable = methods.find_trainable(model.params, config.adapter)
         problems = formats.serving_problems(trainable)
         for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
@@ -195,7 +197,9 @@ def conclude(
     metrics.print_samples(console, samples)
     if config.export.merged or full:  # last, as a gate may refuse it
         merged = output / "merged"
-        extra |= export.export_merged(merged, config, model, adapters, console, probed, stops=stops)
+        extra |= export.export_merged(
+            merged, config, model, adapters, console, probed, stops, results
+        )
     return {
         "steps": state.step,
         "exported_step": chosen,
@@ -203,8 +207,7 @@ def conclude(
         "peak_rss_bytes": metrics.peak_rss_bytes(),
         **metrics.device_memory(),
         "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(place, state.step)),
-        "task": score_pair("task", before, after),
-        "regression": score_pair("regression", before, after),
+        **results,
         **norms.summarize(sizes),
         **extra,
     }
