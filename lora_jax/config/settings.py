@@ -100,7 +100,7 @@ class TrainConfig:
     metric_for_best_model: str = "task_loss"  # | regression_loss | one of eval.metrics
     divergence: float | None = 3.0  # stop where the loss is so many times its best; null: never
     optimizer_memory: str = "device"  # device | host: where AdamW's moments lie between steps
-    log_every: int = 1  # steps between lines of metrics.jsonl
+    log_every: int = 1  # steps between lines of metrics.jsonl, each a mean over its steps
     report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio
     compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
     remat: str = "full"  # none | dots | full | offload (to the host): less memory, more work

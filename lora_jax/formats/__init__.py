@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from lora_jax import hosts, models
 from lora_jax.config import MeshConfig, read_json
+from lora_jax.formats.hub import public_name as public_name
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.loralib import read_loralib as read_loralib
 from lora_jax.formats.matrices import open_matrices as open_matrices

@@ -10,6 +10,7 @@ from lora_jax.config import UserError
 from lora_jax.formats import gguf
 from lora_jax.formats.side_files import SIDE_FILES
 
+_HUB_NAME = re.compile(r"(?![.~])[\w.-]+/[\w.-]+")
 _SMALL = ["*.json", "*.jinja", "*.txt", *SIDE_FILES]  # config, tokenizer, templates, licence
 
 
@@ -44,13 +45,27 @@ def resolve(spec: str, weights: bool = True) -> Path:
             f"model={spec!r} is a file; give a model directory, a .gguf file, or org/name on the "
             "hub"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith((".", "~")):
+    if _HUB_NAME.fullmatch(spec):
         return _download(spec, weights)
     raise UserError(
         f"model={spec!r} does not exist; give a Hugging Face model directory, a .gguf file, "
         "org/name on the hub, "
         "or demo:smollm2-135m-instruct"
     )
+
+
+def public_name(spec: str) -> str:
+    """The name under which other programs find a model: that on the hub, for a demo too, or the
+    absolute path of its directory (of a .gguf file, of what it was converted to).
+    """
+    if spec.startswith("demo:") and (origin := demo.origin(spec.removeprefix("demo:"))):
+        return origin.name
+    return spec if is_hub_name(spec) else str(resolve(spec).absolute())
+
+
+def is_hub_name(spec: str) -> bool:
+    """Return True for org/name that is nothing local."""
+    return bool(_HUB_NAME.fullmatch(spec)) and not Path(spec).exists()
 
 
 def _converted(source: Path) -> Path:

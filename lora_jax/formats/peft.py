@@ -62,13 +62,14 @@ def write_adapter(
     chat_template: str | None = None,
     extra: Mapping[str, Any] | None = None,
     profile: str | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a PEFT adapter directory; equal adapters give equal bytes.
 
     `params` may hold arrays or shapes. `task_type` is PEFT's name of the model's kind. `source` is
     the base model's directory, whose tokenizer is copied; `chat_template` replaces its templates;
-    `extra` joins lora_jax.json. With `profile` "vllm" all modules get one rank and one alpha, as
-    vLLM reads no patterns.
+    `extra` joins lora_jax.json, and `card` becomes README.md. With `profile` "vllm" all modules get
+    one rank and one alpha, as vLLM reads no patterns.
 
     Where routers or experts are adapted, the file says nothing of dropout: PEFT has none for them.
 
@@ -99,6 +100,8 @@ def write_adapter(
         write_json(temporary / "adapter_config.json", content)
         about = {"base_model": base_model, **(extra or {}), FIELD: digest}
         write_json(temporary / "lora_jax.json", about)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         if source is not None:
             copy_side_files(source, temporary, chat_template)
 

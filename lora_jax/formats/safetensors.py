@@ -5,8 +5,9 @@
 
 import contextlib
 import math
+import secrets
 import shutil
-import tempfile
+import stat
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -364,17 +365,29 @@ def new_directory(target: Path) -> Iterator[Path]:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
+        temporary.mkdir()
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        _as_others_would(temporary)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:  # the latter for a full disk
         raise UserError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _as_others_would(directory: Path) -> None:
+    """Give all files the permissions of a new one (umask, ACL): safetensors makes them private."""
+    probe = directory / ".new"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in directory.rglob("*"):
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 def parse_size(text: str) -> int:

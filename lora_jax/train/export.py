@@ -22,7 +22,7 @@ from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES
 from lora_jax.sharding import make_mesh, whole
 from lora_jax.targets import find_trainable
-from lora_jax.train import base, checkpoint, merge_report, probe, sets
+from lora_jax.train import base, card, checkpoint, merge_report, probe, sets
 from lora_jax.train.model import describe, find_stops
 from lora_jax.weights import materialize, widen
 
@@ -46,9 +46,11 @@ def export_peft(
     prints: Mapping[str, str],
     profile: str | None = None,
     stops: Collection[int] = (),
+    results: card.Results | None = None,
 ) -> None:
-    """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, and
-    under `eos_token_id` in lora_jax.json the ids that end an answer.
+    """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, a
+    model card with its `results`, and under `eos_token_id` in lora_jax.json the ids that end an
+    answer.
 
     Raises:
         UserError: as `formats.write_adapter`; adapters that are others in PEFT over this base.
@@ -57,16 +59,20 @@ def export_peft(
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
         return
+    found = find_trainable(model.params, config.adapter)
+    ranks = [rank for one in found.targets for rank in one.ranks]
+    problems = [] if profile else formats.serving_problems(found)
     formats.write_adapter(
         target,
         adapters,
         model.params,
         config.adapter,
-        base_model=config.model,
+        base_model=formats.public_name(config.model),
         task_type="SEQ_CLS" if model.labels else "CAUSAL_LM",
         source=model.directory,
         chat_template=own_template(config),
         extra={
+            "base_model": config.model,
             "fingerprint": {name: prints[name] for name in fingerprint.PARTS},
             "versions": versions(),
             "seed": config.seed,
@@ -74,6 +80,7 @@ def export_peft(
             **({"eos_token_id": sorted(stops)} if stops else {}),
         },
         profile=profile,
+        card=card.of_adapter(config, model, max(ranks, default=0), problems, results, versions()),
     )
 
 
@@ -99,10 +106,12 @@ def export_merged(
     console: Console,
     examples: Sequence[Example] = (),
     stops: Collection[int] = (),
+    results: card.Results | None = None,
 ) -> dict[str, Any]:
     """Write a Hugging Face model directory with the adapters merged in, in `export.dtype`, or the
     dtype of the base, and next to the weights what `merge_report` measures of them, and of
-    `examples`, those of `probe`. Its generation config ends an answer at `stops` too.
+    `examples`, those of `probe`, and a model card with the `results` of the run. Its generation
+    config ends an answer at `stops` too.
 
     Over a quantised base, `export.quantized_base` says what they are merged into. Returns, for the
     summary, the figures of the report under `merge`, and over such a base `merged_distance`: how
@@ -146,6 +155,12 @@ def export_merged(
         )
         merge_report.print_report(report, console)
         merge_report.check(report, settings)
+        text = card.of_model(config, model, results, versions())
+
+        def write_reports(directory: Path) -> None:
+            merge_report.write(report, directory)
+            (directory / "README.md").write_text(text, encoding="utf-8")
+
         formats.write_model(
             target,
             model,
@@ -154,7 +169,7 @@ def export_merged(
             max_shard_size=settings.max_shard_size,
             chat_template=own_template(config),
             stops=stops,
-            beside=lambda directory: merge_report.write(report, directory),
+            beside=write_reports,
         )
     return {"merge": merge_report.summarize(report), **summary}
 
@@ -248,6 +263,13 @@ def load_run(directory: Path, overrides: Sequence[str] = ()) -> Config:
     return configs.load(directory / "config.yaml", overrides)
 
 
+def _read_results(run: Path, step: int) -> card.Results | None:
+    """The scores in summary.json, if they are those of the exported step."""
+    file = run / "summary.json"
+    found = configs.read_json(file) if file.is_file() else {}
+    return found if found.get("exported_step") == step else None
+
+
 def _read_probe(config: Config, encoder: sets.Encoder) -> list[Example]:
     """The rows of the run, which need not be where they were: unless `export.max_merge_kl` asks for
     them, a line says so and there are none.
@@ -315,8 +337,10 @@ def export_run(
             config, sets.make_encoder(config, model, tokenizer, found["tokenizer"], console)
         )
     )
+    results = _read_results(run, chosen_step(config, record))
     export_checkpoint(
-        kind, output, place, record, config, model, tokenizer, found, console, examples, profile
+        *(kind, output, place, record, config, model, tokenizer, found, console, examples),
+        *(profile, results),
     )
 
 
@@ -338,9 +362,10 @@ def export_checkpoint(
     console: Console,
     examples: Sequence[Example] = (),
     profile: str | None = None,
+    results: card.Results | None = None,
 ) -> dict[str, Any]:
     """Write `target` as `peft` or `hf` from the checkpoint in `place` that `record`, the latest
-    one, chooses. `model` has shapes. Returns what `export_merged` does, of an adapter nothing.
+    one, chooses. `model` has shapes, and `results` are for the model card. Returns what `export_merged` does, of an adapter nothing.
 
     Raises:
         UserError: a damaged checkpoint; as `export_peft` and `export_merged`.
@@ -353,8 +378,8 @@ def export_checkpoint(
         problems = [] if profile else formats.serving_problems(trainable)
         for problem in [*problems, *describe_stops(model, tokenizer, stops)]:
             console.print(f"note: {problem}")
-        export_peft(target, config, model, adapters, prints, profile, stops)
+        export_peft(target, config, model, adapters, prints, profile, stops, results)
         return {}
     params = base.load_under(config, model.directory, model, make_mesh(config.mesh), adapters)
     model = model.replace(params=params)
-    return export_merged(target, config, model, adapters, console, examples, stops)
+    return export_merged(target, config, model, adapters, console, examples, stops, results)

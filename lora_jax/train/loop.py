@@ -29,6 +29,7 @@ from lora_jax.train import (
     interrupt,
     metrics,
     norms,
+    plots,
     predictions,
     probe,
     resume,
@@ -44,6 +45,7 @@ from lora_jax.train.progress import Display
 from lora_jax.train.sinks import Sink, open_sinks
 from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
+from lora_jax.train.window import Window
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -254,28 +256,31 @@ def conclude(
     predictions.put(output / "predictions.jsonl", chosen, after.answers, names)
     metrics.send(sinks, state.step, after.metrics)
     sizes = norms.measure(model.params, adapters, config.adapter)
+    results = {name: score_pair(name, before, after) for name in ("task", "regression")}
     run.remove_exports()
     extra: dict[str, Any] = {}
     wanted = directory.wanted(config)
     if "adapter" in wanted:
         with judge.display.phase("writing the adapter"), run.exporting("adapter", config) as target:
-            export.export_peft(target, config, model, adapters, prints, stops=stops)
+            export.export_peft(
+                target, config, model, adapters, prints, stops=stops, results=results
+            )
         trainable = methods.find_trainable(model.params, config.adapter)
         problems = formats.serving_problems(trainable)
         for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
             console.print(f"note: {problem}")
     for name, loss in before.losses.items() if before else ():
         curves[name] = [(0, loss), *curves.get(name, [])]
-    metrics.plot_losses(output / "plots" / "loss.png", curves)
+    plots.plot_losses(output / "plots" / "loss.png", curves)
     if sizes:
-        metrics.plot_norms(output / "plots" / "norms.png", sizes)
+        plots.plot_norms(output / "plots" / "norms.png", sizes)
     samples = scores.spread(after.answers, config.eval.samples)
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
     if "merged" in wanted:  # last, as a gate may refuse it
         with judge.display.phase("merging"), run.exporting("merged", config) as target:
             extra |= export.export_merged(
-                target, config, model, adapters, console, probed, stops=stops
+                target, config, model, adapters, console, probed, stops, results
             )
     return {
         "steps": state.step,
@@ -284,8 +289,7 @@ def conclude(
         "peak_rss_bytes": metrics.peak_rss_bytes(),
         **metrics.device_memory(),
         "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(place, state.step)),
-        "task": score_pair("task", before, after),
-        "regression": score_pair("regression", before, after),
+        **results,
         **norms.summarize(sizes),
         **extra,
         "outputs": hosts.from_main(run.digests),
@@ -360,7 +364,7 @@ def _mend(
         with run.exporting(name, config) as target:
             summary |= export.export_checkpoint(
                 *(kind, target, run.place, record, config, model, tokenizer, prints),
-                *(console, probed),
+                *(console, probed, None, summary),
             )
     summary["outputs"] = hosts.from_main(run.digests)
     metrics.write_summary(run.output / "summary.json", summary)
@@ -377,6 +381,7 @@ def _restore(
     )
     state.step, state.supervised_tokens = step, record["supervised_tokens"]
     state.watch = Watch(**record["watch"])
+    state.window = Window(**record.get("window", {}))
     # The line of a step whose evaluation was interrupted is written when it is made up for.
     last = step - 1 if record["pending"] else step
     for name in metrics.LOGS:

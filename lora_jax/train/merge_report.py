@@ -33,7 +33,10 @@ from lora_jax import tree
 from lora_jax.config import ExportConfig, UserError
 from lora_jax.sharding import constrain
 from lora_jax.targets import HEAD, Trainable
+from lora_jax.train import plots
 from lora_jax.weights import Untied, materialize, widen
+
+_EXACT = 1e-6  # 1 - cosine of two updates that differ by the rounding of float32 alone
 
 
 @dataclass(frozen=True)
@@ -243,9 +246,19 @@ def write(report: Report, directory: Path) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """Cosine and share changed over the layers, a line per kind of module; modules outside of the
-    layers as a line across.
+    """1 - cosine on a log axis, and the share of weights that the merge leaves as they were, over
+    the layers: a line per kind of module; modules outside of the layers as a line across. One
+    sentence where nothing is lost, as in float32.
     """
+    worst = max((1 - cosine for cosine, _ in report.worst()), default=0.0)
+    if worst <= _EXACT:
+        text = (
+            f"merged into {report.dtype}: nothing is lost,\n"
+            f"1 - cosine is at most {_EXACT:g} in every module"
+        )
+        figure = Figure(figsize=(6, 1.2))
+        figure.text(0.5, 0.5, text, ha="center", va="center")
+        return plots.save(figure, file)
     kinds: dict[str, dict[int | None, Fit]] = {}
     for name, fit in report.modules.items():
         layer = tree.layer_index(name)
@@ -253,23 +266,24 @@ def plot(report: Report, file: Path) -> None:
         kinds.setdefault(kind, {})[layer] = fit
     figure = Figure(figsize=(10, 6), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
-    for number, (kind, layers) in enumerate(kinds.items()):
-        style = {"color": f"C{number % 10}", "label": kind}
-        for axes, values in (
-            (upper, {layer: fit.cosine for layer, fit in layers.items()}),
-            (lower, {layer: fit.share_changed for layer, fit in layers.items()}),
-        ):
-            known = {layer: value for layer, value in values.items() if value is not None}
-            if None in known:
-                axes.axhline(known[None], linestyle="--", **style)
-            elif known:
-                axes.plot(list(known), list(known.values()), marker=".", **style)
-    upper.set(ylabel="cosine, realised and intended", ylim=(min(0, upper.get_ylim()[0]), 1.05))
-    lower.set(xlabel="layer", ylabel="share of weights changed", ylim=(-0.05, 1.05))
-    lower.xaxis.get_major_locator().set_params(integer=True)
-    upper.set_title(f"merged into {report.dtype}")
+    labels = plots.short_names(list(kinds))
+    for number, (label, layers) in enumerate(zip(labels, kinds.values(), strict=True)):
+        style = {"color": f"C{number % 10}", "label": label}
+        cosines = {layer: fit.cosine for layer, fit in layers.items()}
+        lost = {layer: max(1 - x, _EXACT) for layer, x in cosines.items() if x is not None}
+        kept = {layer: 1 - fit.share_changed for layer, fit in layers.items()}
+        for axes, values in ((upper, lost), (lower, kept)):
+            if None in values:
+                axes.axhline(values[None], linestyle="--", **style)
+            elif values:
+                axes.plot(list(values), list(values.values()), marker=".", **style)
+    upper.set(ylabel="1 - cosine, realised and intended", yscale="log")
+    upper.set_title(f"merged into {report.dtype}: what rounding loses")
+    lower.set(xlabel="layer", ylabel="share of weights unchanged", ylim=(-0.05, 1.05))
+    layers = [layer for own in kinds.values() for layer in own if layer is not None]
+    plots.set_layers(lower, 1 + max(layers, default=0))
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     handles, labels = lower.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    figure.savefig(file, dpi=120)
+    plots.save(figure, file)

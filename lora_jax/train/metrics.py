@@ -1,6 +1,4 @@
-"""Output of a run: metrics.jsonl, the progress bar, the closing table, the loss plot,
-summary.json.
-"""
+"""Output of a run: metrics.jsonl, the progress bar, the closing table, summary.json."""
 
 import contextlib
 import json
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -265,52 +262,6 @@ def print_samples(console: Console, samples: Sequence[Answer]) -> None:
         mark, style = ("right", "green") if is_right(sample) else ("wrong", "red")
         table.add_row(Text(f"answer: {mark}", style), sample.answer)
         console.print(table)
-
-
-def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Points (step, loss) by curve: `train` with a running mean, held-out sets as they were
-    measured.
-    """
-    if not hosts.is_main() or not curves["train"]:  # the logs may be on another machine
-        return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    steps, losses = zip(*curves["train"], strict=True)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
-    means, mean = [], losses[0]
-    for loss in losses:
-        mean = 0.9 * mean + 0.1 * loss
-        means.append(mean)
-    axes.plot(steps, means, color="tab:blue", label="training (running mean)")
-    colors = {"task": "tab:orange", "regression": "tab:green"}
-    for name, color in colors.items():
-        if name in curves:
-            axes.plot(
-                *zip(*curves[name], strict=True), color=color, marker="o", label=f"held-out {name}"
-            )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title="loss")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-
-
-def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
-    """A map of the update's size relative to the weight: a row per module, a column per layer."""
-    if not hosts.is_main():
-        return
-    values = [[x or 0.0 for x in module["relative"]] for module in norms.values()]
-    width = max(map(len, values))
-    grid = [[*row, *[float("nan")] * (width - len(row))] for row in values]
-    figure = Figure(figsize=(8, 1.5 + 0.35 * len(grid)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(grid)), [name.rpartition(".")[2] for name in norms])
-    axes.set(xlabel="layer", title="size of the update relative to the weight")
-    figure.colorbar(image, ax=axes)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
 
 
 def write_summary(file: Path, summary: Mapping[str, Any]) -> None:

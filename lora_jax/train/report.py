@@ -11,10 +11,12 @@ from rich.text import Text
 
 from lora_jax import data
 from lora_jax.config import Config, UserError
+from lora_jax.train import plots
 
 _QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 _BINS = 8  # lines of a text histogram
 _BAR = 40  # characters of its longest bar
+_NAME = 90  # characters of a set's name in a plot
 _PAIRS = 3  # of an overlap that are printed
 # Control characters in the data must neither hide nor steer the terminal.
 _VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | {127: "\u2421", ord("\n"): "↵\n"}
@@ -204,35 +206,46 @@ def _print_packing(report: Report, console: Console) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """Histograms of lengths and of supervised tokens per example, as shares of each set.
+    """Histograms of lengths and of supervised tokens per example, as shares of each set. Where few
+    examples are far longer than the rest, the last range holds them.
 
     Raises:
         UserError: the file cannot be written, or its ending names no format.
     """
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5 + 0.2 * len(report.sets)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     values = {
         left: {name: one.lengths for name, one in report.sets.items()},
         right: {name: one.supervised for name, one in report.sets.items()},
     }
+    tokens = {left: "tokens per example", right: "supervised tokens per example"}
     for axes, by_set in values.items():
-        most = max(int(found.max()) for found in by_set.values())
+        longest = max(int(found.max()) for found in by_set.values())
+        usual = max(int(np.quantile(found, 0.99)) for found in by_set.values())
+        most = longest if longest <= 3 * usual or not usual else 2 * usual
         width = most // 40 + 1  # whole: otherwise some ranges hold one more length than others
         edges = np.arange(0, most + 1 + width, width)
         for i, (name, found) in enumerate(by_set.items()):
-            shares = np.histogram(found, edges)[0] * 100 / len(found)
-            axes.stairs(shares, edges, color=f"C{i}", label=f"{name} ({len(found):,})")
+            found, count = np.minimum(found, edges[-1] - 1), len(found)
+            shares = np.histogram(found, edges)[0] * 100 / count
+            axes.stairs(shares, edges, color=f"C{i}", label=f"{_cut(name)} ({count:,})")
             axes.stairs(shares, edges, color=f"C{i}", fill=True, alpha=0.15)
+        beyond = "" if most == longest else f" (on the right: {edges[-2]:,} to {longest:,})"
+        axes.set_xlabel(tokens[axes] + beyond)
         axes.grid(alpha=0.3)
     limit = report.config.data.max_length
-    if max(int(one.lengths.max()) for one in report.sets.values()) > limit / 2:
+    if limit < 2 * left.get_xlim()[1]:
         left.axvline(limit, color="black", linestyle="--", linewidth=1, label="data.max_length")
         left.legend(handles=left.lines)
-    left.set(xlabel="tokens per example", ylabel="% of the examples of the set", title="lengths")
-    right.set(xlabel="supervised tokens per example", title="supervised tokens")
-    right.legend()
+    left.set(ylabel="% of the examples of the set", title="lengths")
+    right.set(title="supervised tokens")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
+        plots.save(figure, file)
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
         raise UserError(f"--plot {file} cannot be written: {error}") from error
+
+
+def _cut(name: str) -> str:
+    """The setting and the end of what it names."""
+    return name if len(name) <= _NAME else f"{name[:12]}…{name[13 - _NAME :]}"

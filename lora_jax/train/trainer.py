@@ -26,6 +26,7 @@ from lora_jax.train.scores import spread
 from lora_jax.train.sinks import Sink
 from lora_jax.train.step import make_train_step
 from lora_jax.train.watch import Watch
+from lora_jax.train.window import Window
 
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -40,6 +41,7 @@ class State:
     supervised_tokens: float = 0.0  # trained on so far
     watch: Watch = field(default_factory=Watch)
     scores: Scores | None = None  # of this step, with answers, if they were measured; not saved
+    window: Window = field(default_factory=Window)  # steps since the last line
 
 
 def place_state(
@@ -162,7 +164,7 @@ class _Trainer:
         return self.state.step >= settings.steps or self.state.watch.gave_up(settings)
 
     def take_step(self) -> Line:
-        """One optimizer step; its line for metrics.jsonl."""
+        """Take one optimizer step. Returns the line for the steps since the last line."""
         state, mesh = self.state, self.judge.mesh
         rows = self.judge.config.train.batch_size
         batch = self.loader.batch(state.step, local_rows(rows, mesh))
@@ -191,6 +193,7 @@ class _Trainer:
         rate = float(self.schedule(state.step))
         state.step += 1
         state.supervised_tokens += measured["supervised_tokens"]
+        state.window.add(measured)
         # Of several hosts each has seen its own rows only.
         share = rows / len(batch["segment_ids"])
         self.clock.lap(round(share * np.count_nonzero(batch["segment_ids"])))
@@ -198,7 +201,7 @@ class _Trainer:
         speed = self.clock.tokens_per_second
         return {
             "step": state.step,
-            **measured,
+            **state.window.describe(),
             "learning_rate": rate,
             "tokens_per_second": speed,
             **metrics.device_memory(),
@@ -235,6 +238,7 @@ class _Trainer:
         evaluated = any(f"{name}_loss" in line for name in self.judge.held_out)
         if evaluated or self.over or _is_due(state.step, settings.log_every):
             self.journal.write(line)
+            state.window = Window()
         every = settings.save_every or max(1, settings.steps // 10)
         if better or self.over or _is_due(state.step, every):
             with self.clock.paused():
@@ -284,6 +288,7 @@ class _Trainer:
             "supervised_tokens": state.supervised_tokens,
             "seconds": self.seconds(),
             "watch": dataclasses.asdict(state.watch),
+            "window": dataclasses.asdict(state.window),
             "data": self.loader.position(state.step),
             "pending": pending,
         }

@@ -476,7 +476,7 @@ def test_plot_shows_every_set(look, write, tmp_path, monkeypatch):
     source = write("rows.jsonl", ("one", "eins"), ("two", "zwei"), ("three", "x" * 20))
     plot(look(source, eval=write("eval.jsonl", ("q", "r"))), tmp_path / "x.png")
     left, right = drawn[0].axes
-    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == [f"data.train {source} (3)", "data.eval (1)"]
     values, edges, _ = right.patches[0].get_data()  # supervised tokens: 5, 5, 21
     assert np.allclose([values[5], values[21], values.sum()], [200 / 3, 100 / 3, 100])

@@ -144,6 +144,32 @@ def test_an_evaluation_that_a_signal_prevents_is_made_up_for(
     assert trace(parts) == trace(whole)
 
 
+def test_a_line_is_the_mean_over_its_steps_however_often_the_run_is_resumed(
+    config, tmp_path, interrupted, whole
+):
+    options = ("train.log_every=4", "train.save_total_limit=null")
+    logged = trace(train(config, tmp_path / "logged", *options))
+    steps = {line["step"]: line for line in read_lines(whole / "metrics.jsonl")}
+    first = 1
+    for line in logged[0]:
+        own = [steps[step] for step in range(first, line["step"] + 1)]
+        tokens = [step["supervised_tokens"] for step in own]
+        loss = np.average([step["loss"] for step in own], weights=tokens)
+        assert line["loss"] == pytest.approx(loss, rel=1e-12)
+        assert line["grad_norm"] == pytest.approx(np.mean([step["grad_norm"] for step in own]))
+        assert line["supervised_tokens"] == sum(tokens)
+        assert line["learning_rate"] == own[-1]["learning_rate"]
+        first = line["step"] + 1
+    assert [line["step"] for line in logged[0]] == [4, 6, 8, 12, 16, 18, 20]
+    parts = interrupted(config, tmp_path / "parts", 7, *options)
+    # As after a kill: the last checkpoint is in the middle of a line that was written later.
+    for step in (6, 7):
+        shutil.rmtree(parts / "checkpoints" / str(step))
+    interrupted(config, parts, 11, *options, "resume=true")
+    train(config, parts, *options, "resume=true")
+    assert trace(parts) == logged
+
+
 def test_a_signal_ends_an_evaluation_at_once(config, tmp_path, monkeypatch, whole):
     losses, calls = Judge.losses, 0
 

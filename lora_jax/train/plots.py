@@ -1,0 +1,134 @@
+"""Plots of a run: losses over the steps, sizes of the update by module and layer."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lora_jax import hosts, tree
+
+_NAME = 36  # characters of a module's name
+_FEW = 25  # points up to which each has a dot, and none is smoothed
+_HELD_OUT = {"task": "tab:orange", "regression": "tab:green"}
+
+
+def smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """Mean of `width` (odd) values around each. Near the ends it is over as many as there are on
+    both sides, so that a curve starts and ends with its own values and is not shifted.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
+    at = np.arange(len(values))
+    half = np.minimum(np.minimum(at, len(values) - 1 - at), width // 2)
+    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+
+
+def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Points (step, loss) by curve: `train` as it was logged and, if there are many points, its
+    centred mean; held-out sets as they were measured.
+    """
+    if not hosts.is_main() or not curves["train"]:  # the logs may be on another machine
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = zip(*curves["train"], strict=True)
+    held_out = {name: curves[name] for name in _HELD_OUT if curves.get(name)}
+    top = _top(losses, [loss for points in held_out.values() for _, loss in points])
+    highest = max(losses)
+    label = "training" if highest <= top else f"training (up to {highest:.3g}, not shown)"
+    if len(losses) <= _FEW:
+        axes.plot(steps, losses, color="tab:blue", marker="o", markersize=3, label=label)
+    else:
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label=label)
+        width = 2 * max(2, len(losses) // 40) + 1
+        means = smooth(np.minimum(losses, top), width)
+        label = f"training, mean of {width} around"
+        axes.plot(steps, means, color="tab:blue", label=label)
+    for name, points in held_out.items():
+        color, label = _HELD_OUT[name], f"held-out {name}"
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title="loss")
+    axes.set_ylim(0, top)
+    if steps[-1] < 10:
+        axes.set_xticks(range(steps[-1] + 1))  # no halves of steps
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, file)
+
+
+def _top(losses: Sequence[float], held_out: Sequence[float]) -> float:
+    """Upper end of the axis: above all losses, unless a few of training are far above the rest."""
+    usual = max([float(np.quantile(losses, 0.97, method="lower")), losses[0], *held_out])
+    highest = max(*losses, usual)
+    return 1.05 * (highest if highest <= 2 * usual else usual) or 1.0
+
+
+def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    """Map of the update's size relative to the weight: a row per module, a column per layer. A
+    module outside of the layers fills its row.
+
+    Few cells that are far above the others do not stretch the colours: they have the last one, and
+    their value in them.
+    """
+    if not hosts.is_main():
+        return
+    values = [module["relative"] for module in norms.values()]
+    width = max(map(len, values))
+    rows = [
+        [*row, *[None] * (width - len(row))] if len(row) > 1 else [*row] * width for row in values
+    ]
+    grid = np.array([[np.nan if x is None else x for x in row] for row in rows], np.float64)
+    limit = _limit(grid)
+    names = short_names(list(norms))
+    figure = Figure(figsize=(9, max(2.8, 1.5 + 0.35 * len(grid))), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("0.85")  # of cells without an adapter
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=limit)
+    _write_values(axes, grid, limit)
+    axes.set_yticks(range(len(grid)), names, fontsize="small")
+    set_layers(axes, width)
+    axes.set(xlabel="layer", title="size of the update relative to the weight")
+    beyond = "max" if np.nanmax(grid, initial=0) > limit else "neither"
+    figure.colorbar(image, ax=axes, extend=beyond, label="|update| / |weight|")
+    save(figure, file)
+
+
+def _limit(grid: np.ndarray) -> float:
+    """Upper end of the colours: the largest value, or less where few are far above the rest."""
+    found = grid[np.isfinite(grid)]
+    if not found.size or not found.max():
+        return 1.0
+    usual = float(np.quantile(found, 0.95, method="lower"))
+    return 1.25 * usual if 0 < 3 * usual < found.max() else float(found.max())
+
+
+def _write_values(axes: Axes, grid: np.ndarray, limit: float) -> None:
+    for row, column in np.argwhere(grid > 1.5 * limit):
+        text = f"{grid[row, column]:.2g}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=6, clip_on=True)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Module names with as many of their last parts as tell them apart, cut at the front."""
+    parts = [name.split(".") for name in names]
+    found = []
+    for own in parts:
+        count = 2 if own[-2:-1] and own[-2] in tree.FUSED else 1
+        while count < len(own) and sum(p[-count:] == own[-count:] for p in parts) > 1:
+            count += 1
+        text = ".".join(own[-count:])
+        found.append(text if len(text) <= _NAME else f"…{text[1 - _NAME :]}")
+    return found
+
+
+def set_layers(axes: Axes, count: int) -> None:
+    """Ticks at whole layers."""
+    axes.set_xlim(-0.5, count - 0.5)
+    axes.set_xticks(range(0, count, max(1, -(-count // 16))))
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a picture, and the directory that it is in."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
