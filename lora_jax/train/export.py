@@ -365,7 +365,8 @@ def export_checkpoint(
     results: card.Results | None = None,
 ) -> dict[str, Any]:
     """Write `target` as `peft` or `hf` from the checkpoint in `place` that `record`, the latest
-    one, chooses. `model` has shapes, and `results` are for the model card. Returns what `export_merged` does, of an adapter nothing.
+    one, chooses. `model` has shapes, and `results` are for the model card. Returns what
+    `export_merged` does, of an adapter nothing.
 
     Raises:
         UserError: a damaged checkpoint; as `export_peft` and `export_merged`.
