@@ -364,6 +364,8 @@ def _check_start(
     found = [name for name in _entries(output) if not _leads_to(output / name, place)]
     if taken or (found and not (config.resume == "auto" and mine is not None)):
         advice = "; resume=true goes on from its last checkpoint" if steps else ""
+        if config.resume == "auto" and mine is None:
+            advice = f"; without {MARKER}, which every run writes, it is no run's to start anew"
         raise UserError(
             f"{named} already holds a run or other files ({_some(found or _entries(place))}); "
             f"choose another or remove it{advice}"

@@ -120,7 +120,7 @@ def test_the_base_is_named_so_that_others_find_it(run, files, tmp_path, capsys):
     # The digests, not the name, say whether a run may go on from it.
     command = ["--config", str(files / "run.yaml"), f"adapter.path={adapter}"]
     assert train_main([*command, f"output_dir={tmp_path / 'more'}", "train.steps=1"]) == 0
-    stored["fingerprint"]["base"] = "0" * 64
+    stored["fingerprint"]["base"] = "sha256:" + "0" * 64
     (adapter / "lora_jax.json").write_text(json.dumps(stored))
     assert train_main([*command, f"output_dir={tmp_path / 'other'}"]) == 2
     assert "base: the base model's weights are not those" in capsys.readouterr().err

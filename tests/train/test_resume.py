@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from lora_jax.cli import main, train_main
-from lora_jax.train import checkpoint, trainer
+from lora_jax.config import UserError
+from lora_jax.train import checkpoint, loop, trainer
 from lora_jax.train.evaluate import Judge
 from lora_jax.train.metrics import read_lines
 
@@ -194,8 +195,6 @@ def test_a_signal_ends_an_evaluation_at_once(config, tmp_path, monkeypatch, whol
 def test_a_signal_before_the_first_step_leaves_a_directory_to_start_in(
     config, tmp_path, monkeypatch
 ):
-    from lora_jax.train import loop
-
     def stop(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
@@ -226,21 +225,39 @@ def test_resume_needs_a_checkpoint_and_auto_does_not(config, tmp_path, capsys):
     assert "resume=true goes on from its last checkpoint" in capsys.readouterr().err
 
 
-def test_auto_starts_a_run_anew_that_was_killed_before_its_first_checkpoint(config, tmp_path):
+def test_auto_starts_a_run_anew_that_was_killed_before_its_first_checkpoint(
+    config, tmp_path, monkeypatch
+):
+    def die(*_):
+        raise UserError("killed")
+
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "config.yaml").write_text("model: m\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", die)
+        assert train_main(command(config, output, "train.steps=2")) == 2
+    assert {path.name for path in output.iterdir()} == {"config.yaml", "run.json"}
     (output / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    (output / ".config.yaml").write_text("model:")  # the kill came while it was written
+    (output / "mine.txt").write_text("mine")
     train(config, output, "resume=auto", "train.steps=2")
     assert [line["step"] for line in read_lines(output / "metrics.jsonl")] == [1, 2]
+    assert (output / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("names", [("thesis.tex",), ("config.yaml", "train.jsonl"), ("adapter",)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("thesis.tex",), ("config.yaml", "train.jsonl"), ("adapter",)),
+        ("config.yaml", "metrics.jsonl", "checkpoints/notes.txt"),
+    ],
+)
 def test_auto_never_takes_a_directory_of_other_files(config, tmp_path, capsys, names):
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     assert train_main(command(config, tmp_path, "resume=auto")) == 2
-    assert "already holds a run or other files" in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert "already holds a run or other files" in found or "holds other files" in found
     assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 

@@ -71,7 +71,7 @@ def test_it_learns_the_rows_by_heart(run):
 def test_what_a_run_writes(run):
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "norms.jsonl", "samples.jsonl", "summary.json"),
-        *("checkpoints", "adapter", "merged", "plots", "predictions.jsonl"),
+        *("checkpoints", "adapter", "merged", "plots", "predictions.jsonl", "run.json"),
     }
     for plot in ("loss", "norms"):
         assert (run.path / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
@@ -86,7 +86,7 @@ def test_what_a_run_writes(run):
         *("steps", "supervised_tokens", "tokens_per_second", "seconds", "peak_rss_bytes"),
         *("total_parameters", "trainable_parameters", "adapter_bytes", "checkpoint_bytes"),
         *("trainable_share", "session_seconds"),
-        *("task", "regression", "exported_step", "merge", "warnings", *norms),
+        *("task", "regression", "exported_step", "merge", "warnings", "outputs", *norms),
     }
     assert summary["steps"] == summary["exported_step"] == 50
     assert summary["supervised_tokens"] == sum(line["supervised_tokens"] for line in run.steps)
