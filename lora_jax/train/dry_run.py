@@ -68,7 +68,8 @@ def print_targets(config: Config) -> None:
     frozen = 0 if config.adapter.method == "full" else frozen
     print(
         f"\n{trainable:,} trainable parameters || {frozen:,} frozen || "
-        f"{100 * share(trainable, frozen):.4f} % trainable || adapter {4 * found.exported:,} bytes in float32\nmesh: "
+        f"{100 * share(trainable, frozen):.4f} % trainable || adapter "
+        f"{4 * found.exported:,} bytes in float32\nmesh: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
     for warning in warn.of_config(config):
