@@ -25,6 +25,9 @@ TEXTS = [
     "{{ jinja }}",
 ]
 
+ANSWERED = ("data.eval=b", "train.eval_every=2")
+BEST = "train.load_best_model_at_end=true"
+
 
 def test_every_field_has_a_default_but_the_model():
     config = parse({"model": "m"})
@@ -172,6 +175,47 @@ def test_later_overrides_win():
         ),
         (
             {},
+            [*ANSWERED, "train.metric_for_best_model=exact_match"],
+            ["train.metric_for_best_model=exact_match has no effect without"],
+        ),
+        (
+            {},
+            [*ANSWERED, BEST, "train.metric_for_best_model=exact_mach"],
+            ["'exact_mach' is not measured", "Did you mean 'exact_match'?"],
+        ),
+        (
+            {},
+            [*ANSWERED, BEST, "train.metric_for_best_model=exact_match"],
+            ["train.load_best_model_at_end by exact_match needs", "set eval.generate_every=2"],
+        ),
+        (
+            {},
+            [*ANSWERED, BEST, "train.metric_for_best_model=exact_match", "eval.generate_every=4"],
+            ["needs answers at every evaluation: set eval.generate_every=2"],
+        ),
+        (
+            {},
+            [*ANSWERED, BEST, "train.metric_for_best_model=regression_loss"],
+            ["train.load_best_model_at_end by regression_loss needs data.regression"],
+        ),
+        (
+            {},
+            [*ANSWERED, "eval.generate_every=3"],
+            ["eval.generate_every=3 is not a multiple of train.eval_every=2"],
+        ),
+        (
+            {},
+            ["data.eval=b", "eval.generate_every=3"],
+            ["eval.generate_every=3 is not a multiple of train.eval_every=None"],
+        ),
+        (
+            {},
+            [*ANSWERED, "eval.generate_every=2", "eval.generate=false"],
+            ["eval.generate_every=2 needs data.eval (or data.eval_size) and eval.generate=true"],
+        ),
+        ({}, ["eval.generate_every=0"], ["eval.generate_every=0 must be at least 1"]),
+        (
+            {},
             ["data.eval=b", "train.eval_every=2", "train.early_stopping_patience=0"],
             ["train.early_stopping_patience=0 must be at least 1"],
         ),
@@ -209,6 +253,12 @@ def test_mistakes_are_named(content, overrides, expected):
             "train.early_stopping_patience",
             3,
         ),
+        (
+            [*ANSWERED, BEST, "eval.generate_every=2", "train.metric_for_best_model=exact_match"],
+            "train.metric_for_best_model",
+            "exact_match",
+        ),
+        ([*ANSWERED, "eval.generate_every=4"], "eval.generate_every", 4),
         (
             ["data.train=a", "data.eval_size=2", "train.eval_every=2"]
             + ["train.load_best_model_at_end=true"],

@@ -152,7 +152,7 @@ class Journal:
         self._file = (file if hosts.is_main() else Path(os.devnull)).open("a", encoding="utf-8")
         self._sinks, self._display, self._remaining = sinks, display, remaining
         self._steps, self._first = steps, first
-        self._text, self._end, self._known = "", 0.0, True
+        self._text, self._end, self._known = "running the first step", 0.0, True
         self._stack = contextlib.ExitStack()
         self._phase: Phase | None = None
 

@@ -14,7 +14,15 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
-from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, virtual_tokens
+from lora_jax.config import (
+    LOSSES,
+    SOFT,
+    AdapterConfig,
+    Config,
+    UserError,
+    raise_all,
+    virtual_tokens,
+)
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import directory, scores
@@ -203,7 +211,15 @@ def settle_base(base: Future[str]) -> str:
 def check_metrics(
     config: Config, model: Model, tokenizer: Any, held_out: Mapping[str, DataSet]
 ) -> None:
-    """Raise if the held-out answers are not what `eval.metrics` compares."""
+    """Raise if the held-out answers are not what `eval.metrics` compares, or if it does not measure
+    `train.metric_for_best_model`.
+    """
+    best, known = config.train.metric_for_best_model, (*LOSSES, *config.eval.metrics)
+    if best not in known:
+        raise UserError(
+            f"train.metric_for_best_model={best!r} is not measured; of this model, these are: "
+            f"{', '.join(known)}"
+        )
     task = held_out.get("task")
     if task is not None and config.eval.generate:
         reader = make_reader(config, model, tokenizer, task)

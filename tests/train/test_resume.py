@@ -74,8 +74,9 @@ def trace(output):
         {name: value for name, value in line.items() if name not in speed}
         for line in read_lines(output / "metrics.jsonl")
     ]
-    files = ("norms.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors")
-    texts = {name: (output / name).read_bytes() for name in files}
+    files = ("norms.jsonl", "samples.jsonl", "predictions.jsonl")
+    files += ("adapter/adapter_model.safetensors",)
+    texts = {name: (output / name).read_bytes() for name in files if (output / name).exists()}
     record = checkpoint.read_record(output / "checkpoints")
     return lines, texts, record["leaves"], record["data"], record["watch"]
 
@@ -115,6 +116,10 @@ CASES = {
     "prefix, stream": (
         *("adapter.method=prefix", "adapter.dropout=0", "adapter.num_virtual_tokens=3"),
         *("data.streaming=true", "data.stream_rows=7"),
+    ),
+    "the best answers": (
+        *("eval.generate_every=6", "train.load_best_model_at_end=true"),
+        "train.metric_for_best_model=exact_match",
     ),
     "mixture": None,  # two sources; the paths are known in the test only
 }
@@ -186,10 +191,40 @@ def test_a_signal_ends_an_evaluation_at_once(config, tmp_path, monkeypatch, whol
     parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
         patch.setattr(Judge, "losses", signal_inside)
-        assert train_main(command(config, parts)) == 0
+        assert train_main(command(config, parts, "eval.cache=false")) == 0
     assert read_lines(parts / "metrics.jsonl")[-1]["step"] == 11
     train(config, parts, "resume=true")
     assert trace(parts) == trace(whole)
+
+
+@pytest.mark.parametrize("inside", ["losses", "generate"])
+def test_ctrl_c_while_the_base_is_measured_leaves_a_directory_to_start_in(
+    config, tmp_path, monkeypatch, inside
+):
+    """The same command runs again, without `resume`."""
+    from lora_jax.train import evaluate
+
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        raise AssertionError("the evaluation went on")
+
+    run = command(config, tmp_path / "out", "train.steps=1", "eval.cache=false")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "mean_loss" if inside == "losses" else "generate_all", stop)
+        assert train_main(run) == 130
+    assert not list((tmp_path / "out").iterdir())
+    assert train_main(run) == 0
+
+
+def test_seconds_count_all_sessions(config, tmp_path, interrupted):
+    output = interrupted(config, tmp_path / "out", 2, "data.eval=null", "train.steps=3")
+    place = output / "checkpoints"
+    earlier = checkpoint.read_record(place)["seconds"]
+    train(config, output, "data.eval=null", "train.steps=3", "resume=true")
+    summary = json.loads((output / "summary.json").read_text())
+    assert 0 < earlier < checkpoint.read_record(place)["seconds"] < summary["seconds"]
+    assert summary["seconds"] == pytest.approx(earlier + summary["session_seconds"])
 
 
 def test_a_signal_before_the_first_step_leaves_a_directory_to_start_in(

@@ -30,6 +30,29 @@ def test_the_best_evaluation_is_the_lowest_and_the_first_of_equals():
     assert (watch.best_loss, watch.best_step, watch.stale) == (1, 50, 1)
 
 
+def test_a_metric_of_answers_is_best_where_it_is_greatest():
+    watch = Watch()
+    measured = [{"task": 3 - i, "exact_match": x} for i, x in enumerate([0.2, 0.5, 0.5, 0.1])]
+    seen = [watch.evaluated(i, values, "exact_match") for i, values in enumerate(measured)]
+    assert seen == [True, True, False, False]
+    assert (watch.best_loss, watch.best_step, watch.stale) == (0.5, 1, 2)
+    assert not watch.evaluated(4, {"task": 0.1}, "exact_match") and watch.stale == 2
+
+
+def test_the_regression_loss_is_best_where_it_is_lowest():
+    watch = Watch()
+    measured = [{"task": 1.0, "regression": x} for x in (2.0, 1.0, 1.5)]
+    seen = [watch.evaluated(i, values, "regression_loss") for i, values in enumerate(measured)]
+    assert seen == [True, True, False] and watch.best_loss == 1.0
+
+
+def test_another_metric_begins_anew_and_old_records_are_those_of_the_task_loss():
+    watch = Watch(best_loss=0.3, best_step=8, stale=2)  # as a record of an earlier version
+    assert watch.metric == "task_loss" and not watch.evaluated(9, {"task": 0.4})
+    assert watch.evaluated(10, {"task": 0.4, "rouge_l": 0.1}, "rouge_l")
+    assert (watch.best_loss, watch.best_step, watch.stale) == (0.1, 10, 0)
+
+
 def test_other_sets_than_the_task_say_nothing():
     watch = Watch()
     assert not watch.evaluated(1, {"regression": 0.1}) and not watch.evaluated(2, {})
