@@ -85,6 +85,15 @@ _GENERATE_HELP = """examples:
   lora-jax generate --model org/name --prompt "Hello"
   lora-jax generate --model demo:smollm2-135m-instruct --adapter runs/quickstart/adapter \\
       --system-prompt "Parse address as JSON." --prompt "71 S. Wacker Drive, Chicago, IL 60606"
+  lora-jax generate --model org/name --prompts questions.txt --output answers.jsonl
+  head rows.jsonl | lora-jax generate --model org/name --prompts - > answers.jsonl
+  lora-jax generate --model org/name --chat --temperature 0.7 --top-p 0.9
+
+Answers go to stdout, and the prompt before each to stderr. With --prompts into a file or a pipe
+they are lines of JSON: prompt, answer, finish_reason (stop, or length: cut off at
+--max-new-tokens) and tokens. A row is {"prompt": ..}, {"messages": [..]} or another form of a
+training row, whose answer is not read. In a --chat, /reset forgets, /quit or Ctrl-D ends, and
+Ctrl-C ends an answer. An answer depends on --seed and the place of its prompt, not on the others.
 """
 # Of several processes the first speaks; who that is, JAX would take seconds to tell.
 _RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
@@ -375,8 +384,23 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="DIR", help="a PEFT adapter directory, such as OUTPUT_DIR/adapter"
     )
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", help="a user turn; may be given several times")
+    asked.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a .txt file with a prompt per line, a .jsonl file of rows, or - for stdin",
+    )
+    asked.add_argument("--chat", action="store_true", help="hold a conversation on the terminal")
     parser.add_argument(
-        "--prompt", required=True, action="append", help="a user turn; may be given several times"
+        "--output", metavar="FILE", help="write answers there, as lines of JSON (.jsonl)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="prompts that are answered together (default: 16)",
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as in training")
     parser.add_argument(
@@ -396,6 +420,16 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=_not_negative, default=0.0, help="0 is greedy (default: 0)"
     )
+    parser.add_argument(
+        "--top-p",
+        type=_share,
+        default=1.0,
+        metavar="P",
+        help="draw from the fewest tokens whose probabilities reach P (default: 1, from all)",
+    )
+    parser.add_argument(
+        "--top-k", type=_positive, metavar="K", help="draw from the K likeliest tokens"
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
@@ -410,24 +444,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from lora_jax.generate.answer import answer
+    from lora_jax.generate import command
 
-    texts = answer(
-        options.model,
-        options.prompt,
-        adapter=options.adapter,
-        system_prompt=options.system_prompt,
-        chat_template=options.chat_template,
-        chat_template_kwargs=options.chat_template_kwargs,
-        compute_dtype=options.compute_dtype,
-        base_dtype=options.base_dtype,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        allow_change=options.allow_change,
-        ignore=options.ignore_config_fields,
-    )
-    print(*texts, sep="\n\n")
+    command.run(options)
 
 
 def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -504,6 +523,13 @@ def _not_negative(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} must not be negative")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _not_negative(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and at most 1")
     return value
 
 

@@ -1,6 +1,8 @@
-"""Answers to prompts, from files, for `lora-jax generate`."""
+"""A model with its adapter, tokenizer and template, from files, ready to answer prompts."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +12,106 @@ from lora_jax import adapters as methods
 from lora_jax import data, formats, hosts
 from lora_jax.config import UserError
 from lora_jax.formats import fingerprint
-from lora_jax.generate import check_prompts, make_generate
+from lora_jax.generate import (
+    Sampling,
+    beyond_positions,
+    check_prompts,
+    check_room,
+    make_generate,
+    make_stream,
+)
+from lora_jax.models.common import Model
 
 
-def answer(
+@dataclass(frozen=True)
+class Reader:
+    """Conversations to tokens and tokens to text, without the weights."""
+
+    model: Model  # shapes in place of weights
+    source: Path
+    tokenizer: Any
+    stops: frozenset[int]
+    template: Mapping[str, Any]  # arguments of `data.prompt_tokens`
+    adapter: tuple[Any, Any] | None  # adapters, config
+    max_new_tokens: int
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], where: str = "--prompt") -> list[int]:
+        """Return the tokens of a conversation up to where its next answer begins.
+
+        Raises:
+            UserError: as `encode_row`.
+        """
+        turns = (*map(dict, messages), {"role": "assistant", "content": ""})
+        return self.encode_row(data.Row(turns, where))
+
+    def encode_row(self, row: data.Row) -> list[int]:
+        """Return the tokens of a row before its last assistant turn.
+
+        Raises:
+            UserError: the template refuses the conversation; tokens that the model does not have;
+                no room for an answer. The place of the row comes first.
+        """
+        tokens = data.prompt_tokens(row, self.tokenizer, **self.template).tolist()
+        try:
+            check_prompts(self.model, [tokens])
+            check_room(self.model, [tokens], self.max_new_tokens, self.prefix)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    @cached_property
+    def prefix(self) -> Any:
+        return None if self.adapter is None else methods.prefix(*self.adapter)
+
+    def note_positions(self, longest: int) -> None:
+        """Say once that answers may go beyond the positions that the model was made for."""
+        text = beyond_positions(self.model, longest, self.max_new_tokens, self.prefix)
+        if text is not None:
+            hosts.note(text)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Answers of a loaded model to prompts as tokens."""
+
+    reader: Reader
+    bound: Any
+    generate: Callable[..., list[list[int]]]
+    stream: Callable[..., Iterator[int]]
+    sampling: Sampling
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that all prompts share."""
+        return {
+            "max_new_tokens": self.reader.max_new_tokens,
+            "stop_tokens": self.reader.stops,
+            "prefix": self.reader.prefix,
+            "sampling": self.sampling,
+        }
+
+
+def open_reader(
     spec: str,
-    prompts: Sequence[str],
     *,
     adapter: str | None = None,
     system_prompt: str | None = None,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    compute_dtype: str = "float32",
-    base_dtype: str | None = None,
     max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    seed: int = 0,
     allow_change: Collection[str] = (),
     ignore: Collection[str] = (),
-) -> list[str]:
-    """Return one answer per prompt, each prompt a user turn of its own conversation.
-
-    `chat_template_kwargs` go to the chat template, before those that the adapter was trained with.
-    `ignore` are fields of config.json known not to matter.
+) -> Reader:
+    """Read all but the weights. `chat_template_kwargs` go to the chat template, before those that
+    the adapter was trained with. `ignore` are fields of config.json known not to matter.
 
     Raises:
         UserError: the model or adapter cannot be found or do not fit, or the model classifies;
             base, tokenizer or template are not those that the adapter was trained with (unless
-            named in `allow_change`); the template refuses the conversation; tokens that the model
-            does not have, or weights that are not finite.
+            named in `allow_change`).
     """
     source = formats.resolve(spec)
     described, found, home = formats.describe(source, ignore), None, source
@@ -58,41 +131,69 @@ def answer(
         found = formats.read_adapter(directory, described.params, described)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
     tokenizer = formats.load_tokenizer(home)
-    arguments = dict(chat_template_kwargs or {})
+    arguments, known = dict(chat_template_kwargs or {}), formats.stop_tokens(source)
     if adapter is not None:
+        directory = Path(adapter).expanduser()
         template = data.template_text(tokenizer, chat_template)
-        if stored := formats.read_fingerprint(Path(adapter).expanduser()):
+        if stored := formats.read_fingerprint(directory):
             prints = fingerprint.take(source, tokenizer, template)
             fingerprint.check(stored, prints, adapter, allow_change)
-        arguments = formats.read_template_kwargs(Path(adapter).expanduser()) | arguments
-    options = {
-        "system_prompt": system_prompt,
-        "chat_template": chat_template,
-        "chat_template_kwargs": arguments,
-    }
-    rows = [
-        data.Row(
-            ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}), "--prompt"
-        )
-        for prompt in prompts
-    ]
-    tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
-    check_prompts(described, tokens)
-    known = formats.stop_tokens(source)
-    known += [] if adapter is None else formats.read_stops(Path(adapter).expanduser())
-    stops = data.stop_tokens(tokenizer, chat_template, known, arguments)
-    model = formats.load(source, dtype=base_dtype, ignore=ignore)
-    bound, prefix = model.params, None
-    if found is not None:
-        bound, prefix = methods.bind(bound, *found), methods.prefix(*found)
-    generate = make_generate(model, jnp.dtype(compute_dtype))
-    answers = generate(
-        bound,
-        tokens,
+        arguments = formats.read_template_kwargs(directory) | arguments
+        known += formats.read_stops(directory)
+    return Reader(
+        model=described,
+        source=source,
+        tokenizer=tokenizer,
+        stops=data.stop_tokens(tokenizer, chat_template, known, arguments),
+        template={
+            "system_prompt": system_prompt,
+            "chat_template": chat_template,
+            "chat_template_kwargs": arguments,
+        },
+        adapter=found,
         max_new_tokens=max_new_tokens,
-        stop_tokens=stops,
-        prefix=prefix,
-        temperature=temperature,
-        seed=seed,
     )
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def open_writer(
+    reader: Reader,
+    sampling: Sampling,
+    *,
+    compute_dtype: str = "float32",
+    base_dtype: str | None = None,
+    ignore: Collection[str] = (),
+) -> Writer:
+    """Load the weights.
+
+    Raises:
+        UserError: weights that cannot be read, or are not finite.
+    """
+    model = formats.load(reader.source, dtype=base_dtype, ignore=ignore)
+    bound = model.params if reader.adapter is None else methods.bind(model.params, *reader.adapter)
+    dtype = jnp.dtype(compute_dtype)
+    return Writer(reader, bound, make_generate(model, dtype), make_stream(model, dtype), sampling)
+
+
+def answer(
+    spec: str,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    compute_dtype: str = "float32",
+    base_dtype: str | None = None,
+    ignore: Collection[str] = (),
+    **options: Any,
+) -> list[str]:
+    """Return one answer per prompt, each prompt a user turn of its own conversation; `options` are
+    those of `open_reader`.
+
+    Raises:
+        UserError: as `open_reader`, `Reader.encode_row` and `open_writer`.
+    """
+    reader = open_reader(spec, ignore=ignore, **options)
+    tokens = [reader.encode([{"role": "user", "content": prompt}]) for prompt in prompts]
+    reader.note_positions(max(map(len, tokens), default=0))
+    own = {"compute_dtype": compute_dtype, "base_dtype": base_dtype, "ignore": ignore}
+    writer = open_writer(reader, sampling or Sampling(), **own)
+    answers = writer.generate(writer.bound, tokens, **writer.options)
+    return [reader.decode(one) for one in answers]

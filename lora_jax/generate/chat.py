@@ -1,0 +1,109 @@
+"""A conversation on a terminal, or over a pipe: a line in, an answer out."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from lora_jax.config import UserError
+from lora_jax.generate.answer import Writer
+from lora_jax.generate.prompts import bucket
+
+HELP = "/reset forgets the conversation; /quit or Ctrl-D ends; Ctrl-C ends an answer"
+
+
+class Chat:
+    """The turns so far."""
+
+    def __init__(self, writer: Writer):
+        self._writer = writer
+        self._messages: list[dict[str, str]] = []
+        self._turn = 0
+
+    def reset(self) -> None:
+        """Forget all turns."""
+        self._messages = []
+
+    def say(self, text: str) -> Iterator[str]:
+        """Yield the answer to a user turn, piece by piece. Turn and answer join the conversation,
+        the answer as far as it came; a turn that cannot be answered does not.
+
+        Raises:
+            UserError: the template refuses the conversation, or it has become too long.
+        """
+        reader = self._writer.reader
+        messages = [*self._messages, {"role": "user", "content": text}]
+        prompt = reader.encode(messages, "the conversation")
+        reader.note_positions(len(prompt))
+        tokens: list[int] = []
+        shown = ""
+        self._turn += 1
+        stream = self._writer.stream(
+            self._writer.bound,
+            prompt,
+            number=self._turn - 1,
+            length=bucket(len(prompt)),
+            **self._writer.options,
+        )
+        try:
+            for token in stream:
+                tokens.append(token)
+                answer = reader.decode(tokens)
+                if not answer.endswith("\ufffd"):  # a character may need more than one token
+                    piece, shown = answer[len(shown) :], answer
+                    yield piece
+            yield reader.decode(tokens)[len(shown) :]
+        finally:
+            answer = reader.decode(tokens)
+            self._messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = None) -> None:
+    """Read lines and answer them until /quit or the end of stdin."""
+    stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
+    terminal = stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline as readline  # input() edits lines with it where Python has it
+        print(HELP, file=sys.stderr)
+    chat = Chat(writer)
+    while True:
+        try:
+            line = input("> ") if terminal else _next_line(stdin)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print(f"\n{HELP}", file=sys.stderr)
+            continue
+        if line.strip() == "/quit":
+            break
+        if line.strip() == "/reset":
+            chat.reset()
+            print("the conversation is forgotten", file=sys.stderr)
+        elif line.strip().startswith("/"):
+            print(f"{line.strip()} is no command. {HELP}", file=sys.stderr)
+        elif line.strip():
+            _answer(chat, line, stdout)
+    if terminal:
+        print(file=stdout)
+
+
+def _next_line(stdin: TextIO) -> str:
+    line = stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
+
+
+def _answer(chat: Chat, line: str, stdout: TextIO) -> None:
+    pieces = chat.say(line)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True, file=stdout)
+        print(flush=True, file=stdout)
+    except KeyboardInterrupt:
+        pieces.close()
+        print(flush=True, file=stdout)
+        print("(ended)", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}\n/reset begins anew", file=sys.stderr)

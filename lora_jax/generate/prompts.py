@@ -1,0 +1,189 @@
+"""Prompts from a file or stdin, and their answers as lines of JSON.
+
+    reader.txt      a prompt per line; empty lines are left out
+    reader.jsonl    {"prompt": ..}, {"messages": [..]} or another form of a training row; a last
+                    assistant turn, a completion or an output is the answer, and is not read
+
+Stdin, and files with another ending, are lines of JSON if the first is an object.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lora_jax import data
+from lora_jax.config import UserError, raise_all, read_text
+from lora_jax.generate.answer import Reader, Writer
+
+_TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+_WINDOW = 16  # batches that are sorted by length together, and written in their order
+_SHORTEST = 64
+_SHOWN = 10  # problems
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for its answer, as it was given."""
+
+    row: data.Row
+    given: Any  # text, or messages
+    id: Any = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its answer, which `finish_reason` ended: stop, or length."""
+
+    prompt: Prompt
+    answer: str
+    finish_reason: str
+    tokens: int
+
+    def line(self) -> str:
+        """Return the JSON of a line of output."""
+        content = {} if self.prompt.id is None else {"id": self.prompt.id}
+        content |= {
+            "prompt": self.prompt.given,
+            "answer": self.answer,
+            "finish_reason": self.finish_reason,
+            "tokens": self.tokens,
+        }
+        text = json.dumps(content, ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def of_text(text: str, where: str) -> Prompt:
+    """Return a prompt of one user turn."""
+    turns = ({"role": "user", "content": text}, {"role": "assistant", "content": ""})
+    return Prompt(data.Row(turns, where), text)
+
+
+def read_prompts(name: str, stdin: TextIO | None = None) -> list[Prompt]:
+    """Read the prompts of a file, or of stdin for "-".
+
+    Raises:
+        UserError: the file cannot be read, is of another kind or holds no prompt; lines that are no
+            prompts, the first ten with their places.
+    """
+    if name == "-":
+        where, ending = "stdin", ""
+        try:
+            text = (stdin or sys.stdin).read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not UTF-8: {error}") from error
+    else:
+        file = Path(name).expanduser()
+        where, ending, text = name, file.suffix, read_text(file)
+    if ending in _TABLES:
+        raise UserError(f"--prompts {name}: prompts are lines of a .txt or a .jsonl file")
+    lines = [(f"{where}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {where} holds no prompt")
+    is_json = ending == ".jsonl" or (ending != ".txt" and lines[0][1].lstrip().startswith("{"))
+    prompts, problems = [], []
+    for place, line in lines:
+        try:
+            prompts.append(_parse(line, place) if is_json else of_text(line.strip("\r"), place))
+        except data.BadRow as error:
+            problems.append(f"{place}: {error}")
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [f"... and {len(problems) - _SHOWN} more"]
+    raise_all(problems)
+    return prompts
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise data.BadRow(f"invalid JSON: {reason}") from error
+    if not isinstance(record, dict):
+        raise data.BadRow("a line must hold a JSON object")
+    row = data.parse_row(_with_answer(record), where)
+    if not isinstance(row, data.Row):
+        raise data.BadRow("a text has no answer; give 'prompt' or 'messages'")
+    if not row.prompt:
+        raise data.BadRow("the conversation begins with its answer, and there is no prompt")
+    turns = (*row.prompt, {"role": "assistant", "content": ""})
+    asked = data.Row(turns, where, row.tools, row.chat_template_kwargs)
+    given = record.get("prompt", record.get("messages", record.get("conversations")))
+    given = given if isinstance(given, str) else [dict(turn) for turn in row.prompt]
+    return Prompt(asked, given, record.get("id"))
+
+
+def _with_answer(record: dict) -> dict:
+    """The record as a row of training: with some answer, if it has none."""
+    if "prompt" in record and record.get("completion") is None:
+        some = "x" if isinstance(record["prompt"], str) else [{"role": "assistant", "content": "x"}]
+        return record | {"completion": some}
+    if "instruction" in record and record.get("output") is None:
+        return record | {"output": "x"}
+    for name, key, role, text in (
+        ("messages", "role", "assistant", "content"),
+        ("conversations", "from", "gpt", "value"),
+    ):
+        turns = record.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            if turns[-1].get(key) not in (role, "assistant"):
+                return record | {name: [*turns, {key: role, text: "x"}]}
+    return record
+
+
+def encode(prompts: Sequence[Prompt], reader: Reader) -> list[list[int]]:
+    """Return the tokens of all prompts.
+
+    Raises:
+        UserError: prompts that cannot be encoded, the first ten with their places.
+    """
+    found, problems = [], []
+    for prompt in prompts:
+        try:
+            found.append(reader.encode_row(prompt.row))
+        except UserError as error:
+            text, where = str(error), prompt.row.where
+            problems.append(text if text.startswith(where) else f"{where}: {text}")
+        if len(problems) == _SHOWN:
+            break
+    raise_all(problems)
+    reader.note_positions(max(map(len, found)))
+    return found
+
+
+def answer_all(
+    writer: Writer, prompts: Sequence[Prompt], tokens: Sequence[list[int]], batch_size: int
+) -> Iterator[Answered]:
+    """Answer prompts in their order. Batches hold prompts of like length, and the lengths that are
+    compiled double; the last batch is filled up. An answer depends on the seed and the place of its
+    prompt, not on the batch.
+    """
+    batch_size = min(batch_size, len(prompts))
+    for first in range(0, len(prompts), _WINDOW * batch_size):
+        window = range(first, min(first + _WINDOW * batch_size, len(prompts)))
+        order = sorted(window, key=lambda i: len(tokens[i]))
+        found: dict[int, list[int]] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            filled = chosen + chosen[:1] * (batch_size - len(chosen))
+            rows = [tokens[i] for i in filled]
+            length = bucket(max(map(len, rows)))
+            own = {"numbers": filled, "length": length} | writer.options
+            answers = writer.generate(writer.bound, rows, **own)
+            found |= dict(zip(chosen, answers, strict=False))
+        for i in window:
+            yield finish(writer, prompts[i], found[i])
+
+
+def finish(writer: Writer, prompt: Prompt, tokens: Sequence[int]) -> Answered:
+    """Return generated tokens as an answer."""
+    whole = len(tokens) < writer.reader.max_new_tokens
+    reason = "stop" if whole else "length"
+    return Answered(prompt, writer.reader.decode(tokens), reason, len(tokens))
+
+
+def bucket(length: int) -> int:
+    """Return the next power of two, from 64 on."""
+    return max(_SHORTEST, 1 << (length - 1).bit_length())

@@ -1,0 +1,135 @@
+"""Draws of tokens: the kept sets are those of transformers, and the draws repeat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from lora_jax import formats
+from lora_jax.config import UserError
+from lora_jax.generate import Sampling, make_generate, make_stream
+from lora_jax.generate.sampling import keep_likely, sample
+
+TEXTS = [[3, 5, 7, 11], [2], [13, 17, 19, 23, 29, 31, 37, 41]]
+
+
+def kept(logits, top_k=None, top_p=1.0):
+    top_k = top_k or logits.shape[-1]
+    cut = keep_likely(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(1 - top_p))
+    return np.asarray(cut)
+
+
+def expected(logits, top_k=None, top_p=1.0):
+    found = torch.tensor(logits)
+    for warper in (
+        *([TopKLogitsWarper(top_k)] if top_k else []),
+        *([TopPLogitsWarper(top_p)] if top_p < 1 else []),
+    ):
+        found = warper(None, found)
+    return found.numpy()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 300, 1000])
+def test_what_is_kept_is_what_transformers_keeps(seed, top_p, top_k):
+    logits = np.random.default_rng(seed).normal(0, 3, (4, 300)).astype(np.float32)
+    found, wanted = kept(logits, top_k, top_p), expected(logits, top_k, top_p)
+    assert np.array_equal(np.isfinite(found), np.isfinite(wanted))
+    assert np.array_equal(found[np.isfinite(found)], wanted[np.isfinite(wanted)])
+    assert np.isfinite(found).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.3, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("top_k", [None, 2, 3])
+def test_ties(top_p, top_k):
+    logits = np.log(np.array([[0.1, 0.25, 0.25, 0.25, 0.15], [0.2] * 5], np.float32))
+    found, wanted = kept(logits, top_k, top_p), expected(logits, top_k, top_p)
+    assert np.array_equal(np.isfinite(found), np.isfinite(wanted))
+
+
+def test_all_are_kept_at_one_even_those_without_probability():
+    logits = np.array([[0.0, -200.0, 1.0]], np.float32)
+    assert np.array_equal(kept(logits), logits)
+
+
+def test_temperature_comes_first():
+    logits = np.random.default_rng(0).normal(0, 3, (1, 50)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 1)
+    allowed = expected(TemperatureLogitsWarper(4.0)(None, torch.tensor(logits)).numpy(), 9, 0.8)
+    allowed = set(np.flatnonzero(np.isfinite(allowed[0])).tolist())
+    draw = jax.jit(lambda keys: sample(jnp.asarray(logits), keys, 4.0, 9, 0.2)[0])
+    drawn = {int(draw(jax.random.split(jax.random.key(i), 1))) for i in range(300)}
+    assert drawn == allowed and len(allowed) > 3
+    assert int(sample(jnp.asarray(logits), keys, 0.0, 50, 0.0)[0]) == logits.argmax()
+
+
+def test_draws_have_the_probabilities():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    draws = sample(jnp.tile(logits, (20_000, 1)), keys, jnp.float32(1), 4, 0.1)
+    shares = np.bincount(np.asarray(draws), minlength=4) / 20_000
+    assert np.allclose(shares, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
+        ({"top_p": float("nan")}, "top_p=nan must be above 0"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ({"temperature": float("nan")}, "temperature=nan must not be negative"),
+        ({"temperature": float("inf")}, "temperature=inf must be finite"),
+    ],
+)
+def test_settings_out_of_range(options, text):
+    with pytest.raises(UserError, match=text):
+        Sampling(**options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from .conftest import TINY
+    from .families import save, torch_model
+
+    directory = tmp_path_factory.mktemp("model")
+    save(torch_model("llama", 0, TINY), directory, "float32", "1GB")
+    return formats.load(directory)
+
+
+def test_an_answer_depends_on_its_number_and_not_on_the_batch(model):
+    generate = make_generate(model)
+    options = {"max_new_tokens": 9, "stop_tokens": ()}
+    drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
+    together = generate(model.params, TEXTS, sampling=drawn, **options)
+    assert together == generate(model.params, TEXTS, sampling=drawn, **options)
+    for number in (0, 1, 2):
+        alone = {"numbers": [number], "length": 8}
+        assert generate(model.params, [TEXTS[number]], sampling=drawn, **options, **alone) == [
+            together[number]
+        ]
+    twice = generate(model.params, [TEXTS[0]] * 2, sampling=drawn, **options)
+    assert twice[0] == together[0] != twice[1]
+    other = Sampling(temperature=1.5, top_p=0.9, seed=4)
+    assert generate(model.params, TEXTS, sampling=other, **options) != together
+    greedy = generate(model.params, TEXTS, **options)
+    assert greedy != together
+    tiny = Sampling(temperature=1.5, top_p=1e-6)
+    assert generate(model.params, TEXTS, sampling=tiny, **options) == greedy
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_a_stream_is_the_answer_in_pieces(model, every):
+    generate, stream = make_generate(model), make_stream(model)
+    for sampling in (Sampling(), Sampling(temperature=1.5, seed=3)):
+        options = {"max_new_tokens": 9, "sampling": sampling}
+        (whole,) = generate(model.params, TEXTS[:1], stop_tokens=(), **options)
+        assert len(whole) == 9
+        for stops in ((), {whole[5]}, {whole[0]}):
+            wanted = generate(model.params, TEXTS[:1], stop_tokens=stops, **options)[0]
+            found = stream(model.params, TEXTS[0], stop_tokens=stops, every=every, **options)
+            assert list(found) == wanted
