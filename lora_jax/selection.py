@@ -1,30 +1,113 @@
-"""Which modules the settings of an adapter name, by PEFT's rules, and what is wrong with them."""
+"""Which modules the settings of an adapter name, by PEFT's rules, and what is wrong with them.
+
+Lists may have hundreds of thousands of entries: each function that returns a function prepares
+them once.
+"""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_jax.config import AdapterConfig, nearest
+from lora_jax.config import AdapterConfig, UserError, nearest
+from lora_jax.patterns import compiled
 from lora_jax.tree import layer_index
 
+_SHOWN = 8  # problems of one list that are reported
+_MOST_PATTERNS = 10_000  # entries of rank_pattern or alpha_pattern
+_MOST_REGEX = 50_000  # characters of those that are more than names
+_LITERAL = re.compile(r"[\w.]+")  # a pattern whose dots alone stand for something else
 
-def matches(name: str, spec: str | Sequence[str]) -> bool:
-    """PEFT's rule: a string must match the whole module path as a regex, a list entry is the path
-    or a suffix of it.
+Matcher = Callable[[str], bool]
+
+
+def matcher(spec: str | Sequence[str], field: str = "target_modules") -> Matcher:
+    """Return the test of PEFT's rule: a string must match the whole module path as a regex, a list
+    entry is the path or a suffix of it. `field` is the setting that errors name.
+
+    Raises:
+        UserError: not a valid regex; from the test, one that takes too long.
     """
-    if isinstance(spec, str):
-        return re.fullmatch(spec, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in spec)
+    if not isinstance(spec, str):
+        entries = frozenset(spec)
+        return lambda name: any(ending in entries for ending in endings(name))
+    return _named(spec, f"{field}={_short(spec)}")
+
+
+def _named(pattern: str, setting: str) -> Matcher:
+    """Return the test of a regex for a whole module path, whose errors name the setting."""
+    try:
+        found = compiled(pattern)
+    except UserError as error:
+        raise UserError(f"{setting} {error}") from error
+
+    def test(name: str) -> bool:
+        try:
+            return found.matches(name)
+        except UserError as error:
+            raise UserError(f"{setting} {error}") from error
+
+    return test
+
+
+def endings(name: str) -> Iterator[str]:
+    """Yield a module path and its suffixes: `a.b.c`, `b.c`, `c`."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def matches(name: str, spec: str | Sequence[str], field: str = "target_modules") -> bool:
+    """Return `matcher(spec, field)(name)`."""
+    return matcher(spec, field)(name)
+
+
+def pattern_values(
+    patterns: Mapping[str, Any], field: str = "rank_pattern"
+) -> Callable[[str, Any], Any]:
+    """Return a function of module path and default: the value of the first pattern that ends the
+    path (PEFT's rank_pattern and alpha_pattern). `field` is the setting that errors name.
+
+    Raises:
+        UserError: too many patterns, or one that is not valid; from the function, one that takes
+            too long.
+    """
+    if len(patterns) > _MOST_PATTERNS:
+        raise UserError(
+            f"{field} has {len(patterns):,} entries; at most {_MOST_PATTERNS:,} are supported"
+        )
+    size = sum(len(pattern) for pattern in patterns if not _LITERAL.fullmatch(pattern))
+    if size > _MOST_REGEX:
+        raise UserError(
+            f"{field} has regexes of {size:,} characters in all; at most {_MOST_REGEX:,} are "
+            "supported"
+        )
+    tests = [(_ending(pattern, field), value) for pattern, value in patterns.items()]
+
+    def find(name: str, default: Any) -> Any:
+        return next((value for test, value in tests if test(name)), default)
+
+    return find
+
+
+def _ending(pattern: str, field: str) -> Matcher:
+    if not _LITERAL.fullmatch(pattern):
+        return _named(rf"(.*\.)?({pattern})", f"{field}[{_short(pattern)}]")
+    last = pattern.rpartition(".")[2]
+
+    def test(name: str) -> bool:
+        start = len(name) - len(pattern)
+        if start < 0 or not name.endswith(last) or (start and name[start - 1] != "."):
+            return False
+        pairs = zip(pattern, name[start:], strict=True)
+        return all(wanted in (".", found) for wanted, found in pairs)
+
+    return test
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that ends the module path (PEFT's rank_pattern and
-    alpha_pattern).
-    """
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
+    """Return `pattern_values(patterns)(name, default)`."""
+    return pattern_values(patterns)(name, default)
 
 
 def _layers_to_transform(config: AdapterConfig) -> list[int] | None:
@@ -32,27 +115,57 @@ def _layers_to_transform(config: AdapterConfig) -> list[int] | None:
     return [layers] if isinstance(layers, int) else layers
 
 
-def is_selected(name: str, config: AdapterConfig) -> bool:
-    """Whether a module that `all-linear` would take is adapted."""
-    wanted = config.target_modules == "all-linear" or matches(name, config.target_modules)
-    layers = _layers_to_transform(config)
-    if layers is not None:
-        whole = not isinstance(config.target_modules, str) and name in config.target_modules
-        wanted = wanted and (
-            whole or layer_index(name) in layers
-        )  # PEFT: a whole path holds in any layer
-    return wanted and not (config.exclude_modules and matches(name, config.exclude_modules))
+def selector(config: AdapterConfig) -> Matcher:
+    """Return the test that says which of the modules that `all-linear` would take are adapted.
+
+    Raises:
+        UserError: as `matcher`.
+    """
+    spec = config.target_modules
+    wanted = (lambda name: True) if spec == "all-linear" else matcher(spec)
+    paths = frozenset() if isinstance(spec, str) else frozenset(spec)
+    given = _layers_to_transform(config)
+    layers = None if given is None else frozenset(given)
+    excluded = config.exclude_modules
+    left_out = matcher(excluded, "exclude_modules") if excluded else (lambda name: False)
+
+    def test(name: str) -> bool:
+        if not wanted(name):
+            return False
+        # PEFT: a whole path holds in any layer.
+        if layers is not None and name not in paths and layer_index(name) not in layers:
+            return False
+        return not left_out(name)
+
+    return test
+
+
+def unmatched(field: str, entries: Iterable[str], names: Iterable[str], listed: str) -> list[str]:
+    """List the problems of entries that match no module: the first few, with a near name each, and
+    a count of the others. `listed` says what the model has.
+    """
+    names = list(names)
+    short = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
+    known = {ending for name in names for ending in endings(name)}
+    missing = [entry for entry in entries if entry not in known]
+    problems = [
+        f"{field}=[{_short(entry)}] {listed}{nearest(entry, names if '.' in entry else short)}"
+        for entry in missing[:_SHOWN]
+    ]
+    if len(missing) > _SHOWN:
+        problems.append(f"{field}: {len(missing) - _SHOWN:,} more entries match nothing")
+    return problems
 
 
 def _entry_problems(
     field: str, spec: Any, names: Sequence[str], linears: Sequence[str]
 ) -> Iterable[str]:
     """`linears` are those of `names` that errors list; the others are named on purpose only."""
-    short = sorted({name.rpartition(".")[2] for name in names})
     listed = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     if isinstance(spec, str):
         try:
-            if not any(matches(name, spec) for name in names):
+            if not any(map(matcher(spec, field), names)):
+                short = sorted({name.rpartition(".")[2] for name in names})
                 hint = nearest(spec, short).replace("'", "['", 1).replace("'?", "']?")
                 yield (
                     f"{field}={spec!r} matches no weight. A string is a regex for the whole "
@@ -60,8 +173,8 @@ def _entry_problems(
                     f"{max(names, key=len)!r}; a list holds names; the model has: "
                     f"{listed}.{hint}"
                 )
-        except re.error as error:
-            yield f"{field}={spec!r} is not a valid regex: {error}"
+        except UserError as error:
+            yield str(error)
         return
     if (
         not isinstance(spec, Sequence)
@@ -69,17 +182,11 @@ def _entry_problems(
         or not all(isinstance(entry, str) for entry in spec)
     ):
         yield (
-            f"{field}={spec!r} must be a string or a non-empty list of strings; the model has: "
-            f"{listed}."
+            f"{field}={_short(spec)} must be a string or a non-empty list of strings; the model "
+            f"has: {listed}."
         )
         return
-    for entry in spec:
-        if not any(matches(name, [entry]) for name in names):
-            candidates = short if "." not in entry else names
-            yield (
-                f"{field}=[{entry!r}] matches no weight; the model has: {listed}."
-                f"{nearest(entry, candidates)}"
-            )
+    yield from unmatched(field, spec, names, f"matches no weight; the model has: {listed}.")
 
 
 def selection_problems(
@@ -105,33 +212,43 @@ def selection_problems(
             or any(type(i) is not int for i in layers)
         ):
             yield (
-                f"layers_to_transform={layers!r} must be a layer index or a non-empty list of them"
+                f"layers_to_transform={_short(layers)} must be a layer index or a non-empty list "
+                "of them"
             )
         elif missing := sorted(set(layers) - set(known)):
             has = f"layers {known[0]} to {known[-1]}" if known else "no numbered layers"
-            yield f"layers_to_transform={missing} does not exist; the model has {has}"
+            yield f"layers_to_transform={_short(missing)} does not exist; the model has {has}"
 
 
 def pattern_problems(config: AdapterConfig, selected: set[str]) -> Iterable[str]:
-    """What is wrong with rank_pattern and alpha_pattern, `selected` being the adapted modules."""
+    """What is wrong with rank_pattern and alpha_pattern, `selected` being the adapted modules.
+
+    Raises:
+        UserError: as `pattern_values`.
+    """
     if not selected:
         yield (
-            f"target_modules={config.target_modules!r} with "
-            f"exclude_modules={config.exclude_modules!r} and "
-            f"layers_to_transform={config.layers_to_transform!r} leaves no weight to adapt"
+            f"target_modules={_short(config.target_modules)} with "
+            f"exclude_modules={_short(config.exclude_modules)} and "
+            f"layers_to_transform={_short(config.layers_to_transform)} leaves no weight to adapt"
         )
     short = sorted({name.rpartition(".")[2] for name in selected})
     for field, patterns in (
         ("rank_pattern", config.rank_pattern),
         ("alpha_pattern", config.alpha_pattern),
     ):
-        for pattern in patterns:
-            try:
-                if not any(pattern_value({pattern: True}, name, False) for name in selected):
-                    yield (
-                        f"{field}[{pattern!r}] matches no adapted module; they are: "
-                        f"{', '.join(short)}."
-                        f"{nearest(pattern, short)}"
-                    )
-            except re.error as error:
-                yield f"{field}[{pattern!r}] is not a valid regex: {error}"
+        pattern_values(patterns, field)
+        missing = [p for p in patterns if not any(map(_ending(p, field), selected))]
+        for pattern in missing[:_SHOWN]:
+            yield (
+                f"{field}[{_short(pattern)}] matches no adapted module; they are: "
+                f"{', '.join(short)}."
+                f"{nearest(pattern, short)}"
+            )
+        if len(missing) > _SHOWN:
+            yield f"{field}: {len(missing) - _SHOWN:,} more patterns match nothing"
+
+
+def _short(value: Any) -> str:
+    text = repr(value if not isinstance(value, list | tuple) else value[:50])
+    return text if len(text) <= 300 else f"{text[:200]}... ({len(value):,} in all)"

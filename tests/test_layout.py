@@ -8,7 +8,8 @@ import lora_jax
 ROOT = Path(lora_jax.__file__).parent
 LAYERS = (
     ("config", "reference", "tree", "demo", "rope", "virtual"),
-    ("quantize", "selection"),
+    ("patterns", "quantize"),
+    ("selection",),
     ("targets",),
     ("weights", "sharding", "hosts"),
     ("kernels",),

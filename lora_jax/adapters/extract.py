@@ -24,7 +24,7 @@ from lora_jax.adapters.updates import (
     rank_problems,
 )
 from lora_jax.config import AdapterConfig, UserError, raise_all
-from lora_jax.selection import is_selected
+from lora_jax.selection import selector
 from lora_jax.targets import HEAD, find_trainable
 from lora_jax.tree import dotted, flatten, lead_axes, slice_names, summarize, tied_embedding
 
@@ -119,7 +119,7 @@ def _matrices(params: Mapping, target_modules: Any) -> dict[Key, tuple[str, int]
     tied = tied_embedding(params)
     one_weight = [] if tied is None else [HEAD[0], dotted(tied[:-1])]
     wanted = AdapterConfig(rank=1, target_modules=target_modules)
-    if target_modules != "all-linear" and any(is_selected(name, wanted) for name in one_weight):
+    if target_modules != "all-linear" and any(map(selector(wanted), one_weight)):
         wanted = dataclasses.replace(wanted, ensure_weight_tying=True)
     found = find_trainable(params, wanted)
     raise_all(

@@ -16,7 +16,7 @@ from typing import Any
 from lora_jax import tree
 from lora_jax.config import AdapterConfig, UserError, raise_all
 from lora_jax.formats.peft_tensors import adapted_modules, is_parameter, parameter_name
-from lora_jax.selection import matches, pattern_value
+from lora_jax.selection import endings, matcher, matches, pattern_values
 from lora_jax.targets import HEAD, Trainable, find_trainable
 
 # Fields that are read, and those that say nothing about the numbers.
@@ -91,7 +91,7 @@ def _shortest_target_list(adapted: set[str], params: Mapping) -> list[str]:
     otherwise.
     """
     short = sorted({name.rpartition(".")[2] for name in adapted})
-    same = {name for name in _weight_names(params) if matches(name, short)} == adapted
+    same = {*filter(matcher(short), _weight_names(params))} == adapted
     return short if same else sorted(adapted)
 
 
@@ -100,7 +100,7 @@ def _shortest_parameter_list(adapted: set[str], params: Mapping) -> list[str] | 
     parameters, full paths otherwise.
     """
     short = sorted({re.sub(r".*?\.\d+\.", "", name, count=1) for name in adapted})
-    same = {name for name in _parameters(params) if matches(name, short)} == adapted
+    same = {*filter(matcher(short), _parameters(params))} == adapted
     return (short if same else sorted(adapted)) or None
 
 
@@ -108,7 +108,7 @@ def _saved_modules(config: AdapterConfig, params: Mapping) -> list[str] | None:
     entries = config.modules_to_save
     if not entries:
         return None
-    names = {name for name in _module_names(params) if matches(name, entries)}
+    names = {*filter(matcher(entries), _module_names(params))}
     embedding = _embedding_name(params)
     if config.ensure_weight_tying and embedding is not None:
         names = {embedding if name == HEAD[0] else name for name in names}
@@ -238,7 +238,7 @@ def _adapters(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:
     embedding = _embedding_name(params)
     if embedding is None or not content.get("ensure_weight_tying"):
         return config
-    if not any(matches(name, config.target_modules) for name in (HEAD[0], embedding)):
+    if not any(map(matcher(config.target_modules), (HEAD[0], embedding))):
         return config
     return _through_embedding(config, embedding, names - {HEAD[0]})
 
@@ -253,7 +253,7 @@ def _with_parameters(
     if not entries:
         return config
     known = _parameters(params)
-    chosen = {full: known[full] for full in known if matches(full, entries)}
+    chosen = {full: known[full] for full in filter(matcher(entries), known)}
     usual = {f: path for f, (_, path) in chosen.items() if path[-1] == "kernel"}
     odd = sorted(f for f in chosen if f not in usual or tree.is_conv1d(usual[f][:-1]))
     if odd or not chosen:
@@ -263,11 +263,10 @@ def _with_parameters(
     if config.target_modules:
         alone = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
         names |= {name: name for name in adapted_modules(find_trainable(params, alone))}
+    rank_of = pattern_values(config.rank_pattern, "rank_pattern")
+    alpha_of = pattern_values(config.alpha_pattern, "alpha_pattern")
     adapted = {
-        name: (
-            pattern_value(config.rank_pattern, looked_up, config.rank),
-            pattern_value(config.alpha_pattern, looked_up, config.alpha),
-        )
+        name: (rank_of(looked_up, config.rank), alpha_of(looked_up, config.alpha))
         for name, looked_up in sorted(names.items())
     }
     return dataclasses.replace(
@@ -283,7 +282,8 @@ def _with_parameters(
 def _effective(spec: Any, names: Iterable[str]) -> Any:
     if not isinstance(spec, list):
         return spec
-    return [entry for entry in spec if any(matches(name, [entry]) for name in names)] or spec
+    known = {ending for name in names for ending in endings(name)}
+    return [entry for entry in spec if entry in known] or spec
 
 
 def _through_embedding(
@@ -300,7 +300,8 @@ def _through_embedding(
         )
     for field, default in (("rank_pattern", config.rank), ("alpha_pattern", config.alpha)):
         patterns = getattr(config, field)
-        head, own = (pattern_value(patterns, n, default) for n in (HEAD[0], embedding))
+        value_of = pattern_values(patterns, field)
+        head, own = (value_of(name, default) for name in (HEAD[0], embedding))
         if head != own:
             problems.append(
                 f"not supported: {field}={patterns!r} with ensure_weight_tying=True: {embedding} "
@@ -320,12 +321,12 @@ def _through_embedding(
 
 def _of_others(patterns: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
     """Without the patterns that only the head has a use for."""
-    return {
-        pattern: value
-        for pattern, value in patterns.items()
-        if any(pattern_value({pattern: True}, name, False) for name in others)
-        or not pattern_value({pattern: True}, HEAD[0], False)
-    }
+    kept = {}
+    for pattern, value in patterns.items():
+        applies = pattern_values({pattern: True})
+        if any(applies(name, False) for name in others) or not applies(HEAD[0], False):
+            kept[pattern] = value
+    return kept
 
 
 def _saved(entries: Any, params: Mapping) -> list[str]:

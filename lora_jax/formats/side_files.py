@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_jax.config import UserError, read_json, read_text
 from lora_jax.config.text import BOM
+from lora_jax.formats.tokenizer_files import check_added, check_tokenizer_files
 
 # Everything that `save_pretrained` of a tokenizer or processor writes, and licences.
 _TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
@@ -66,19 +67,21 @@ def _is_marked(file: Path) -> bool:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a Hugging Face directory.
+    """Return the tokenizer of a Hugging Face directory; nothing in the directory is run.
 
     Raises:
-        UserError: none that transformers can load; a file that is not UTF-8 text, or not JSON.
+        UserError: none that transformers can load; a file that is not UTF-8 text, or not JSON; as
+            `check_tokenizer_files`.
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(directory)
     for file in _find(directory, _TEMPLATES):
         if file.suffix == ".jinja":  # transformers accepts null bytes
             read_text(directory / file)
     try:
         with _unmarked(directory) as place:
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for missing and damaged files
         for file in _find(directory, _JSON):  # and names none
             read_json(directory / file)
@@ -88,6 +91,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error
+    check_added(tokenizer, directory)
     tokenizer.name_or_path = str(directory)
     return tokenizer
 

@@ -8,6 +8,16 @@ from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ROTARY = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+# The largest values that are read. No model comes near them; beyond them memory and time go into
+# the shapes alone, before a file of weights is compared with them.
+_LARGEST = 2**31 - 1
+_LARGEST_OF = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 10_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "head_dim"), 2**20),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), 2**16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
+    "num_labels": 2**20,
+}
 
 
 class ConfigReader:
@@ -66,16 +76,23 @@ class ConfigReader:
     def integer(self, name: str, default: int, least: int = 1) -> int:
         value = self._get(name, default, int, "an integer")
         if value < least:
-            self.refuse(f"{name}={value} is below {least}")
+            self.refuse(f"{name}={_short(value)} is below {least}")
             return least
-        return value
+        return least if self._is_too_large(name, value) else value
 
     def optional_integer(self, name: str, default: int | None) -> int | None:
         """Absent: the default. Null: None."""
         value = self._get(name, default, int, "an integer or null", nullable=True)
         if value is not None and value < 1:
-            self.refuse(f"{name}={value} is below 1")
-        return value
+            self.refuse(f"{name}={_short(value)} is below 1")
+            return 1
+        return 1 if value is not None and self._is_too_large(name, value) else value
+
+    def _is_too_large(self, name: str, value: int) -> bool:
+        most = _LARGEST_OF.get(name, _LARGEST)
+        if value > most:
+            self.refuse(f"{name}={_short(value)} is above {most:,}, which no model has")
+        return value > most
 
     def number(self, name: str, default: float, above: float | None = None) -> float:
         value = float(self._get(name, default, (int, float), "a number"))
@@ -110,10 +127,12 @@ class ConfigReader:
             )
         if named is None:
             count = 2 if count is None else count
+            if isinstance(count, int) and self._is_too_large("num_labels", count):
+                count = 2
             named = {i: f"LABEL_{i}" for i in range(count)} if isinstance(count, int) else count
         numbers = {str(i) for i in range(len(named))} if isinstance(named, Mapping) else set()
         if not numbers or {*map(str, named)} != numbers:
-            self.refuse(f"id2label={named!r} does not number the labels")
+            self.refuse(f"id2label={_short(named)} does not number the labels")
             return ("0", "1")
         names = {int(number): str(name) for number, name in named.items()}
         return tuple(names[i] for i in range(len(names)))
@@ -158,7 +177,8 @@ class ConfigReader:
         known = isinstance(given, list) and len(given) == layers
         if not known or (read and not all(kind in (FULL, SLIDING) for kind in given)):
             self.refuse(
-                f"layer_types={given!r} must name {FULL} or {SLIDING} for each of {layers} layers"
+                f"layer_types={_short(given)} must name {FULL} or {SLIDING} for each of {layers} "
+                "layers"
             )
             return (FULL,) * layers
         if read:

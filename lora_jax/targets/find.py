@@ -1,6 +1,7 @@
 """From the names that users give to the weights that train."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,16 @@ from lora_jax.config import (
     AdapterConfig,
     UserError,
     adapter_problems,
-    nearest,
     raise_all,
     virtual_tokens,
 )
 from lora_jax.selection import (
-    is_selected,
-    matches,
+    matcher,
     pattern_problems,
-    pattern_value,
+    pattern_values,
     selection_problems,
+    selector,
+    unmatched,
 )
 from lora_jax.targets.checks import combination_problems, dense_problems
 from lora_jax.targets.kinds import HEAD, Rows, Target, Trainable, Whole
@@ -176,37 +177,38 @@ def _find_lora(params: Mapping, config: AdapterConfig, saved: set[str]) -> list[
     parts = {name for one in candidates if one.columns is not None for name in one.names}
     if config.target_modules != "all-linear":
         usual = set(names) - parts
-    selected = {name for name in names if name in usual and is_selected(name, config)}
-    selected |= {name for name in parts if _is_named_part(name, config, selected)}
+    selected = {*filter(selector(config), (name for name in names if name in usual))}
+    selected |= _named_parts(parts, config, selected)
     problems = list(pattern_problems(config, selected))
-    if any("is not a valid regex" in problem for problem in problems):
-        raise_all(problems)  # ranks cannot be looked up
     found = [one for one in candidates if set(one.names) & selected]
-    targets = [_as_target(one, config, selected) for one in found]
+    targets = _as_targets(found, config, selected)
     raise_all([*problems, *_rank_problems(targets, config.init)])
     return targets
 
 
-def _as_target(one: _Candidate, config: AdapterConfig, selected: set[str]) -> Target:
-    ranks = tuple(
-        pattern_value(config.rank_pattern, name, config.rank) if name in selected else 0
-        for name in one.names
-    )
-    alphas = tuple(
-        float(pattern_value(config.alpha_pattern, name, config.alpha)) for name in one.names
-    )
-    path = (*one.path, one.leaf)
-    return Target(
-        one.path,
-        one.leaf,
-        shape=(one.shape[-2], one.shape[-1]),
-        stacked=stack_position(path) is not None,
-        names=one.names,
-        ranks=ranks,
-        alphas=alphas,
-        columns=one.columns,
-        experts=one.shape[-3] if has_experts(path) else None,
-    )
+def _as_targets(
+    candidates: Iterable[_Candidate], config: AdapterConfig, selected: set[str]
+) -> list[Target]:
+    rank_of = pattern_values(config.rank_pattern, "rank_pattern")
+    alpha_of = pattern_values(config.alpha_pattern, "alpha_pattern")
+    targets = []
+    for one in candidates:
+        path = (*one.path, one.leaf)
+        ranks = (rank_of(name, config.rank) if name in selected else 0 for name in one.names)
+        alphas = (float(alpha_of(name, config.alpha)) for name in one.names)
+        target = Target(
+            one.path,
+            one.leaf,
+            shape=(one.shape[-2], one.shape[-1]),
+            stacked=stack_position(path) is not None,
+            names=one.names,
+            ranks=tuple(ranks),
+            alphas=tuple(alphas),
+            columns=one.columns,
+            experts=one.shape[-3] if has_experts(path) else None,
+        )
+        targets.append(target)
+    return targets
 
 
 def _rank_problems(targets: Sequence[Target], init: str) -> Iterable[str]:
@@ -223,15 +225,18 @@ def _rank_problems(targets: Sequence[Target], init: str) -> Iterable[str]:
             yield f"init=orthogonal needs an even rank: it halves it; rank={odd[0]} at {name}"
 
 
-def _is_named_part(name: str, config: AdapterConfig, selected: set[str]) -> bool:
-    """Whether a part of a fused projection is adapted: it has to be named with its module, and a
-    regex that takes the whole matrix does not mean its parts.
+def _named_parts(parts: set[str], config: AdapterConfig, selected: set[str]) -> set[str]:
+    """The parts of fused projections that are adapted: they have to be named with their module, and
+    a regex that takes the whole matrix does not mean its parts.
     """
-    spec, whole = config.target_modules, name.rpartition(".")[0]
+    spec = config.target_modules
+    if spec == "all-linear":
+        return set()
     if isinstance(spec, str):
-        return spec != "all-linear" and whole not in selected and is_selected(name, config)
+        parts = {name for name in parts if name.rpartition(".")[0] not in selected}
+        return {*filter(selector(config), parts)}
     named = [entry for entry in spec if "." in entry]
-    return is_selected(name, dataclasses.replace(config, target_modules=named))
+    return {*filter(selector(dataclasses.replace(config, target_modules=named)), parts)}
 
 
 def _whole(params: Mapping, choose: Any) -> Iterable[Whole]:
@@ -261,17 +266,12 @@ def _find_saved(params: Mapping, config: AdapterConfig) -> list[Whole]:
     if tied is not None:
         known.add(HEAD[0])
     short = sorted({name.rpartition(".")[2] for name in known if not name[-1].isdigit()})
-    raise_all(
-        [
-            f"modules_to_save=[{entry!r}] matches no module; the model has: {', '.join(short)}."
-            f"{nearest(entry, known if '.' in entry else short)}"
-            for entry in entries
-            if not any(matches(name, [entry]) for name in known)
-        ]
-    )
+    listed = f"matches no module; the model has: {', '.join(short)}."
+    raise_all(unmatched("modules_to_save", entries, known, listed))
+    is_entry = matcher(entries)
 
     def is_saved(name: str) -> bool:
-        return any(matches(part, entries) for part in _ancestors(name))
+        return any(map(is_entry, _ancestors(name)))
 
     found = list(_whole(params, lambda name, path: is_saved(name))) if entries else []
     if tied is not None and is_saved(HEAD[0]):
@@ -313,11 +313,12 @@ def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[Rows, ...]:
     if path is None:
         raise UserError("trainable_token_indices: the model has no embedding of tokens")
     vocab, features = leaves[path].shape
-    wrong = sorted(index for index in set(indices) if not 0 <= index < vocab)
-    twice = sorted({index for index in indices if indices.count(index) > 1})
+    counts = Counter(indices)
+    wrong = sorted(index for index in counts if not 0 <= index < vocab)
+    twice = sorted(index for index, times in counts.items() if times > 1)
     if wrong or twice or not indices:
         raise UserError(
-            f"trainable_token_indices={wrong or twice or indices}: "
+            f"trainable_token_indices={(wrong or twice or indices)[:50]}: "
             + (
                 f"the model has tokens 0 to {vocab - 1}"
                 if wrong
