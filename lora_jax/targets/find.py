@@ -9,7 +9,6 @@ from lora_jax.config import (
     SOFT,
     AdapterConfig,
     UserError,
-    adapter_problems,
     nearest,
     raise_all,
     virtual_tokens,
@@ -50,7 +49,6 @@ def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
             exist, a rank above min(in, out), an impossible value, settings that contradict each
             other, a tied head without a decision; all problems of a kind at once.
     """
-    raise_all(adapter_problems(config))
     if config.method == "full":
         everything = Trainable(config, whole=tuple(_whole(params, lambda name, path: True)))
         raise_all(list(dense_problems(params, everything)))

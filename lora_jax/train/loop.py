@@ -21,6 +21,7 @@ from lora_jax.train import (
     base,
     calibration,
     checkpoint,
+    epochs,
     export,
     interrupt,
     metrics,
@@ -80,6 +81,7 @@ def _run(config: Config, console: Console, signals: interrupt.Signals) -> dict[s
     prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}
     if record is not None:
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
+    config = epochs.settle(config, train_data, encoder, record)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
     setup.check_metrics(config, model, tokenizer, held_out)
     if record is not None and (done := hosts.from_main(lambda: _finished(output, record, config))):
@@ -212,7 +214,7 @@ def _finished(output: Path, record: Mapping[str, Any], config: Config) -> dict[s
     """The summary of a run that has nothing left to do; one that goes on loses its old one."""
     file = output / "summary.json"
     watch = Watch(**record["watch"])
-    over = record["step"] == config.train.steps or watch.gave_up(config.train)
+    over = record["step"] == config.train.total_steps or watch.gave_up(config.train)
     if over and not record["pending"] and file.is_file():
         with contextlib.suppress(ValueError):  # damaged: what it says is worked out again
             return configs.read_json(file)

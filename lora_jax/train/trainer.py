@@ -81,7 +81,7 @@ def train(
         signals.held(),
         checkpoint.open_checkpoints(place, settings.save_total_limit) as kept,
         open_sinks(config, output, state.step + 1) as sinks,
-        metrics.Journal(output / "metrics.jsonl", settings.steps, console, sinks) as journal,
+        metrics.Journal(output / "metrics.jsonl", settings.total_steps, console, sinks) as journal,
     ):
         trainer = _Trainer(
             judge=judge,
@@ -104,7 +104,7 @@ def train(
             over = trainer.finish_step(trainer.take_step())
         kept.wait()
     signals.check()  # one that came during the last save
-    if state.step < settings.steps:
+    if state.step < settings.total_steps:
         console.print(
             f"stopped early at step {state.step}: {state.watch.stale} evaluations without a task "
             f"loss below that of step {state.watch.best_step}"
@@ -137,7 +137,7 @@ class _Trainer:
     def over(self) -> bool:
         """Whether no step is left to take."""
         settings = self.judge.config.train
-        return self.state.step >= settings.steps or self.state.watch.gave_up(settings)
+        return self.state.step >= settings.total_steps or self.state.watch.gave_up(settings)
 
     def take_step(self) -> Line:
         """One optimizer step; its line for metrics.jsonl."""
@@ -186,7 +186,7 @@ class _Trainer:
         line, better = dict(line), False
         try:
             self.signals.check()
-            last = state.step == settings.steps
+            last = state.step == settings.total_steps
             if self.judge.held_out and (last or _is_due(state.step, settings.eval_every)):
                 with self.signals.free(), self.clock.paused():
                     losses = self.judge.losses(state.adapters, self.signals.check)
@@ -200,7 +200,7 @@ class _Trainer:
         evaluated = any(f"{name}_loss" in line for name in self.judge.held_out)
         if evaluated or self.over or _is_due(state.step, settings.log_every):
             self.journal.write(line)
-        every = settings.save_every or max(1, settings.steps // 10)
+        every = settings.save_every or max(1, settings.total_steps // 10)
         if better or self.over or _is_due(state.step, every):
             with self.clock.paused():
                 self._save(pending=None)
