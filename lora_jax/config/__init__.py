@@ -23,6 +23,7 @@ from lora_jax.config.settings import (
     virtual_tokens,
 )
 from lora_jax.config.text import read_json, read_text
+from lora_jax.config.types import is_finite
 from lora_jax.config.unused import find_unused
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "counted",
     "dump",
     "find_unused",
+    "is_finite",
     "load",
     "merge_problem",
     "nearest",

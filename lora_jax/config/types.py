@@ -9,6 +9,7 @@ A setting has one of these types, or a union of them: bool, int, float, str, lis
 type decides how a scalar is read, so a label `no` is text and `packing: no` is false.
 """
 
+import math
 import numbers
 import re
 import types
@@ -131,6 +132,14 @@ def fits(value: Any, kind: Any) -> bool:
         number = numbers.Integral if kind is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def is_finite(value: Any) -> bool:
+    """Return True for a number that float64 can hold."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError):  # no number; an integer of hundreds of digits
+        return False
 
 
 class _Other(Exception):
