@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.config import is_finite
+
 ORIGINAL = "original_max_position_embeddings"
 # What each rope_type needs besides rope_theta, and what it may have.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -51,7 +53,8 @@ def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
         yield f"truncate={truncate!r} is not true or false"
     for name, value in numbers.items():
         if not _is_number(value):
-            yield f"{name}={value!r} is not a number"
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield f"{name}={value!r} is not a {'finite ' * number}number"
         elif name in _ABOVE_ZERO and value <= 0:
             yield f"{name}={value!r} is not above 0"
     share = parameters.get("partial_rotary_factor", 1.0)
@@ -67,13 +70,13 @@ def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
         if values is None:
             continue
         if not isinstance(values, list) or not all(_is_number(x) and x > 0 for x in values):
-            yield f"{name}={values!r} is not a list of numbers above 0"
+            yield f"{name}={values!r} is not a list of finite numbers above 0"
         elif len(values) != pairs:
             yield f"{name} has {len(values)} numbers, and {pairs} pairs of features turn in a head"
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_finite(value) and not isinstance(value, bool)
 
 
 def rotary_features(head_dim: int, parameters: Mapping[str, Any]) -> int:

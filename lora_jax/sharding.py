@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.config import MeshConfig, UserError
+from lora_jax.config import MeshConfig, UserError, counted
 from lora_jax.tree import (
     dotted,
     flatten,
@@ -64,7 +64,7 @@ def _fitting_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     sizes = _axis_sizes(config, devices)
     if math.prod(sizes) != devices:
         raise UserError(
-            f"mesh={dataclasses.asdict(config)} does not fit {devices} devices; "
+            f"mesh={dataclasses.asdict(config)} does not fit {counted(devices, 'device')}; "
             "the axes must multiply to their number, and -1 takes what is left"
         )
     return sizes

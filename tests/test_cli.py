@@ -74,7 +74,7 @@ SETTINGS = [
     (["adapter.rank=33"], ["rank=33 is larger than"]),
     (["adapter.rank_pattern={qproj: 2}"], ["rank_pattern['qproj']", "Did you mean 'q_proj'?"]),
     (["adapter.path=missing"], ["missing", "adapter"]),
-    (["mesh.data=3"], ["does not fit 1 devices"]),
+    (["mesh.data=3"], ["does not fit 1 device;"]),
     (["export.max_shard_size=big"], ["size 'big' is not understood"]),
     (["data.max_length=4"], ["no example is left", "data.max_length=4"]),
     (

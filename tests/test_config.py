@@ -94,27 +94,26 @@ def test_later_overrides_win():
         ({}, ["lora.rank=1"], ["unknown key 'lora'"]),
         ({}, ["steps"], ["'steps'", "key.sub=value"]),
         ({}, ["=3"], ["key.sub=value"]),
-        ({}, ["train.steps=ten"], ["train.steps", "ten"]),
+        ({}, ["train.steps=ten"], ["train.steps='ten' is not a whole number or null"]),
         ({}, ["train.steps=1.5"], ["train.steps", "1.5"]),
-        ({}, ["train.steps=null"], ["train.steps"]),
-        ({}, ["train.schedule=null"], ["train.schedule"]),
-        ({}, ["train.steps=[1"], ["'train.steps=[1'", "cannot be read"]),
+        ({}, ["train.schedule=null"], ["train.schedule=null is not text"]),
+        ({}, ["train.steps=[1"], ["'train.steps=[1'", "is not valid YAML: line 1, column 3"]),
         ({"train": {"steps": "${x}"}}, [], ["steps"]),
-        ({"train": {"steps": "???"}}, [], ["'???' is reserved"]),
+        ({"train": {"steps": "???"}}, [], ["train.steps='???' is not a whole number"]),
         ({"train": 5}, [], ["train=5 must be a mapping of settings"]),
-        ({"train": None}, [], ["train=None must be a mapping of settings"]),
+        ({"train": None}, [], ["train=null must be a mapping of settings; leave it out"]),
         ({"train": {"steps": [1]}}, [], ["train.steps"]),
         ({}, ["train.schedule=linaer"], ["constant, linear, cosine", "Did you mean 'linear'?"]),
         ({}, ["train.steps=0"], ["train.steps=0 must be at least 1"]),
         ({}, ["train.learning_rate=-1"], ["train.learning_rate=-1.0 must be above 0"]),
-        ({}, ["train.learning_rate=nan"], ["train.learning_rate=nan must be above 0"]),
+        ({}, ["train.learning_rate=nan"], ["train.learning_rate=nan: nan is not a finite number"]),
         ({}, ["adapter.dropout=1"], ["adapter.dropout=1.0"]),
         ({}, ["train.batch_size=6", "train.micro_batch_size=4"], ["not a multiple"]),
         ({}, ["mesh.data=-1", "mesh.fsdp=-1"], ["one of them may be -1"]),
         ({}, ["mesh.tensor=0"], ["mesh="]),
         ({}, ["adapter.rank_pattern={q_proj: 0}"], ["rank_pattern['q_proj']=0"]),
         ({}, ["resume=maybe"], ["resume='maybe' is not one of: false, true, auto."]),
-        ({}, ["resume=1"], ["resume=1 is not one of"]),
+        ({}, ["resume=1"], ["resume='1' is not one of"]),
         ({}, ["allow_change=[bass]"], ["allow_change: 'bass' is neither", "Did you mean 'base'?"]),
         ({}, ["allow_change=[train.step]"], ["base, tokenizer, template, data", "'train.steps'?"]),
         (
@@ -122,18 +121,22 @@ def test_later_overrides_win():
             ["train.report_to=[tensorbord]"],
             ["'tensorbord' is not one of: tensorboard, wandb, trackio.", "Did you mean"],
         ),
-        ({}, ["train.report_to=wandb"], ["train.report_to"]),
-        ({"data": {"train": ["a", "b"]}}, [], ["data.train=['a', 'b'] is neither", "{a.jsonl: 0."]),
+        ({}, ["train.report_to=none"], ["'none' is not one of", "[] reports to none of them"]),
+        (
+            {"data": {"train": ["a", "b"]}},
+            [],
+            ["data.train=['a', 'b'] is not text or a mapping of names to numbers or null"],
+        ),
         ({}, ["data.train={}"], ["data.train: weights must be numbers above 0"]),
-        ({}, ["data.train={a: 1, b: 0}"], ["weights must be numbers above 0, not {'b': 0}"]),
-        ({}, ["data.train={a: -1}"], ["not {'a': -1}"]),
-        ({}, ["data.train={a: x}"], ["not {'a': 'x'}"]),
-        ({}, ["data.train={a: true}"], ["not {'a': True}"]),
-        ({}, ["data.train={a: .inf}"], ["not {'a': inf}"]),
-        ({}, ["data.train={a: .nan}"], ["not {'a': nan}"]),
-        ({}, ["data.train={a: null}"], ["not {'a': None}"]),
+        ({}, ["data.train={a: 1, b: 0}"], ["weights must be numbers above 0, not {'b': 0.0}"]),
+        ({}, ["data.train={a: -1}"], ["not {'a': -1.0}"]),
+        ({}, ["data.train={a: x}"], ["data.train={'a': 'x'} has a='x', which is not a number"]),
+        ({}, ["data.train={a: true}"], ["has a=True, which is not a number"]),
+        ({}, ["data.train={a: .inf}"], ["data.train={'a': inf}: inf is not a finite number"]),
+        ({}, ["data.train={a: .nan}"], ["data.train={'a': nan}: nan is not a finite number"]),
+        ({}, ["data.train={a: null}"], ["has a=null, which is not a number"]),
         ({}, ["data.train=a", "data.eval_size=0"], ["data.eval_size=0.0 must be above 0"]),
-        ({}, ["data.train=a", "data.eval_size=nan"], ["data.eval_size=nan must be above 0"]),
+        ({}, ["data.train=a", "data.eval_size=nan"], ["data.eval_size=nan: nan is not a finite"]),
         (
             {},
             ["data.train=a", "data.eval_size=2.5"],
@@ -220,7 +223,7 @@ def test_later_overrides_win():
             ["train.early_stopping_patience=0 must be at least 1"],
         ),
         ({}, ["train.divergence=1"], ["train.divergence=1.0 must be above 1; null never stops"]),
-        ({}, ["train.divergence=nan"], ["train.divergence=nan must be above 1"]),
+        ({}, ["train.divergence=nan"], ["train.divergence=nan: nan is not a finite"]),
         ({}, ["train.eval_every=0"], ["train.eval_every=0 must be at least 1"]),
         ({}, ["train.save_every=0"], ["train.save_every=0 must be at least 1"]),
         ({}, ["train.save_total_limit=0"], ["train.save_total_limit=0 must be at least 1"]),
@@ -290,8 +293,8 @@ def test_problems_of_a_kind_are_told_together():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"- a\n- b\n", "must hold a mapping of settings, not list"),
-        (b"just text", "must hold a mapping of settings, not str"),
+        (b"- a\n- b\n", "must hold a mapping of settings, not a list"),
+        (b"just text", "must hold a mapping of settings, not the value 'just text'"),
         (b"a: [1", "is not valid YAML"),
         (b"a: \xff\xfe", r"config\.yaml cannot be read: the text is not UTF-8"),
         (b"", "model is not set"),
@@ -318,10 +321,13 @@ def test_a_config_that_may_not_be_read(tmp_path, monkeypatch):
         load(file)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: a\nseed: 1\nseed: 2\n")
-    with pytest.raises(UserError, match=r"'seed' stands there twice(?s:.*)line 3"):
+    with pytest.raises(
+        UserError,
+        match=r"c\.yaml is not valid YAML: line 3, column 1: the key 'seed'",
+    ):
         load(file)
 
 

@@ -46,6 +46,7 @@ LAYERS = (
     ),
     (
         "train.calibration",
+        "train.epochs",
         "train.probe",
         "train.setup",
         "train.evaluate",

@@ -392,7 +392,7 @@ def test_problems_of_a_combination_are_told_together():
         (["adapter.init=gausian"], "Did you mean 'gaussian'?"),
         (["adapter.bias=some"], "adapter.bias='some' is not one of"),
         (["adapter.lora_plus_ratio=0"], "adapter.lora_plus_ratio=0.0 must be above 0"),
-        (["adapter.modules_to_save=lm_head"], "adapter.modules_to_save"),
+        (["adapter.modules_to_save={a: b}"], "adapter.modules_to_save"),
         (["adapter.trainable_token_indices=[a]"], "adapter.trainable_token_indices"),
         (["adapter.use_dora=yess"], "adapter.use_dora"),
     ],

@@ -1,4 +1,4 @@
-"""One YAML file, one dataclass: every setting, its default and its meaning stand in `settings`.
+"""One YAML file, one dataclass: `settings` has every setting, its default and its meaning.
 
     config = load("configs/quickstart.yaml", ["train.steps=10", "adapter.rank=8"])
 
@@ -6,14 +6,13 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 `UserError`.
 """
 
-from lora_jax.config.checks import LARGEST_SEED, adapter_problems, check, merge_problem
+from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
+from lora_jax.config.checks import LARGEST_SEED, check, merge_problem
+from lora_jax.config.errors import UnknownArgument, UserError, counted, nearest, raise_all
 from lora_jax.config.files import dump, load, parse
 from lora_jax.config.settings import (
-    DATA_INITS,
     LOSSES,
     PRINTS,
-    SOFT,
-    AdapterConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -21,13 +20,12 @@ from lora_jax.config.settings import (
     HostsConfig,
     MeshConfig,
     TrainConfig,
-    UserError,
     all_keys,
-    nearest,
-    raise_all,
     virtual_tokens,
 )
 from lora_jax.config.text import read_json, read_text
+from lora_jax.config.types import is_finite
+from lora_jax.config.unused import find_unused
 
 __all__ = [
     "DATA_INITS",
@@ -43,11 +41,14 @@ __all__ = [
     "HostsConfig",
     "MeshConfig",
     "TrainConfig",
+    "UnknownArgument",
     "UserError",
-    "adapter_problems",
     "all_keys",
     "check",
+    "counted",
     "dump",
+    "find_unused",
+    "is_finite",
     "load",
     "merge_problem",
     "nearest",

@@ -2,30 +2,17 @@
 
 import dataclasses
 import datetime
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_jax.config.settings import (
-    DATA_INITS,
-    LOSSES,
-    PRINTS,
-    SOFT,
-    AdapterConfig,
-    Config,
-    DataConfig,
-    all_keys,
-    nearest,
-    raise_all,
-)
+from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
+from lora_jax.config.errors import nearest, raise_all
+from lora_jax.config.settings import LOSSES, PRINTS, Config, DataConfig, all_keys
+from lora_jax.config.types import show
 
 _CHOICES = {
     "base_dtype": (None, "float32", "bfloat16", "int8", "nf4"),
-    "adapter.method": ("lora", "prompt", "prefix", "full"),
-    "adapter.init": (
-        *("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"),
-    ),
-    "adapter.bias": ("none", "lora_only", "all"),
-    "adapter.prompt_init": ("vocab", "text", "random"),
     "data.too_long": ("truncate", "drop", "error"),
     "data.on_bad_row": ("error", "drop"),
     "export.dtype": (None, "float32", "bfloat16", "float16"),
@@ -36,84 +23,90 @@ _CHOICES = {
     "train.attention": ("auto", "xla", "cudnn", "splash"),
     "train.remat": ("none", "full", "dots", "offload"),
 }
-_AT_LEAST = {
-    "data.max_length": 2,
-    "data.stream_rows": 1,
-    "train.steps": 1,
-    "train.batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.warmup_steps": 0,
-    "train.eval_every": 1,
-    "train.save_every": 1,
-    "train.save_total_limit": 1,
-    "train.early_stopping_patience": 1,
-    "train.log_every": 1,
-    "train.loss_chunk": 1,
-    "train.weight_decay": 0,
-    "train.epsilon": 0,
-    "eval.batch_size": 1,
-    "eval.loss_examples": 1,
-    "eval.generate_every": 1,
-    "eval.generate_examples": 1,
-    "eval.generate_batch_size": 1,
-    "eval.max_new_tokens": 1,
-    "eval.samples": 0,
-    "export.probe_rows": 0,
-    "hosts.start_timeout": 1,
-    "hosts.lost_after": 5,
-    "seed": 0,
-}
 LARGEST_SEED = 2**63 - 1  # that JAX takes
-_ABOVE_ZERO = ("train.learning_rate", "train.grad_clip", "data.eval_size", "export.max_merge_kl")
-# Settings that go with method=lora alone; rank, alpha and the like are read by no other.
-_OF_LORA = (
-    *("use_rslora", "use_dora", "init", "freeze_a", "lora_plus_ratio", "bias", "dropout"),
-    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
-    *("calibration_batches", "eva_rho", "loftq_iter"),
+_ROWS, _STEPS, _SECONDS = 10**6, 10**9, 10**7  # more is a slip of the hand
+# The least and the most of a setting; None has no bound on that side.
+_RANGES: dict[str, tuple[float, float | None]] = {
+    "data.max_length": (2, 10**7),
+    "data.stream_rows": (1, 10**8),
+    "train.steps": (1, _STEPS),
+    "train.batch_size": (1, _ROWS),
+    "train.micro_batch_size": (1, _ROWS),
+    "train.warmup_steps": (0, _STEPS),
+    "train.eval_every": (1, _STEPS),
+    "train.save_every": (1, _STEPS),
+    "train.save_total_limit": (1, _STEPS),
+    "train.early_stopping_patience": (1, _STEPS),
+    "train.log_every": (1, _STEPS),
+    "train.loss_chunk": (1, 10**8),
+    "train.router_aux_loss_coef": (0, None),
+    "train.weight_decay": (0, None),
+    "train.epsilon": (0, None),
+    "train.final_rate": (0, 1),
+    "eval.batch_size": (1, _ROWS),
+    "eval.loss_examples": (1, 10**9),
+    "eval.generate_every": (1, _STEPS),
+    "eval.generate_examples": (1, 10**9),
+    "eval.generate_batch_size": (1, _ROWS),
+    "eval.max_new_tokens": (1, 10**7),
+    "eval.samples": (0, 10**9),
+    "export.probe_rows": (0, _ROWS),
+    "hosts.start_timeout": (1, _SECONDS),
+    "hosts.lost_after": (5, _SECONDS),
+    "mesh.data": (-1, _ROWS),
+    "mesh.fsdp": (-1, _ROWS),
+    "mesh.tensor": (-1, _ROWS),
+    "seed": (0, LARGEST_SEED),
+}
+_ABOVE_ZERO = (
+    *("train.learning_rate", "train.grad_clip", "train.epochs"),
+    *("data.eval_size", "export.max_merge_kl"),
 )
-_OF_VIRTUAL = ("num_virtual_tokens", "prompt_init", "prompt_text", "prefix_gate")
+_BELOW_ONE = ("train.beta1", "train.beta2")
+_MOST_EPOCHS = 10**6
 # Settings of some inits alone.
 _OF_INITS = {"calibration_batches": DATA_INITS, "eva_rho": ("eva",), "loftq_iter": ("loftq",)}
 _SINKS = ("tensorboard", "wandb", "trackio")
+# Settings that name files or directories, and what a file system takes at most, in bytes.
+_PATHS = (
+    *("model", "output_dir", "checkpoint_dir", "adapter.path"),
+    *("data.eval", "data.regression", "data.chat_template"),
+)
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
 
 
 def check(config: Config) -> None:
     """Raise one `UserError` with every value that is out of range. What needs the model is checked
     with the model.
     """
+    raise_all(find_problems(config))
+
+
+def find_problems(config: Config) -> list[str]:
+    """Return every value that is out of range, one line each that begins with its key."""
+    values = _flatten(config)
+    # Comparisons with these would only say the same again.
+    if wrong := list(_not_finite(values)):
+        return wrong
     problems = []
-
-    def value(key: str) -> Any:
-        node: Any = config
-        for part in key.split("."):
-            node = getattr(node, part)
-        return node
-
     for key, choices in _CHOICES.items():
-        if not key.startswith("adapter.") and value(key) not in choices:
-            names = ", ".join(str(choice) for choice in choices if choice is not None)
+        if (value := values[key]) not in choices:
+            names = [str(choice) for choice in choices if choice is not None]
             problems.append(
-                f"{key}={value(key)!r} is not one of: "
-                f"{names}.{nearest(str(value(key)), filter(None, choices))}"
+                f"{key}={value!r} is not one of: {', '.join(names)}.{nearest(str(value), names)}"
             )
-    for key, least in _AT_LEAST.items():
-        if value(key) is not None and not value(key) >= least:
-            problems.append(f"{key}={value(key)} must be at least {least}")
-    if config.seed > LARGEST_SEED:
-        problems.append(f"seed={config.seed} must be at most {LARGEST_SEED}")
+    for key, (least, most) in _RANGES.items():
+        value = values[key]
+        if value is not None and value < least:
+            problems.append(f"{key}={value} must be at least {least}")
+        if value is not None and most is not None and value > most:
+            problems.append(f"{key}={show(value)} must be at most {most}")
     for key in _ABOVE_ZERO:
-        if value(key) is not None and not 0 < value(key) < float("inf"):
-            problems.append(f"{key}={value(key)} must be above 0")
-    coefficient = config.train.router_aux_loss_coef
-    if not 0 <= coefficient < float("inf"):
-        problems.append(f"train.router_aux_loss_coef={coefficient} must be at least 0")
-    for key in ("train.beta1", "train.beta2"):
-        if not 0 <= value(key) < 1:
-            problems.append(f"{key}={value(key)} must be at least 0 and below 1")
-    problems += [f"adapter.{problem}" for problem in adapter_problems(config.adapter)]
-    if not 0 <= config.train.final_rate <= 1:
-        problems.append(f"train.final_rate={config.train.final_rate} must be between 0 and 1")
+        if values[key] is not None and not values[key] > 0:
+            problems.append(f"{key}={values[key]} must be above 0")
+    for key in _BELOW_ONE:
+        if not 0 <= values[key] < 1:
+            problems.append(f"{key}={values[key]} must be at least 0 and below 1")
     micro = config.train.micro_batch_size
     if micro and config.train.batch_size % micro:
         problems.append(
@@ -121,11 +114,12 @@ def check(config: Config) -> None:
             f"train.micro_batch_size={micro}"
         )
     axes = dataclasses.asdict(config.mesh)
-    if any(size < 1 and size != -1 for size in axes.values()) or list(axes.values()).count(-1) > 1:
+    if 0 in axes.values() or list(axes.values()).count(-1) > 1:
         problems.append(
             f"mesh={axes}: every axis is at least 1, and one of them may be -1 for the devices "
             "that are left"
         )
+    problems += _path_problems(values)
     problems += _data_problems(config.data)
     problems += [*_run_problems(config), *_export_problems(config), *_base_problems(config)]
     if not config.model:
@@ -133,26 +127,52 @@ def check(config: Config) -> None:
             "model is not set: a Hugging Face directory, a .gguf file, org/name, or "
             "demo:smollm2-135m-instruct"
         )
-    raise_all(problems)
+    return problems
+
+
+def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the settings by dotted key."""
+    found = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        inner = dataclasses.is_dataclass(value)
+        found |= _flatten(value, f"{prefix}{f.name}.") if inner else {prefix + f.name: value}
+    return found
+
+
+def _not_finite(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings that are, or hold, an infinite number or none."""
+
+    def floats(value: Any) -> Iterator[float]:
+        if isinstance(value, float):
+            yield value
+        elif isinstance(value, Mapping | list | tuple):
+            for one in value.values() if isinstance(value, Mapping) else value:
+                yield from floats(one)
+
+    for key, value in values.items():
+        wrong = [one for one in floats(value) if not math.isfinite(one)]
+        if wrong:
+            yield f"{key}={show(value)}: {wrong[0]} is not a finite number"
+
+
+def _path_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    for key in _PATHS:
+        text = (values[key] or "").encode("utf-8", "surrogateescape")
+        names = [len(name) for name in text.split(b"/")]
+        if max(names) > _LONGEST_NAME or len(text) > _LONGEST_PATH:
+            yield (
+                f"{key}={show(values[key])} has {len(text)} bytes: no file system takes a name "
+                f"above {_LONGEST_NAME} bytes, or a path above {_LONGEST_PATH}"
+            )
 
 
 def _data_problems(data: DataConfig) -> Iterable[str]:
     sources = data.train
-    if isinstance(sources, dict):
-        wrong = {
-            name: weight
-            for name, weight in sources.items()
-            if isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not 0 < weight < float("inf")
-        }
+    if isinstance(sources, Mapping):
+        wrong = {name: weight for name, weight in sources.items() if not weight > 0}
         if wrong or not sources:
             yield f"data.train: weights must be numbers above 0, not {wrong}"
-    elif not isinstance(sources, str | None):
-        yield (
-            f"data.train={sources!r} is neither a source nor a mapping of sources to weights, as "
-            "in {a.jsonl: 0.7, b.jsonl: 0.3}"
-        )
     if data.template_date is not None and not _is_date(data.template_date):
         yield f"data.template_date={data.template_date!r} is no day of the form 2026-11-26"
     if data.eval_size is not None and data.eval is not None:
@@ -169,6 +189,8 @@ def _data_problems(data: DataConfig) -> Iterable[str]:
             yield "data.eval_size cannot hold rows out of a stream; name them in data.eval"
         if data.drop_overlap:
             yield "data.drop_overlap needs all of data.train, which data.streaming does not read"
+    if data.labels is not None and len(data.labels) < 2:
+        yield f"data.labels={data.labels!r}: at least two are needed"
 
 
 def _is_date(text: str) -> bool:
@@ -180,6 +202,13 @@ def _is_date(text: str) -> bool:
 
 def _run_problems(config: Config) -> Iterable[str]:
     train = config.train
+    if train.epochs is not None and train.epochs > _MOST_EPOCHS:
+        yield f"train.epochs={train.epochs:g} must be at most {_MOST_EPOCHS}"
+    if train.epochs is not None and config.data.streaming:
+        yield (
+            f"train.epochs={train.epochs:g} needs to know how many rows there are, and "
+            "data.streaming reads them as they come; set train.steps"
+        )
     if not (isinstance(config.resume, bool) or config.resume == "auto"):
         yield f"resume={config.resume!r} is not one of: false, true, auto."
     if "://" in config.output_dir:
@@ -197,7 +226,7 @@ def _run_problems(config: Config) -> Iterable[str]:
         if name not in _SINKS:
             yield (
                 f"train.report_to: {name!r} is not one of: {', '.join(_SINKS)}."
-                f"{nearest(name, _SINKS)}"
+                f"{nearest(name, _SINKS) or ' [] reports to none of them.' * (name == 'none')}"
             )
     keys = [*all_keys(Config, ""), *PRINTS]
     sections = {key.partition(".")[0] for key in keys}
@@ -311,73 +340,3 @@ def merge_problem(config: Config) -> str | None:
         "those of the model; set export.quantized_base=dequantized to merge into what it was "
         "trained on, or original to merge into the model's own weights"
     )
-
-
-def adapter_problems(adapter: AdapterConfig) -> list[str]:
-    """The values that no model can take; also asked where an `AdapterConfig` is made in Python."""
-    ranks = {"rank": adapter.rank}
-    ranks |= {f"rank_pattern[{name!r}]": rank for name, rank in adapter.rank_pattern.items()}
-    alphas = {"alpha": adapter.alpha}
-    alphas |= {f"alpha_pattern[{name!r}]": alpha for name, alpha in adapter.alpha_pattern.items()}
-    problems = [f"{name}={rank} must be at least 1" for name, rank in ranks.items() if rank < 1]
-    problems += [
-        f"{name}={alpha} must be above 0"
-        for name, alpha in alphas.items()
-        if not 0 < alpha < float("inf")
-    ]
-    if isinstance(adapter.modules_to_save, str):
-        name = adapter.modules_to_save
-        problems.append(f"modules_to_save={name!r} must be a list of names, as in [{name!r}]")
-    if not 0 <= adapter.dropout < 1:
-        problems.append(f"dropout={adapter.dropout} must be at least 0 and below 1")
-    if not 0 < adapter.lora_plus_ratio < float("inf"):
-        problems.append(f"lora_plus_ratio={adapter.lora_plus_ratio} must be above 0")
-    for key, choices in _CHOICES.items():
-        section, _, name = key.rpartition(".")
-        if section == "adapter" and getattr(adapter, name) not in choices:
-            value = getattr(adapter, name)
-            hint = nearest(str(value), choices)
-            problems.append(f"{name}={value!r} is not one of: {', '.join(choices)}.{hint}")
-    for name, least in (("calibration_batches", 1), ("eva_rho", 1), ("loftq_iter", 1)):
-        if not least <= getattr(adapter, name) < float("inf"):
-            problems.append(f"{name}={getattr(adapter, name)} must be at least {least}")
-    return problems + list(_method_problems(adapter))
-
-
-def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
-    """Settings of other methods than the one that is chosen."""
-    default, method = AdapterConfig(), adapter.method
-    given = {
-        f.name: getattr(adapter, f.name)
-        for f in dataclasses.fields(AdapterConfig)
-        if getattr(adapter, f.name) != getattr(default, f.name)
-    }
-    if method == "full":
-        for name in (*_OF_LORA, "path", *_OF_VIRTUAL):
-            if name in given:
-                yield (
-                    f"method=full trains every weight, and {name}={given[name]!r} says something "
-                    "of adapters; leave one out"
-                )
-        return
-    for name in _OF_LORA if method in SOFT else _OF_VIRTUAL if method == "lora" else ():
-        if name in given:
-            other = "lora" if method in SOFT else "prompt or prefix"
-            yield (
-                f"{name}={given[name]!r} is for method={other}, and this is method={method}; leave "
-                "one out"
-            )
-    if method not in SOFT:
-        return
-    if adapter.num_virtual_tokens is not None and adapter.num_virtual_tokens < 1:
-        yield f"num_virtual_tokens={adapter.num_virtual_tokens} must be at least 1"
-    if (adapter.prompt_init == "text") != bool(adapter.prompt_text):
-        yield (
-            f"prompt_init={adapter.prompt_init} and prompt_text={adapter.prompt_text!r}: the one "
-            "needs the other"
-        )
-    if adapter.prefix_gate and method == "prompt":
-        yield (
-            "prefix_gate=true is for method=prefix: virtual tokens of a prompt are tokens among "
-            "others, which no weight can take out"
-        )

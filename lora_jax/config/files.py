@@ -3,43 +3,39 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lora_jax.config.checks import check
-from lora_jax.config.settings import Config, UserError, all_keys, nearest, raise_all
+from lora_jax.config import document
+from lora_jax.config.checks import find_problems
+from lora_jax.config.elsewhere import find_hint
+from lora_jax.config.errors import UserError, nearest, raise_all
+from lora_jax.config.settings import AdapterConfig, Config, all_keys
 from lora_jax.config.text import read_text
-
-# Settings whose values are mappings: an override of one takes the place of all of it.
-_MAPPINGS = (
-    *("data.train", "data.chat_template_kwargs"),
-    *("adapter.rank_pattern", "adapter.alpha_pattern"),
+from lora_jax.config.types import (
+    Written,
+    convert,
+    describe,
+    is_null,
+    item_kind,
+    show,
+    takes_structure,
+    takes_text,
 )
 
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A loader for which a key that stands twice is an error; PyYAML lets the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                mark = key_node.start_mark
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands there twice", mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+_SHOWN = 20  # unknown keys that are named
 
 
-# An unquoted date is text here, as any setting is that could hold one.
-_UniqueKeys.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+@dataclass(frozen=True)
+class _Given:
+    """The value of a setting, and what message about it begin with: file and line, or override."""
+
+    value: Any
+    origin: str
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -50,154 +46,220 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             or out of range.
     """
     path = Path(path)
-    if not path.exists():
+    if not _exists(path):
         raise UserError(f"config file {path} does not exist")
     text = read_text(path, f"config file {path}")
-    try:
-        content = yaml.load(text, _UniqueKeys) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping of settings, not {type(content).__name__}")
+    content = document.read(text, str(path))
+    if content is None or is_null(content):
+        content = {}
+    if not isinstance(content, Mapping):
+        kind = "a list" if isinstance(content, list) else f"the value {show(content)}"
+        raise UserError(f"{path} must hold a mapping of settings, not {kind}")
     return parse(content, overrides, source=str(path))
 
 
-def parse(content: dict, overrides: Sequence[str] = (), source: str = "config") -> Config:
+def parse(content: Mapping, overrides: Sequence[str] = (), source: str = "config") -> Config:
     """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win)."""
-    layers: list[tuple[str, Any]] = [(source, content)]
-    replaced: dict[str, str] = {}  # by the name of the layer, the mapping that it replaces whole
+    problems: list[str] = []
+    given = dict(_settings(content, Config, "", source, problems))
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(
-                f"override {override!r} is not of the form key.sub=value, as in train.steps=10"
-            )
-        try:
-            layer = (
-                _nest(key.split("."), _plain_text(text))
-                if _holds_text(key, text)
-                else OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-            )
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(
-                f"override {override!r} cannot be read: {_first_line(error)}"
-            ) from error
-        layers.append((f"override {override!r}", layer))
-        if key in _MAPPINGS:
-            replaced[f"override {override!r}"] = key
-    merged = OmegaConf.structured(Config)
-    _unlock(merged)
-    problems = []
-    for origin, layer in layers:
-        unknown = list(_unknown_keys(layer, Config, ""))
-        problems += [f"{origin}: {problem}" for problem in unknown]
-        if not unknown:
-            try:
-                if origin in replaced:
-                    key = replaced[origin]
-                    OmegaConf.update(merged, key, None if key == "data.train" else {}, merge=False)
-                merged = OmegaConf.merge(merged, _without_interpolation(layer))
-            except (OmegaConfBaseException, ValueError) as error:
-                problems.append(f"{origin}: {_type_problem(error)}")
+        _apply(override, given, problems)
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [f"... and {len(problems) - _SHOWN} more"]
+    values = _convert(given, problems)
     raise_all(problems)
-    try:
-        config = typing.cast(Config, OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{source}: {_type_problem(error)}") from error
-    check(config)
+    if "train.steps" in values and "train.epochs" in values:
+        if None not in (values["train.steps"], values["train.epochs"]):
+            steps, epochs = given["train.steps"], given["train.epochs"]
+            problems.append(
+                f"{epochs.origin}: train.epochs={show(epochs.value)}, and {steps.origin}: "
+                f"train.steps={show(steps.value)}; set one of them (the other to null)"
+            )
+    config = _make(Config, values, "", problems)
+    problems += find_problems(config)
+    raise_all([_with_origin(problem, given) for problem in problems])
     return config
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML, readable by `load`."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
-def _unlock(node: DictConfig) -> None:
-    """OmegaConf locks what it reads from frozen dataclasses; the merge happens before they
-    exist.
+    """The resolved config as YAML, readable by `load`. Steps that follow from epochs are left to
+    follow.
     """
-    OmegaConf.set_readonly(node, None)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig):
-            _unlock(child)
+    settings = dataclasses.asdict(config)
+    if config.train.epochs is not None:
+        settings["train"]["steps"] = None
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def _holds_text(key: str, text: str) -> bool:
-    """Whether the setting is a string, whose override is no YAML: `data.system_prompt=Parse: {x} #
-    y`.
-    """
-    if key == "data.train":
-        return not text.lstrip().startswith("{")  # a mapping of sources to weights is YAML
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _settings(
+    content: Mapping, kind: type, prefix: str, source: str, problems: list[str]
+) -> Iterable[tuple[str, _Given]]:
+    """Yield the settings of a mapping by dotted key; unknown keys are added to `problems`."""
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    for key, value in content.items():
+        line = getattr(key, "line", 0)
+        origin = f"{source}:{line}" if line else source
+        if key not in fields:
+            # Looking for the nearest names takes time: not for thousands of keys.
+            found = _unknown(prefix, str(key), kind) if len(problems) < _SHOWN else "unknown key"
+            problems.append(f"{origin}: {found}")
+        elif not dataclasses.is_dataclass(fields[key]):
+            yield f"{prefix}{key}", _Given(value, origin)
+        elif isinstance(value, Mapping):
+            inner = typing.cast(type, fields[key])
+            yield from _settings(value, inner, f"{prefix}{key}.", source, problems)
+        else:
+            problems.append(
+                f"{origin}: {prefix}{key}={show(value)} must be a mapping of settings"
+                f"{'; leave it out' * is_null(value)}"
+            )
+
+
+def _apply(override: str, given: dict[str, _Given], problems: list[str]) -> None:
+    """Put the value of `key.sub=value` into `given`."""
+    key, separator, text = override.partition("=")
+    shown = repr(override if len(override) <= 100 else f"{override[:97]}...")
+    if not separator or not key:
+        raise UserError(f"override {shown} is not of the form key.sub=value, as in train.steps=10")
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"override {shown} is not UTF-8") from None
+    if "\0" in override:
+        raise UserError(f"override {shown} has a null character")
+    origin = f"override {shown}"
+    kind, rest = _locate(key.split("."))
+    name = key if not rest else key.removesuffix("." + ".".join(rest))
+    if dataclasses.is_dataclass(kind):
+        inner = document.read(text, origin) if not rest else None
+        tree = _nest(key.split("."), inner)
+        given.update(_settings(tree, Config, "", origin, problems))
+        return
+    if not rest:
+        given[name] = _Given(_read(text, kind, origin), origin)
+        return
+    inner = item_kind(kind)
+    if inner is None:
+        problems.append(f"{origin}: {name} is {describe(kind)}, and has no {'.'.join(rest)!r}")
+        return
+    before = given[name].value if name in given else {}
+    item = _read(text, inner, origin)
+    # Names of modules have dots; only values of no declared type nest.
+    added = _nest(rest, item) if inner is Any else {".".join(rest): item}
+    given[name] = _Given(_merge(before, added), origin)
+
+
+def _locate(path: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return the type of the setting or section that a path leads to, and what is left of it."""
     kind: Any = Config
-    for part in key.split("."):
-        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-        kind = {f.name: f.type for f in fields}.get(part)
-    return kind in (str, str | None)
+    for i, part in enumerate(path):
+        fields = {f.name: f.type for f in dataclasses.fields(kind)}
+        if part not in fields:
+            return kind, list(path[i:])
+        kind = fields[part]
+        if not dataclasses.is_dataclass(kind):
+            return kind, list(path[i + 1 :])
+    return kind, []
 
 
-def _plain_text(text: str) -> str | None:
-    """The value as it stands; null or nothing is None, and quotes around the whole are taken
-    off.
+def _read(text: str, kind: Any, origin: str) -> Any:
+    """Return the value of an override. Where any text will do, it is no YAML, as in
+    `data.system_prompt=Parse: {x} # y`, unless the setting takes lists or mappings and it is one.
     """
-    if text in ("", "null", "~"):
-        return None
+    structure = takes_structure(kind) and text.lstrip()[:1] in ("[", "{")
+    if takes_text(kind) and not structure:
+        return _plain_text(text)
+    found = document.read(text, origin)
+    return Written("") if found is None else found
+
+
+def _plain_text(text: str) -> Written:
+    """The value as it stands; quotes around the whole are taken off."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         try:
-            inner = yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
-        return inner if isinstance(inner, str) else text
-    return text
+            inner = document.read(text, "")
+        except UserError:
+            return Written(text, plain=False)
+        return inner if isinstance(inner, Written) else Written(text, plain=False)
+    return Written(text)
 
 
 def _nest(path: Sequence[str], value: Any) -> Any:
     return {path[0]: _nest(path[1:], value)} if path else value
 
 
-def _without_interpolation(value: Any) -> Any:
-    """`${` is text here: escaped, OmegaConf gives it back as it was written."""
-    if isinstance(value, dict):
-        return {key: _without_interpolation(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_interpolation(inner) for inner in value]
-    if value == "???":  # OmegaConf's mark for nothing given: the default would stand in silence
-        raise ValueError("the value '???' is reserved; write what you mean")
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    return value
+def _merge(before: Any, added: Any) -> Any:
+    if not (isinstance(before, Mapping) and isinstance(added, Mapping)):
+        return added
+    return {**before, **{key: _merge(before.get(key), one) for key, one in added.items()}}
 
 
-def _unknown_keys(content: Any, kind: type, prefix: str) -> Iterable[str]:
-    fields = {f.name: f.type for f in dataclasses.fields(kind)}
-    if not isinstance(content, dict):
-        return
-    for key, inner in content.items():
-        if key not in fields:
-            everywhere = [
-                *fields,
-                *(path for path in all_keys(Config, "") if path.endswith(f".{key}")),
-            ]
-            moved = [path for path in everywhere if path.endswith(f".{key}")]
-            hint = f" Did you mean {moved[0]!r}?" if moved else nearest(str(key), fields)
-            yield (
-                f"unknown key {prefix + str(key)!r}; {prefix.rstrip('.') or 'the config'} has: "
-                f"{', '.join(fields)}.{hint}"
-            )
-        elif dataclasses.is_dataclass(fields[key]) and not isinstance(inner, dict):
-            yield f"{prefix}{key}={inner!r} must be a mapping of settings"
-        elif dataclasses.is_dataclass(fields[key]):
-            yield from _unknown_keys(inner, typing.cast(type, fields[key]), f"{prefix}{key}.")
+def _convert(given: Mapping[str, _Given], problems: list[str]) -> dict[str, Any]:
+    values = {}
+    kinds = dict(_kinds(Config, ""))
+    for key, one in given.items():
+        try:
+            values[key] = convert(one.value, kinds[key])
+        except ValueError as error:
+            problems.append(f"{one.origin}: {key}={show(one.value)} {error}")
+    return values
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _kinds(kind: type, prefix: str) -> Iterable[tuple[str, Any]]:
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.type):
+            yield from _kinds(typing.cast(type, f.type), f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f.type
 
 
-def _type_problem(error: Exception) -> str:
-    """`train.steps: Value 'ten' of type 'str' could not be converted to Integer`, from OmegaConf's
-    three lines.
+def _make(kind: Any, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Build the dataclass of a section; problems of an adapter are added, and it is left as it is
+    by default.
     """
-    key = getattr(error, "full_key", None)
-    return f"{key}: {_first_line(error)}" if key else _first_line(error)
+    arguments = {}
+    for f in dataclasses.fields(kind):
+        key = prefix + f.name
+        if dataclasses.is_dataclass(f.type):
+            arguments[f.name] = _make(f.type, values, f"{key}.", problems)
+        elif key in values:
+            arguments[f.name] = values[key]
+    try:
+        return kind(**arguments)
+    except UserError as error:
+        problems += [f"{prefix}{line}" for line in str(error).splitlines()]
+        return AdapterConfig()
+
+
+def _with_origin(problem: str, given: Mapping[str, _Given]) -> str:
+    """Put in front of a problem where the setting that it begins with was written."""
+    found = re.match(r"[a-z_]+(\.[a-z_0-9]+)*", problem)
+    one = given.get(found[0]) if found else None
+    return problem if one is None else f"{one.origin}: {problem}"
+
+
+def _unknown(prefix: str, key: str, kind: type) -> str:
+    """Return the problem with a key that `kind` does not have, and what may have been meant."""
+    names, section = [f.name for f in dataclasses.fields(kind)], prefix.rstrip(".")
+    keys = list(all_keys(Config, ""))
+    moved = [path for path in keys if path.rpartition(".")[2] == key]
+    hint = find_hint(section, key)
+    if key in keys and not prefix:
+        *sections, name = key.split(".")
+        hint = f" Write it as {': {'.join(sections)}: {{{name}: ..}}" if sections else ""
+    elif moved:
+        hint = f" Did you mean {' or '.join(map(repr, moved))}?"
+    hint = hint or nearest(key, names)
+    if not hint and (close := nearest(key, [path.rpartition(".")[2] for path in keys])):
+        name = close.rpartition(" ")[2].strip("'?")
+        hint = f" Did you mean {next(path for path in keys if path.endswith(name))!r}?"
+    shown = prefix + key if len(key) <= 80 else f"{prefix}{key[:77]}..."
+    has = f"{section or 'the config'} has: {', '.join(names)}"
+    return f"unknown key {shown!r}; {has}.{hint}"

@@ -1,59 +1,24 @@
 """Every setting, its default and its meaning."""
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-SOFT = ("prompt", "prefix")  # methods that train virtual tokens
-DATA_INITS = ("eva", "lora_ga")  # look at data
+from lora_jax.config.adapter import AdapterConfig
+from lora_jax.config.errors import UserError
+
 # Parts of a fingerprint: what a run was made with.
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")
 LOSSES = ("task_loss", "regression_loss")  # that an evaluation measures: less is better
 _VIRTUAL_TOKENS = 20
-
-
-class UserError(ValueError):
-    """A mistake in the input (config, data, files), not in the program: what was given, what
-    exists, what to do.
-    """
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    method: str = "lora"  # lora | prompt | prefix | full: every weight, the baseline
-    rank: int = 8  # r: inner size of the update a @ b (PEFT: r)
-    alpha: float = 16.0  # the update is scaled by alpha / rank (PEFT: lora_alpha)
-    target_modules: Any = "all-linear"  # all-linear | list of names | regex for whole module paths
-    exclude_modules: Any = None  # names or regex, as target_modules; wins over it
-    layers_to_transform: Any = None  # a layer index or a list of them; null adapts all layers
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # name or regex -> rank
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # name or regex -> alpha
-    dropout: float = 0.0  # on the input of lora_a, in training only (PEFT: lora_dropout)
-    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (arXiv 2312.03732)
-    use_dora: bool = False  # train the size of every column on its own (arXiv 2402.09353)
-    init: str = "default"  # default | gaussian | orthogonal | pissa | olora | loftq | eva | lora_ga
-    calibration_batches: int = 1  # batches of data.train that init=eva and lora_ga look at
-    eva_rho: float = 1.0  # eva: a rank grows up to so many times; others shrink (PEFT's is 2)
-    loftq_iter: int = 1  # loftq: how often quantisation and factors are fitted to each other
-    freeze_a: bool = False  # train lora_b alone (LoRA-FA, arXiv 2308.03303)
-    lora_plus_ratio: float = 1.0  # rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354)
-    bias: str = "none"  # none | lora_only | all: biases that train, of adapted modules or of all
-    modules_to_save: list[str] | None = None  # modules that train whole, named as target_modules
-    trainable_token_indices: list[int] | None = None  # tokens whose embeddings train
-    ensure_weight_tying: bool | None = None  # tied models: embedding and head stay one or part
-    path: str | None = None  # a PEFT adapter directory to continue from; its settings hold
-    num_virtual_tokens: int | None = None  # prompt, prefix; null: 20, or as many as prompt_text has
-    prompt_init: str = "vocab"  # vocab | text | random: what virtual tokens start as
-    prompt_text: str | None = None  # for prompt_init=text; cut or repeated to num_virtual_tokens
-    prefix_gate: bool = False  # weigh the prefix of a layer, from zero on (arXiv 2303.16199)
+_STEPS = 100
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: Any = None  # file, directory, org/name[:split], demo:NAME, or {source: weight, ..}
+    train: str | dict[str, float] | None = None  # a source, or {source: weight, ..}: docs/data.md
     eval: str | None = None  # held-out rows of the task: loss and metrics, before and after
     eval_size: float | None = None  # without `eval`: rows held out of `train`; below 1 a share
     regression: str | None = None  # general text that the task must not damage; no system prompt
@@ -80,7 +45,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 100  # optimizer steps
+    steps: int | None = None  # optimizer steps; null: as many as `epochs` take, or 100
+    epochs: float | None = None  # instead of `steps`: times through all rows, such as 0.5 or 3
     batch_size: int = 8  # rows per step over all devices (packed rows when packing)
     micro_batch_size: int | None = None  # rows per forward; null: all. Gradients are the same
     learning_rate: float = 1e-3  # peak rate
@@ -107,6 +73,17 @@ class TrainConfig:
     attention: str = "auto"  # auto | xla | cudnn (NVIDIA GPUs) | splash (TPUs): docs/devices.md
     loss_chunk: int = 1024  # tokens whose logits stand in memory at once
     router_aux_loss_coef: float = 0.0  # weight of the loss by which experts are used alike
+
+    def __post_init__(self):
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", _STEPS)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run. Those of `epochs` are known when the data are read and packed."""
+        if self.steps is None:
+            raise RuntimeError(f"train.epochs={self.epochs} is not settled: read the data first")
+        return self.steps
 
 
 @dataclass(frozen=True)
@@ -154,8 +131,8 @@ class ExportConfig:
 class Config:
     model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
     output_dir: str = "runs/default"  # must be empty or absent, unless resume is set
-    checkpoint_dir: str | None = None  # directory or gs://bucket/path; null: OUTPUT_DIR/checkpoints
-    resume: Any = False  # false | true: go on from the last checkpoint | auto: if there is one
+    checkpoint_dir: str | None = None  # directory or gs://bucket/path; null: in output_dir
+    resume: bool | str = False  # false | true: go on from the last checkpoint | auto: if any
     allow_change: list[str] = field(default_factory=list)  # what may differ from the checkpoint
     seed: int = 0  # of the adapter's init, the data order and dropout
     base_dtype: str | None = None  # float32 | bfloat16 | int8 | nf4 of the base; null: as in files
@@ -167,18 +144,6 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the candidate closest to `name`, or the empty string."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def raise_all(problems: Sequence[str]) -> None:
-    """Raise every problem of a kind in one `UserError`; nothing happens without any."""
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def virtual_tokens(adapter: AdapterConfig) -> int:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config.settings import UserError
+from lora_jax.config.errors import UserError
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which some editors write
 _OTHER_BOMS = {

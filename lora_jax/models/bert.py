@@ -90,7 +90,7 @@ def read_fields(reader: ConfigReader, vocab_size: int, pad_token_id: int) -> dic
         "num_key_value_heads": heads,
         "max_position_embeddings": reader.integer("max_position_embeddings", 512),
         "type_vocab_size": reader.integer("type_vocab_size", 2),
-        "layer_norm_eps": reader.number("layer_norm_eps", 1e-12),
+        "layer_norm_eps": reader.number("layer_norm_eps", 1e-12, least=0),
         "hidden_act": reader.choice("hidden_act", "gelu", ACTIVATIONS),
         "pad_token_id": reader.integer("pad_token_id", pad_token_id, least=0),
         "labels": reader.labels(),

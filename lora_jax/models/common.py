@@ -285,7 +285,7 @@ def read_decoder(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads or heads,
         "head_dim": head_dim,
-        "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
+        "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps, least=0),
         "hidden_act": reader.choice(*hidden_act, ACTIVATIONS),
         "max_position_embeddings": positions,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", tie_word_embeddings),

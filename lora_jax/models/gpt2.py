@@ -101,7 +101,7 @@ def read_config(reader: ConfigReader) -> Config:
         num_hidden_layers=reader.size("n_layer", 12),
         num_attention_heads=heads,
         max_position_embeddings=reader.size("n_positions", 1024),
-        layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
+        layer_norm_epsilon=reader.number("layer_norm_epsilon", 1e-5, least=0),
         activation_function=reader.choice("activation_function", "gelu_new", ACTIVATIONS),
         tie_word_embeddings=reader.boolean("tie_word_embeddings", True),
         scale_attn_weights=reader.boolean("scale_attn_weights", True),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from lora_jax.config import raise_all
+from lora_jax.config import is_finite, raise_all
 from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -94,19 +94,31 @@ class ConfigReader:
             self.refuse(f"{name}={_short(value)} is above {most:,}, which no model has")
         return value > most
 
-    def number(self, name: str, default: float, above: float | None = None) -> float:
-        value = float(self._get(name, default, (int, float), "a number"))
-        if above is not None and not value > above:
+    def number(
+        self, name: str, default: float, above: float | None = None, least: float | None = None
+    ) -> float:
+        value = self._get(name, default, (int, float), "a number")
+        if not is_finite(value):
+            self.refuse(f"{name}={_short(value)} is not a finite number")
+        elif above is not None and not value > above:
             self.refuse(f"{name}={value:g} is not above {above:g}")
-            return float(default)
-        return value
+        elif least is not None and value < least:
+            self.refuse(f"{name}={value:g} is below {least:g}")
+        else:
+            return float(value)
+        return float(default)
 
     def optional_number(self, name: str, default: float | None) -> float | None:
         """Absent: the default. Null: None."""
         value = self._get(name, default, (int, float), "a number or null", nullable=True)
-        if value is not None and not value > 0:
+        if value is None:
+            return None
+        if not is_finite(value):
+            self.refuse(f"{name}={_short(value)} is not a finite number; null turns it off")
+            return default
+        if not value > 0:
             self.refuse(f"{name}={value!r} is not above 0; null turns it off")
-        return None if value is None else float(value)
+        return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         return self._get(name, default, bool, "true or false")
@@ -197,6 +209,8 @@ class ConfigReader:
             if name in self._seen or name in HARMLESS or name in self.ignore:
                 continue
             if name in TRAINING:
+                if not (value is None or (is_finite(value) and 0 <= value <= 1)):
+                    self.refuse(f"{name}={_short(value)} is not a number from 0 to 1, or null")
                 left_out += [f"{name}={value!r}"] if value else []
             elif name in RESTRICTED:
                 values, why = RESTRICTED[name]

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from lora_jax import tree
+from lora_jax.config import counted
 from lora_jax.plan.analytic import Estimate, Worked
 from lora_jax.plan.chips import GIB, Topology
 from lora_jax.plan.compiled import Compiled, Shortfall
@@ -28,7 +29,7 @@ def worked_text(found: Worked) -> str:
 def head_text(program: Program, topology: Topology | None) -> str:
     """What is planned, in two lines."""
     config, mesh = program.config, program.mesh.shape
-    where = topology.name if topology else f"{program.mesh.size} devices"
+    where = topology.name if topology else counted(program.mesh.size, "device")
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     stored = config.base_dtype or f"{stored_dtype(config, program.model)}, as config.json says"
     micro = config.train.micro_batch_size

@@ -10,7 +10,6 @@ from lora_jax.config import (
     SOFT,
     AdapterConfig,
     UserError,
-    adapter_problems,
     raise_all,
     virtual_tokens,
 )
@@ -51,7 +50,6 @@ def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
             exist, a rank above min(in, out), an impossible value, settings that contradict each
             other, a tied head without a decision; all problems of a kind at once.
     """
-    raise_all(adapter_problems(config))
     if config.method == "full":
         everything = Trainable(config, whole=tuple(_whole(params, lambda name, path: True)))
         raise_all(list(dense_problems(params, everything)))

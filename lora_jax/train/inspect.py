@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_jax import data, formats
 from lora_jax.config import Config, UserError
 from lora_jax.formats import fingerprint
-from lora_jax.train import sets, setup, warn
+from lora_jax.train import epochs, sets, setup, warn
 from lora_jax.train.model import describe
 from lora_jax.train.report import Overlap, Packing, Pair, Report, Shown
 from lora_jax.train.report import plot as plot
@@ -44,6 +44,7 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
         sets.make_encoder(config, model, tokenizer, digest, console), vocab_size=None
     )
     train, held_out = sets.read_sets(config, encoder)
+    config = epochs.settle(config, train, encoder)
     counts, records = dict(encoder.counts), None
     if train.stream is not None:
         records, train = _first_block(train.stream, encoder)
@@ -154,11 +155,11 @@ def _pack(
     loader = sets.make_loader(config, train, encoder, None, Console(quiet=True))
     if isinstance(loader, data.Mixture):
         loaders, shares = loader.loaders, loader.shares
-        position = loader.position(config.train.steps)["sources"]
+        position = loader.position(config.train.total_steps)["sources"]
     else:
         assert isinstance(loader, data.Loader)
         loaders, shares = dict.fromkeys(train.sets, loader), dict.fromkeys(train.sets, 1.0)
-        position = dict.fromkeys(train.sets, loader.position(config.train.steps))
+        position = dict.fromkeys(train.sets, loader.position(config.train.total_steps))
     found = {}
     for name, one in loaders.items():
         epoch, row, rows = position[name]["epoch"], position[name]["row"], one.rows_per_epoch

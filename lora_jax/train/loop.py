@@ -25,6 +25,7 @@ from lora_jax.train import (
     calibration,
     checkpoint,
     directory,
+    epochs,
     export,
     interrupt,
     metrics,
@@ -106,6 +107,7 @@ def _run(
     prints["base"] = setup.settle_base(base_digest)
     if record is not None:
         fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
+    config = epochs.settle(config, train_data, encoder, record)
     setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
     setup.check_metrics(config, model, tokenizer, held_out)
     if record is not None and (done := hosts.from_main(lambda: _finished(run, record, config))):
@@ -320,7 +322,7 @@ def _finished(
     run.check()
     file = run.output / "summary.json"
     watch = Watch(**record["watch"])
-    over = record["step"] == config.train.steps or watch.gave_up(config.train)
+    over = record["step"] == config.train.total_steps or watch.gave_up(config.train)
     if over and not record["pending"] and file.is_file():
         with contextlib.suppress(ValueError):  # damaged: what it says is worked out again
             summary = configs.read_json(file)

@@ -54,7 +54,7 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     The last step has the rate just above the end of the decay, so no step has rate zero.
     """
     peak, warm = config.learning_rate, config.warmup_steps
-    rest = max(1, config.steps - warm)
+    rest = max(1, config.total_steps - warm)
 
     def schedule(count):
         done = jnp.clip((count - warm) / rest, 0.0, 1.0)

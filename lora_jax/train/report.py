@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_jax import data
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config, UserError, counted
 from lora_jax.train import plots
 
 _QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
@@ -191,7 +191,7 @@ def _print_pairs(console: Console, what: str, pairs: Sequence[Pair]) -> None:
 def _print_packing(report: Report, console: Console) -> None:
     train = report.config.train
     console.print()
-    console.print(_heading(f"{train.steps:,} steps of {train.batch_size:,} rows"))
+    console.print(_heading(f"{train.total_steps:,} steps of {counted(train.batch_size, 'row')}"))
     once = "epochs" if report.records is None else "times as much as was read"
     for name, one in report.packing.items():
         console.print(

@@ -55,8 +55,7 @@ def check_config(record: Mapping[str, Any], config: Config) -> None:
         UserError: settings that differ and are not in `allow_change`, all of them listed; fewer
             steps than are done.
     """
-    # `data` and its like are parts of the fingerprint there; settings are named in full.
-    allowed = [name for name in config.allow_change if name not in PRINTS]
+    allowed = _allowed(config)
     raise_all(
         [
             f"{key}={now!r}, and the checkpoint was made with {then!r}; keep it, or list {key!r} "
@@ -65,11 +64,8 @@ def check_config(record: Mapping[str, Any], config: Config) -> None:
             if not _covers(allowed, key)
         ]
     )
-    if config.train.steps < record["step"]:
-        raise UserError(
-            f"train.steps={config.train.steps}, and the checkpoint is that of step "
-            f"{record['step']}: nothing can be taken back"
-        )
+    if config.train.steps is not None:
+        _check_done(record, config)
 
 
 def differences(record: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
@@ -83,11 +79,43 @@ def differences(record: Mapping[str, Any], config: Config) -> dict[str, tuple[An
         then["data.template_date"] is None
     ):  # not known, or without effect: the digest of the data differs
         then["data.template_date"] = now["data.template_date"]
+    if now["train.steps"] is None:  # they follow from train.epochs: `check_steps` compares them
+        now["train.steps"] = then["train.steps"]
     return {
         key: (now.get(key), then.get(key))
         for key in sorted({*now, *then})
         if now.get(key) != then.get(key) and not _covers(_FREE, key)
     }
+
+
+def check_steps(record: Mapping[str, Any], config: Config) -> None:
+    """Compare the steps that `train.epochs` take with those of a checkpoint.
+
+    Raises:
+        UserError: they differ, and `train.steps` is not in `allow_change`; fewer than are done.
+    """
+    steps, then = config.train.total_steps, record["config"]["train"]["steps"]
+    if steps != then and not _covers(_allowed(config), "train.steps"):
+        raise UserError(
+            f"train.epochs={config.train.epochs:g} are {steps} steps of these data, and the "
+            f"checkpoint was made for {then}; keep the data, or list 'train.steps' in allow_change"
+        )
+    _check_done(record, config)
+
+
+def _check_done(record: Mapping[str, Any], config: Config) -> None:
+    if config.train.total_steps < record["step"]:
+        raise UserError(
+            f"train.steps={config.train.steps}, and the checkpoint is that of step "
+            f"{record['step']}: nothing can be taken back"
+        )
+
+
+def _allowed(config: Config) -> list[str]:
+    """Settings in `allow_change`, named in full; `data` and its like are parts of the fingerprint
+    there.
+    """
+    return [name for name in config.allow_change if name not in PRINTS]
 
 
 def _covers(names: Collection[str], key: str) -> bool:

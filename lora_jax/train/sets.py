@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax import data, demo, hosts
-from lora_jax.config import Config, UserError, virtual_tokens
+from lora_jax.config import Config, UserError, counted, virtual_tokens
 from lora_jax.models.common import Model, foreign_token
 
 
@@ -445,7 +445,8 @@ def make_loader(
     """The batches of the run; those of a stream go on from `position`."""
     settings, rows = config.data, config.train.batch_size
     options = (rows, settings.max_length, settings.packing, settings.shuffle, config.seed)
-    shape = f"{config.train.steps} steps of {rows} rows"
+    steps = config.train.steps or 0  # of epochs that are not settled; nothing is printed then
+    shape = f"{counted(steps, 'step')} of {counted(rows, 'row')}"
     if train.stream is not None:
         source: str = train.stream
         read: Callable[[int], Iterator[data.Record]] = lambda start: data.records(source, start)  # noqa: E731
@@ -463,12 +464,19 @@ def make_loader(
     }
     if len(loaders) == 1:
         (loader,) = loaders.values()
-        filled = f"{loader.efficiency:.0%} filled, {loader.rows_per_epoch} rows an epoch"
-        console.print(f"{shape} x {loader.row_length} tokens, {filled}")
+        source, rows_per_epoch = next(iter(train.sets)), loader.rows_per_epoch
+        console.print(
+            f"{shape} x {loader.row_length} tokens, {loader.efficiency:.0%} filled: "
+            f"{steps * rows / rows_per_epoch:.2f} epochs of {source} "
+            f"({counted(rows_per_epoch, 'row')})"
+        )
         return loader
     mixture = data.Mixture(loaders, train.weights)
     console.print(f"{shape} x {mixture.row_length} tokens, {mixture.efficiency:.0%} filled")
     for name, one in loaders.items():
-        share = f"{mixture.shares[name]:.1%} of the rows"
-        console.print(f"{name}: {share}, {one.rows_per_epoch} rows an epoch")
+        share = mixture.shares[name]
+        console.print(
+            f"{name}: {share:.1%} of the rows, {share * steps * rows / one.rows_per_epoch:.2f} "
+            f"epochs ({counted(one.rows_per_epoch, 'row')})"
+        )
     return mixture

@@ -94,7 +94,7 @@ def train(
         ) as kept,
         metrics.Journal(
             output / "metrics.jsonl",
-            settings.steps,
+            settings.total_steps,
             judge.display,
             sinks,
             state.step,
@@ -125,7 +125,7 @@ def train(
         with judge.display.phase("writing the checkpoint"):
             kept.wait()
     signals.check()  # one that came during the last save
-    if state.step < settings.steps:
+    if state.step < settings.total_steps:
         console.print(
             f"stopped early at step {state.step}: {state.watch.stale} evaluations without a better "
             f"{settings.metric_for_best_model.replace('_', ' ')} than that of step "
@@ -161,7 +161,7 @@ class _Trainer:
     def over(self) -> bool:
         """Whether no step is left to take."""
         settings = self.judge.config.train
-        return self.state.step >= settings.steps or self.state.watch.gave_up(settings)
+        return self.state.step >= settings.total_steps or self.state.watch.gave_up(settings)
 
     def take_step(self) -> Line:
         """Take one optimizer step. Returns the line for the steps since the last line."""
@@ -223,7 +223,7 @@ class _Trainer:
         line, better = dict(line), False
         try:
             self.signals.check()
-            last = state.step == settings.steps
+            last = state.step == settings.total_steps
             if self.judge.held_out and (last or _is_due(state.step, settings.eval_every)):
                 with self.signals.free(), self.clock.paused():
                     measured = self._evaluate()
@@ -239,7 +239,7 @@ class _Trainer:
         if evaluated or self.over or _is_due(state.step, settings.log_every):
             self.journal.write(line)
             state.window = Window()
-        every = settings.save_every or max(1, settings.steps // 10)
+        every = settings.save_every or max(1, settings.total_steps // 10)
         if better or self.over or _is_due(state.step, every):
             with self.clock.paused():
                 self._save(pending=None)
@@ -252,7 +252,7 @@ class _Trainer:
         """
         judge, state, settings = self.judge, self.state, self.judge.config.eval
         every, check = settings.generate_every, self.signals.check
-        last = state.step == judge.config.train.steps
+        last = state.step == judge.config.train.total_steps
         with judge.display.about(f"step {state.step}"):
             losses = judge.losses(state.adapters, check)
             if every is not None and (last or _is_due(state.step, every)):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import data, formats
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config, TrainConfig, UserError, find_unused
 from lora_jax.models.common import Model
 from lora_jax.train.report import Measured
 from lora_jax.train.sets import DataSet, TrainData
@@ -22,19 +22,20 @@ _LITTLE = 0.01  # a supervised share below it is worth a warning
 
 def of_config(config: Config) -> Iterator[str]:
     """Settings that are certain to miss their purpose."""
-    settings = config.train
-    steps = settings.steps
+    yield from find_unused(config)
+    if not (config.export.peft or config.export.merged or config.adapter.method == "full"):
+        yield "export.peft=false and export.merged=false: the run leaves nothing but checkpoints"
+    if config.train.steps is not None:  # else they follow from the data
+        yield from _of_steps(config.train, config.train.steps)
+
+
+def _of_steps(settings: TrainConfig, steps: int) -> Iterator[str]:
     if settings.warmup_steps >= steps:
         last = settings.learning_rate * steps / settings.warmup_steps
         yield (
             f"train.warmup_steps={settings.warmup_steps} is not below train.steps={steps}: the "
             f"learning rate only rises, to {last:.3g} of {settings.learning_rate:g} at the last "
             "step; lower train.warmup_steps"
-        )
-    if settings.schedule == "constant" and settings.final_rate != 0:
-        yield (
-            f"train.final_rate={settings.final_rate:g} has no effect: train.schedule=constant does "
-            "not decay"
         )
     for name in ("eval_every", "save_every", "log_every"):
         every = getattr(settings, name)

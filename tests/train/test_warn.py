@@ -17,8 +17,8 @@ WARM = "train.warmup_steps=8 is not below train.steps=2: the learning rate only 
     [
         (["train.warmup_steps=9"], []),
         (["train.warmup_steps=10"], ["train.warmup_steps=10 is not below train.steps=10"]),
-        (["train.eval_every=10", "train.save_every=10", "train.log_every=10"], []),
-        (["train.eval_every=11"], ["train.eval_every=11 is above train.steps=10"]),
+        (["data.eval=e", "train.eval_every=10", "train.save_every=10", "train.log_every=10"], []),
+        (["data.eval=e", "train.eval_every=11"], ["train.eval_every=11 is above train.steps=10"]),
         (["train.save_every=11"], ["train.save_every=11 is above train.steps=10"]),
         (["train.log_every=11"], ["train.log_every=11 is above train.steps=10"]),
         (["train.final_rate=0.1"], []),

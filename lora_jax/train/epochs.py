@@ -1,0 +1,57 @@
+"""Steps of a run that is given in epochs.
+
+    steps = ceil(train.epochs * rows of an epoch / train.batch_size)
+
+The rows are those of the batches, after packing. Of several sources an epoch is as many rows as all
+of them have; their weights decide how often each is seen in that time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lora_jax import data
+from lora_jax.config import Config, UserError
+from lora_jax.train import resume, sets
+
+
+def settle(
+    config: Config,
+    train: sets.TrainData,
+    encoder: sets.Encoder,
+    record: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the config with the steps that `train.epochs` take; as it is if that is not set.
+
+    Raises:
+        UserError: steps that are given too, or that are not those of the checkpoint of `record`.
+    """
+    given = config.train
+    if given.epochs is None:
+        return config
+    if given.steps is not None:
+        raise UserError(
+            f"train.steps={given.steps} and train.epochs={given.epochs:g} are both set; choose one"
+        )
+    loader = sets.make_loader(config, train, encoder, None, Console(quiet=True))
+    steps = math.ceil(given.epochs * rows_of_epoch(loader) / given.batch_size)
+    config = dataclasses.replace(config, train=dataclasses.replace(given, steps=steps))
+    if record is not None:
+        resume.check_steps(record, config)
+    return config
+
+
+def rows_of_epoch(loader: data.Loader | data.Mixture | data.StreamLoader) -> int:
+    """Count the rows in which every example of the training data occurs once.
+
+    Raises:
+        UserError: a stream, whose rows are not known.
+    """
+    if isinstance(loader, data.Mixture):
+        return sum(one.rows_per_epoch for one in loader.loaders.values())
+    if isinstance(loader, data.Loader):
+        return loader.rows_per_epoch
+    raise UserError("train.epochs needs to know how many rows there are; of a stream, set steps")
