@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from lora_jax import programs
 from lora_jax.commands import COMMANDS, Command
 from lora_jax.config import UserError
 from lora_jax.train.interrupt import Interrupted
@@ -112,4 +113,5 @@ def use_huge_pages() -> None:
 def console_script() -> None:
     """The `lora-jax` command."""
     use_huge_pages()
+    programs.keep()
     sys.exit(main())

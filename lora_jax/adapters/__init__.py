@@ -22,6 +22,8 @@ from lora_jax.adapters import eva, full, lora, prompt
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
 from lora_jax.config import DATA_INITS, SOFT, AdapterConfig, UserError
 from lora_jax.quantize import SCHEMES, check_scheme
+from lora_jax.sharding import place_adapters as place_adapters
+from lora_jax.sharding import place_state as place_state
 from lora_jax.targets import HEAD, Trainable, changes_base, check_init
 from lora_jax.targets import find_targets as find_targets
 from lora_jax.targets import find_trainable as find_trainable
@@ -38,7 +40,8 @@ def init(
     *,
     scheme: str | None = None,
 ) -> tuple[Mapping, dict]:
-    """Trainable adapters (float32) for `params`, and the base they stand on.
+    """Trainable adapters (float32) for `params`, placed as the weights that they adapt, and the
+    base that they belong to.
 
     `calibrate`, for init eva and lora_ga, is a differentiable function from parameters to the mean
     loss of some data; arrays that it needs are best the arguments of a `jax.tree_util.Partial`.
@@ -51,10 +54,11 @@ def init(
     """
     found = find_trainable(params, config)
     if config.method in SOFT:
-        return params, prompt.init(key, params, found, calibrate)
+        return params, place_adapters(prompt.init(key, params, found, calibrate), params)
     check_init(params, found)
     _check_given(config, calibrate, scheme)
-    return _init(key, params, found, _as_tree(calibrate), scheme)
+    base, adapters = _init(key, params, found, _as_tree(calibrate), scheme)
+    return base, place_adapters(adapters, params)
 
 
 def redistribute(

@@ -8,6 +8,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from lora_jax import hosts, models
@@ -71,7 +72,8 @@ def load(
     ignore: Container[str] = (),
     labels: Sequence[str] | None = None,
 ) -> Model:
-    """A model with its weights on the mesh (all devices, data-parallel, if none is given).
+    """A model with its weights on the mesh. Without one, they are on all devices, data-parallel;
+    on one device they are plain arrays.
 
     Args:
         spec: a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME.
@@ -86,5 +88,7 @@ def load(
     """
     directory = resolve(str(spec))
     model = describe(directory, ignore, labels)
-    params = read_params(directory, model, mesh or make_mesh(MeshConfig()), dtype)
+    if mesh is None and len(jax.devices()) > 1:
+        mesh = make_mesh(MeshConfig())
+    params = read_params(directory, model, mesh, dtype)
     return model.replace(params=params)

@@ -44,6 +44,7 @@ from lora_jax.formats.safetensors import new_directory
 from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.formats.tensors import open_tensors
 from lora_jax.models.common import Model
+from lora_jax.sharding import place_adapters
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)
@@ -285,9 +286,10 @@ def read_stops(directory: Path) -> list[int]:
 
 def read_adapter(
     directory: Path, params: Mapping, base: Model | None = None
-) -> tuple[dict, AdapterConfig]:
+) -> tuple[Mapping, AdapterConfig]:
     """Adapters (float32) and their config from a PEFT directory, checked against the model that
-    they shall adapt; `params` may hold arrays or shapes. With shapes, `base` is the model whose
+    they shall adapt, and placed as its weights are (`sharding.place_adapters`); `params` may hold
+    arrays or shapes. With shapes, `base` is the model whose
     files have the weights that whole embeddings and heads are compared with.
 
     Raises:
@@ -306,11 +308,11 @@ def read_adapter(
         config = whole
         found, shapes = _expected(settings, params, config)
     if config.method in SOFT:
-        return peft_virtual.unpack(tensors, found, str(file)), config
+        return place_adapters(peft_virtual.unpack(tensors, found, str(file)), params), config
     for key in copies(tensors, found):
         del tensors[key]
     check(tensors, found, f"{file} does not fit the model and its adapter_config.json")
-    return tree.unflatten(unpack(tensors, found, shapes)), config
+    return place_adapters(tree.unflatten(unpack(tensors, found, shapes)), params), config
 
 
 def _expected(

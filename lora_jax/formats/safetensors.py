@@ -41,8 +41,9 @@ from lora_jax.weights import Untied
 _HEAD = f"{HEAD[0]}.weight"
 
 
-def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) -> dict:
-    """The parameters of `model`, read slice by slice straight to their place on the mesh.
+def read_params(directory: Path, model: Model, mesh: Mesh | None, dtype: Any = None) -> dict:
+    """The parameters of `model`, read slice by slice straight to their place on the mesh; without
+    one, as plain arrays on the default device.
 
     `dtype` None keeps the dtype of the files. "nf4" and "int8" quantise the kernels of the blocks
     and keep embeddings, norms, biases and the output head as they are in the files; host memory
@@ -60,7 +61,7 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
     drawn = {path for path in leaves if _is_in(tree.dotted(path), _missing_heads(tensors, model))}
     of_files = {path: leaf for path, leaf in leaves.items() if path not in drawn}
     _check_tensors(directory, tensors, of_files, model)
-    specs = tree.flatten(param_specs(model.params, model.rules, mesh))
+    specs = tree.flatten(param_specs(model.params, model.rules, mesh)) if mesh else {}
     handles: dict[Path, Any] = {}
     broken: dict[str, bool] = {}
     with contextlib.ExitStack() as stack:
@@ -69,7 +70,8 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
         params = {}
         for path, leaf in leaves.items():
             if path in drawn:
-                params[path] = _draw(path, leaf, NamedSharding(mesh, specs[path]))
+                start = _draw(path, leaf)
+                params[path] = _place(leaf.shape, start.__getitem__, mesh, specs.get(path))
                 continue
             parts = pieces(path, leaf.shape, model.names)
             found = [tensors[part.name] for part in parts]
@@ -80,11 +82,10 @@ def read_params(directory: Path, model: Model, mesh: Mesh, dtype: Any = None) ->
             ]
             if scheme and quantizes(path, leaves):
                 whole = _read_quantized(sources, leaf.shape, stored, scheme, broken)
-                params[path] = _place_parts(whole, specs[path], mesh)
+                params[path] = _place_parts(whole, mesh, specs.get(path))
             else:
-                sharding = NamedSharding(mesh, specs[path])
                 read = _part_reader(leaf.shape, sources, stored, broken)
-                params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+                params[path] = _place(leaf.shape, read, mesh, specs.get(path))
     _refuse_broken(directory, {tensors[name].stored: lost for name, lost in broken.items()}, cast)
     return tree.unflatten(params)
 
@@ -169,14 +170,26 @@ def has_own_head(directory: Path, model: Model) -> bool:
     return both and not are_equal(tensors[embedding], tensors[_HEAD])
 
 
-def _draw(path: tree.Path, leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _draw(path: tree.Path, leaf: Any) -> np.ndarray:
     """A weight of a new head: normal with deviation 0.02, alike in every load; a bias is zero."""
     if path[-1] == "bias":
-        value = np.zeros(leaf.shape, np.float32)
-    else:
-        seed = zlib.crc32(tree.dotted(path).encode())
-        value = np.random.default_rng(seed).normal(0, 0.02, leaf.shape).astype(np.float32)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+        return np.zeros(leaf.shape, np.float32)
+    seed = zlib.crc32(tree.dotted(path).encode())
+    return np.random.default_rng(seed).normal(0, 0.02, leaf.shape).astype(np.float32)
+
+
+def _place(
+    shape: Sequence[int],
+    read: Callable[[Any], np.ndarray],
+    mesh: Mesh | None,
+    spec: PartitionSpec | None,
+) -> jax.Array:
+    """An array on the mesh, from a function of an index to that part of it; a plain one without a
+    mesh.
+    """
+    if mesh is None or spec is None:
+        return jnp.asarray(read(tuple(slice(n) for n in shape)))
+    return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, spec), read)
 
 
 def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
@@ -290,14 +303,16 @@ def _cpu() -> Any:
         ) from error
 
 
-def _place_parts(leaf: QuantizedWeight, spec: PartitionSpec, mesh: Mesh) -> QuantizedWeight:
+def _place_parts(
+    leaf: QuantizedWeight, mesh: Mesh | None, spec: PartitionSpec | None
+) -> QuantizedWeight:
     """Put the arrays of a leaf on the mesh, each sharded as its kernel; an axis that a dimension
     does not divide is left out.
     """
 
     def place(part: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, _fit(spec, part.shape, mesh))
-        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+        fitting = _fit(spec, part.shape, mesh) if mesh and spec is not None else None
+        return _place(part.shape, part.__getitem__, mesh, fitting)
 
     return jax.tree.map(place, leaf)
 
