@@ -37,7 +37,7 @@ from lora_jax.sharding import make_mesh
 
 
 def describe(
-    directory: Path, ignore: Container[str] = (), labels: Sequence[str] | None = None
+    directory: str | Path, ignore: Container[str] = (), labels: Sequence[str] | None = None
 ) -> Model:
     """The model of a Hugging Face directory with shapes in place of weights, from config.json.
 
@@ -49,6 +49,7 @@ def describe(
         UserError: a config.json that cannot be read or is not supported; an adapter in the same
             directory; files that cannot be read.
     """
+    directory = Path(directory).expanduser()
     content = read_json(directory / "config.json")
     check_no_adapter(directory)
     model = models.describe(content, ignore, labels)

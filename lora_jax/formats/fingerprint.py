@@ -24,13 +24,14 @@ _WHOLE = 1 << 16  # bytes up to which a tensor is read whole
 _SAMPLES, _SAMPLE = 64, 256  # of a larger one: so many pieces of so many bytes, evenly spread
 
 
-def take(directory: Path, tokenizer: Any, template: str) -> dict[str, str]:
+def take(directory: str | Path, tokenizer: Any, template: str) -> dict[str, str]:
     """The fingerprint of a model directory with its tokenizer and the text of the chat template in
     use.
 
     Raises:
         UserError: the directory has no readable safetensors.
     """
+    directory = Path(directory).expanduser()
     return {
         "base": base_digest(directory),
         "tokenizer": tokenizer_digest(tokenizer),
@@ -38,13 +39,14 @@ def take(directory: Path, tokenizer: Any, template: str) -> dict[str, str]:
     }
 
 
-def base_digest(directory: Path) -> str:
+def base_digest(directory: str | Path) -> str:
     """Names, shapes, dtypes and sampled bytes of every tensor, whatever files they lie in.
 
     What says nothing about the model is left out: a copy of the embedding under the name of a tied
     head, and rotary frequencies, which some versions of transformers wrote. A head that differs
     from the embedding counts, whatever the config says.
     """
+    directory = Path(directory).expanduser()
     tensors = list_tensors(directory)
     # Where config.json does not say, as in Gemma's and GPT-2's, the family may tie them.
     tied = read_json(directory / "config.json").get("tie_word_embeddings", True)

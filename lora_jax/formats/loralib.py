@@ -28,7 +28,7 @@ Modules = dict[str, dict[str, np.ndarray]]  # by module path: lora_A, lora_B, bi
 
 
 def read_loralib(
-    file: Path, params: Mapping, config: AdapterConfig
+    file: str | Path, params: Mapping, config: AdapterConfig
 ) -> tuple[Mapping, AdapterConfig]:
     """Adapters (float32) and their config from a state dict of loralib. The update of a module is
     scaled by alpha / r: alpha (and alpha_pattern) come from `config`, every r from the file, and so
@@ -41,6 +41,7 @@ def read_loralib(
             module or several; a missing partner; wrong shapes; numbers that are not finite; the
             grouped matrices of MergedLinear; all of them listed. And what `find_trainable` refuses.
     """
+    file = Path(file).expanduser()
     raise_all(
         [
             f"{name}={getattr(config, name)!r}, but {file} holds plain LoRA (loralib); leave it out"

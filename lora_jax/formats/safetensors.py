@@ -41,7 +41,7 @@ from lora_jax.weights import Untied
 _HEAD = f"{HEAD[0]}.weight"
 
 
-def read_params(directory: Path, model: Model, mesh: Mesh | None, dtype: Any = None) -> dict:
+def read_params(directory: str | Path, model: Model, mesh: Mesh | None, dtype: Any = None) -> dict:
     """The parameters of `model`, read slice by slice straight to their place on the mesh; without
     one, as plain arrays on the default device.
 
@@ -55,6 +55,7 @@ def read_params(directory: Path, model: Model, mesh: Mesh | None, dtype: Any = N
         UserError: tensors that are missing, unexpected, mis-shaped or not finite, all of them
             listed; a `dtype` that weights are not stored in.
     """
+    directory = Path(directory).expanduser()
     scheme, cast = _storage(dtype)
     tensors = _weights(directory, model)
     leaves = tree.flatten(model.params)
@@ -107,10 +108,11 @@ def _refuse_broken(directory: Path, broken: Mapping[str, bool], cast: np.dtype |
         )
 
 
-def missing_heads(directory: Path, model: Model) -> tuple[str, ...]:
+def missing_heads(directory: str | Path, model: Model) -> tuple[str, ...]:
     """The modules of `model.names.heads` that are not taken from the files: they are not there, or
     are for other labels.
     """
+    directory = Path(directory).expanduser()
     return _missing_heads(_weights(directory, model), model)
 
 
@@ -411,10 +413,10 @@ def parse_size(text: str) -> int:
 
 
 def write_model(
-    target: Path,
+    target: str | Path,
     model: Model,
     params: Mapping,
-    source: Path,
+    source: str | Path,
     max_shard_size: str = "5GB",
     chat_template: str | None = None,
     stops: Collection[int] = (),
@@ -428,6 +430,8 @@ def write_model(
     join the ids that end a generation. One shard at a time is brought to the host; of several hosts
     the main one writes, and all of them must call.
     """
+    source = Path(source).expanduser()
+    target = Path(target).expanduser()
     limit = parse_size(max_shard_size)
     leaves, config = tree.flatten(params), dict(model.hf_config)
     for path, leaf in list(leaves.items()):

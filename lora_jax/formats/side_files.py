@@ -65,12 +65,13 @@ def _is_marked(file: Path) -> bool:
         return opened.read(len(BOM)) == BOM
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a Hugging Face directory.
 
     Raises:
         UserError: none that transformers can load; a file that is not UTF-8 text, or not JSON.
     """
+    directory = Path(directory).expanduser()
     from transformers import AutoTokenizer
 
     for file in _find(directory, _TEMPLATES):
@@ -108,22 +109,24 @@ def _unmarked(directory: Path) -> Iterator[Path]:
 # Where generation ends
 
 
-def stop_tokens(directory: Path) -> list[int]:
+def stop_tokens(directory: str | Path) -> list[int]:
     """The EOS ids that generation_config.json and config.json name.
 
     Raises:
         UserError: a file that cannot be read, or values that are no token ids.
     """
+    directory = Path(directory).expanduser()
     found = {token for name in _configs(directory) for token in read_eos(directory / name)}
     return sorted(found)
 
 
-def generation_stops(directory: Path) -> list[int]:
+def generation_stops(directory: str | Path) -> list[int]:
     """The ids at which transformers and vLLM end an answer of the model, in their order.
 
     Raises:
         UserError: as `stop_tokens`.
     """
+    directory = Path(directory).expanduser()
     names = _configs(directory)
     return read_eos(directory / names[0]) if names else []
 

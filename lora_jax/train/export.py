@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def export_peft(
-    target: Path,
+    target: str | Path,
     config: Config,
     model: Model,
     adapters: Mapping,
@@ -50,6 +50,7 @@ def export_peft(
     """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, and
     under `eos_token_id` in lora_jax.json the ids that end an answer.
     """
+    target = Path(target).expanduser()
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
         return
@@ -88,7 +89,7 @@ def describe_stops(model: Model, tokenizer: Any, stops: Collection[int]) -> list
 
 
 def export_merged(
-    target: Path,
+    target: str | Path,
     config: Config,
     model: Model,
     adapters: Mapping,
@@ -109,6 +110,7 @@ def export_merged(
         UserError: numbers that `export.dtype` cannot hold; a merge that `export.min_merge_cosine`
             or `export.max_merge_kl` refuses, or the latter without examples. Nothing is written.
     """
+    target = Path(target).expanduser()
     settings, mesh, summary = config.export, make_mesh(config.mesh), {}
     if settings.max_merge_kl is not None and not examples:
         raise UserError(
@@ -230,12 +232,13 @@ def _dtypes(merged: Mapping) -> str:
     return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(merged)}))
 
 
-def load_run(directory: Path, overrides: Sequence[str] = ()) -> Config:
+def load_run(directory: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a run directory, with other settings of `export` if any are given.
 
     Raises:
         UserError: not a run directory; overrides of anything else.
     """
+    directory = Path(directory).expanduser()
     other = [text for text in overrides if not text.startswith("export.")]
     if other:
         raise UserError(f"only settings of export can be given here, not {', '.join(other)}")
@@ -262,9 +265,9 @@ def _read_probe(config: Config, encoder: sets.Encoder) -> list[Example]:
 
 
 def export_run(
-    run: Path,
+    run: str | Path,
     kind: str,
-    output: Path,
+    output: str | Path,
     console: Console,
     allow_change: Collection[str] = (),
     overrides: Sequence[str] = (),
@@ -280,6 +283,8 @@ def export_run(
             tokenizer or template are not those of the run (unless named in `allow_change`); a
             profile that cannot load the adapter, or of a merged model.
     """
+    output = Path(output).expanduser()
+    run = Path(run).expanduser()
     config = load_run(run, overrides)
     if profile and kind != "peft":
         raise UserError(f"--profile {profile} is for --format peft; a merged model needs none")
