@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from lora_jax import programs
 from lora_jax.commands import COMMANDS, Command
 from lora_jax.config import UserError
 from lora_jax.train import interrupt
@@ -99,8 +100,11 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def own_process() -> None:
-    """Prepare a process that belongs to one command: memory, and how signals end it."""
+    """Prepare a process that belongs to one command: memory, kept programs, and how signals end
+    it.
+    """
     use_huge_pages()
+    programs.keep()
     interrupt.leave = os._exit
 
 

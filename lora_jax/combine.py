@@ -19,7 +19,7 @@ from lora_jax.tree import check_same_structure
 def combine_directories(
     spec: str,
     adapters: Sequence[tuple[str, float]],
-    output: Path,
+    output: str | Path,
     *,
     method: str = "sum",
     rank: int | None = None,
@@ -37,6 +37,7 @@ def combine_directories(
             (unless named in `allow_change`); what `lora_jax.adapters.combine` refuses; `output` is
             not empty.
     """
+    output = Path(output).expanduser()
     _check_free(output)
     source = formats.resolve(spec)
     model = _describe(source, ignore)
@@ -76,7 +77,7 @@ def combine_directories(
 def extract_directory(
     spec: str,
     finetuned: str,
-    output: Path,
+    output: str | Path,
     *,
     rank: int,
     target_modules: Any = "all-linear",
@@ -90,6 +91,7 @@ def extract_directory(
         UserError: a model cannot be found, or the two have other weights; what
             `lora_jax.adapters.extract` refuses; `output` is not empty.
     """
+    output = Path(output).expanduser()
     _check_free(output)
     source, other = formats.resolve(spec), formats.resolve(finetuned)
     model = _describe(source, ignore)

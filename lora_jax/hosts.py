@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lora_jax import programs
 from lora_jax.config import HostsConfig, UserError
 
 T = TypeVar("T")
@@ -65,6 +66,7 @@ def joined(settings: HostsConfig) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
+    programs.stop()  # hosts that find other programs in their caches would wait for one another
     number, over = next(_numbers), threading.Event()
     place = f"lora_jax/{number}"
     watcher = threading.Thread(target=_watch, args=(place, over), daemon=True)

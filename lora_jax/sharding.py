@@ -8,10 +8,11 @@ stacked leaves is never split.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import MeshConfig, UserError, counted
 from lora_jax.tree import (
+    Path,
     dotted,
     flatten,
     stack_position,
@@ -123,8 +125,74 @@ def adapter_specs(
     rank is never split. A weight that trains itself lies as the frozen one does, and a prefix as
     keys and values do.
     """
+    return _specs_beside(adapters, params, flatten(param_specs(params, rules, mesh)), mesh)
+
+
+def place_adapters(adapters: Mapping, params: Mapping) -> Mapping:
+    """Put adapters where `params` are: on their mesh, split as `adapter_specs` says. Where `params`
+    are plain arrays, adapters become plain arrays; where they are shapes, nothing happens.
+    """
+    arrays = _arrays(params)
+    mesh = _mesh(arrays.values())
+    if mesh is None:
+        plain = any(isinstance(x, jax.Array) for x in arrays.values())
+        return jax.tree.map(jnp.asarray, adapters) if plain else adapters
+    weights = {path: x.sharding.spec if _is_placed(x) else P() for path, x in arrays.items()}
+    specs = flatten(_specs_beside(adapters, params, weights, mesh))
+    short = unflatten({path: _shortened(spec, mesh) for path, spec in specs.items()})
+    return jax.tree.map(_put_or_constrain, adapters, shardings(short, mesh))
+
+
+def _shortened(spec: P, mesh: Mesh) -> P:
+    """The spec as a compiled program writes it: without axes of one device, and `None` at the end.
+    Another spelling of the same placement would be compiled again.
+    """
+    axes = [None if axis is None or mesh.shape[axis] == 1 else axis for axis in spec]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return P(*axes)
+
+
+def place_state(state: Any, params: Mapping) -> Any:
+    """Put the arrays of an optimizer's state that are on no mesh, such as its counts of steps, on
+    every device of the mesh of `params`; nothing happens where `params` are plain arrays.
+    """
+    mesh = _mesh(_arrays(params).values())
+
+    if mesh is None:
+        return state
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: x if _is_placed(x) else _put_or_constrain(x, everywhere), state)
+
+
+def _arrays(params: Mapping) -> dict[Path, Any]:
+    """The arrays of a tree by path, of a quantised weight its first."""
+    leaves = {path: jax.tree.leaves(leaf) for path, leaf in flatten(params).items()}
+    return {path: parts[0] for path, parts in leaves.items() if parts}
+
+
+def _is_placed(x: Any) -> bool:
+    """Return True for an array on a mesh, which shapes and traced values are not."""
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return known and isinstance(x.sharding, NamedSharding)
+
+
+def _mesh(arrays: Iterable[Any]) -> Any:
+    """The mesh that some of the arrays are on, or None."""
+    return next((x.sharding.mesh for x in arrays if _is_placed(x)), None)
+
+
+def _put_or_constrain(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.core.Tracer):  # under `vmap` or `jit`
+        return jax.lax.with_sharding_constraint(x, sharding)
+    return _put(x, sharding)
+
+
+def _specs_beside(
+    adapters: Mapping, params: Mapping, weights: Mapping[Path, P], mesh: Mesh | AbstractMesh
+) -> dict:
+    """A PartitionSpec per trainable leaf, from those of the weights."""
     leaves = flatten(params)
-    weights = flatten(param_specs(params, rules, mesh))
     axes = {
         path: (*spec, *(None,) * (len(leaves[path].shape) - len(spec)))
         for path, spec in weights.items()

@@ -169,6 +169,49 @@ def check_same_structure(given: Mapping, expected: Mapping, what: str) -> None:
         raise UserError(f"{what}: " + summarize(problems))
 
 
+# Leaves of trees of adapters, next to `full_*`.
+_TRAINABLE = ("lora_a", "lora_b", "magnitude", "init_a", "init_b", "trainable_tokens")
+_VIRTUAL = ("prompt_embeddings", "prefix_keys", "prefix_values", "prefix_gate")
+
+
+def are_adapters(given: Any) -> bool:
+    """Return True for a tree that holds trainable leaves alone, and at least one."""
+    names = [path[-1] for path in flatten(given)] if isinstance(given, Mapping) else []
+    known = (*_TRAINABLE, *_VIRTUAL)
+    return bool(names) and all(n in known or n.startswith("full_") for n in names)
+
+
+def check_parameters(given: Any, call: str) -> None:
+    """Raise for an argument of `call` that is no tree of parameters: adapters, or no tree at all.
+
+    Raises:
+        UserError: it says what was given.
+    """
+    if are_adapters(given):
+        names = [dotted(path) for path in flatten(given)]
+        raise UserError(f"{call}: given are adapters in their place ({summarize(names, 2)})")
+    if isinstance(given, tuple):
+        raise UserError(f"{call}: given is a tuple; lora.init returns two trees, params, adapters")
+    if not isinstance(given, Mapping):
+        hint = "; its parameters are model.params" if hasattr(given, "params") else ""
+        raise UserError(f"{call}: given is {_kind(given)}{hint}")
+
+
+def check_adapters(given: Any, call: str) -> None:
+    """Raise for an argument of `call` that is no tree, such as a config.
+
+    Raises:
+        UserError: it says what was given.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"{call}: given is {_kind(given)} in place of adapters")
+
+
+def _kind(given: Any) -> str:
+    name = type(given).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
 def summarize(problems: Sequence[str], most: int = 8) -> str:
     """The first problems and a count of the rest, so that an error stays on one screen."""
     more = f"\n  ... and {len(problems) - most} more" if len(problems) > most else ""

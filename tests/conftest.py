@@ -16,6 +16,9 @@ from lora_jax.formats import digests
 
 from .families import save, torch_model
 
+# Commands that tests start keep no compiled programs; tests that want them kept say where.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
 # No two axes are equal: vocabulary, hidden, intermediate, queries (6 x 8), keys (2 x 8).
 TINY = dict(
     vocab_size=97,

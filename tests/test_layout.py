@@ -8,6 +8,7 @@ import lora_jax
 ROOT = Path(lora_jax.__file__).parent
 LAYERS = (
     ("config", "reference", "tree", "demo", "rope", "virtual"),
+    ("programs",),
     ("patterns", "quantize"),
     ("selection",),
     ("targets",),

@@ -22,10 +22,19 @@ from lora_jax.adapters import eva, full, lora, prompt
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
 from lora_jax.config import DATA_INITS, SOFT, AdapterConfig, UserError
 from lora_jax.quantize import SCHEMES, check_scheme
+from lora_jax.sharding import place_adapters as place_adapters
+from lora_jax.sharding import place_state as place_state
 from lora_jax.targets import HEAD, Trainable, changes_base, check_init
 from lora_jax.targets import find_targets as find_targets
 from lora_jax.targets import find_trainable as find_trainable
-from lora_jax.tree import check_same_structure, flatten, unflatten
+from lora_jax.tree import (
+    are_adapters,
+    check_adapters,
+    check_parameters,
+    check_same_structure,
+    flatten,
+    unflatten,
+)
 from lora_jax.virtual import Virtual
 from lora_jax.weights import Absent, LoraWeight, Untied, materialize
 
@@ -38,7 +47,8 @@ def init(
     *,
     scheme: str | None = None,
 ) -> tuple[Mapping, dict]:
-    """Trainable adapters (float32) for `params`, and the base they stand on.
+    """Trainable adapters (float32) for `params`, placed as the weights that they adapt, and the
+    base that they belong to.
 
     `calibrate`, for init eva and lora_ga, is a differentiable function from parameters to the mean
     loss of some data; arrays that it needs are best the arguments of a `jax.tree_util.Partial`.
@@ -49,12 +59,14 @@ def init(
         UserError: what `lora_jax.targets.find_trainable` refuses; an init that would take its part
             out of a quantised weight; one without the data, the model or the scheme that it needs.
     """
+    check_parameters(params, "init takes a key, params and a config, in this order")
     found = find_trainable(params, config)
     if config.method in SOFT:
-        return params, prompt.init(key, params, found, calibrate)
+        return params, place_adapters(prompt.init(key, params, found, calibrate), params)
     check_init(params, found)
     _check_given(config, calibrate, scheme)
-    return _init(key, params, found, _as_tree(calibrate), scheme)
+    base, adapters = _init(key, params, found, _as_tree(calibrate), scheme)
+    return base, place_adapters(adapters, params)
 
 
 def redistribute(
@@ -157,6 +169,7 @@ def bind(
     Raises:
         UserError: adapters whose paths or shapes are not those that `config` gives for `params`.
     """
+    _check_order(params, adapters, config)
     expected = shapes(params, config)
     check_same_structure(adapters, expected, "these adapters do not fit the model and config")
     found, leaves, small = find_trainable(params, config), flatten(params), flatten(adapters)
@@ -168,6 +181,16 @@ def bind(
         bound |= {found.untied: _untie(leaves[found.untied], bound, found)}
         bound.pop(HEAD, None)
     return unflatten(leaves | bound)
+
+
+def _check_order(params: Any, adapters: Any, config: Any) -> None:
+    call = "bind takes params, adapters and a config, in this order"
+    if are_adapters(params) and isinstance(adapters, Mapping) and not are_adapters(adapters):
+        raise UserError(f"{call}: given are adapters first, and parameters second; swap the two")
+    check_parameters(params, call)
+    check_adapters(adapters, call)
+    if not isinstance(config, AdapterConfig):
+        raise UserError(f"{call}: the third is no AdapterConfig but of {type(config).__name__}")
 
 
 def _untie(embedding: jax.Array, bound: Mapping, found: Trainable) -> Untied:
@@ -187,7 +210,12 @@ def prefix(adapters: Mapping, config: AdapterConfig) -> Virtual | None:
 
 def merge(bound: Mapping) -> dict:
     """Plain arrays again: every adapted leaf becomes W + update, added in float32 and rounded
-    once. Of an embedding that is adapted in one of its two uses, an `Untied` of both arrays.
+    once. An embedding that is adapted in one of its two uses becomes an `Untied` of both arrays.
+
+    Raises:
+        UserError: adapters, or no tree.
     """
+    call = "merge takes a bound tree, lora.merge(lora.bind(params, adapters, config))"
+    check_parameters(bound, call)
     leaves = {path: materialize(leaf) for path, leaf in flatten(bound).items()}
     return unflatten(leaves)

@@ -22,14 +22,14 @@ _OTHER_BOMS = {
 _KINDS = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
 
-def read_text(file: Path, name: str | None = None) -> str:
+def read_text(file: str | Path, name: str | None = None) -> str:
     """The text of a UTF-8 file without its byte order mark; line ends become newlines. `name` is
     that of the file in messages.
 
     Raises:
         UserError: the file is missing, a directory or not readable; its text is not UTF-8.
     """
-    name = name or str(file)
+    name, file = name or str(file), Path(file).expanduser()
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -47,7 +47,7 @@ def read_text(file: Path, name: str | None = None) -> str:
     return text
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: str | Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:

@@ -8,6 +8,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from lora_jax import hosts, models
@@ -37,7 +38,7 @@ from lora_jax.sharding import make_mesh
 
 
 def describe(
-    directory: Path, ignore: Container[str] = (), labels: Sequence[str] | None = None
+    directory: str | Path, ignore: Container[str] = (), labels: Sequence[str] | None = None
 ) -> Model:
     """The model of a Hugging Face directory with shapes in place of weights, from config.json.
 
@@ -49,6 +50,7 @@ def describe(
         UserError: a config.json that cannot be read or is not supported; an adapter in the same
             directory; files that cannot be read.
     """
+    directory = Path(directory).expanduser()
     content = read_json(directory / "config.json")
     check_no_adapter(directory)
     model = models.describe(content, ignore, labels)
@@ -72,7 +74,8 @@ def load(
     ignore: Container[str] = (),
     labels: Sequence[str] | None = None,
 ) -> Model:
-    """A model with its weights on the mesh (all devices, data-parallel, if none is given).
+    """A model with its weights on the mesh. Without one, they are on all devices, data-parallel;
+    on one device they are plain arrays.
 
     Args:
         spec: a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME.
@@ -87,5 +90,7 @@ def load(
     """
     directory = resolve(str(spec))
     model = describe(directory, ignore, labels)
-    params = read_params(directory, model, mesh or make_mesh(MeshConfig()), dtype)
+    if mesh is None and len(jax.devices()) > 1:
+        mesh = make_mesh(MeshConfig())
+    params = read_params(directory, model, mesh, dtype)
     return model.replace(params=params)

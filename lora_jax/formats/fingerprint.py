@@ -24,13 +24,14 @@ from lora_jax.tree import TIED_EMBEDDINGS
 PARTS = ("base", "tokenizer", "template")
 
 
-def take(directory: Path, tokenizer: Any, template: str) -> dict[str, str]:
+def take(directory: str | Path, tokenizer: Any, template: str) -> dict[str, str]:
     """The fingerprint of a model directory with its tokenizer and the text of the chat template in
     use.
 
     Raises:
         UserError: as `base_digest`.
     """
+    directory = Path(directory).expanduser()
     return {"base": base_digest(directory), **take_texts(tokenizer, template)}
 
 
@@ -53,7 +54,7 @@ def start(directory: Path) -> Future[str]:
     return future
 
 
-def base_digest(directory: Path) -> str:
+def base_digest(directory: str | Path) -> str:
     """Names, shapes, dtypes and bytes of every tensor, whatever files hold them.
 
     What says nothing about the model is left out: a copy of the embedding under the name of a tied
@@ -65,6 +66,7 @@ def base_digest(directory: Path) -> str:
     Raises:
         UserError: no readable safetensors, or no readable config.json.
     """
+    directory = Path(directory).expanduser()
     tensors = list_tensors(directory)
     tied = models.ties_embeddings(read_json(directory / "config.json"))
     copy = _copied_head(tensors) if tied else None

@@ -79,7 +79,7 @@ class Entry:
     offset: float = 0.0  # what the stored values have on top
 
 
-def convert(source: Path, target: Path) -> Path:
+def convert(source: str | Path, target: str | Path) -> Path:
     """Write the Hugging Face directory of a GGUF file and return it; a finished `target` is kept.
 
     The directory appears complete or not at all, also when two processes convert at once.
@@ -88,6 +88,8 @@ def convert(source: Path, target: Path) -> Path:
         UserError: the file is missing, damaged or truncated; its architecture, tokenizer, tensors
             or settings are not supported; `target` is something else or cannot be written.
     """
+    target = Path(target).expanduser()
+    source = Path(source).expanduser()
     source, target = Path(source), Path(target)
     if (target / "config.json").is_file():
         return target

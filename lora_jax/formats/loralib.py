@@ -19,6 +19,7 @@ from lora_jax.config import AdapterConfig, UserError, nearest, raise_all
 from lora_jax.formats.peft_digest import check_digest
 from lora_jax.formats.peft_tensors import PREFIX, unpack
 from lora_jax.formats.tensors import read_floats
+from lora_jax.sharding import place_adapters
 from lora_jax.targets import HEAD, find_trainable
 
 # What says something that these files cannot hold.
@@ -27,7 +28,9 @@ _ABSENT = ("use_rslora", "use_dora", "modules_to_save", "trainable_token_indices
 Modules = dict[str, dict[str, np.ndarray]]  # by module path: lora_A, lora_B, bias
 
 
-def read_loralib(file: Path, params: Mapping, config: AdapterConfig) -> tuple[dict, AdapterConfig]:
+def read_loralib(
+    file: str | Path, params: Mapping, config: AdapterConfig
+) -> tuple[Mapping, AdapterConfig]:
     """Adapters (float32) and their config from a state dict of loralib. The update of a module is
     scaled by alpha / r: alpha (and alpha_pattern) come from `config`, every r from the file, and so
     do target_modules, rank, rank_pattern and bias.
@@ -39,6 +42,7 @@ def read_loralib(file: Path, params: Mapping, config: AdapterConfig) -> tuple[di
             module or several; a missing partner; wrong shapes; numbers that are not finite; the
             grouped matrices of MergedLinear; all of them listed. And what `find_trainable` refuses.
     """
+    file = Path(file).expanduser()
     raise_all(
         [
             f"{name}={getattr(config, name)!r}, but {file} holds plain LoRA (loralib); leave it out"
@@ -70,7 +74,7 @@ def read_loralib(file: Path, params: Mapping, config: AdapterConfig) -> tuple[di
     config = _config(modules, params, config, kind)
     shapes = tree.flatten(methods.shapes(params, config))
     leaves = unpack(_as_peft(modules, params), find_trainable(params, config), shapes)
-    return tree.unflatten(leaves), config
+    return place_adapters(tree.unflatten(leaves), params), config
 
 
 def _weights(params: Mapping) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from lora_jax.models import Model
 
 @contextlib.contextmanager
 def open_matrices(
-    directory: Path, model: Model
+    directory: str | Path, model: Model
 ) -> Iterator[Callable[[tree.Path, tuple[int, ...]], np.ndarray]]:
     """`read(path, index)`: a matrix or vector (float32) of the files by its leaf in `model.params`
     and its place there, layer and expert.
@@ -30,6 +30,7 @@ def open_matrices(
         UserError: as `read_params`, when it is opened; when a head is read that the files lack, or
             a weight that is not finite.
     """
+    directory = Path(directory).expanduser()
     tensors = _weights(directory, model)
     leaves = tree.flatten(model.params)
     missing = _missing_heads(tensors, model)

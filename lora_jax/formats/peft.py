@@ -45,20 +45,21 @@ from lora_jax.formats.safetensors import new_directory
 from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.formats.tensors import read_floats, write_tensors
 from lora_jax.models.common import Model
+from lora_jax.sharding import place_adapters
 from lora_jax.targets import Trainable, changes_base, find_trainable
 
 _PROFILES = ("vllm",)
 
 
 def write_adapter(
-    target: Path,
+    target: str | Path,
     adapters: Mapping,
     params: Mapping,
     config: AdapterConfig,
     *,
     base_model: str,
     task_type: str = "CAUSAL_LM",
-    source: Path | None = None,
+    source: str | Path | None = None,
     chat_template: str | None = None,
     extra: Mapping[str, Any] | None = None,
     profile: str | None = None,
@@ -77,6 +78,8 @@ def write_adapter(
         UserError: what PEFT has no form for (`peft_problems`); with a profile also what its reader
             cannot load; an unknown profile.
     """
+    source = None if source is None else Path(source).expanduser()
+    target = Path(target).expanduser()
     found = find_trainable(params, config)
     if profile is not None and profile not in _PROFILES:
         raise UserError(f"profile={profile!r} is not one of: {', '.join(_PROFILES)}")
@@ -243,13 +246,14 @@ def _unservable(found: Trainable) -> list[str]:
     return problems
 
 
-def read_config(directory: Path, params: Mapping) -> AdapterConfig:
+def read_config(directory: str | Path, params: Mapping) -> AdapterConfig:
     """The `AdapterConfig` of a PEFT directory, by PEFT's rules.
 
     Raises:
         UserError: missing or damaged files, an adapter that is not LoRA, active fields that are not
             supported; what `find_trainable` refuses.
     """
+    directory = Path(directory).expanduser()
     file = directory / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{directory} is no PEFT adapter directory: it has no adapter_config.json")
@@ -266,23 +270,25 @@ def read_config(directory: Path, params: Mapping) -> AdapterConfig:
         raise UserError(f"{file}: {error}") from error
 
 
-def read_fingerprint(directory: Path) -> dict[str, str]:
+def read_fingerprint(directory: str | Path) -> dict[str, str]:
     """Read what the adapter was trained on, by `lora_jax.formats.fingerprint`; empty for adapters
     of other tools.
 
     Raises:
         UserError: lora_jax.json is damaged.
     """
+    directory = Path(directory).expanduser()
     return {name: str(digest) for name, digest in _recorded(directory, "fingerprint").items()}
 
 
-def read_template_kwargs(directory: Path) -> dict[str, Any]:
+def read_template_kwargs(directory: str | Path) -> dict[str, Any]:
     """Read the `data.chat_template_kwargs` that the adapter was trained with; empty for adapters
     of other tools.
 
     Raises:
         UserError: lora_jax.json is damaged.
     """
+    directory = Path(directory).expanduser()
     return _recorded(directory, "chat_template_kwargs")
 
 
@@ -296,21 +302,23 @@ def _recorded(directory: Path, name: str) -> dict[str, Any]:
     return stored
 
 
-def read_stops(directory: Path) -> list[int]:
+def read_stops(directory: str | Path) -> list[int]:
     """The ids that ended the answers of the adapter's training; none for adapters of other tools.
 
     Raises:
         UserError: lora_jax.json is damaged.
     """
+    directory = Path(directory).expanduser()
     file = directory / "lora_jax.json"
     return read_eos(file) if file.exists() else []
 
 
 def read_adapter(
-    directory: Path, params: Mapping, base: Model | None = None
-) -> tuple[dict, AdapterConfig]:
+    directory: str | Path, params: Mapping, base: Model | None = None
+) -> tuple[Mapping, AdapterConfig]:
     """Adapters (float32) and their config from a PEFT directory, checked against the model that
-    they shall adapt; `params` may hold arrays or shapes. With shapes, `base` is the model whose
+    they shall adapt, and placed as its weights are (`sharding.place_adapters`); `params` may hold
+    arrays or shapes. With shapes, `base` is the model whose
     files have the weights that whole embeddings and heads are compared with.
 
     Raises:
@@ -318,6 +326,7 @@ def read_adapter(
             finite or contradictory, all of them listed; a vocabulary that was resized; tensors
             that are not those of the digest that the file carries.
     """
+    directory = Path(directory).expanduser()
     config = read_config(directory, params)
     file, settings = directory / WEIGHTS, directory / "adapter_config.json"
     found, shapes = _expected(settings, params, config)
@@ -330,11 +339,11 @@ def read_adapter(
         config = whole
         found, shapes = _expected(settings, params, config)
     if config.method in SOFT:
-        return peft_virtual.unpack(tensors, found, str(file)), config
+        return place_adapters(peft_virtual.unpack(tensors, found, str(file)), params), config
     for key in copies(tensors, found):
         del tensors[key]
     check(tensors, found, f"{file} does not fit the model and its adapter_config.json")
-    return tree.unflatten(unpack(tensors, found, shapes)), config
+    return place_adapters(tree.unflatten(unpack(tensors, found, shapes)), params), config
 
 
 def _expected(

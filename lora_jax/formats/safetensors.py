@@ -44,13 +44,14 @@ _HEAD = f"{HEAD[0]}.weight"
 
 
 def read_params(
-    directory: Path,
+    directory: str | Path,
     model: Model,
-    mesh: Mesh,
+    mesh: Mesh | None,
     dtype: Any = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict:
-    """The parameters of `model`, read slice by slice straight to their place on the mesh.
+    """The parameters of `model`, read slice by slice straight to their place on the mesh; without
+    one, as plain arrays on the default device.
 
     `dtype` None keeps the dtype of the files. "nf4" and "int8" quantise the kernels of the blocks
     and keep embeddings, norms, biases and the output head as they are in the files; host memory
@@ -62,13 +63,14 @@ def read_params(
         UserError: tensors that are missing, unexpected, mis-shaped or not finite, all of them
             listed; a `dtype` that weights are not stored in.
     """
+    directory = Path(directory).expanduser()
     scheme, cast = _storage(dtype)
     tensors = _weights(directory, model)
     leaves = tree.flatten(model.params)
     drawn = {path for path in leaves if _is_in(tree.dotted(path), _missing_heads(tensors, model))}
     of_files = {path: leaf for path, leaf in leaves.items() if path not in drawn}
     _check_tensors(directory, tensors, of_files, model)
-    specs = tree.flatten(param_specs(model.params, model.rules, mesh))
+    specs = tree.flatten(param_specs(model.params, model.rules, mesh)) if mesh else {}
     handles: dict[Path, Any] = {}
     broken: dict[str, bool] = {}
     with contextlib.ExitStack() as stack:
@@ -77,7 +79,8 @@ def read_params(
         params = {}
         for path, leaf in leaves.items():
             if path in drawn:
-                params[path] = _draw(path, leaf, NamedSharding(mesh, specs[path]))
+                start = _draw(path, leaf)
+                params[path] = _place(leaf.shape, start.__getitem__, mesh, specs.get(path))
                 advance()
                 continue
             parts = pieces(path, leaf.shape, model.names)
@@ -89,11 +92,10 @@ def read_params(
             ]
             if scheme and quantizes(path, leaves):
                 whole = _read_quantized(sources, leaf.shape, stored, scheme, broken)
-                params[path] = _place_parts(whole, specs[path], mesh)
+                params[path] = _place_parts(whole, mesh, specs.get(path))
             else:
-                sharding = NamedSharding(mesh, specs[path])
                 read = _part_reader(leaf.shape, sources, stored, broken)
-                params[path] = jax.make_array_from_callback(leaf.shape, sharding, read)
+                params[path] = _place(leaf.shape, read, mesh, specs.get(path))
             advance()
     _refuse_broken(directory, {tensors[name].stored: lost for name, lost in broken.items()}, cast)
     return tree.unflatten(params)
@@ -116,10 +118,11 @@ def _refuse_broken(directory: Path, broken: Mapping[str, bool], cast: np.dtype |
         )
 
 
-def missing_heads(directory: Path, model: Model) -> tuple[str, ...]:
+def missing_heads(directory: str | Path, model: Model) -> tuple[str, ...]:
     """The modules of `model.names.heads` that are not taken from the files: they are not there, or
     are for other labels.
     """
+    directory = Path(directory).expanduser()
     return _missing_heads(_weights(directory, model), model)
 
 
@@ -179,14 +182,26 @@ def has_own_head(directory: Path, model: Model) -> bool:
     return both and not are_equal(tensors[embedding], tensors[_HEAD])
 
 
-def _draw(path: tree.Path, leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _draw(path: tree.Path, leaf: Any) -> np.ndarray:
     """A weight of a new head: normal with deviation 0.02, alike in every load; a bias is zero."""
     if path[-1] == "bias":
-        value = np.zeros(leaf.shape, np.float32)
-    else:
-        seed = zlib.crc32(tree.dotted(path).encode())
-        value = np.random.default_rng(seed).normal(0, 0.02, leaf.shape).astype(np.float32)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+        return np.zeros(leaf.shape, np.float32)
+    seed = zlib.crc32(tree.dotted(path).encode())
+    return np.random.default_rng(seed).normal(0, 0.02, leaf.shape).astype(np.float32)
+
+
+def _place(
+    shape: Sequence[int],
+    read: Callable[[Any], np.ndarray],
+    mesh: Mesh | None,
+    spec: PartitionSpec | None,
+) -> jax.Array:
+    """An array on the mesh, from a function of an index to that part of it; a plain one without a
+    mesh.
+    """
+    if mesh is None or spec is None:
+        return jnp.asarray(read(tuple(slice(n) for n in shape)))
+    return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, spec), read)
 
 
 def _storage(dtype: Any) -> tuple[str | None, np.dtype | None]:
@@ -300,14 +315,16 @@ def _cpu() -> Any:
         ) from error
 
 
-def _place_parts(leaf: QuantizedWeight, spec: PartitionSpec, mesh: Mesh) -> QuantizedWeight:
+def _place_parts(
+    leaf: QuantizedWeight, mesh: Mesh | None, spec: PartitionSpec | None
+) -> QuantizedWeight:
     """Put the arrays of a leaf on the mesh, each sharded as its kernel; an axis that a dimension
     does not divide is left out.
     """
 
     def place(part: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, _fit(spec, part.shape, mesh))
-        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+        fitting = _fit(spec, part.shape, mesh) if mesh and spec is not None else None
+        return _place(part.shape, part.__getitem__, mesh, fitting)
 
     return jax.tree.map(place, leaf)
 
@@ -418,10 +435,10 @@ def parse_size(text: str) -> int:
 
 
 def write_model(
-    target: Path,
+    target: str | Path,
     model: Model,
     params: Mapping,
-    source: Path,
+    source: str | Path,
     max_shard_size: str = "5GB",
     chat_template: str | None = None,
     stops: Collection[int] = (),
@@ -435,6 +452,8 @@ def write_model(
     join the ids that end a generation. One shard at a time is brought to the host; of several hosts
     the main one writes, and all of them must call.
     """
+    source = Path(source).expanduser()
+    target = Path(target).expanduser()
     limit = parse_size(max_shard_size)
     leaves, config = tree.flatten(params), dict(model.hf_config)
     for path, leaf in list(leaves.items()):

@@ -66,13 +66,14 @@ def _is_marked(file: Path) -> bool:
         return opened.read(len(BOM)) == BOM
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: str | Path) -> Any:
     """Return the tokenizer of a Hugging Face directory; nothing in the directory is run.
 
     Raises:
         UserError: none that transformers can load; a file that is not UTF-8 text, or not JSON; as
             `check_tokenizer_files`.
     """
+    directory = Path(directory).expanduser()
     from transformers import AutoTokenizer
 
     check_tokenizer_files(directory)
@@ -112,22 +113,24 @@ def _unmarked(directory: Path) -> Iterator[Path]:
 # Where generation ends
 
 
-def stop_tokens(directory: Path) -> list[int]:
+def stop_tokens(directory: str | Path) -> list[int]:
     """The EOS ids that generation_config.json and config.json name.
 
     Raises:
         UserError: a file that cannot be read, or values that are no token ids.
     """
+    directory = Path(directory).expanduser()
     found = {token for name in _configs(directory) for token in read_eos(directory / name)}
     return sorted(found)
 
 
-def generation_stops(directory: Path) -> list[int]:
+def generation_stops(directory: str | Path) -> list[int]:
     """The ids at which transformers and vLLM end an answer of the model, in their order.
 
     Raises:
         UserError: as `stop_tokens`.
     """
+    directory = Path(directory).expanduser()
     names = _configs(directory)
     return read_eos(directory / names[0]) if names else []
 

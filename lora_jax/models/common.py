@@ -39,6 +39,7 @@ from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.models.rotary import read_rope
 from lora_jax.rope import by_length, rope, rotate, text_lengths
 from lora_jax.sharding import Rules, constrain_stream
+from lora_jax.tree import check_parameters, dotted, flatten, summarize
 from lora_jax.virtual import Virtual, by_layer, first_position, placeholders, put_in
 
 RULES = (
@@ -142,7 +143,19 @@ class Model:
     def module(self, params: Mapping) -> Any:
         """The NNX module over `params` (plain, bound or merged), with methods `hidden` and
         `logits`.
+
+        Raises:
+            UserError: adapters, or a tree of other paths than the model's.
         """
+        call = (
+            "a model runs on parameters, model.apply(lora.bind(params, adapters, config), tokens)"
+        )
+        check_parameters(params, call)
+        want, have = flatten(nnx.to_pure_dict(self.template)), flatten(params)
+        lists = {"missing": want.keys() - have.keys(), "unexpected": have.keys() - want.keys()}
+        problems = [f"{what} {dotted(path)}" for what in lists for path in sorted(lists[what])]
+        if problems:
+            raise UserError("these parameters are not the model's: " + summarize(problems))
         state = jax.tree.map(lambda leaf: leaf, self.template)
         nnx.replace_by_pure_dict(state, _keys_like(params))
         return nnx.merge(self.graphdef, state)
@@ -156,8 +169,9 @@ class Model:
         segment_ids: jax.Array | None = None,
         prefix: Virtual | None = None,
         compute_dtype: Any = jnp.float32,
+        return_hidden: bool = False,
         **inputs: Any,
-    ) -> jax.Array:
+    ) -> Any:
         """Logits (b, t, vocab) of tokens (b, t). Without segment_ids all tokens of a row are one
         text. A model that classifies gives (b, t, labels), the same at all tokens of a text, and
         takes `token_types` (b, t).
@@ -165,8 +179,13 @@ class Model:
         `prefix` holds virtual tokens (`adapters.prefix`), in front of every row: a `Prompt` gets
         its places here, unless the batch has segment_ids and with them places of its own.
 
+        With `return_hidden` it returns logits and the hidden states (b, t, d) that they are a
+        function of: the output of the last layer after the final norm, transformers'
+        `last_hidden_state`. For a classifier that is what its labels depend on. Inside `jit`,
+        logits that are not used cost nothing.
+
         Raises:
-            UserError: as `check_tokens`, outside of jit.
+            UserError: as `module`; as `check_tokens`, outside of jit.
         """
         tokens, inserted = jnp.asarray(tokens), 0
         if not isinstance(tokens, Tracer) and tokens.is_fully_addressable:
@@ -188,7 +207,9 @@ class Model:
             compute_dtype=compute_dtype,
             **inputs,
         )
-        return module.logits(hidden[:, inserted:])
+        hidden = hidden[:, inserted:]
+        logits = module.logits(hidden)
+        return (logits, hidden) if return_hidden else logits
 
     def empty_cache(self, rows: int, slots: int, dtype: Any) -> Cache:
         """A cache for `rows` texts of up to `slots` tokens."""

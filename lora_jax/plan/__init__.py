@@ -15,13 +15,13 @@ from typing import Any
 import jax
 
 from lora_jax import config as configs
-from lora_jax import sharding, tree
+from lora_jax import programs, sharding, tree
 from lora_jax.config import Config, UserError
 from lora_jax.models.common import Model
 from lora_jax.plan import report
 from lora_jax.plan.analytic import estimate, full_fine_tuning, worked
 from lora_jax.plan.chips import Topology, parse_topology
-from lora_jax.plan.compiled import Compiled, Shortfall, compile_for, compile_here, use_cache
+from lora_jax.plan.compiled import Compiled, Shortfall, compile_for, compile_here
 from lora_jax.plan.program import Program, build, describe
 from lora_jax.plan.roofline import count, find_bounds
 from lora_jax.plan.search import Candidate, find_best, remedies
@@ -67,7 +67,7 @@ class Target:
     def compile(self, config: Config, quick: bool) -> Compiled | Shortfall:
         if not self.here:
             return compile_for(config, self.topology or self.devices, quick)
-        use_cache()
+        programs.keep()
         return compile_here(config, quick=quick)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from lora_jax import config as configs
-from lora_jax import demo
+from lora_jax import programs
 from lora_jax.config import Config, UserError
 from lora_jax.plan.chips import Topology, parse_topology
 from lora_jax.plan.hlo import Collective, collectives
@@ -247,7 +247,7 @@ def _child() -> None:
     """Read a job from stdin and write the result, one line of JSON, as the last of stdout."""
     job = json.load(sys.stdin)
     config = configs.parse(yaml.safe_load(job["config"]))
-    use_cache()
+    programs.keep()
     try:
         result = _run_job(config, job["target"], job["quick"])
     except UserError as error:
@@ -269,15 +269,6 @@ def _run_job(config: Config, target: str | int, quick: bool) -> dict[str, Any]:
     found = compile_here(config, devices, quick)
     kind = "compiled" if isinstance(found, Compiled) else "shortfall"
     return {kind: dataclasses.asdict(found)}
-
-
-def use_cache() -> None:
-    """Keep compiled programs in the cache directory, for the next plan of the same step."""
-    import jax
-
-    directory = demo.cache_directory() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 if __name__ == "__main__":

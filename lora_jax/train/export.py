@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def export_peft(
-    target: Path,
+    target: str | Path,
     config: Config,
     model: Model,
     adapters: Mapping,
@@ -56,6 +56,7 @@ def export_peft(
         UserError: as `formats.write_adapter`; adapters that are others in PEFT over this base.
     """
     raise_all(formats.peft_problems(find_trainable(model.params, config.adapter), model))
+    target = Path(target).expanduser()
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
         return
@@ -99,7 +100,7 @@ def describe_stops(model: Model, tokenizer: Any, stops: Collection[int]) -> list
 
 
 def export_merged(
-    target: Path,
+    target: str | Path,
     config: Config,
     model: Model,
     adapters: Mapping,
@@ -122,6 +123,7 @@ def export_merged(
         UserError: numbers that `export.dtype` cannot hold; a merge that `export.min_merge_cosine`
             or `export.max_merge_kl` refuses, or the latter without examples. Nothing is written.
     """
+    target = Path(target).expanduser()
     settings, mesh, summary = config.export, make_mesh(config.mesh), {}
     if settings.max_merge_kl is not None and not examples:
         raise UserError(
@@ -249,12 +251,13 @@ def _dtypes(merged: Mapping) -> str:
     return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(merged)}))
 
 
-def load_run(directory: Path, overrides: Sequence[str] = ()) -> Config:
+def load_run(directory: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a run directory, with other settings of `export` if any are given.
 
     Raises:
         UserError: not a run directory; overrides of anything else.
     """
+    directory = Path(directory).expanduser()
     other = [text for text in overrides if not text.startswith("export.")]
     if other:
         raise UserError(f"only settings of export can be given here, not {', '.join(other)}")
@@ -288,9 +291,9 @@ def _read_probe(config: Config, encoder: sets.Encoder) -> list[Example]:
 
 
 def export_run(
-    run: Path,
+    run: str | Path,
     kind: str,
-    output: Path,
+    output: str | Path,
     console: Console,
     allow_change: Collection[str] = (),
     overrides: Sequence[str] = (),
@@ -306,6 +309,8 @@ def export_run(
             tokenizer or template are not those of the run (unless named in `allow_change`); a
             profile that cannot load the adapter, or of a merged model.
     """
+    output = Path(output).expanduser()
+    run = Path(run).expanduser()
     config = load_run(run, overrides)
     if profile and kind != "peft":
         raise UserError(f"--profile {profile} is for --format peft; a merged model needs none")

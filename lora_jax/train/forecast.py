@@ -10,7 +10,7 @@ def seconds_left(judge: Judge, clock: Clock, step: int) -> tuple[float, bool]:
     False: evaluations are due of which none has been measured yet, and they are left out.
     """
     config, took = judge.config, judge.took
-    seconds = clock.remaining(config.train.steps - step)
+    seconds = clock.remaining(config.train.total_steps - step)
     due = evaluations(config, step) if judge.held_out else 0
     answers = due_answers(judge, step)
     seconds += due * took.get("losses", 0.0) + answers * took.get("answers", 0.0)
@@ -20,14 +20,14 @@ def seconds_left(judge: Judge, clock: Clock, step: int) -> tuple[float, bool]:
 
 def evaluations(config: Config, step: int) -> int:
     """Count the evaluations at steps from `step` on; the last step has one in any case."""
-    return _multiples(step, config.train.steps, config.train.eval_every)
+    return _multiples(step, config.train.total_steps, config.train.eval_every)
 
 
 def due_answers(judge: Judge, step: int) -> int:
     """Count the answers that are generated from `step` on: all of the held-out ones at the end and
     every eval.generate_every steps, samples at other evaluations.
     """
-    settings, steps = judge.config.eval, judge.config.train.steps
+    settings, steps = judge.config.eval, judge.config.train.total_steps
     full = judge.count_answers(settings.generate_examples)
     times = _multiples(step, steps, settings.generate_every)
     others = max(0, evaluations(judge.config, step) - times)
