@@ -149,9 +149,7 @@ class ExportConfig:
 class Config:
     model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
     output_dir: str = "runs/default"  # must be empty or absent, unless resume is set
-    checkpoint_dir: str | None = (
-        None  # of its own, or gs://bucket/path; null: OUTPUT_DIR/checkpoints
-    )
+    checkpoint_dir: str | None = None  # directory or gs://bucket/path; null: OUTPUT_DIR/checkpoints
     resume: Any = False  # false | true: go on from the last checkpoint | auto: if there is one
     allow_change: list[str] = field(default_factory=list)  # what may differ from the checkpoint
     seed: int = 0  # of the adapter's init, the data order and dropout
