@@ -315,7 +315,7 @@ def _inspect(
     steps = checkpoint.list_steps(place)
     _check_strangers(place, steps, theirs, external)
     ids = _find_ids(place, steps)
-    place_id = theirs and theirs["run"]
+    place_id: str | None = theirs["run"] if theirs else None
     if mine is not None and (other := ({*ids, place_id} - {mine["run"], None})):
         raise UserError(
             f"output_dir={str(output)!r} is that of run {mine['run']}, and {place} has checkpoints "

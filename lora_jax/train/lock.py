@@ -262,7 +262,7 @@ def _read(file: Path, now: float) -> Holder | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unreadable(file, error.strerror) from error
+        raise _unreadable(file, str(error.strerror)) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise _unreadable(file, "it is no file")
