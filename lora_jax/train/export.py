@@ -49,11 +49,7 @@ def export_peft(
 ) -> None:
     """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, and
     under `eos_token_id` in lora_jax.json the ids that end an answer.
-
-    Raises:
-        UserError: as `formats.write_adapter`; adapters that are others in PEFT over this base.
     """
-    raise_all(formats.peft_problems(find_trainable(model.params, config.adapter), model))
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
         return
@@ -281,7 +277,8 @@ def export_run(
 
     Raises:
         UserError: no run, no checkpoint, a damaged one, `output` exists and is not empty, or base,
-            tokenizer or template are not those of the run (unless named in `allow_change`); a
+            tokenizer or template are not those of the run (unless named in `allow_change`);
+            adapters that PEFT has no form for, or others over this base (`peft_problems`); a
             profile that cannot load the adapter, or of a merged model.
     """
     config = load_run(run, overrides)
@@ -310,10 +307,12 @@ def export_run(
     found = fingerprint.take(source, tokenizer, template)
     fingerprint.check(record["fingerprint"], found, str(run), allow_change)
     best = record["watch"]["best_step"] if config.train.load_best_model_at_end else None
+    trainable = find_trainable(model.params, config.adapter)
+    if kind == "peft":
+        raise_all(formats.peft_problems(trainable, model))
     shapes = methods.shapes(model.params, config.adapter)
     adapters, _, _ = checkpoint.restore(place, shapes, step=best)
     if kind == "peft":
-        trainable = find_trainable(model.params, config.adapter)
         problems = [] if profile else formats.serving_problems(trainable)
         for problem in [*problems, *describe_stops(model, tokenizer, stops)]:
             console.print(f"note: {problem}")
