@@ -82,8 +82,8 @@ def shorten(digest: str) -> str:
     return digest.rpartition(":")[2][:12]
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 # Reading

@@ -16,7 +16,7 @@ import numpy as np
 from lora_jax import adapters as methods
 from lora_jax import tree
 from lora_jax.config import AdapterConfig, UserError, nearest, raise_all
-from lora_jax.formats.peft_digest import check_digest
+from lora_jax.formats.peft_digest import find_change
 from lora_jax.formats.peft_tensors import PREFIX, unpack
 from lora_jax.formats.tensors import read_floats
 from lora_jax.sharding import place_adapters
@@ -51,7 +51,7 @@ def read_loralib(
         ]
     )
     tensors, metadata = read_floats(file)
-    check_digest(file, tensors, metadata)
+    find_change(file, tensors, metadata)  # of these files, notes alone
     weights, biases = _weights(params), _biases(params)
     places = {"lora_A": weights, "lora_B": weights, "bias": biases}
     modules, problems = _by_module(tensors, places)

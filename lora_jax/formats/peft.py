@@ -25,7 +25,7 @@ from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all, read_json
 from lora_jax.formats import digests, peft_virtual
 from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
-from lora_jax.formats.peft_digest import FIELD, METADATA, WEIGHTS, check_digest
+from lora_jax.formats.peft_digest import FIELD, METADATA, WEIGHTS, checked
 from lora_jax.formats.peft_saved import with_saved_modules
 from lora_jax.formats.peft_tensors import (
     EXPERTS,
@@ -327,17 +327,28 @@ def read_adapter(
             that are not those of the digest that the file carries.
     """
     directory = Path(directory).expanduser()
-    config = read_config(directory, params)
-    file, settings = directory / WEIGHTS, directory / "adapter_config.json"
-    found, shapes = _expected(settings, params, config)
+    config, file = read_config(directory, params), directory / WEIGHTS
+    found, shapes = _expected(directory / "adapter_config.json", params, config)
     tensors, metadata = read_floats(file)
-    check_digest(file, tensors, metadata)
+    with checked(file, tensors, metadata):
+        return _unpack(file, tensors, config, found, shapes, params, base)
+
+
+def _unpack(
+    file: Path,
+    tensors: dict[str, np.ndarray],
+    config: AdapterConfig,
+    found: Trainable,
+    shapes: dict[tree.Path, Any],
+    params: Mapping,
+    base: Model | None,
+) -> tuple[dict, AdapterConfig]:
     known = set() if config.method in SOFT else {tensor.key for tensor in layout(found)}
     tensors = _with_usual_names(file, tensors, known, params)
     tensors, whole = with_saved_modules(file, tensors, known, config, params, base)
     if whole != config:
         config = whole
-        found, shapes = _expected(settings, params, config)
+        found, shapes = _expected(file.parent / "adapter_config.json", params, config)
     if config.method in SOFT:
         return place_adapters(peft_virtual.unpack(tensors, found, str(file)), params), config
     for key in copies(tensors, found):

@@ -7,7 +7,8 @@ A flipped bit, two layers that changed places and the tensors of another adapter
 error: only a digest shows them.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,36 @@ _JSON = "lora_jax.json"
 _AGAIN = "copy the directory again, or export the adapter again"
 
 
-def check_digest(
+@contextlib.contextmanager
+def checked(
     file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Compare the tensors that were read from `file`, whose metadata are given, with the digests
-    in these and in lora_jax.json. A note says what cannot be compared.
+) -> Iterator[None]:
+    """Compare the tensors of a file with their digests, around a block that makes adapters of them:
+    what makes them not fit may be the damage.
 
     Raises:
-        UserError: a digest is that of other tensors; lora_jax.json is damaged.
+        UserError: as `find_change` says, with the error of the block, if there is one.
+    """
+    change = find_change(file, tensors, metadata)
+    try:
+        yield
+    except UserError as error:
+        if not change:
+            raise
+        raise UserError(f"{change}\n{error}") from error
+    if change:
+        raise UserError(change)
+
+
+def find_change(
+    file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> str | None:
+    """Compare the tensors that were read from `file`, whose metadata are given, with the digests
+    in these and in lora_jax.json: what differs, and what to do. A note says what cannot be
+    compared.
+
+    Raises:
+        UserError: lora_jax.json is damaged.
     """
     side = file.parent / _JSON
     described = file.name == WEIGHTS and side.exists()
@@ -41,21 +64,22 @@ def check_digest(
             f"{file} carries no digest, as files of other programs: its weights are not checked"
             + ("" if described else lacking)
         )
-        return
+        return None
     found = of_arrays(tensors)
     if own is None and recorded != found:
-        raise UserError(
+        return (
             f"{file} is not the file that {side} was written for: another program saved it later, "
             "as PEFT does when a loaded adapter is trained on and saved in its place, or it is "
             f'damaged. If you trained it on, remove "{FIELD}" from {_JSON}; otherwise {_AGAIN}'
         )
     if own is not None and own != found:
-        raise UserError(
+        return (
             f"{file} is damaged, or was changed after it was exported: it carries the digest "
-            f"{shorten(own)}, and its tensors have {shorten(found)}; {_AGAIN}"
+            f"{shorten(own)}, and its tensors have {shorten(found)}; {_AGAIN}, or, "
+            f"if the change is yours, save it without {METADATA} in its metadata"
         )
     if recorded is not None and recorded != found:
-        raise UserError(
+        return (
             f"{file} and {side} are of two exports: the digest of the tensors is "
             f"{shorten(found)} there and {shorten(recorded)} here; {_AGAIN}"
         )
@@ -64,6 +88,7 @@ def check_digest(
             f"{file.parent} has no {_JSON}: base, tokenizer and chat template of the adapter "
             "cannot be compared"
         )
+    return None
 
 
 def _recorded(side: Path) -> str | None:

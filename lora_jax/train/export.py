@@ -51,11 +51,7 @@ def export_peft(
     """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, a
     model card with its `results`, and under `eos_token_id` in lora_jax.json the ids that end an
     answer.
-
-    Raises:
-        UserError: as `formats.write_adapter`; adapters that are others in PEFT over this base.
     """
-    raise_all(formats.peft_problems(find_trainable(model.params, config.adapter), model))
     target = Path(target).expanduser()
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
@@ -306,7 +302,8 @@ def export_run(
 
     Raises:
         UserError: no run, no checkpoint, a damaged one, `output` exists and is not empty, or base,
-            tokenizer or template are not those of the run (unless named in `allow_change`); a
+            tokenizer or template are not those of the run (unless named in `allow_change`);
+            adapters that PEFT has no form for, or others over this base (`peft_problems`); a
             profile that cannot load the adapter, or of a merged model.
     """
     output = Path(output).expanduser()
@@ -374,13 +371,16 @@ def export_checkpoint(
     `export_merged` does, of an adapter nothing.
 
     Raises:
-        UserError: a damaged checkpoint; as `export_peft` and `export_merged`.
+        UserError: a damaged checkpoint; adapters that PEFT has no form for, or others over this
+            base; as `export_peft` and `export_merged`.
     """
     stops = find_stops(config, model, tokenizer)
+    trainable = find_trainable(model.params, config.adapter)
+    if kind == "peft":
+        raise_all(formats.peft_problems(trainable, model))
     shapes = methods.shapes(model.params, config.adapter)
     adapters, _, _ = checkpoint.restore(place, shapes, step=chosen_step(config, record))
     if kind == "peft":
-        trainable = find_trainable(model.params, config.adapter)
         problems = [] if profile else formats.serving_problems(trainable)
         for problem in [*problems, *describe_stops(model, tokenizer, stops)]:
             console.print(f"note: {problem}")
