@@ -41,6 +41,7 @@ LAYERS = (
         "train.calibration",
         "train.epochs",
         "train.evaluate",
+        "train.first_rows",
         "train.probe",
         "train.setup",
         "train.warn",

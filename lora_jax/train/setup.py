@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
@@ -38,21 +38,13 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
             `resume.find_record`.
     """
     training_sources(config)
-    scores.check(config.eval.metrics)
-    check_sinks(config.train.report_to)
     mesh = sharding.make_mesh(config.mesh)
-    micro = config.train.micro_batch_size
-    sharding.check_batch(
-        micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
-    )
-    sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
-    sharding.check_length(config.data.max_length, mesh, "data.max_length")
+    check_settings(config, mesh)
     if config.train.optimizer_memory == "host" and sharding.host_memory(mesh) is None:
         raise UserError(
             f"train.optimizer_memory=host: {mesh.devices.flat[0].device_kind} has no host memory "
             "that it computes from; use device"
         )
-    formats.parse_size(config.export.max_shard_size)
     output = Path(config.output_dir).expanduser()
     record = hosts.from_main(lambda: _open_output(config, output))
     place = checkpoint.find_place(config, output)
@@ -61,15 +53,59 @@ def prepare(config: Config) -> tuple[Path, Mesh, dict[str, Any] | None]:
     return output, mesh, record
 
 
+def check_settings(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raise what neither model nor data decide.
+
+    Raises:
+        UserError: a metric or sink whose package is missing; a mesh that does not fit the batch or
+            the rows; a shard size that is none.
+    """
+    scores.check(config.eval.metrics)
+    check_sinks(config.train.report_to)
+    micro = config.train.micro_batch_size
+    sharding.check_batch(
+        micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
+    )
+    sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    sharding.check_length(config.data.max_length, mesh, "data.max_length")
+    formats.parse_size(config.export.max_shard_size)
+
+
+def check_output(config: Config) -> str | None:
+    """Look at the directories that a run writes to and change nothing. Return why a run would be
+    refused that found what is there now, or None.
+
+    Raises:
+        UserError: a file in place of a directory; one that cannot be made or written.
+    """
+    for name, directory in _directories(config).items():
+        there = directory
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise UserError(f"{name}={str(directory)!r}: {str(there)!r} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{name}={str(directory)!r}: {str(there)!r} is not writable")
+    try:
+        resume.find_record(config, Path(config.output_dir).expanduser())
+    except (UserError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _directories(config: Config) -> dict[str, Path]:
+    found = {"output_dir": Path(config.output_dir).expanduser()}
+    if config.checkpoint_dir is not None and "://" not in config.checkpoint_dir:
+        found["checkpoint_dir"] = Path(config.checkpoint_dir).expanduser()
+    return found
+
+
 def _open_output(config: Config, output: Path) -> dict[str, Any] | None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={str(output)!r} is a file; choose a directory")
     checkpoint.check_place(config)
     record = resume.find_record(config, output)
-    needed = {"output_dir": output}
-    if config.checkpoint_dir is not None and "://" not in config.checkpoint_dir:
-        needed["checkpoint_dir"] = Path(config.checkpoint_dir).expanduser()
-    for name, directory in needed.items():
+    for name, directory in _directories(config).items():
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
