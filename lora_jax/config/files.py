@@ -27,7 +27,7 @@ from lora_jax.config.types import (
     takes_text,
 )
 
-_SHOWN = 20  # unknown keys that are named
+_SHOWN = 10  # unknown keys that are named
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _unknown(prefix: str, key: str, kind: type) -> str:
     names, section = [f.name for f in dataclasses.fields(kind)], prefix.rstrip(".")
     keys = list(all_keys(Config, ""))
     moved = [path for path in keys if path.rpartition(".")[2] == key]
-    hint = find_hint(section, key)
+    hint = find_hint(key)
     if key in keys and not prefix:
         *sections, name = key.split(".")
         hint = f" Write it as {': {'.join(sections)}: {{{name}: ..}}" if sections else ""
