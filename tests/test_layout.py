@@ -48,6 +48,7 @@ LAYERS = (
     (
         "train.calibration",
         "train.epochs",
+        "train.first_rows",
         "train.probe",
         "train.setup",
         "train.evaluate",

@@ -60,7 +60,7 @@ class AdapterConfig:
     def __new__(cls, *_: Any, **given: Any):
         names = [f.name for f in dataclasses.fields(cls)]
         if unknown := [name for name in given if name not in names]:
-            hints = "".join(find_hint("adapter", name) or nearest(name, names) for name in unknown)
+            hints = "".join(find_hint(name) or nearest(name, names) for name in unknown)
             raise UnknownArgument(
                 f"AdapterConfig has no {', '.join(unknown)}; it has: {', '.join(names)}.{hints}"
             )

@@ -83,13 +83,14 @@ TABLE = (
         ("attn_implementation", "flash_attention", "use_flash_attention_2"), ("train.attention",)
     ),
     Elsewhere(
-        ("eval_steps", "eval_strategy", "evaluation_strategy", "evals_per_epoch", "eval.every"),
+        ("eval_steps", "eval_strategy", "evaluation_strategy", "evals_per_epoch"),
         ("train.eval_every",),
     ),
     Elsewhere(
         ("save_steps", "save_strategy", "saves_per_epoch", "checkpoint_every"),
         ("train.save_every",),
     ),
+    Elsewhere(("every",), ("train.eval_every", "train.save_every", "train.log_every")),
     Elsewhere(("logging_steps", "logging_strategy", "steps_per_report"), ("train.log_every",)),
     Elsewhere(
         ("wandb_project", "use_wandb", "use_tensorboard", "run_name"),
@@ -137,11 +138,11 @@ TABLE = (
 _BY_KEY = {key: row for row in TABLE for key in row.keys}
 
 
-def find_hint(section: str, key: str) -> str:
+def find_hint(key: str) -> str:
     """Return ` Here it is train.epochs.` for a key that is known from elsewhere, whatever section
     it was written in, or the empty string.
     """
-    row = _BY_KEY.get(f"{section}.{key}") or _BY_KEY.get(key)
+    row = _BY_KEY.get(key)
     if row is None:
         return ""
     named = " or ".join(repr(setting) for setting in row.here)

@@ -27,7 +27,7 @@ from lora_jax.config.types import (
     takes_text,
 )
 
-_SHOWN = 20  # unknown keys that are named
+_SHOWN = 10  # unknown keys that are named
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class _Given:
 
     value: Any
     origin: str
+    line: int = 0
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -111,7 +112,7 @@ def _settings(
             found = _unknown(prefix, str(key), kind) if len(problems) < _SHOWN else "unknown key"
             problems.append(f"{origin}: {found}")
         elif not dataclasses.is_dataclass(fields[key]):
-            yield f"{prefix}{key}", _Given(value, origin)
+            yield f"{prefix}{key}", _Given(value, origin, line)
         elif isinstance(value, Mapping):
             inner = typing.cast(type, fields[key])
             yield from _settings(value, inner, f"{prefix}{key}.", source, problems)
@@ -239,10 +240,10 @@ def _make(kind: Any, values: Mapping[str, Any], prefix: str, problems: list[str]
 
 
 def _with_origin(problem: str, given: Mapping[str, _Given]) -> str:
-    """Put in front of a problem where the setting that it begins with was written."""
+    """Put in front of a problem the line of the file that has the setting it begins with."""
     found = re.match(r"[a-z_]+(\.[a-z_0-9]+)*", problem)
     one = given.get(found[0]) if found else None
-    return problem if one is None else f"{one.origin}: {problem}"
+    return problem if one is None or not one.line else f"{one.origin}: {problem}"
 
 
 def _unknown(prefix: str, key: str, kind: type) -> str:
@@ -250,7 +251,7 @@ def _unknown(prefix: str, key: str, kind: type) -> str:
     names, section = [f.name for f in dataclasses.fields(kind)], prefix.rstrip(".")
     keys = list(all_keys(Config, ""))
     moved = [path for path in keys if path.rpartition(".")[2] == key]
-    hint = find_hint(section, key)
+    hint = find_hint(key)
     if key in keys and not prefix:
         *sections, name = key.split(".")
         hint = f" Write it as {': {'.join(sections)}: {{{name}: ..}}" if sections else ""

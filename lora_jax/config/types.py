@@ -21,7 +21,8 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")  # 010 is eight in YAML 1.1: it is none here
 _FLOAT = re.compile(
-    r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|nan)", re.IGNORECASE
+    r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|nan)",
+    re.IGNORECASE,
 )
 _LONGEST_NUMBER = 400  # characters; Python takes its time for more
 _NAMES = {
@@ -251,4 +252,7 @@ def _plain_tree(value: Any) -> Any:
         return [_plain_tree(one) for one in value]
     if not isinstance(value, Written):
         return value
-    return str(value) if len(value) > _LONGEST_NUMBER else _resolve(value)
+    if len(value) > _LONGEST_NUMBER:
+        return str(value)
+    resolved = _resolve(value)
+    return resolved if repr(resolved).lower() == value.lower() else str(value)

@@ -228,6 +228,47 @@ def open_run(config: Config, held: contextlib.ExitStack) -> tuple[Run, dict[str,
     return Run(output, place, found["content"], found["begun"], locks), found["record"]
 
 
+def preview(config: Config) -> str | None:
+    """Look at the directories of a run and change nothing. Return why a run would be refused that
+    found them as they are, or None.
+
+    Raises:
+        UserError: a file in place of a directory; one that cannot be made or written.
+    """
+    output = Path(config.output_dir).expanduser()
+    place = checkpoint.find_place(config, output)
+    named = _name(output, place)
+    with _usable(config):
+        for name, directory in named.items():
+            there = directory
+            while not there.exists() and there != there.parent:
+                there = there.parent
+            if not there.is_dir():
+                raise UserError(f"{name}={str(directory)!r}: {str(there)!r} is a file")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise UserError(f"{name}={str(directory)!r}: {str(there)!r} is not writable")
+    try:
+        with _usable(config):
+            _look(config, output, place, named)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _name(output: Path, place: checkpoint.Place) -> dict[str, Path]:
+    """The directories that take a lock, by their setting; a bucket has no locks."""
+    return {"output_dir": output} | ({"checkpoint_dir": place} if isinstance(place, Path) else {})
+
+
+def _look(config: Config, output: Path, place: checkpoint.Place, named: Mapping[str, Path]) -> None:
+    """Raise what speaks against a run before anything is locked."""
+    _check_place(config, output, place)
+    for name, directory in named.items():
+        if directory.is_dir():
+            lock.look(directory, name)
+    _inspect(config, output, place)
+
+
 def _open(
     config: Config,
     output: Path,
@@ -235,15 +276,9 @@ def _open(
     held: contextlib.ExitStack,
     locks: list[lock.Lock],
 ) -> dict[str, Any]:
-    named = {"output_dir": output}
-    if isinstance(place, Path):  # a bucket has no locks
-        named["checkpoint_dir"] = place
+    named = _name(output, place)
     with _usable(config):
-        _check_place(config, output, place)
-        for name, directory in named.items():
-            if directory.is_dir():
-                lock.look(directory, name)
-        _inspect(config, output, place)
+        _look(config, output, place, named)
         for name, directory in named.items():
             _make(name, directory)
             if name == "checkpoint_dir":

@@ -1,4 +1,6 @@
-"""Preview of what a config trains, from shapes alone: no weights, no data, no tokenizer."""
+"""Preview of what a config trains, from shapes and the first rows of its data: no weights, no
+tokenizer, nothing written.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,21 +9,27 @@ from lora_jax import adapters as methods
 from lora_jax import formats, sharding, tree
 from lora_jax.config import Config
 from lora_jax.targets import Target, Whole
-from lora_jax.train import warn
+from lora_jax.train import directory, first_rows, warn
 from lora_jax.train.metrics import share
 from lora_jax.train.model import describe
-from lora_jax.train.setup import continue_adapter, find_trainable
+from lora_jax.train.setup import check_settings, continue_adapter, find_trainable
 
 
-def print_targets(config: Config) -> None:
-    """Print a row per target (layers that agree share one) and the totals."""
+def print_preview(config: Config) -> None:
+    """Print a row per target (layers that agree share one), the totals, and what the data are.
+
+    Raises:
+        UserError: what a run would refuse, as far as config, model and the first rows tell.
+    """
+    mesh = sharding.abstract_mesh(config.mesh)
+    check_settings(config, mesh)
+    in_use = directory.preview(config)
     config, model = describe(config, formats.resolve(config.model, weights=False))
     for note in model.notes:
         print(f"note: {note}")
     if config.adapter.path is not None:
         config, _ = continue_adapter(config, model)
     found = find_trainable(config, model)
-    mesh = sharding.abstract_mesh(config.mesh)
     shapes = methods.shapes(model.params, config.adapter)
     specs = tree.flatten(sharding.adapter_specs(shapes, model.params, model.rules, mesh))
     rows = [
@@ -59,6 +67,8 @@ def print_targets(config: Config) -> None:
         rows.append((name, str(tuple(shape)), "", "", "", f"{part.parameters:,}", spec))
     for name, shape in found.virtual.items():
         rows.append((name, str(shape), "", "", "", f"{math.prod(shape):,}", str(specs[(name,)])))
+    if mesh.size == 1:  # nothing to split
+        rows = [row[:-1] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print(
@@ -72,8 +82,12 @@ def print_targets(config: Config) -> None:
         f"adapter {4 * found.exported:,} bytes in float32\nmesh: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
+    for line in first_rows.check(config, bool(model.labels)):
+        print(line)
     for warning in warn.of_config(config):
         print(f"warning: {warning}")
+    if in_use is not None:
+        print(f"warning: a run would be refused: {in_use}")
 
 
 def group_slices(target: Target) -> dict[tuple[int, float], list[int]]:

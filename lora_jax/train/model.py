@@ -51,6 +51,7 @@ def describe(config: Config, source: Path) -> tuple[Config, Model]:
                 f"data.labels={given!r} is for models that classify ({', '.join(CLASSIFIERS)}); "
                 f"{config.model} is of model_type={kind!r} and writes text"
             )
+        _check_text_settings(config)
         return _with_virtual_tokens(config, source, model), model
     _check_settings(config)
     labels = tuple(given) if given is not None else _read_labels(config)
@@ -111,6 +112,23 @@ def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
     return dataclasses.replace(config, adapter=adapter)
 
 
+def _check_text_settings(config: Config) -> None:
+    """Raise for settings of models that classify."""
+    default = Config().data
+    problems = [
+        f"data.{name}={getattr(config.data, name)!r} is for models that classify; {config.model} "
+        "writes text"
+        for name in ("text", "label")
+        if getattr(config.data, name) != getattr(default, name)
+    ]
+    if "accuracy" in config.eval.metrics:
+        problems.append(
+            f"eval.metrics: accuracy is for models that classify, and {config.model} writes text; "
+            "exact_match compares its answers"
+        )
+    raise_all(problems)
+
+
 def _check_settings(config: Config) -> None:
     default, method = Config(), config.adapter.method
     if method in SOFT:
@@ -123,6 +141,12 @@ def _check_settings(config: Config) -> None:
             f"{config.model} classifies"
             for name in _OF_TEXT
             if getattr(config.data, name) != getattr(default.data, name)
+        ]
+        + [
+            f"eval.metrics: {name} is for models that write text, and {config.model} classifies; "
+            "accuracy counts its labels"
+            for name in config.eval.metrics
+            if name not in ("accuracy", "exact_match")
         ]
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
@@ -47,25 +47,35 @@ def prepare(
             `directory.open_run`.
     """
     training_sources(config)
+    mesh = sharding.make_mesh(config.mesh)
+    check_settings(config, mesh)
+    if config.train.optimizer_memory == "host" and sharding.host_memory(mesh) is None:
+        raise UserError(
+            f"train.optimizer_memory=host: {mesh.devices.flat[0].device_kind} has no host memory "
+            "that it computes from; use device"
+        )
+    run, record = directory.open_run(config, held)
+    if jax.process_count() > 1 and isinstance(run.place, Path):
+        _check_shared(run.output if config.checkpoint_dir is None else run.place)
+    return run, mesh, record
+
+
+def check_settings(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raise what neither model nor data decide.
+
+    Raises:
+        UserError: a metric or sink whose package is missing; a mesh that does not fit the batch or
+            the rows; a shard size that is none.
+    """
     scores.check(config.eval.metrics)
     check_sinks(config.train.report_to)
-    mesh = sharding.make_mesh(config.mesh)
     micro = config.train.micro_batch_size
     sharding.check_batch(
         micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
     )
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     sharding.check_length(config.data.max_length, mesh, "data.max_length")
-    if config.train.optimizer_memory == "host" and sharding.host_memory(mesh) is None:
-        raise UserError(
-            f"train.optimizer_memory=host: {mesh.devices.flat[0].device_kind} has no host memory "
-            "that it computes from; use device"
-        )
     formats.parse_size(config.export.max_shard_size)
-    run, record = directory.open_run(config, held)
-    if jax.process_count() > 1 and isinstance(run.place, Path):
-        _check_shared(run.output if config.checkpoint_dir is None else run.place)
-    return run, mesh, record
 
 
 def _check_shared(directory: Path) -> None:
