@@ -29,6 +29,7 @@ from lora_jax.virtual import Virtual, first_position, placeholders
 
 # Prompt lengths and answer lengths are rounded up to it, so that few shapes are compiled.
 _BUCKET = 32
+_ALL = np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
@@ -201,7 +202,7 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         if not len(prompts):
             return []
         numbers = range(len(prompts)) if numbers is None else numbers
-        batch = _batch(model, prompts, stop_tokens, prefix, sampling, numbers, length)
+        batch = _batch(prompts, stop_tokens, prefix, sampling, numbers, length)
         slots = _round_up(max_new_tokens)
         answers = whole(decode(bound, prefix, batch, max_new_tokens, slots))
         return [_until_stop(answer[:max_new_tokens].tolist(), stop_tokens) for answer in answers]
@@ -231,7 +232,7 @@ def make_stream(model: Model, compute_dtype: Any = jnp.float32) -> Callable[...,
     ) -> Iterator[int]:
         check_prompts(model, [prompt])
         check_room(model, [prompt], max_new_tokens, prefix)
-        batch = _batch(model, [prompt], stop_tokens, prefix, sampling, [number], length)
+        batch = _batch([prompt], stop_tokens, prefix, sampling, [number], length)
         state, done = begin(bound, prefix, batch, slots=_round_up(max_new_tokens)), 0
         while True:
             new = whole(state.answers)[0, done : int(state.step)].tolist()
@@ -288,7 +289,6 @@ def _virtual(prefix: Virtual | None) -> int:
 
 
 def _batch(
-    model: Model,
     prompts: Sequence[Sequence[int]],
     stop_tokens: Collection[int],
     prefix: Virtual | None,
@@ -304,14 +304,13 @@ def _batch(
         tokens[row, -len(prompt) :] = prompt
         segment_ids[row, -len(prompt) :] = 1
     key = jax.random.key(sampling.seed)
-    top_k = sampling.top_k or model.config.vocab_size
     return _Batch(
         tokens=tokens,
         segment_ids=segment_ids,
         stops=np.asarray(sorted(stop_tokens) or [-1], np.int32),
         keys=jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(numbers, np.uint32)),
         temperature=np.float32(sampling.temperature),
-        top_k=np.int32(min(top_k, model.config.vocab_size)),
+        top_k=np.int32(min(sampling.top_k or _ALL, _ALL)),
         tail=np.float32(1 - sampling.top_p),
     )
 

@@ -1,0 +1,283 @@
+"""`lora-jax generate`: prompts from everywhere, answers to everywhere, and a conversation."""
+
+import io
+import json
+import logging
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lora_jax.cli import main
+from lora_jax.config import UserError
+from lora_jax.generate import Sampling, chat, prompts
+from lora_jax.generate.answer import open_reader, open_writer
+
+WORDS = ["one", "two", "three", "four", "five plus six"]
+
+
+@pytest.fixture
+def command(files):
+    return ["generate", "--model", str(files / "model"), "--max-new-tokens", "5"]
+
+
+@pytest.fixture(scope="module")
+def writer(files):
+    return open_writer(open_reader(str(files / "model"), max_new_tokens=5), Sampling())
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def answers(command, capsys):
+    """The answers to `WORDS` as `--prompt` gives them."""
+    capsys.readouterr()
+    assert main([*command, *(word for text in WORDS for word in ("--prompt", text))]) == 0
+    printed = capsys.readouterr()
+    heads = [line for line in printed.err.splitlines() if line.startswith("> ")]
+    assert heads == [f"> {text}" for text in WORDS]
+    assert "(cut off: --max-new-tokens 5)" in printed.err
+    return printed.out.removesuffix("\n").split("\n\n")
+
+
+def test_prompts_and_answers_in_files(command, answers, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "prompts.txt"
+    text.write_text("\n".join([*WORDS[:2], "", *WORDS[2:]]) + "\r\n")
+    rows = tmp_path / "rows.jsonl"
+    forms = [
+        {"prompt": "one", "id": 7},
+        {"prompt": "two", "completion": "zwei"},
+        {"messages": [{"role": "user", "content": "three"}]},
+        {"messages": [{"role": "user", "content": "four"}, {"role": "assistant", "content": "4"}]},
+        {"instruction": "five plus six"},
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in forms))
+    output = tmp_path / "answers.jsonl"
+    assert main([*command, "--prompts", str(text), "--output", str(output)]) == 0
+    assert f"5 of 5 answers are in {output}" in capsys.readouterr().err
+    found = lines(output.read_text())
+    assert [line["prompt"] for line in found] == WORDS
+    assert [line["answer"] for line in found] == answers
+    assert all(set(line) == {"prompt", "answer", "finish_reason", "tokens"} for line in found)
+    reasons = [line["finish_reason"] for line in found]
+    assert reasons == ["length" if line["tokens"] == 5 else "stop" for line in found]
+
+    assert main([*command, "--prompts", str(rows), "--batch-size", "2"]) == 0
+    found = lines(capsys.readouterr().out)
+    assert [line["answer"] for line in found] == answers
+    assert found[0]["id"] == 7 and found[0]["prompt"] == "one"
+    assert found[2]["prompt"] == found[2]["prompt"] == [{"role": "user", "content": "three"}]
+
+    for piped in (text.read_text(), rows.read_text()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
+        assert main([*command, "--prompts", "-"]) == 0
+        assert [line["answer"] for line in lines(capsys.readouterr().out)] == answers
+
+
+def test_draws_repeat_and_do_not_depend_on_the_batch(command, tmp_path, capsys):
+    text = tmp_path / "prompts.txt"
+    text.write_text("\n".join(WORDS))
+    drawn = [*command, "--prompts", str(text), "--temperature", "1.5", "--top-p", "0.9"]
+    drawn += ["--top-k", "50", "--seed"]
+    found = []
+    for options in (["1", "--batch-size", "2"], ["1", "--batch-size", "4"], ["2"]):
+        capsys.readouterr()
+        assert main([*drawn, *options]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: invalid JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n\n[1]\n', "p.jsonl:3: a line must hold a JSON object"),
+        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: 'prompt' is a number"),
+        ("p.jsonl", '{"question": "a"}\n', "p.jsonl:1: a row needs 'messages'"),
+        ("p.jsonl", '{"text": "a"}\n', "p.jsonl:1: a text has no answer"),
+        ("p.jsonl", '{"messages": []}\n', "p.jsonl:1: "),
+        ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', "begins with its"),
+        ("p.txt", "\n \n", "p.txt holds no prompt"),
+        ("p.csv", "a,b\n", "prompts are lines of a .txt or a .jsonl file"),
+        ("none.txt", None, "none.txt cannot be read: No such file"),
+    ],
+)
+def test_prompts_that_are_none(command, tmp_path, capsys, name, content, expected):
+    file, output = tmp_path / name, tmp_path / "out.jsonl"
+    if content is not None:
+        file.write_text(content)
+    assert main([*command, "--prompts", str(file), "--output", str(output)]) == 2
+    assert expected in capsys.readouterr().err and not output.exists()
+
+
+def test_only_the_first_problems_are_shown(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text("[]\n" * 30)
+    with pytest.raises(UserError) as raised:
+        prompts.read_prompts(str(file))
+    assert str(raised.value).count("a line must hold") == 10 and "20 more" in str(raised.value)
+
+
+def test_an_output_is_never_overwritten(command, tmp_path, capsys):
+    (tmp_path / "there.jsonl").write_text("kept")
+    cases = {
+        tmp_path / "there.jsonl": "already exists; remove it, or name another",
+        tmp_path / "none" / "x.jsonl": "its directory is missing or not writable",
+    }
+    for output, expected in cases.items():
+        assert main([*command, "--prompt", "one", "--output", str(output)]) == 2
+        assert expected in capsys.readouterr().err
+    assert (tmp_path / "there.jsonl").read_text() == "kept"
+    assert main([*command, "--chat", "--output", str(tmp_path / "x")]) == 2
+    assert "--output does not go with --chat" in capsys.readouterr().err
+
+
+def test_a_job_that_ends_early_keeps_whole_lines(command, tmp_path, capsys, monkeypatch):
+    text, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    text.write_text("\n".join(WORDS))
+    finish = prompts.finish
+
+    def fail(writer, prompt, tokens):
+        if prompt.given == "four":
+            raise KeyboardInterrupt
+        return finish(writer, prompt, tokens)
+
+    monkeypatch.setattr(prompts, "finish", fail)
+    assert main([*command, "--prompts", str(text), "--output", str(output)]) == 130
+    assert [line["prompt"] for line in lines(output.read_text())] == WORDS[:3]
+    assert f"3 of 5 answers are in {output}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--prompt", "a", "--chat"], "not allowed with argument"),
+        (["--prompt", "a", "--prompts", "x"], "not allowed with argument"),
+        ([], "one of the arguments --prompt --prompts --chat is required"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p: 0.0 must be above 0 and at most 1"),
+        (["--prompt", "a", "--top-p", "1.1"], "--top-p: 1.1 must be above 0"),
+        (["--prompt", "a", "--top-k", "0"], "--top-k: 0 must be at least 1"),
+    ],
+)
+def test_options(command, options, expected, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, *options])
+    assert expected in capsys.readouterr().err
+
+
+def test_texts_beyond_the_positions_are_noted_once(command, caplog, capsys):
+    with caplog.at_level(logging.WARNING, "lora_jax"):
+        assert main([*command, "--prompt", "one", "--prompt", "two"]) == 0
+        assert "max_position_embeddings" not in caplog.text
+        long = [*command[:-1], "250"]
+        # Answers end long before: nothing is computed beyond them.
+        assert main([*long, "--prompt", "x" * 30, "--prompt", "two"]) == 0
+    assert caplog.text.count("max_position_embeddings=256 that the model was made for") == 1
+    assert "and max_new_tokens=250 go beyond" in caplog.text
+
+
+def test_a_prompt_without_room_is_named_by_its_line(files, tmp_path, monkeypatch):
+    file = tmp_path / "p.txt"
+    file.write_text("a\n" + "b" * 60 + "\n")
+    reader = open_reader(str(files / "model"), max_new_tokens=50)
+    monkeypatch.setattr(type(reader.model), "learned_positions", property(lambda self: 128))
+    with pytest.raises(UserError) as raised:
+        prompts.encode(prompts.read_prompts(str(file)), reader)
+    assert f"{file}:2: a prompt of" in str(raised.value) and f"{file}:1" not in str(raised.value)
+    assert "more than the 128 positions" in str(raised.value)
+
+
+# A conversation
+
+
+def talk(writer, text):
+    out = io.StringIO()
+    chat.run(writer, io.StringIO(text), out)
+    return out.getvalue()
+
+
+def test_a_conversation_over_a_pipe(writer, capsys):
+    def ask(*turns):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        tokens = writer.reader.encode(messages)
+        return writer.reader.decode(writer.generate(writer.bound, [tokens], **writer.options)[0])
+
+    first = ask("one")
+    second = ask("one", first, "two")
+    assert talk(writer, "one\n\ntwo\n") == f"{first}\n{second}\n"
+    assert talk(writer, "one\n/reset\none\n/quit\ntwo\n") == f"{first}\n{first}\n"
+    assert "the conversation is forgotten" in capsys.readouterr().err
+    assert talk(writer, "/nothing\n") == "" and "/nothing is no command" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_ended_stays_as_far_as_it_came(writer, capsys, monkeypatch):
+    talked = chat.Chat(writer)
+    pieces = talked.say("one")
+    begun = next(pieces) + next(pieces)
+    pieces.close()
+    last = talked._messages[-1]
+    assert last["role"] == "assistant" and last["content"].startswith(begun)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(type(writer), "stream", property(lambda self: interrupt), raising=False)
+    assert talk(writer, "one\n") == "\n" and "(ended)" in capsys.readouterr().err
+
+
+def test_a_turn_that_cannot_be_answered_is_left_out(writer, capsys, monkeypatch):
+    def refuse(*_):
+        raise UserError("too long")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(writer.reader), "encode", refuse)
+        assert talk(writer, "one\n") == ""
+    assert "error: too long\n/reset begins anew" in capsys.readouterr().err
+
+
+def test_a_conversation_on_a_terminal(files):
+    """Through a pseudo-terminal: a prompt, an answer, Ctrl-C at the prompt, Ctrl-D."""
+    leader, follower = pty.openpty()
+    # Without a controlling terminal of its own, the process would not be sent Ctrl-C.
+    start = (
+        "import fcntl, runpy, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "runpy.run_module('lora_jax', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", start, "generate", "--chat", "--max-new-tokens", "3"]
+    process = subprocess.Popen(
+        [*command, "--model", str(files / "model")],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "GLIBC_TUNABLES": ""},
+        start_new_session=True,
+    )
+    os.close(follower)
+    seen = ""
+
+    def wait_for(count):
+        nonlocal seen
+        until = time.monotonic() + 120
+        while seen.count("> ") < count and time.monotonic() < until:
+            if select.select([leader], [], [], 1)[0]:
+                seen += os.read(leader, 4096).decode(errors="replace")
+        assert seen.count("> ") >= count, seen
+
+    wait_for(1)
+    os.write(leader, b"\x03")
+    wait_for(2)
+    os.write(leader, b"one\n")
+    wait_for(3)
+    os.write(leader, b"\x04")
+    assert process.wait(60) == 0
+    os.close(leader)
+    assert seen.count(chat.HELP) == 2
