@@ -128,7 +128,7 @@ def adapter_specs(
     return _specs_beside(adapters, params, flatten(param_specs(params, rules, mesh)), mesh)
 
 
-def place_adapters(adapters: Mapping, params: Mapping) -> Mapping:
+def place_adapters(adapters: dict, params: Mapping) -> dict:
     """Put adapters where `params` are: on their mesh, split as `adapter_specs` says. Where `params`
     are plain arrays, adapters become plain arrays; where they are shapes, nothing happens.
     """
