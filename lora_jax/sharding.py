@@ -128,7 +128,7 @@ def adapter_specs(
     return _specs_beside(adapters, params, flatten(param_specs(params, rules, mesh)), mesh)
 
 
-def place_adapters(adapters: Mapping, params: Mapping) -> Mapping:
+def place_adapters(adapters: dict, params: Mapping) -> dict:
     """Put adapters where `params` are: on their mesh, split as `adapter_specs` says. Where `params`
     are plain arrays, adapters become plain arrays; where they are shapes, nothing happens.
     """
@@ -147,7 +147,7 @@ def _shortened(spec: P, mesh: Mesh) -> P:
     """The spec as a compiled program writes it: without axes of one device, and `None` at the end.
     Another spelling of the same placement would be compiled again.
     """
-    axes = [None if axis is None or mesh.shape[axis] == 1 else axis for axis in spec]
+    axes = [None if axis is None or _size(axis, mesh) == 1 else axis for axis in spec]
     while axes and axes[-1] is None:
         axes.pop()
     return P(*axes)
@@ -227,17 +227,17 @@ def _specs_beside(
 
 
 def _fit(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    def size(axis: Any) -> int:
-        return math.prod(
-            mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))
-        )
-
     return P(
         *(
-            axis if axis is None or n % size(axis) == 0 else None
+            axis if axis is None or n % _size(axis, mesh) == 0 else None
             for axis, n in zip(spec, shape, strict=False)
         )
     )
+
+
+def _size(axis: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Devices along an axis of the mesh, or along several of them."""
+    return math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,)))
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:

@@ -73,6 +73,14 @@ def test_defaults_read_back_as_they_are_written():
     assert configs.parse({"model": "demo:x", "train": {"steps": 7}}, overrides) == plain
 
 
+def test_every_page_is_linked_from_another():
+    pages = {file.name: page(file.name) for file in (ROOT / "docs").glob("*.md")}
+    texts = pages | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    for name in pages:
+        others = [text for other, text in texts.items() if other != name]
+        assert any(re.search(rf"\]\((docs/)?{name}[#)]", text) for text in others), name
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_named_settings_and_commands_exist(name):
     assert not unknown_names(page(name))

@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from lora_jax import config as configs
+
 DIRECTORY = Path(__file__).parents[1] / "notebooks"
 LESSON, EXPORT = "01_lora_by_numbers.ipynb", "02_finetune_and_export.ipynb"
 ANY_FLAX = "03_any_flax_model.ipynb"
@@ -123,6 +125,20 @@ def test_stored_outputs_are_small_and_of_no_machine(name):
     }
     assert not [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
     assert not re.search(r"/(home|root|tmp|Users|usr|opt|work|mnt)/|site-packages", content)
+
+
+def test_the_readme_lists_every_notebook():
+    text = (DIRECTORY.parent / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\((notebooks/.*?)\)", text)) == {
+        f"notebooks/{file.name}" for file in DIRECTORY.glob("*.ipynb")
+    }
+
+
+def test_the_stored_error_is_what_a_wrong_key_says_now(capsys):
+    notebook = nbformat.read(DIRECTORY / EXPORT, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "rnak" in cell.source]
+    exec(cell.source, {"configs": configs, "SYSTEM": ""})
+    assert printed(cell) == capsys.readouterr().out
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ Modules = dict[str, dict[str, np.ndarray]]  # by module path: lora_A, lora_B, bi
 
 def read_loralib(
     file: str | Path, params: Mapping, config: AdapterConfig
-) -> tuple[Mapping, AdapterConfig]:
+) -> tuple[dict, AdapterConfig]:
     """Adapters (float32) and their config from a state dict of loralib. The update of a module is
     scaled by alpha / r: alpha (and alpha_pattern) come from `config`, every r from the file, and so
     do target_modules, rank, rank_pattern and bias.

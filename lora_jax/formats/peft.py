@@ -315,7 +315,7 @@ def read_stops(directory: str | Path) -> list[int]:
 
 def read_adapter(
     directory: str | Path, params: Mapping, base: Model | None = None
-) -> tuple[Mapping, AdapterConfig]:
+) -> tuple[dict, AdapterConfig]:
     """Adapters (float32) and their config from a PEFT directory, checked against the model that
     they shall adapt, and placed as its weights are (`sharding.place_adapters`); `params` may hold
     arrays or shapes. With shapes, `base` is the model whose
