@@ -95,6 +95,11 @@ def _status(options: argparse.Namespace) -> int:
         return 2
     except Interrupted as stop:
         print(f"ended by {stop}", file=sys.stderr)
+        if interrupt.leave is not None:
+            # All is saved, and the end of the interpreter waits for programs that still run.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            interrupt.leave(stop.status)
         return stop.status
     return 0
 

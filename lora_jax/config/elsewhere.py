@@ -129,11 +129,18 @@ TABLE = (
     ),
     Elsewhere(("dataloader_num_workers", "dataset_num_proc"), remark="there is nothing to set"),
     Elsewhere(("special_tokens", "tokenizer", "tokenizer_type"), remark="as in the model's files"),
-    Elsewhere(("metric_for_best_model", "greater_is_better"), ("train.load_best_model_at_end",)),
+    Elsewhere(
+        ("greater_is_better",),
+        ("train.metric_for_best_model",),
+        "each metric knows which is better",
+    ),
     Elsewhere(("predict_with_generate",), ("eval.generate",)),
     Elsewhere(("random_seed", "data_seed"), ("seed",)),
     Elsewhere(("fsdp_config", "deepspeed", "tensor_parallel_size"), ("mesh.fsdp", "mesh.tensor")),
-    Elsewhere(("push_to_hub", "hub_model_id"), ("export.peft",), "upload the directory it writes"),
+    Elsewhere(
+        ("push_to_hub", "hub_model_id"),
+        remark="`lora-jax export --push-to-hub ORG/NAME` uploads the result of a run",
+    ),
 )
 _BY_KEY = {key: row for row in TABLE for key in row.keys}
 

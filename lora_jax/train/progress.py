@@ -155,10 +155,12 @@ class Display:
         elif status is None and (phase.said or phase.seconds >= FIRST):
             self.console.print(f"{phase.title} in {format_seconds(phase.seconds)}")
 
-    def say_line(self, phase: Phase) -> None:
-        """Print the line of a phase, where there are no bars and its time has come."""
+    def say_line(self, phase: Phase, grace: float = 0.0) -> None:
+        """Print the line of a phase, where there are no bars and its time came `grace` seconds
+        ago.
+        """
         now = time.monotonic()
-        if not self._moves and now >= phase.next_line:
+        if not self._moves and now >= phase.next_line + grace:
             phase.next_line, phase.said = now + phase.every, True
             self.console.print(phase.line)
 
@@ -190,7 +192,8 @@ class Display:
         """Print lines about the innermost phase, which may be busy in one long call."""
         while not over.wait(1 / _RATE):
             for phase in self._phases[-1:]:
-                self.say_line(phase)
+                # One whose lines come at the end of a step has them in a long step too.
+                self.say_line(phase, EVERY - phase.every)
 
 
 SILENT = Display(Console(quiet=True))

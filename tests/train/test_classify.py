@@ -99,6 +99,19 @@ def test_it_learns_what_the_rows_say(run):
     assert sample["answer"] in ("animal", "place")
 
 
+def test_every_label_is_kept_with_the_probabilities_of_all(files, run):
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0] * 8 + [30] * 8
+    _, logits, wanted = texts(files, run / "merged")
+    expected = logits.softmax(-1)
+    for i, line in enumerate(lines[8:]):
+        assert line["where"].endswith(f"rows.jsonl:{i + 1}")
+        assert line["references"] == [wanted[i]] and line["accuracy"] == 1.0
+        assert list(line["probabilities"]) == ["animal", "place"]
+        np.testing.assert_allclose(list(line["probabilities"].values()), expected[i], atol=1e-5)
+        assert line["answer"] == max(line["probabilities"], key=line["probabilities"].get)
+
+
 def texts(directory, path):
     """Logits of the rows by transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)

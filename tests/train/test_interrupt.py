@@ -1,5 +1,6 @@
 """Signals as an exception, at once or when the run can take it."""
 
+import argparse
 import hashlib
 import os
 import signal
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from lora_jax import cli
 from lora_jax.train import interrupt
 from lora_jax.train.interrupt import Interrupted, Signals, catch
 
@@ -225,3 +227,17 @@ def test_several_hosts_and_a_notebook_are_not_left(answers, leave):
         stay_in_c(signal.SIGINT)
         pytest.fail("it did not raise")
     assert answers == ["SIGINT: stopping now"]
+
+
+def test_a_command_that_was_interrupted_does_not_wait_for_programs_that_still_run(
+    monkeypatch, capsys
+):
+    def run(_):
+        raise Interrupted(signal.SIGINT)
+
+    left = []
+    options = argparse.Namespace(function=run, verbose=False)
+    assert (cli._status(options), left) == (130, [])
+    monkeypatch.setattr(interrupt, "leave", left.append)
+    assert (cli._status(options), left) == (130, [130])
+    assert capsys.readouterr().err == "ended by SIGINT\n" * 2

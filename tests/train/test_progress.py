@@ -64,12 +64,13 @@ def test_without_a_terminal_a_phase_has_lines_while_it_works_in_one_call(
     ]
 
 
-def test_lines_come_at_intervals_and_of_the_innermost_phase(at_once):
+def test_lines_come_at_intervals_and_of_the_innermost_phase(at_once, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     console = plain()
     display = Display(console)
     with display.phase("outer", every=0.0) as outer:
         wait_for(lambda: outer.said)
-        with display.about("step 3"), display.phase("losses", 5, "batches") as inner:
+        with display.about("step 3"), display.phase("losses", 5, "batches", every=30.0) as inner:
             wait_for(lambda: inner.said)
             for _ in inner.over(range(5)):
                 display.say_line(inner)

@@ -88,8 +88,14 @@ def shown(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
+def step_zero(output):
+    """Numbers of the base, which are in no line of metrics.jsonl."""
+    task = json.loads((output / "summary.json").read_text())["task"]
+    return {"task_loss": task["loss_before"]}
+
+
 def expected_curves(output):
-    curves = {}
+    curves = {name: [(0, float(np.float32(value)))] for name, value in step_zero(output).items()}
     for line in read_lines(output / "metrics.jsonl"):
         for name, value in line.items():
             if name != "step":
@@ -125,7 +131,7 @@ def test_tensorboard_has_the_numbers_of_metrics_jsonl(runs):
     found = shown(runs[0] / "tensorboard")
     assert found == expected_curves(runs[0])
     assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
-    assert [step for step, _ in found["task_loss"]] == [2, 4]
+    assert [step for step, _ in found["task_loss"]] == [0, 2, 4]
     assert set(found) > {"norm_update", "learning_rate", "grad_norm", "supervised_tokens"}
 
 
@@ -142,8 +148,9 @@ def test_wandb_and_trackio_are_called_with_every_line_and_go_on_in_the_same_run(
     assert re.fullmatch("whole-[0-9a-f]{8}", own)
     for name, stand in stands.items():
         first, *rest = stand.calls
-        assert rest[:5] == [*lines, "finish"]
-        second, *rest = rest[5:]
+        sent = [(0, step_zero(runs[0])), *lines, "finish"]
+        assert rest[: len(sent)] == sent
+        second, *rest = rest[len(sent) :]
         assert rest == [*again[2:], "finish"]
         for options in (first, second):
             config = options.pop("config")
