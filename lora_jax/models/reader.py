@@ -16,7 +16,7 @@ _LARGEST_OF = {
     **dict.fromkeys(("hidden_size", "n_embd", "head_dim"), 2**20),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), 2**16),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
-    "num_labels": 2**20,
+    "num_labels": 100_000,
 }
 
 
@@ -56,7 +56,7 @@ class ConfigReader:
         if nullable and value is None:
             return None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.refuse(f"{name}={value!r} is not {word}; absent means {default!r}")
+            self.refuse(f"{name}={_short(value)} is not {word}; absent means {default!r}")
             return default
         return value
 
@@ -95,7 +95,7 @@ class ConfigReader:
         return value > most
 
     def number(self, name: str, default: float, above: float | None = None) -> float:
-        value = float(self._get(name, default, (int, float), "a number"))
+        value = self._float(name, self._get(name, default, (int, float), "a number"))
         if above is not None and not value > above:
             self.refuse(f"{name}={value:g} is not above {above:g}")
             return float(default)
@@ -105,8 +105,15 @@ class ConfigReader:
         """Absent: the default. Null: None."""
         value = self._get(name, default, (int, float), "a number or null", nullable=True)
         if value is not None and not value > 0:
-            self.refuse(f"{name}={value!r} is not above 0; null turns it off")
-        return None if value is None else float(value)
+            self.refuse(f"{name}={_short(value)} is not above 0; null turns it off")
+        return None if value is None else self._float(name, value)
+
+    def _float(self, name: str, value: float) -> float:
+        try:
+            return float(value)
+        except OverflowError:
+            self.refuse(f"{name}={_short(value)} is too large for a number of 64 bits")
+            return 1.0
 
     def boolean(self, name: str, default: bool) -> bool:
         return self._get(name, default, bool, "true or false")
