@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from lora_jax.config import UserError, read_text
 from lora_jax.data.keys import RESERVED, reads
 from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
+from lora_jax.data.sandbox import TemplateLimit
+from lora_jax.data.sandbox import render as render_within_limits
 
 PLAIN = "none"
 _OPTIONS = (
@@ -241,6 +241,8 @@ def _sampled(
     try:
         row = Row((), "a sample conversation", tools, chat_template_kwargs)
         return render(tokenizer, source, row, turns)
+    except TemplateLimit:
+        raise
     except UserError:
         return ""
 
@@ -251,14 +253,14 @@ def render(tokenizer: Any, source: str, row: Row, messages: Messages, **options:
     Raises:
         UserError: the template raises.
     """
-    options = {"tools": tools(row) or None, **row.chat_template_kwargs, **options}
-    return _tried(
+    given = {"tools": tools(row) or None, **row.chat_template_kwargs, **options}
+    options = {**tokenizer.special_tokens_map, **given}
+    texts, _ = _tried(
         row,
         messages,
-        lambda messages: tokenizer.apply_chat_template(
-            messages, chat_template=source, tokenize=False, **options
-        ),
+        lambda messages: render_within_limits(source, messages, **options),
     )
+    return texts[0]
 
 
 def render_marked(
@@ -273,10 +275,10 @@ def render_marked(
     texts, marks = _tried(
         row,
         messages,
-        lambda messages: render_jinja_template(
-            [messages],
+        lambda messages: render_within_limits(
+            source,
+            messages,
             tools=tools(row) or None,
-            chat_template=source,
             return_assistant_tokens_mask=True,
             **options,
         ),
@@ -291,6 +293,8 @@ def _tried(row: Row, messages: Messages, apply: Callable[[list[dict[str, Any]]],
     messages = list(messages)
     try:
         return apply(messages)
+    except TemplateLimit as error:
+        raise TemplateLimit(f"{row.where}: {error}") from error
     except Exception as error:  # a program of somebody else's: nothing can be known of its errors
         texts = [_with_argument_texts(message) for message in messages]
         if texts == messages:
@@ -415,10 +419,21 @@ def name(tokenizer: Any) -> str:
 def _marked(source: str) -> bool:
     """Return True if there are {% generation %} blocks and the positions of all can be found."""
     depth, inside = 0, []
-    for opens, closes, _ in _TAGS.findall(re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)):
+    for opens, closes, _ in _TAGS.findall(_without_comments(source)):
         depth += bool(opens) - bool(closes)
         inside += [] if opens or closes else [depth]
     return bool(inside) and not any(inside)
+
+
+def _without_comments(source: str) -> str:
+    """Return the source up to a comment without an end, and without all others."""
+    kept, start = [], 0
+    while (opens := source.find("{#", start)) >= 0:
+        kept.append(source[start:opens])
+        start = source.find("#}", opens + 2) + 2
+        if start < 2:
+            return "".join(kept)
+    return "".join([*kept, source[start:]])
 
 
 def _one_of(patterns: list[str], tokens: dict[str, int]) -> re.Pattern[str]:

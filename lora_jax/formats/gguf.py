@@ -108,6 +108,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
         raise UserError(
             f"{source} has architecture {architecture!r}; supported: {', '.join(KNOWN)}"
         )
+    _check_blocks(architecture, metadata, tensors, source)
     config = _config(architecture, metadata, tensors, source)
     plan = _plan(architecture, config, tensors, source)
     tokenizer, tokenizer_config = read_tokenizer(metadata, config, source)
@@ -144,6 +145,18 @@ def _open(source: Path) -> gguf.GGUFReader:
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         # The reader has no error type of its own: a cut file gives empty slices and wrong shapes.
         raise UserError(f"{source} is no GGUF file, or damaged or truncated: {error}") from error
+
+
+def _check_blocks(
+    architecture: str, metadata: dict[str, Any], tensors: dict[str, Any], source: Path
+) -> None:
+    """Raise for more blocks than there can be, before anything is listed for each."""
+    blocks = metadata_value(metadata, f"{architecture}.block_count", int, source)
+    if blocks > len(tensors):
+        raise UserError(
+            f"{source} is damaged: {architecture}.block_count={blocks}, and it has only "
+            f"{len(tensors)} tensors"
+        )
 
 
 def _config(

@@ -1,10 +1,12 @@
 """Model families, one file per Hugging Face `model_type`."""
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
+from lora_jax import tree
 from lora_jax.config import UserError
 from lora_jax.models import (
     bert,
@@ -32,6 +34,7 @@ _MODULES = (
     *(bert, camembert, gemma2, gemma3_text, gpt2, llama, ministral, mistral, mixtral, olmo2),
     *(phi3, qwen2, qwen3, qwen3_moe, roberta, seed_oss, xlm_roberta),
 )
+_MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 FAMILIES["xlm-roberta"] = FAMILIES.pop("xlm_roberta")  # its model_type is no name of a module
 CLASSIFIERS = tuple(name for name, module in FAMILIES.items() if hasattr(module, "ARCHITECTURE"))
@@ -71,6 +74,7 @@ def describe(
             f"num_key_value_heads={config.num_key_value_heads}"
         )
     graphdef, template = nnx.split(nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0))))
+    _check_size(nnx.to_pure_dict(template))
     return Model(
         graphdef,
         template,
@@ -93,6 +97,18 @@ def ties_embeddings(hf_config: Mapping[str, Any]) -> bool:
     return family is not None and bool(
         getattr(family.read_config(reader), "tie_word_embeddings", False)
     )
+
+
+def _check_size(params: Mapping[str, Any]) -> None:
+    """Raise for shapes that no file could hold, before a tensor is listed for each matrix."""
+    leaves = tree.flatten(params)
+    matrices = sum(math.prod(leaf.shape[: tree.lead_axes(path)]) for path, leaf in leaves.items())
+    numbers = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    if matrices > _MOST_TENSORS or numbers > _MOST_NUMBERS:
+        raise UserError(
+            f"config.json: its sizes make a model of {numbers:.1e} numbers in {matrices:,} "
+            f"matrices; at most {_MOST_NUMBERS:.0e} in {_MOST_TENSORS:,} are supported"
+        )
 
 
 def _with_labels(hf_config: Mapping[str, Any], labels: Sequence[str], architecture: str) -> dict:

@@ -16,7 +16,7 @@ _LARGEST_OF = {
     **dict.fromkeys(("hidden_size", "n_embd", "head_dim"), 2**20),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), 2**16),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
-    "num_labels": 2**20,
+    "num_labels": 100_000,
 }
 
 
@@ -56,7 +56,7 @@ class ConfigReader:
         if nullable and value is None:
             return None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.refuse(f"{name}={value!r} is not {word}; absent means {default!r}")
+            self.refuse(f"{name}={_short(value)} is not {word}; absent means {default!r}")
             return default
         return value
 
