@@ -170,9 +170,14 @@ class Lock:
         """Remove what processes left that died while they competed."""
         now = os.stat(self._file).st_mtime
         for file in self._file.parent.glob(f"{NAME}-*"):
-            with contextlib.suppress(OSError, UserError):
-                found = _read(file, now)
-                if found is not None and not found.alive and found.age > DEAD:
+            with contextlib.suppress(OSError):
+                try:
+                    found = _read(file, now)
+                    dead = found is not None and not found.alive
+                except UserError:  # killed before it was written
+                    status = os.lstat(file)
+                    dead = stat.S_ISREG(status.st_mode) and now - status.st_mtime > DEAD
+                if dead:
                     file.unlink()
 
 

@@ -190,6 +190,9 @@ def test_an_heir_that_died_half_way_is_followed(tmp_path):
     write(tmp_path, **dead)
     write(tmp_path, name=f"{NAME}-after-{'0' * 16}", token="1" * 16, **dead)
     write(tmp_path, name=f"{NAME}-{'2' * 16}", token="2" * 16, **dead)
+    empty = tmp_path / f"{NAME}-{'4' * 16}"
+    empty.write_text("")
+    os.utime(empty, (time.time() - lock.DEAD - 1,) * 2)
     write(tmp_path, name=f"{NAME}-after-{'1' * 16}", token="3" * 16, host="third")
     assert "on host third" in refused(tmp_path)
     write(tmp_path, name=f"{NAME}-after-{'1' * 16}", token="3" * 16, **dead)
