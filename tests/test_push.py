@@ -1,6 +1,7 @@
 """`export --push-to-hub`: what is sent to the hub, and what is said when it cannot be."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -47,7 +48,7 @@ def hub(monkeypatch):
 
 
 def refusal(status):
-    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
     return errors.HfHubHTTPError(f"{status} for url\n\nmore", response=response)
 
 

@@ -45,7 +45,8 @@ class Base:
 
     @property
     def origin(self) -> demo.Origin | None:
-        return demo.origin(self.spec.removeprefix("demo:")) if "demo:" in self.spec else None
+        spec = self.spec
+        return demo.origin(spec.removeprefix("demo:")) if spec.startswith("demo:") else None
 
     def licence(self) -> dict[str, str]:
         """The fields on the licence in the base's own card; of a demo, its licence."""

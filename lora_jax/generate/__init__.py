@@ -35,15 +35,15 @@ _ALL = np.iinfo(np.int32).max
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Prompts (b, t), padded on the left, and how they are answered."""
+    """Prompts (b, t), padded on the left, and how they are answered: arrays of NumPy or JAX."""
 
-    tokens: jax.Array
-    segment_ids: jax.Array
-    stops: jax.Array
+    tokens: Any
+    segment_ids: Any
+    stops: Any
     keys: jax.Array  # (b,)
-    temperature: jax.Array
-    top_k: jax.Array
-    tail: jax.Array
+    temperature: Any
+    top_k: Any
+    tail: Any
 
 
 @jax.tree_util.register_dataclass

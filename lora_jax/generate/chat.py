@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TextIO
 
 from lora_jax.config import UserError
@@ -24,7 +24,7 @@ class Chat:
         """Forget all turns."""
         self._messages = []
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to a user turn, piece by piece. Turn and answer join the conversation,
         the answer as far as it came; a turn that cannot be answered does not.
 
@@ -60,8 +60,9 @@ class Chat:
 
 def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = None) -> None:
     """Read lines and answer them until /quit or the end of stdin."""
-    stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
-    terminal = stdin.isatty()
+    source: TextIO = sys.stdin if stdin is None else stdin
+    target: TextIO = sys.stdout if stdout is None else stdout
+    terminal = source.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
             import readline as readline  # input() edits lines with it where Python has it
@@ -69,7 +70,7 @@ def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = Non
     chat = Chat(writer)
     while True:
         try:
-            line = input("> ") if terminal else _next_line(stdin)
+            line = input("> ") if terminal else _next_line(source)
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -83,9 +84,9 @@ def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = Non
         elif line.strip().startswith("/"):
             print(f"{line.strip()} is no command. {HELP}", file=sys.stderr)
         elif line.strip():
-            _answer(chat, line, stdout)
+            _answer(chat, line, target)
     if terminal:
-        print(file=stdout)
+        print(file=target)
 
 
 def _next_line(stdin: TextIO) -> str:

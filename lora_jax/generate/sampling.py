@@ -1,6 +1,7 @@
 """Next tokens from logits: the likeliest, or a draw cut to top-k and top-p."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class Sampling:
         raise_all([text for text, holds in problems.items() if holds])
 
 
-def keep_likely(logits: jax.Array, top_k: jax.Array, tail: jax.Array) -> jax.Array:
+def keep_likely(logits: jax.Array, top_k: Any, tail: Any) -> jax.Array:
     """Return logits (b, vocab) with -inf in place of all but the `top_k` largest (all that equal
     the last of them stay), and then of the least likely ones whose probabilities sum to at most
     `tail`, 1 - top_p. Of equal ones the first go first; the likeliest stays.
@@ -51,8 +52,8 @@ def sample(
     logits: jax.Array,
     keys: jax.Array,
     temperature: jax.Array,
-    top_k: jax.Array | int,
-    tail: jax.Array | float,
+    top_k: Any,
+    tail: Any,
 ) -> jax.Array:
     """Token ids (b,) from logits (b, vocab): the largest at temperature 0, a draw from
     softmax(logits / temperature) above, with a key (b,) of its own for each row; `top_k` and `tail`

@@ -42,7 +42,7 @@ def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
     else:
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label=label)
         width = 2 * max(2, len(losses) // 40) + 1
-        means = smooth(np.minimum(losses, top), width)
+        means = smooth([min(loss, top) for loss in losses], width)
         label = f"training, mean of {width} around"
         axes.plot(steps, means, color="tab:blue", label=label)
     for name, points in held_out.items():
