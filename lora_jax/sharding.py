@@ -253,7 +253,10 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+    spread = not getattr(x, "is_fully_addressable", True)  # over several hosts already
+    if spread and x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
+    if spread or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     array = np.asarray(x)  # device_put would have the hosts compare what each of them has
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
