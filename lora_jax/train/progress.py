@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -29,7 +29,7 @@ T = TypeVar("T")
 FIRST = 2.0  # seconds until a phase has its first line
 EVERY = 30.0  # seconds between its lines
 _RATE = 4  # refreshes a second
-_WIDTH = 12  # characters of a bar
+_WIDTH = 8  # characters of a bar
 
 
 def format_seconds(seconds: float) -> str:
@@ -164,14 +164,8 @@ class Display:
             phase.next_line, phase.said = now + phase.every, True
             self.console.print(phase.line)
 
-    def __rich__(self) -> Table:
-        table = Table.grid(padding=(0, 1))
-        for _ in range(3):
-            table.add_column(no_wrap=True)
-        for phase in [*self._phases]:
-            bar = ProgressBar(phase.total, phase.done, _WIDTH, pulse=phase.total is None)
-            table.add_row(Text(phase.title), bar, Text(phase.status))
-        return table
+    def __rich__(self) -> Group:
+        return Group(*map(_to_row, [*self._phases]))
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:
@@ -194,6 +188,16 @@ class Display:
             for phase in self._phases[-1:]:
                 # One whose lines come at the end of a step has them in a long step too.
                 self.say_line(phase, EVERY - phase.every)
+
+
+def _to_row(phase: Phase) -> Table:
+    """Title, bar and status, in columns of this phase's own: shared ones cut long lines off."""
+    table = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        table.add_column(no_wrap=True)
+    bar = ProgressBar(phase.total, phase.done, _WIDTH, pulse=phase.total is None)
+    table.add_row(Text(phase.title), bar, Text(phase.status))
+    return table
 
 
 SILENT = Display(Console(quiet=True))
