@@ -24,6 +24,7 @@ import gguf
 import numpy as np
 
 from lora_jax.config import UserError
+from lora_jax.formats.gguf_header import check_header
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
 
 # The settings that are read here, or change nothing; any other that is not zero is refused.
@@ -137,6 +138,7 @@ def convert(source: Path, target: Path) -> Path:
 def _open(source: Path) -> gguf.GGUFReader:
     if not source.is_file():
         raise UserError(f"GGUF file {source} does not exist")
+    check_header(source)
     try:
         return gguf.GGUFReader(source)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
