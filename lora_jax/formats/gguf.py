@@ -24,6 +24,7 @@ import gguf
 import numpy as np
 
 from lora_jax.config import UserError
+from lora_jax.formats.gguf_header import check_header
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
 from lora_jax.formats.tensors import is_finite
 
@@ -140,6 +141,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
 def _open(source: Path) -> gguf.GGUFReader:
     if not source.is_file():
         raise UserError(f"GGUF file {source} does not exist")
+    check_header(source)
     try:
         return gguf.GGUFReader(source)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:

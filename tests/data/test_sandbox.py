@@ -9,9 +9,7 @@ from lora_jax.data import sandbox
 QUESTION = [{"role": "user", "content": "hi"}]
 DOUBLED = "{%% set ns = namespace(x='abcdefgh') %%}{%% for i in range(60) %%}%s{%% endfor %%}"
 LOOPS = {
-    "nested loops": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    ),
+    "nested loops": "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}",
     "condition of a loop": (
         "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}"
     ),
@@ -107,8 +105,7 @@ def test_slow_conversations_are_limited_in_all(monkeypatch):
 TEXTS = [
     "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ m.content }}"
     "{% endfor %}",
-    "{% for m in messages if m.role == 'user' %}{{ m['content'] + 'x' ~ 1 }}{% else %}-"
-    "{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ m.content + 'x' ~ 1 }}{% else %}-{% endfor %}",
     "{% for m in messages recursive %}{{ m }}{% if m is mapping %}{{ loop(m.values()) }}{% endif %}"
     "{% endfor %}",
     "{{ messages|tojson(indent=2) }}{{ '%05.2f|%s' % (1.5, 'a') }}{{ '{:>5}'.format('b') }}",

@@ -1,0 +1,60 @@
+"""A GGUF file whose header asks for more than a file can hold is refused before it is read."""
+
+import struct
+
+import pytest
+
+from lora_jax import UserError
+from lora_jax.formats.gguf import convert
+
+from .test_gguf import LAYERS, write
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def header(fields: int, tensors: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, fields)
+
+
+def array(kind: int, length: int) -> bytes:
+    return text(b"a") + struct.pack("<IIQ", 9, kind, length)
+
+
+HEADERS = {
+    "array without an end": (header(1) + array(4, 2**62), "its arrays have"),
+    "array longer than the file": (header(1) + array(4, 10**6), "it ends within"),
+    "texts longer than the file": (header(1) + array(8, 10**6), "unpack_from requires"),
+    "one long text": (header(1) + text(b"a") + struct.pack("<IQ", 8, 2**60), "it ends within"),
+    "many metadata": (header(2**60), "metadata, above"),
+    "many tensors": (header(0, 2**60), "tensors, above"),
+    "nested arrays": (
+        header(1) + text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 50,
+        "nested 4 times",
+    ),
+    "unknown type": (header(1) + text(b"a") + struct.pack("<I", 77), "type 77"),
+    "axes": (header(0, 1) + text(b"a") + struct.pack("<I", 2**31), "axes"),
+    "version": (header(0, 0, 2**24 * 3), "version"),
+    "other file": (b"PK\3\4" + bytes(60), "does not begin with GGUF"),
+    "empty": (b"", "cannot mmap an empty file"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_counts_are_checked(tmp_path, name):
+    content, message = HEADERS[name]
+    (tmp_path / "m.gguf").write_bytes(content + bytes(40) * bool(content and "long" not in name))
+    with pytest.raises(UserError, match=f"m.gguf is no GGUF file, or damaged.*{message}"):
+        convert(tmp_path / "m.gguf", tmp_path / "m")
+
+
+def test_blocks_are_compared_with_the_tensors(tmp_path):
+    write(tmp_path / "m.gguf")
+    content = (tmp_path / "m.gguf").read_bytes()
+    key = b"llama.block_count" + struct.pack("<I", 4)
+    assert content.count(key + struct.pack("<I", LAYERS)) == 1
+    changed = content.replace(key + struct.pack("<I", LAYERS), key + struct.pack("<I", 10**9))
+    (tmp_path / "m.gguf").write_bytes(changed)
+    with pytest.raises(UserError, match="block_count=1000000000, and it has only"):
+        convert(tmp_path / "m.gguf", tmp_path / "m")
