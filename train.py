@@ -1,9 +1,6 @@
 """python train.py --config configs/quickstart.yaml [key.sub=value ...]"""
 
-import sys
-
-from lora_jax.cli import train_main, use_huge_pages
+from lora_jax.start import run
 
 if __name__ == "__main__":
-    use_huge_pages()
-    sys.exit(train_main())
+    run("train_main")

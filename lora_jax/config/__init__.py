@@ -26,7 +26,7 @@ from lora_jax.config.settings import (
     raise_all,
     virtual_tokens,
 )
-from lora_jax.config.text import read_json, read_text
+from lora_jax.config.text import expand, is_directory, is_file, read_json, read_text, shown
 
 __all__ = [
     "DATA_INITS",
@@ -46,6 +46,9 @@ __all__ = [
     "all_keys",
     "check",
     "dump",
+    "expand",
+    "is_directory",
+    "is_file",
     "load",
     "merge_problem",
     "nearest",
@@ -53,5 +56,6 @@ __all__ = [
     "raise_all",
     "read_json",
     "read_text",
+    "shown",
     "virtual_tokens",
 ]

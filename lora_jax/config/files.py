@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_jax.config.checks import check
 from lora_jax.config.settings import Config, UserError, all_keys, nearest, raise_all
-from lora_jax.config.text import read_text
+from lora_jax.config.text import exists, read_text, shown
 
 # Settings whose values are mappings: an override of one takes the place of all of it.
 _MAPPINGS = (
@@ -50,8 +50,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             or out of range.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"config file {path} does not exist")
+    if not exists(path, f"config file {path}"):
+        raise UserError(f"config file {shown(path)} does not exist")
     text = read_text(path, f"config file {path}")
     try:
         content = yaml.load(text, _UniqueKeys) or {}

@@ -23,7 +23,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora_jax.config import UserError
+from lora_jax.config import UserError, is_file
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
 
 # The settings that are read here, or change nothing; any other that is not zero is refused.
@@ -134,7 +134,7 @@ def convert(source: Path, target: Path) -> Path:
 
 
 def _open(source: Path) -> gguf.GGUFReader:
-    if not source.is_file():
+    if not is_file(source):
         raise UserError(f"GGUF file {source} does not exist")
     try:
         return gguf.GGUFReader(source)

@@ -1,14 +1,13 @@
 """Answers to prompts, from files, for `lora-jax generate`."""
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, hosts
-from lora_jax.config import UserError
+from lora_jax.config import UserError, expand, is_directory, shown
 from lora_jax.formats import fingerprint
 from lora_jax.generate import check_prompts, make_generate
 
@@ -49,11 +48,11 @@ def answer(
             f"model={spec!r} classifies and writes no text; `lora-jax eval` scores its labels"
         )
     if adapter is not None:
-        directory = Path(adapter).expanduser()
-        if not directory.is_dir():
+        directory = expand(adapter, "adapter")
+        if not is_directory(directory, f"adapter={adapter!r}"):
             raise UserError(
-                f"adapter={adapter!r} does not exist; give a PEFT adapter directory, "
-                "such as OUTPUT_DIR/adapter"
+                f"adapter={shown(repr(adapter))} does not exist, or is no directory; give a "
+                "PEFT adapter directory, such as OUTPUT_DIR/adapter"
             )
         found = formats.read_adapter(directory, described.params, described)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
@@ -62,9 +61,9 @@ def answer(
     if adapter is not None:
         template = data.template_text(tokenizer, chat_template)
         prints = fingerprint.take(source, tokenizer, template)
-        stored = formats.read_fingerprint(Path(adapter).expanduser())
+        stored = formats.read_fingerprint(expand(adapter))
         fingerprint.check(stored, prints, adapter, allow_change)
-        arguments = formats.read_template_kwargs(Path(adapter).expanduser()) | arguments
+        arguments = formats.read_template_kwargs(expand(adapter)) | arguments
     options = {
         "system_prompt": system_prompt,
         "chat_template": chat_template,
@@ -79,7 +78,7 @@ def answer(
     tokens = [data.prompt_tokens(row, tokenizer, **options).tolist() for row in rows]
     check_prompts(described, tokens)
     known = formats.stop_tokens(source)
-    known += [] if adapter is None else formats.read_stops(Path(adapter).expanduser())
+    known += [] if adapter is None else formats.read_stops(expand(adapter))
     stops = data.stop_tokens(tokenizer, chat_template, known, arguments)
     model = formats.load(source, dtype=base_dtype, ignore=ignore)
     bound, prefix = model.params, None

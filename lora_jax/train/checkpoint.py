@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -207,7 +208,7 @@ def list_steps(directory: Place) -> list[int]:
     """Committed steps below a run's `checkpoints`, in order; none if there is no such directory."""
     if not directory.is_dir():
         return []
-    found = (path for path in directory.iterdir() if path.name.isdigit())
+    found = (path for path in directory.iterdir() if re.fullmatch(r"[0-9]{1,18}", path.name))
     # In a directory a step gets its name when it is committed; in a bucket a mark says so.
     return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
 

@@ -14,7 +14,15 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
-from lora_jax.config import SOFT, AdapterConfig, Config, UserError, raise_all, virtual_tokens
+from lora_jax.config import (
+    SOFT,
+    AdapterConfig,
+    Config,
+    UserError,
+    expand,
+    raise_all,
+    virtual_tokens,
+)
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import checkpoint, resume, scores
@@ -111,7 +119,7 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
     if config.adapter.path is None:
         return config, None
     given, default = config.adapter, AdapterConfig()
-    path = Path(config.adapter.path).expanduser()
+    path = expand(config.adapter.path, "adapter.path")
     if path.suffix == ".safetensors":
         adapters, found = formats.read_loralib(path, model.params, given)
     else:
@@ -197,7 +205,7 @@ def take_fingerprint(
     if record is not None:
         fingerprint.check(record["fingerprint"], found, "the checkpoint", config.allow_change)
     elif config.adapter.path is not None:
-        path = Path(config.adapter.path).expanduser()
+        path = expand(config.adapter.path, "adapter.path")
         stored = formats.read_fingerprint(path)
         fingerprint.check(stored, found, str(path), config.allow_change)
     return found
