@@ -90,7 +90,9 @@ def _check(file: Path, tokenizer: Any, settings: dict[str, Any], named: dict[str
         expected = _supervised(row, tokenizer, settings["chat_template"] == "none")
         if expected is not None:
             taught = example.loss_weights > 0
-            if isinstance(row, Row) and taught[1:2].all() and not taught[0]:  # no first token can be predicted
+            if (
+                isinstance(row, Row) and taught[1:2].all() and not taught[0]
+            ):  # no first token can be predicted
                 taught[0] = example.tokens[0] == tokenizer(expected)["input_ids"][0]
             kept = example.tokens[taught]
             found = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
