@@ -433,6 +433,8 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tu
             verbose=False,
         )
     except Exception as error:  # `tokenizers` has no kind of its own
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise UserError("the chat template writes an unpaired surrogate") from error
         raise UserError(f"the tokenizer of {name(tokenizer)} is damaged: {error}") from error
     return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 

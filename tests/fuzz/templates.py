@@ -89,7 +89,8 @@ def open_cases(sandbox: Path) -> watch.Make:
 
 def _mixed(random: Random, good: tuple[str, ...]) -> str:
     """Parts of two templates, with a few characters changed."""
-    one, other = random.choice(good), random.choice(good)
+    usual = tuple(TEMPLATES.values())
+    one, other = random.choice(random.choice((usual, good))), random.choice(good)
     text = one[: random.randrange(len(one) + 1)] + other[random.randrange(len(other) + 1) :]
     if random.random() < 0.5:
         text = damage_bytes(random, text.encode())[1].decode("utf-8", "replace")
