@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from lora_jax.cli import use_huge_pages
+from lora_jax.start import use_huge_pages
 
 
 def batch_of(options: argparse.Namespace, vocabulary: int) -> np.ndarray:

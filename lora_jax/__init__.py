@@ -8,19 +8,23 @@ merged           = lora.merge(bound)
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_jax.config import AdapterConfig as AdapterConfig
-from lora_jax.config import Config as Config
-from lora_jax.config import UserError as UserError
+if TYPE_CHECKING:
+    from lora_jax.config import AdapterConfig as AdapterConfig
+    from lora_jax.config import Config as Config
+    from lora_jax.config import UserError as UserError
 
 _MODULES = {"lora": "lora_jax.adapters", "formats": "lora_jax.formats"}
+_OF_CONFIG = ("AdapterConfig", "Config", "UserError")
 
 
 def __getattr__(name: str) -> Any:
-    """`lora` and `formats` on first use: they import jax, which takes seconds that `--help` need
-    not spend.
+    """Import on first use: `lora` and `formats` need jax, which takes seconds that `--help` need
+    not spend, and the command line must take a Ctrl-C before it imports anything.
     """
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
+    if name in _OF_CONFIG:
+        return getattr(importlib.import_module("lora_jax.config"), name)
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")

@@ -1,3 +1,3 @@
-from lora_jax.cli import console_script
+from lora_jax.start import console_script
 
 console_script()

@@ -7,14 +7,15 @@ A user's mistake ends with status 2 and its message; `--verbose` adds the traceb
 import argparse
 import errno
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import programs
 from lora_jax.commands import COMMANDS, Command
-from lora_jax.config import UserError
+from lora_jax.config import UserError, shown
 from lora_jax.train import interrupt
 from lora_jax.train.interrupt import Interrupted
 
@@ -49,12 +50,26 @@ def _style(command: Command) -> dict[str, Any]:
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """As `parse_args`, with overrides in several places; argparse takes those of the first only."""
+    for text in sys.argv[1:] if arguments is None else arguments:
+        if not _is_text(text):
+            parser.error(
+                f"the argument {shown(repr(text))} is not {sys.getfilesystemencoding()} text"
+            )
     options, rest = parser.parse_known_args(arguments)
     strange = [text for text in rest if text.startswith("-") or "=" not in text]
     if strange or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
     options.overrides = [*getattr(options, "overrides", ()), *rest]
     return options
+
+
+def _is_text(argument: str) -> bool:
+    """Return False for bytes that are no text, which Python passes on as lone surrogates."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in argument
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -77,9 +92,21 @@ def _failed_hosts() -> Any:
     return hosts if hosts and hosts.failed() else None
 
 
+def _streams_without_reader() -> list[int]:
+    """The descriptors of stdout and stderr whose pipe is closed at the other end, as `| head` does
+    when it has seen enough.
+    """
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+
+
 def _status(options: argparse.Namespace) -> int:
     try:
         options.function(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that has gone is found here
     except UserError as error:
         if options.verbose:
             traceback.print_exc()
@@ -88,10 +115,22 @@ def _status(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    except BrokenPipeError:
+        if not (gone := _streams_without_reader()):
             raise
-        print(f"error: cannot write: {error}", file=sys.stderr)
+        for descriptor in gone:  # what is still in buffers goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            message = f"cannot write: {error}"
+        elif isinstance(error.filename, str | bytes):
+            message = f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
+        else:
+            raise
+        if options.verbose:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(f"ended by {stop}", file=sys.stderr)
@@ -102,30 +141,3 @@ def _status(options: argparse.Namespace) -> int:
             interrupt.leave(stop.status)
         return stop.status
     return 0
-
-
-def own_process() -> None:
-    """Prepare a process that belongs to one command: memory, kept programs, and how signals end
-    it.
-    """
-    use_huge_pages()
-    programs.keep()
-    interrupt.leave = os._exit
-
-
-def use_huge_pages() -> None:
-    """Restart this process, once, with glibc backing its memory by transparent huge pages.
-
-    XLA on a CPU takes its buffers anew at every step, and touching gigabytes of fresh 4 KiB pages
-    costs a good part of the step. glibc reads the setting at the start of a process only, so this
-    comes before the imports that take time. Without effect outside Linux, or where it is set.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def console_script() -> None:
-    """The `lora-jax` command."""
-    own_process()
-    sys.exit(main())

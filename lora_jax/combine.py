@@ -9,7 +9,7 @@ from lora_jax import formats, hosts
 from lora_jax.adapters import combine as methods
 from lora_jax.adapters import extract as extraction
 from lora_jax.adapters.updates import Combined
-from lora_jax.config import UserError, raise_all
+from lora_jax.config import UserError, expand, is_directory, raise_all, shown
 from lora_jax.formats import card, fingerprint
 from lora_jax.models.common import Model
 from lora_jax.targets import find_trainable
@@ -41,12 +41,13 @@ def combine_directories(
     _check_free(output)
     source = formats.resolve(spec)
     model = _describe(source, ignore)
-    directories = [Path(path).expanduser() for path, _ in adapters]
+    directories = [expand(path, "adapter") for path, _ in adapters]
     raise_all(
         [
-            f"adapter {str(directory)!r} does not exist; give a PEFT adapter directory"
+            f"adapter {shown(repr(str(directory)))} does not exist, or is no directory; give a "
+            "PEFT adapter directory"
             for directory in directories
-            if not directory.is_dir()
+            if not is_directory(directory, f"adapter {str(directory)!r}")
         ]
     )
     prints = _check_prints(source, directories, allow_change)

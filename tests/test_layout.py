@@ -60,6 +60,7 @@ LAYERS = (
     ("train.loop", "plan"),
     ("commands",),
     ("cli",),
+    ("start",),
     ("__main__",),
 )
 SIBLINGS = {"models", "adapters", "data"}
@@ -123,7 +124,7 @@ def test_the_core_needs_no_oracle_and_data_no_jax():
     assert not {
         module for module, names in tops.items() if names & {"torch", "peft", "bitsandbytes"}
     }
-    light = ("data", "config", "demo", "commands", "cli")
+    light = ("data", "config", "demo", "commands", "cli", "start")
     no_jax = {module for module in MODULES if unit_of(module) in light}
     assert not {module for module in no_jax if tops[module] & {"jax", "flax", "optax", "orbax"}}
     for module in MODULES:

@@ -1,16 +1,20 @@
 """Text files that a user names: one reader, with or without a byte order mark, and its errors."""
 
+import contextlib
 import gzip
 import json
+import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 from lora_jax import cli, data, formats
 from lora_jax import config as configs
-from lora_jax.config import UserError, read_json, read_text
+from lora_jax.config import UserError, expand, is_directory, is_file, read_json, read_text
+from lora_jax.config.text import JSON_LIMIT, TEXT_LIMIT, exists
 from lora_jax.formats import fingerprint
 
 from .train.conftest import CHATML, write_model
@@ -69,7 +73,16 @@ def test_files_that_are_none(tmp_path):
         (b"", "invalid JSON: Expecting value at line 1, column 1"),
         (b'{"a": 1,\n"b"}', "invalid JSON: Expecting ':' delimiter at line 2, column 4"),
         (b'{"a": ' + b"1" * 5000 + b"}", "invalid JSON: Exceeds the limit"),
-        (b"[" * 100_000, "invalid JSON: maximum recursion depth"),
+        (b"[" * 100_000, "invalid JSON: nested too deeply: 100 levels are read"),
+        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested too deeply: 100 levels are read"),
+        (b'{"a": NaN}', "invalid JSON: NaN is no number of JSON"),
+        (b'{"a": [-Infinity]}', "invalid JSON: -Infinity is no number of JSON"),
+        (b'{"a": 1e999}', "invalid JSON: 1e999 is too large for a number"),
+        (b'{"a": {"b": 1' + b"0" * 400 + b"}}", "00 is too large for an integer"),
+        (b'{"a": -' + b"9" * 41 + b"}", "99 is too large for an integer"),
+        (b'{"r": 1, "a": 2, "r": 8}', "invalid JSON: an object has the key 'r' twice"),
+        (b'{"a": [{"b": 1, "b": 1}]}', "invalid JSON: an object has the key 'b' twice"),
+        (b'{"a": "\\ud800"}', "invalid JSON: a string holds the unpaired surrogate \\ud800"),
         (b"[1]", "it must hold a JSON object, not a list"),
         (b"null", "it must hold a JSON object, not null"),
         (b"1.5", "it must hold a JSON object, not a number"),
@@ -78,6 +91,88 @@ def test_files_that_are_none(tmp_path):
 def test_json_that_is_no_object(write, content, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         read_json(write("a.json", content))
+
+
+def test_json_up_to_its_limits(write):
+    deep = b"[" * 99 + b"]" * 99
+    content = (
+        b'{"a": '
+        + deep
+        + b', "b": 1000000000000000019884624838656, "c": "\\ud83d\\ude42", "d": 1e308}'
+    )
+    found = read_json(write("a.json", content))
+    assert [found["b"], found["c"], found["d"]] == [int(1e30), "\U0001f642", 1e308]
+
+
+@pytest.fixture
+def special(tmp_path):
+    """Paths that are no files, and what is said of each."""
+    (tmp_path / "loop").symlink_to(tmp_path / "other")
+    (tmp_path / "other").symlink_to(tmp_path / "loop")
+    (tmp_path / "nothing").symlink_to(tmp_path / "no")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as opened, contextlib.chdir(tmp_path):
+        opened.bind("socket")
+    (tmp_path / "file").write_text("")
+    return {
+        tmp_path / "zero": "it is a device, not a file",
+        tmp_path / "pipe": "it is a pipe; write its text to a file",
+        tmp_path / "socket": "it is a socket, not a file",
+        tmp_path / "loop": "Too many levels of symbolic links",
+        tmp_path / "nothing": "No such file or directory",
+        tmp_path / ("n" * 300): "File name too long",
+        tmp_path / "a\0b": "embedded null byte",
+        tmp_path / "\ud800": "the name is no text",
+        tmp_path / "file" / "inner": "Not a directory",
+    }
+
+
+def test_what_is_no_regular_file_is_not_opened(special):
+    for file, reason in special.items():
+        for read in (read_text, read_json):
+            with pytest.raises(UserError, match=f"cannot be read: {reason}") as raised:
+                read(file)
+            text = str(raised.value)
+            assert text.isprintable() and len(text) < 500 and text.encode("utf-8")
+
+
+def test_paths_that_cannot_be_followed_are_not_said_to_be_missing(special, tmp_path):
+    known = {file.name: file for file in special}
+    for name in ("loop", "n" * 300, "a\0b", "\ud800", "nothing"):
+        for ask in (is_file, is_directory, exists):
+            with pytest.raises(UserError, match="cannot be read: "):
+                ask(known[name])
+    for name in ("pipe", "socket", "zero"):
+        found = [ask(known[name]) for ask in (is_file, is_directory, exists)]
+        assert found == [False, False, True]
+    assert [ask(tmp_path / "file") for ask in (is_file, is_directory, exists)] == [
+        True,
+        False,
+        True,
+    ]
+    assert [ask(tmp_path) for ask in (is_file, is_directory, exists)] == [False, True, True]
+    for path in (tmp_path / "absent", tmp_path / "file" / "inner"):
+        assert not any(ask(path) for ask in (is_file, is_directory, exists))
+    with pytest.raises(UserError, match="model='~nobody-of-this-name/x'"):
+        expand("~nobody-of-this-name/x", "model")
+
+
+def test_files_of_text_have_a_largest_size(tmp_path):
+    file = tmp_path / "a.json"
+    for read, limit in ((read_text, TEXT_LIMIT), (read_json, JSON_LIMIT)):
+        for size, reason in (
+            (limit, "null bytes"),
+            (limit + 1, f"no more than {limit:,} are read"),
+        ):
+            with file.open("wb") as opened:
+                opened.truncate(size)  # of null bytes, which take no room
+            with pytest.raises(UserError, match=rf"a\.json cannot be read: .*{reason}"):
+                read(file)
+    with file.open("wb") as opened:
+        opened.truncate(1 << 40)
+    with pytest.raises(UserError, match="it has 1,099,511,627,776 bytes"):
+        read_json(file)
 
 
 # Every kind of file

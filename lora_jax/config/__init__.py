@@ -23,7 +23,7 @@ from lora_jax.config.settings import (
     all_keys,
     virtual_tokens,
 )
-from lora_jax.config.text import read_json, read_text
+from lora_jax.config.text import expand, is_directory, is_file, read_json, read_text, shown
 from lora_jax.config.types import is_finite
 from lora_jax.config.unused import find_unused
 
@@ -47,7 +47,10 @@ __all__ = [
     "check",
     "counted",
     "dump",
+    "expand",
     "find_unused",
+    "is_directory",
+    "is_file",
     "is_finite",
     "load",
     "merge_problem",
@@ -56,5 +59,6 @@ __all__ = [
     "raise_all",
     "read_json",
     "read_text",
+    "shown",
     "virtual_tokens",
 ]

@@ -15,7 +15,7 @@ from lora_jax.config.checks import find_problems
 from lora_jax.config.elsewhere import find_hint
 from lora_jax.config.errors import UserError, nearest, raise_all
 from lora_jax.config.settings import AdapterConfig, Config, all_keys
-from lora_jax.config.text import read_text
+from lora_jax.config.text import exists, read_text, shown
 from lora_jax.config.types import (
     Written,
     convert,
@@ -47,8 +47,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             or out of range.
     """
     path = Path(path)
-    if not _exists(path):
-        raise UserError(f"config file {path} does not exist")
+    if not exists(path, f"config file {path}"):
+        raise UserError(f"config file {shown(path)} does not exist")
     text = read_text(path, f"config file {path}")
     content = document.read(text, str(path))
     if content is None or is_null(content):
@@ -90,13 +90,6 @@ def dump(config: Config) -> str:
     if config.train.epochs is not None:
         settings["train"]["steps"] = None
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def _settings(

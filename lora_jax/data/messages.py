@@ -19,7 +19,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lora_jax.config import nearest
+from lora_jax.config import nearest, text
 from lora_jax.data.keys import MESSAGE_KEYS, is_empty, is_harmless
 from lora_jax.data.rows import REASONING, ROLES, SYSTEM_ROLES, BadRow, kind, listed, printable
 
@@ -223,15 +223,15 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str, name: str) -> Any:
+def parse_json(value: str, name: str) -> Any:
     """Parse JSON text of a record; `name` is that of its place in messages.
 
     Raises:
         BadRow: it is no JSON.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return text.parse_json(value)
+    except text.BadJSON as error:
         raise BadRow(f"{name} is a string that is no JSON: {printable(str(error))}") from error
 
 

@@ -37,6 +37,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from lora_jax.config.text import is_deep
 from lora_jax.data.keys import RESERVED, check_keys
 from lora_jax.data.messages import from_sharegpt, messages_of, parse_json, tools_of
 from lora_jax.data.named_columns import columns, fill
@@ -270,13 +271,13 @@ def _text_row(given: Mapping[str, Any], where: str) -> TextRow:
 
 def _check_text(value: Any) -> None:
     """Refuse what no tokenizer or template accepts: lone surrogates, values outside JSON."""
+    if is_deep(value):
+        raise BadRow("nested too deeply")
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud800" is JSON but no text
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
         raise BadRow(f"a string holds the unpaired surrogate {surrogate}") from error
-    except RecursionError as error:
-        raise BadRow("nested too deeply") from error
     except (TypeError, ValueError) as error:
         raise BadRow(
             f"a message, a tool or an argument holds what JSON has not: {error}; write it as text"

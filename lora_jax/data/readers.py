@@ -8,7 +8,6 @@ Each yields the records but for the first `start`, and returns how many there ar
 
 import csv
 import gzip
-import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from lora_jax.config import UserError
-from lora_jax.config.text import BOM, other_encoding
+from lora_jax.config.text import BOM, BadJSON, other_encoding, parse_json
 from lora_jax.data.rows import kind, printable
 
-_LARGEST_FIELD = 2**31 - 1  # characters in a field of a .csv file
+_LARGEST_LINE = 64 << 20  # bytes of one record; a book has about 1 MB
+_LARGEST_DOCUMENT = 1 << 30  # bytes of a .json file, unpacked, which is read at once
 _NULL_BYTES = "the text has null bytes, as UTF-16 has; save it as UTF-8"
 
 # (where, the record or None, what is wrong or None)
@@ -33,7 +33,7 @@ Reader = Generator[Record, None, int]
 def read_lines(name: str, path: Path, start: int) -> Reader:
     held = 0
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(name, file), start=1):
             if number == 1:
                 line = _without_mark(name, line)
             if not line.strip():
@@ -46,7 +46,12 @@ def read_lines(name: str, path: Path, start: int) -> Reader:
 
 def read_document(name: str, path: Path, start: int) -> Reader:
     with _open(path) as file:
-        data = _without_mark(name, file.read())
+        data = _without_mark(name, file.read(_LARGEST_DOCUMENT + 1))
+    if len(data) > _LARGEST_DOCUMENT:
+        raise UserError(
+            f"{name} has more than {_LARGEST_DOCUMENT:,} bytes, and a .json file is read at once; "
+            "write one object per line, into a .jsonl file"
+        )
     if not data.strip():
         return 0
     value, problem, line = _parse(data)
@@ -68,18 +73,15 @@ def read_document(name: str, path: Path, start: int) -> Reader:
 def _parse(data: bytes) -> tuple[Any, str | None, int]:
     """(value, problem or None, the problem's line from 1); never raises."""
     try:
-        return json.loads(data.decode("utf-8")), None, 1
+        return parse_json(data.decode("utf-8")), None, 1
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         return None, f"invalid UTF-8 (byte 0x{data[error.start]:02x})", line
-    except json.JSONDecodeError as error:
+    except BadJSON as error:
         if b"\0" in data:
             return None, _NULL_BYTES, data.count(b"\n", 0, data.index(b"\0")) + 1
-        return None, f"invalid JSON: {error.msg} at column {error.colno}", error.lineno
-    except RecursionError:
-        return None, "invalid JSON: nested too deeply", 1
-    except ValueError as error:  # Python refuses integers of thousands of digits
-        return None, f"invalid JSON: {error}", 1
+        place = "" if error.column is None else f" at column {error.column}"
+        return None, f"invalid JSON: {error.problem}{place}", error.line or 1
 
 
 def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
@@ -88,7 +90,7 @@ def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
     with _open(path) as binary:
         _without_mark(name, binary.read(4))
     with _open_text(path) as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(_lines(name, file), delimiter=delimiter, strict=True)
         while True:
             where = f"{name}:{reader.line_num + 1}"
             fields, problem = _fields(reader)
@@ -118,7 +120,7 @@ def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
 def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
     """(fields, problem) of the next record; None for fields at the end."""
     # The limit is the process's: lifted only while a record is read.
-    limit = csv.field_size_limit(_LARGEST_FIELD)
+    limit = csv.field_size_limit(_LARGEST_LINE)
     try:
         fields = next(reader, None)
     except csv.Error as error:
@@ -133,6 +135,22 @@ def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
         except UnicodeEncodeError as error:  # a byte that `surrogateescape` has carried here
             return fields, f"invalid UTF-8 (byte 0x{ord(field[error.start]) - 0xDC00:02x})"
     return fields, None
+
+
+def _lines(name: str, file: Any) -> Iterator[Any]:
+    """The lines of a text or binary file.
+
+    Raises:
+        UserError: one of more than `_LARGEST_LINE` bytes, or characters.
+    """
+    number = 0
+    while line := file.readline(_LARGEST_LINE + 1):
+        number += 1
+        if len(line) > _LARGEST_LINE:
+            raise UserError(
+                f"{name}:{number}: the line has more than {_LARGEST_LINE:,} bytes; split the record"
+            )
+        yield line
 
 
 def _without_mark(name: str, data: bytes) -> bytes:

@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lora_jax.config import UserError, read_text
+from lora_jax.config import UserError, expand, read_text
 from lora_jax.data.keys import RESERVED, reads
 from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 from lora_jax.data.sandbox import TemplateLimit
@@ -70,9 +69,9 @@ def resolve_template(
         return None
     if chat_template is not None:
         try:
-            file = Path(chat_template).expanduser()
+            file = expand(chat_template, "data.chat_template")
             return read_text(file, f"data.chat_template={chat_template!r}")
-        except (UserError, RuntimeError) as error:  # RuntimeError: ~NAME of no user
+        except UserError as error:
             raise UserError(f"{error}; {_OPTIONS}") from error
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {name(tokenizer)} has no chat template; {_OPTIONS}")

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import demo
-from lora_jax.config import UserError, nearest
+from lora_jax.config import UserError, expand, is_directory, is_file, nearest, shown
+from lora_jax.config.text import exists, unreadable
 from lora_jax.data import keys, readers
 from lora_jax.data.named_columns import columns
 from lora_jax.data.parse import parse_rows
@@ -182,8 +183,8 @@ def _files(source: str | Path) -> list[tuple[str, Path]]:
     if isinstance(source, str) and source.startswith("demo:"):
         source = demo.path(source.removeprefix("demo:"))
     try:
-        path = Path(source).expanduser()
-        if path.is_dir():
+        path = expand(source)
+        if is_directory(path):
             if (path / "dataset_dict.json").exists():
                 splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
                 raise UserError(
@@ -198,7 +199,7 @@ def _files(source: str | Path) -> list[tuple[str, Path]]:
                     "names files below it"
                 )
             return [(_name(file.name), file) for file in files]
-        if path.is_file():
+        if is_file(path):
             if not _suffix(path):
                 raise UserError(f"data file {path} must end in {_ENDINGS}, not {path.suffix!r}")
             return [(_name(path.name), path)]
@@ -208,11 +209,12 @@ def _files(source: str | Path) -> list[tuple[str, Path]]:
             if not files:
                 raise UserError(f"no {_ENDINGS} file is named like {source}")
             return files
+        if exists(path):
+            raise UserError(f"data file {shown(path)} is no file, but a device, pipe or socket")
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data file {path} does not exist.{nearest(path.name, siblings)}")
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~NAME of no user
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{source} cannot be read: {reason}") from error
+        raise UserError(f"data file {shown(path)} does not exist.{nearest(path.name, siblings)}")
+    except OSError as error:
+        raise unreadable(source, error) from error
 
 
 def _name(path: str) -> str:

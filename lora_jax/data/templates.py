@@ -421,16 +421,21 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tu
             f"the tokenizer of {name(tokenizer)} is a slow one without character offsets, which "
             "tell answers from prompts; give the model a tokenizer.json"
         )
-    out = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
+    try:
+        out = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+    except Exception as error:  # `tokenizers` has no kind of its own
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise UserError("the chat template writes an unpaired surrogate") from error
+        raise UserError(f"the tokenizer of {name(tokenizer)} is damaged: {error}") from error
     return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora_jax.config import UserError
+from lora_jax.config import UserError, is_file
 from lora_jax.formats.gguf_header import check_header
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
 from lora_jax.formats.tensors import is_finite
@@ -139,7 +139,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
 
 
 def _open(source: Path) -> gguf.GGUFReader:
-    if not source.is_file():
+    if not is_file(source):
         raise UserError(f"GGUF file {source} does not exist")
     check_header(source)
     try:

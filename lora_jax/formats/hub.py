@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from lora_jax import demo
-from lora_jax.config import UserError
+from lora_jax.config import UserError, expand, is_directory, is_file, shown
+from lora_jax.config.text import exists
 from lora_jax.formats import gguf
 from lora_jax.formats.side_files import SIDE_FILES
 
@@ -25,10 +26,11 @@ def resolve(spec: str, weights: bool = True) -> Path:
     """
     if spec.startswith("demo:"):
         return resolve(str(demo.path(spec.removeprefix("demo:"))))
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            if (path / "adapter_config.json").is_file():
+    path = expand(spec, "model")
+    name = f"model={spec!r}"
+    if is_directory(path, name):
+        if not exists(path / "config.json"):
+            if is_file(path / "adapter_config.json"):
                 raise UserError(
                     f"model={spec!r} is an adapter's directory; give its base as the model, and "
                     "the directory as the adapter (adapter.path, or --adapter)"
@@ -38,18 +40,18 @@ def resolve(spec: str, weights: bool = True) -> Path:
                 "directory"
             )
         return path
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and is_file(path, name):
         return _converted(path)
-    if path.is_file():
+    if exists(path, name):
         raise UserError(
-            f"model={spec!r} is a file; give a model directory, a .gguf file, or org/name on the "
-            "hub"
+            f"model={shown(repr(spec))} is no directory; give a model directory, a .gguf file, or "
+            "org/name on the hub"
         )
     if _HUB_NAME.fullmatch(spec):
         return _download(spec, weights)
     raise UserError(
-        f"model={spec!r} does not exist; give a Hugging Face model directory, a .gguf file, "
-        "org/name on the hub, "
+        f"model={shown(repr(spec))} does not exist; give a Hugging Face model directory, a "
+        ".gguf file, org/name on the hub, "
         "or demo:smollm2-135m-instruct"
     )
 

@@ -22,6 +22,7 @@ from lora_jax import adapters as methods
 from lora_jax import models, tree
 from lora_jax.adapters.lora import as_plain
 from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all, read_json
+from lora_jax.config.text import exists
 from lora_jax.formats import digests, peft_virtual
 from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
@@ -255,7 +256,7 @@ def read_config(directory: str | Path, params: Mapping) -> AdapterConfig:
     """
     directory = Path(directory).expanduser()
     file = directory / "adapter_config.json"
-    if not file.is_file():
+    if not exists(file):
         raise UserError(f"{directory} is no PEFT adapter directory: it has no adapter_config.json")
     content = read_json(file)
     kind = content.get("peft_type")
@@ -294,7 +295,7 @@ def read_template_kwargs(directory: str | Path) -> dict[str, Any]:
 
 def _recorded(directory: Path, name: str) -> dict[str, Any]:
     file = directory / "lora_jax.json"
-    if not file.exists():
+    if not exists(file):
         return {}
     stored = read_json(file).get(name, {})
     if not isinstance(stored, dict):
@@ -310,7 +311,7 @@ def read_stops(directory: str | Path) -> list[int]:
     """
     directory = Path(directory).expanduser()
     file = directory / "lora_jax.json"
-    return read_eos(file) if file.exists() else []
+    return read_eos(file) if exists(file) else []
 
 
 def read_adapter(

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.config import AdapterConfig, UserError, raise_all
+from lora_jax.config import AdapterConfig, UserError, raise_all, shown
 from lora_jax.formats.peft_tensors import adapted_modules, is_parameter, parameter_name
 from lora_jax.selection import endings, matcher, matches, pattern_values
 from lora_jax.targets import HEAD, Trainable, find_trainable
@@ -36,6 +36,19 @@ _INERT = frozenset(  # PEFT looks by itself where fan_in_fan_out holds
 # Inits after which PEFT adapts the base as it stands; the others change it again at every load.
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda")
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "r": ((int,), "an integer"),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), ((int, float), "a number")),
+    **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), ((bool,), "true or false")),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ((str, list), "a string or a list")),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), ((list,), "a list")),
+    "layers_to_transform": ((int, list), "an integer or a list"),
+    "layers_pattern": ((str, list), "a string or a list"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ((dict,), "an object")),
+    "trainable_token_indices": ((list, dict), "a list or an object"),
+    "bias": ((str,), "a string"),
+}
+_OF_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 _HARMLESS_VALUES = (None, False, [], {}, 0, "", "none")
 
 
@@ -171,6 +184,7 @@ def from_peft_config(content: Mapping[str, Any], params: Mapping) -> AdapterConf
         UserError: fields that are missing, of the wrong type, or active and not supported; what
             `find_trainable` refuses.
     """
+    raise_all([*_mistyped(content)])
     problems = [f"not supported: {text}" for text in _unsupported(content)]
     given = {name for name, value in content.items() if value is not None}
     if "target_parameters" in given:  # PEFT needs one of the two
@@ -196,11 +210,35 @@ def from_peft_config(content: Mapping[str, Any], params: Mapping) -> AdapterConf
     tied = tree.tied_embedding(params) is not None
     return dataclasses.replace(
         config,
-        bias=_bias(content.get("bias", "none"), outside, params),
+        bias=_bias(content.get("bias") or "none", outside, params),
         modules_to_save=saved or None,
         trainable_token_indices=rows,
         ensure_weight_tying=bool(content.get("ensure_weight_tying")) if tied and named else None,
     )
+
+
+def _mistyped(content: Mapping[str, Any]) -> Iterable[str]:
+    """Fields whose values have a type that PEFT never writes; null is as if absent."""
+    for name, (kinds, words) in _TYPES.items():
+        value = content.get(name)
+        if value is not None and not _is_one_of(value, kinds):
+            yield f"{name}={_short(value)} is not {words}"
+        elif name in _OF_PATTERNS:
+            kinds, words = _TYPES[_OF_PATTERNS[name]]
+            for pattern, one in (value or {}).items():
+                if not _is_one_of(one, kinds):
+                    yield f"{name}[{_short(pattern)}]={_short(one)} is not {words}"
+        elif isinstance(value, list) and name.endswith(("modules", "parameters", "save")):
+            if wrong := [entry for entry in value if not isinstance(entry, str)]:
+                yield f"{name} has an entry that is not a string: {_short(wrong[0])}"
+
+
+def _is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+
+
+def _short(value: Any) -> str:
+    return shown(repr(value))
 
 
 def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
@@ -214,25 +252,26 @@ def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
                 ", after which an adapter stands on a base without its first part; convert it in "
                 "PEFT by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
-        yield f"{name}={value!r}{hint}"
+        yield f"{name}={_short(value)}{hint}"
     if content.get("layers_pattern"):
-        yield f"layers_pattern={content['layers_pattern']!r}"
+        yield f"layers_pattern={_short(content['layers_pattern'])}"
 
 
 def _adapters(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:
     """The fields of the adapters alone."""
     names = _weight_names(params)
+    given = {name: value for name, value in content.items() if value is not None}
     config = AdapterConfig(
-        rank=int(content["r"]),
-        alpha=float(content.get("lora_alpha", 8)),
-        dropout=float(content.get("lora_dropout", 0.0)),
+        rank=content["r"],
+        alpha=float(given.get("lora_alpha", 8)),
+        dropout=float(given.get("lora_dropout", 0.0)),
         use_rslora=bool(content.get("use_rslora", False)),
         use_dora=bool(content.get("use_dora", False)),
         target_modules=_effective(content.get("target_modules") or [], names),
         exclude_modules=_effective(content.get("exclude_modules"), names) or None,
         layers_to_transform=content.get("layers_to_transform"),
-        rank_pattern={k: int(v) for k, v in (content.get("rank_pattern") or {}).items()},
-        alpha_pattern={k: float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
+        rank_pattern=dict(given.get("rank_pattern", {})),
+        alpha_pattern={k: float(v) for k, v in given.get("alpha_pattern", {}).items()},
         ensure_weight_tying=False if tree.tied_embedding(params) else None,
     )
     embedding = _embedding_name(params)

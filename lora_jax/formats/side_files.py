@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.config import UserError, read_json, read_text
-from lora_jax.config.text import BOM
+from lora_jax.config.text import BOM, exists, shown
 from lora_jax.formats.tokenizer_files import check_added, check_tokenizer_files
 
 # Everything that `save_pretrained` of a tokenizer or processor writes, and licences.
@@ -150,7 +150,7 @@ def write_generation_config(source: Path, target: Path, stops: Collection[int] =
         if file.is_file():
             _copy(file, target / file.name)
         return
-    if file.is_file():
+    if exists(file):
         content = read_json(file)
     else:
         config = read_json(source / "config.json")
@@ -162,7 +162,7 @@ def write_generation_config(source: Path, target: Path, stops: Collection[int] =
 def _configs(directory: Path) -> list[str]:
     """The files that may name EOS, the one that wins first."""
     names = ("generation_config.json", "config.json")
-    return [name for name in names if (directory / name).is_file()]
+    return [name for name in names if exists(directory / name)]
 
 
 def read_eos(file: Path) -> list[int]:
@@ -175,7 +175,8 @@ def read_eos(file: Path) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
         raise UserError(
-            f"{file}: eos_token_id={value!r} must be a token id or a list of them; mend the file"
+            f"{file}: eos_token_id={shown(repr(value))} must be a token id or a list of them; "
+            "mend the file"
         )
     return list(dict.fromkeys(ids))
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax import hosts, tree
-from lora_jax.config import UserError, read_json
+from lora_jax.config import UserError, is_file, read_json
+from lora_jax.config.text import exists, shown
 
 FLOATS = {
     "F32": np.dtype(np.float32),
@@ -143,8 +144,8 @@ def _named_by_config(directory: Path) -> str | None:
         or not named.endswith((".safetensors", ".safetensors.index.json"))
     ):
         raise UserError(
-            f"{directory / 'config.json'}: transformers_weights={named!r} is no .safetensors file "
-            "and no index of such files"
+            f"{directory / 'config.json'}: transformers_weights={shown(repr(named))} is no "
+            ".safetensors file and no index of such files"
         )
     return named
 
@@ -153,7 +154,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = set(read_json(index)["weight_map"].values())
     except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is damaged: {error!r}") from error
+        raise UserError(f"{index} is damaged: {shown(repr(error))}") from error
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{index} is damaged: its weight_map names no files")
     return sorted(_inside(index.parent, name, index.name) for name in names)
@@ -173,8 +174,8 @@ def unreadable(file: Path, name: str, dtype: Any) -> UserError:
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
     """`safe_open` whose failures name the file."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing")
+    if not is_file(file):
+        raise UserError(f"{file} is {'no regular file' if exists(file) else 'missing'}")
     try:
         with safe_open(file, framework="numpy") as handle:
             yield handle

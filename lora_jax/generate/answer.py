@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, hosts
-from lora_jax.config import UserError
+from lora_jax.config import UserError, expand, is_directory, shown
 from lora_jax.formats import fingerprint
 from lora_jax.generate import (
     Sampling,
@@ -122,11 +122,11 @@ def open_reader(
             f"model={spec!r} classifies and writes no text; `lora-jax eval` scores its labels"
         )
     if adapter is not None:
-        directory = Path(adapter).expanduser()
-        if not directory.is_dir():
+        directory = expand(adapter, "adapter")
+        if not is_directory(directory, f"adapter={adapter!r}"):
             raise UserError(
-                f"adapter={adapter!r} does not exist; give a PEFT adapter directory, "
-                "such as OUTPUT_DIR/adapter"
+                f"adapter={shown(repr(adapter))} does not exist, or is no directory; give a "
+                "PEFT adapter directory, such as OUTPUT_DIR/adapter"
             )
         found = formats.read_adapter(directory, described.params, described)
         home = directory if (directory / "tokenizer_config.json").is_file() else source

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from lora_jax import tree
-from lora_jax.config import UserError
+from lora_jax.config import UserError, shown
 from lora_jax.models import (
     bert,
     camembert,
@@ -58,7 +58,8 @@ def describe(
     family = FAMILIES.get(str(reader.model_type))
     if family is None:
         raise UserError(
-            f"model_type={reader.model_type!r} is not supported; these are: {', '.join(FAMILIES)}"
+            f"config.json: model_type={shown(repr(reader.model_type))} is not supported; these "
+            f"are: {', '.join(FAMILIES)}"
         )
     fresh: tuple[str, ...] = ()
     if labels is not None:

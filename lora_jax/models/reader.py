@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from lora_jax.config import is_finite, raise_all
+from lora_jax.config import is_finite, raise_all, shown
 from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -62,7 +62,7 @@ class ConfigReader:
 
     def refuse(self, problem: str) -> None:
         """Add a problem that `finish` raises."""
-        self._problems.append(f"config.json: {problem}")
+        self._problems.append(f"config.json: {shown(problem)}")
 
     def size(self, name: str, default: int) -> int:
         """Read an integer that config.json usually has."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, sharding
-from lora_jax.config import AdapterConfig, Config, raise_all
+from lora_jax.config import AdapterConfig, Config, expand, is_directory, raise_all, shown
 from lora_jax.formats import fingerprint
 from lora_jax.train import base, base_scores, predictions, scores, sets, setup
 from lora_jax.train.evaluate import make_judge
@@ -44,12 +43,13 @@ def compare(
     display = Display(console)
     with display.phase("checking the model's files"):
         prints = fingerprint.take(source, tokenizer, template)
-    directories = {path: Path(path).expanduser() for path in paths}
+    directories = {path: expand(path, "adapter") for path in paths}
     raise_all(
         [
-            f"adapter {path!r} does not exist; give a PEFT adapter directory"
+            f"adapter {shown(repr(path))} does not exist, or is no directory; give a PEFT "
+            "adapter directory"
             for path, directory in directories.items()
-            if not directory.is_dir()
+            if not is_directory(directory, f"adapter {path!r}")
         ]
     )
     found = {}

@@ -20,6 +20,7 @@ from lora_jax.config import (
     AdapterConfig,
     Config,
     UserError,
+    expand,
     raise_all,
     virtual_tokens,
 )
@@ -109,7 +110,7 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
     if config.adapter.path is None:
         return config, None
     given, default = config.adapter, AdapterConfig()
-    path = Path(config.adapter.path).expanduser()
+    path = expand(config.adapter.path, "adapter.path")
     if path.suffix == ".safetensors":
         adapters, found = formats.read_loralib(path, model.params, given)
     else:
@@ -195,7 +196,7 @@ def take_fingerprint(
     if record is not None:
         stored, what = record["fingerprint"], "the checkpoint"
     elif config.adapter.path is not None:
-        what = str(Path(config.adapter.path).expanduser())
+        what = str(expand(config.adapter.path, "adapter.path"))
         stored = formats.read_fingerprint(Path(what))
     if what:  # on all hosts alike, whatever their files say
         found["base"] = settle_base(base)

@@ -207,7 +207,7 @@ def test_tokens(extra, tokens, weights):
         (PAIR | {"tools": {}}, "'tools' is an object, not a list of JSON schemas"),
         (PAIR | {"tools": ["f"]}, "tools[0] is a string, not an object"),
         (PAIR | {"tools": "{"}, "'tools' is a string that is no JSON: Expecting property name"),
-        (PAIR | {"tools": "[" * 100_000}, "'tools' is a string that is no JSON: maximum recursion"),
+        (PAIR | {"tools": "[" * 100_000}, "'tools' is a string that is no JSON: nested too deeply"),
         (PAIR | {"tools": [{"x": "\ud800"}]}, "the unpaired surrogate \\ud800"),
         ({"text": 3}, "'text' is a number, not a string"),
         ({"text": " \n"}, "'text' is empty"),

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import re
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ from lora_jax.data import (
     TokenRow,
     is_hub_name,
     read,
+    readers,
     records,
     source_files,
 )
@@ -97,8 +100,8 @@ def test_missing_paths(tmp_path):
     (tmp_path / "empty").mkdir()
     assert f"empty holds no {endings} file" in error_of(tmp_path / "empty")
     assert f"no {endings} file is named like" in error_of(str(tmp_path / "*.json"))
-    assert "does not exist" in error_of("a\0.json")
-    assert "~nobody-of-that-name/a.json cannot be read" in error_of("~nobody-of-that-name/a.json")
+    assert "a\\x00.json cannot be read: embedded null byte" in error_of("a\0.json")
+    assert "~nobody-of-that-name/a.json" in error_of("~nobody-of-that-name/a.json")
     assert "cannot be read: File name too long" in error_of(tmp_path / ("x" * 400 + ".json"))
 
 
@@ -662,3 +665,52 @@ def test_whatever_the_bytes_of_tables_of_arrow(tmp_path):
                 read(path, on_bad_row="drop")
             except UserError as error:
                 assert str(error).startswith((path.name, str(path)))
+
+
+def test_json_of_rows_has_the_limits_of_all_json(tmp_path):
+    row = '{"prompt": "a", "completion": "b", "id": %s}\n'
+    for value, problem in (
+        ("NaN", "NaN is no number of JSON"),
+        ("1e999", "1e999 is too large for a number"),
+        ('{"x": 1, "x": 2}', "an object has the key 'x' twice"),
+        ("[" * 120 + "]" * 120, "nested too deeply: 100 levels are read"),
+        ('"\\ud800"', "a string holds the unpaired surrogate"),
+    ):
+        for name, text in (("a.jsonl", row % value), ("a.json", f"[{row % value}]")):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(UserError, match=re.escape(f"{name}:1: invalid JSON: {problem}")):
+                read(tmp_path / name)
+    (tmp_path / "a.jsonl").write_text(row % ("[" * 98 + "]" * 98))
+    assert len(read(tmp_path / "a.jsonl").rows) == 1
+
+
+def test_a_packed_file_that_unfolds_without_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_LARGEST_LINE", 1000)
+    monkeypatch.setattr(readers, "_LARGEST_DOCUMENT", 1000)
+    good = {
+        "a.jsonl": b'{"prompt": "a", "completion": "b"}\n',
+        "a.csv": b"prompt,completion\na,b\n",
+    }
+    for name, problem in (
+        ("a.jsonl", "a.jsonl.gz:2: the line has more than 1,000 bytes"),
+        ("a.csv", "a.csv.gz:3: the line has more than 1,000 bytes"),
+        ("a.json", "a.json.gz has more than 1,000 bytes"),
+    ):
+        file = tmp_path / f"{name}.gz"
+        file.write_bytes(gzip.compress(good.get(name, b"") + b" " * 1_000_000))
+        with pytest.raises(UserError, match=re.escape(problem)):
+            read(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["pipe.jsonl", "zero.jsonl", "loop.jsonl", "n" * 300, "nothing.csv"]
+)
+def test_sources_that_are_no_files(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "nothing.csv").symlink_to("absent")
+    with pytest.raises(UserError, match=re.escape(name[:50])):
+        read(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(name[:50])):
+        read(str(tmp_path / name))

@@ -422,8 +422,8 @@ EMBED_B = f"{P}model.embed_tokens.lora_embedding_B"
             "model.embed_tokens has 6.0 and lm_head 3.0, so that they part",
         ),
         (TIED, AS_ONE, dict(ensure_weight_tying=False), f"unexpected {HEAD_A} (4, 36)"),
-        (UNTIED, {}, dict(modules_to_save="lm_head"), "modules_to_save='lm_head' is no list"),
-        (UNTIED, {}, dict(trainable_token_indices=5), "trainable_token_indices=5 is no list"),
+        (UNTIED, {}, dict(modules_to_save="lm_head"), "modules_to_save='lm_head' is not a list"),
+        (UNTIED, {}, dict(trainable_token_indices=5), "trainable_token_indices=5 is not a list"),
         (UNTIED, {}, dict(trainable_token_indices=["a"]), "indices=['a'] is no list of tokens"),
         (
             UNTIED,
@@ -473,6 +473,40 @@ def test_settings_that_cannot_be_read_are_named(written, edit_json, base, fields
         formats.read_adapter(directory, params)
     assert text in str(caught.value)
     assert str(directory) in str(caught.value)
+
+
+def test_values_of_a_type_that_peft_never_writes_are_named(written, edit_json):
+    """Python would make a rank of true, "8" or 8.5, and true of the text "false"."""
+    directory, params = written(UNTIED)
+    file = directory / "adapter_config.json"
+    whole = file.read_bytes()
+    for changes, text in (
+        (dict(r=True), "r=True is not an integer"),
+        (dict(r="8"), "r='8' is not an integer"),
+        (dict(r=8.5), "r=8.5 is not an integer"),
+        (dict(r=[[1]]), "r=[[1]] is not an integer"),
+        (dict(r=-1), "rank=-1 must be at least 1"),
+        (dict(r=float("inf")), "Infinity is no number of JSON"),
+        (dict(lora_alpha=10**400), "is too large for an integer"),
+        (dict(lora_alpha=True), "lora_alpha=True is not a number"),
+        (dict(lora_dropout="0"), "lora_dropout='0' is not a number"),
+        (dict(use_dora="false"), "use_dora='false' is not true or false"),
+        (dict(target_modules={}), "target_modules={} is not a string or a list"),
+        (dict(target_modules=[1]), "target_modules has an entry that is not a string: 1"),
+        (dict(target_modules=[["a"]]), "target_modules has an entry that is not a string: ['a']"),
+        (dict(target_modules=None), "missing: target_modules"),
+        (dict(target_modules=[]), "target_modules=[]"),
+        (dict(rank_pattern=[1]), "rank_pattern=[1] is not an object"),
+        (dict(rank_pattern={"q_proj": "2"}), "rank_pattern['q_proj']='2' is not an integer"),
+        (dict(alpha_pattern={"q_proj": None}), "alpha_pattern['q_proj']=None is not a number"),
+        (dict(bias={}), "bias={} is not a string"),
+        (dict(target_modules=["é" * 10**6]), "target_modules"),
+    ):
+        edit_json(file, **changes)
+        with pytest.raises(UserError) as caught:
+            formats.read_adapter(directory, params)
+        assert text in str(caught.value) and str(file) in str(caught.value)
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize(

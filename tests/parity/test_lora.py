@@ -551,7 +551,7 @@ def test_tensors_that_do_not_fit_are_named(adapter_directory, change, text):
         (dict(some_new_field=3), "not supported: some_new_field=3"),
         (dict(r=None), "missing: r"),
         (dict(target_modules=None), "missing: target_modules"),
-        (dict(lora_alpha="big"), "has a value of the wrong type"),
+        (dict(lora_alpha="big"), "lora_alpha='big' is not a number"),
         (dict(rank_pattern={"q_proj": 2}), f"{Q0} has shape (3, 36), expected (2, 36)"),
         (dict(rank_pattern={"qproj": 2}), "rank_pattern['qproj'] matches no adapted module"),
         (dict(r=30), "rank=30 is larger than model.layers.0.self_attn.v_proj allows"),
