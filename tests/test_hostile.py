@@ -28,7 +28,7 @@ ADAPTERS = {
     "tied regex": ({"target_modules": SLOW, "ensure_weight_tying": True}, "takes too long"),
     "invalid regex": ({"target_modules": "(q_proj"}, "not a valid regex"),
     "long list": ({"target_modules": [f"x{i}" for i in range(200_000)]}, "more entries match"),
-    "many patterns": ({"rank_pattern": {f"x{i}": 2 for i in range(200_000)}}, "200,000 entries"),
+    "many patterns": ({"rank_pattern": {f"x{i}": 2 for i in range(20_000)}}, "20,000 entries"),
     "many layers": ({"layers_to_transform": list(range(200_000))}, "does not exist"),
     "many tokens": ({"trainable_token_indices": [1] * 200_000}, "every token once"),
 }
@@ -173,9 +173,7 @@ def test_a_class_of_transformers_reads_the_files_without_code(model, auto_map, c
     assert "that code is not run" in caplog.text and not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "auto_map", [None, {}, {"AutoTokenizer": [None, None]}, {"AutoModel": "x"}]
-)
+@pytest.mark.parametrize("auto_map", [{}, {"AutoTokenizer": None}, {"AutoModel": "x"}])
 def test_an_auto_map_that_names_no_tokenizer_is_no_code(model, auto_map):
     edit(model / "tokenizer_config.json", auto_map=auto_map, tokenizer_class=None)
     assert formats.load_tokenizer(model)("one")["input_ids"]
@@ -211,7 +209,7 @@ def test_sizes_of_tokenizers(refused, files, model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a\\..\\x.safetensors"])
-@pytest.mark.parametrize("command", ["generate", "combine", "train"])
+@pytest.mark.parametrize("command", ["generate", "eval", "train"])
 def test_indices_that_leave_the_directory(refused, files, model, tmp_path, command, name):
     shutil.move(model / "model.safetensors", tmp_path / "x.safetensors")
     index = {"weight_map": {"model.norm.weight": name}}

@@ -139,10 +139,9 @@ def _deep_size(value: Any, indent: int = 0) -> int:
 
 def _before_call(name: str, subject: Any, arguments: Sequence[Any]) -> None:
     """Refuse what a method or filter would make too large."""
-    for value in arguments:
-        if isinstance(value, int) and abs(value) > _WIDEST and name not in ("int", "float"):
-            if name in _WIDTHS:
-                raise TemplateLimit(f"it calls {name} with {_brief(value)}")
+    for value in arguments if name in _WIDTHS else ():
+        if isinstance(value, int) and abs(value) > _WIDEST:
+            raise TemplateLimit(f"it calls {name} with {_brief(value)}")
     if name == "join":
         _refuse_join(subject, arguments)
     elif name == "replace" and isinstance(subject, str) and len(arguments) > 1:
@@ -247,7 +246,7 @@ def _with_counters(node: Any) -> Any:
     return node
 
 
-def _counted(node: nodes.Expr, name: str = "_counted") -> nodes.Expr:
+def _counted(node: nodes.Expr, name: str = "_counted") -> Any:
     made = nodes.Filter(node, name, [], [], None, None)
     return made.set_lineno(getattr(node, "lineno", None) or 1)
 
@@ -274,7 +273,7 @@ def _limited(name: str, function: Callable) -> Callable:
         own = args[skipped:]
         subject = own[0] if own else None
         if name == "join" and not isinstance(subject, str | list | tuple | Mapping):
-            subject = list(subject)  # a generator, read once
+            subject = list(subject or ())  # a generator, read once
             args = (*args[:skipped], subject, *own[1:])
         if name == "sum" and not _is_numeric(args[skipped + 2 :], kwargs):
             raise TemplateLimit("it adds lists or texts up with sum")
@@ -298,7 +297,7 @@ def _lipsum(*args: Any, **kwargs: Any) -> str:
 @functools.lru_cache(maxsize=1)
 def _environment() -> _Environment:
     """The environment of transformers, with its filters, functions and tags, under limits."""
-    made = chat_template_utils._compile_jinja_template("").environment.overlay()
+    made: Any = chat_template_utils._compile_jinja_template("").environment.overlay()
     made.__class__ = _Environment
     made.filters = {name: _limited(name, function) for name, function in made.filters.items()}
     made.filters |= {"_counted": _counted_filter, "_written": _written_filter}
