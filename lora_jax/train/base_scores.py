@@ -93,7 +93,7 @@ def _key(judge: Judge, adapters: Any, prints: Mapping[str, str]) -> dict[str, An
         "devices": [
             *(device.device_kind, device.client.platform_version, platform.machine()),
             *(dict(mesh.shape), jax.process_count(), os.environ.get("XLA_FLAGS", "")),
-            str(jax.config.jax_default_matmul_precision),
+            str(jax.config.values["jax_default_matmul_precision"]),
         ],
     }
 
