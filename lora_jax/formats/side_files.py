@@ -88,7 +88,7 @@ def load_tokenizer(directory: str | Path) -> Any:
             read_json(directory / file)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         whole = len(lines) > 1 and lines[0].endswith(":")  # the second line holds the reason
-        reason = " ".join(lines[: 1 + whole]) or type(error).__name__
+        reason = " ".join(lines[: 1 + whole])[:1000] or type(error).__name__
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error
