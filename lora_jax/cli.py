@@ -136,8 +136,8 @@ def _status(options: argparse.Namespace) -> int:
         print(f"ended by {stop}", file=sys.stderr)
         if interrupt.leave is not None:
             # All is saved, and the end of the interpreter waits for programs that still run.
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
             interrupt.leave(stop.status)
         return stop.status
     return 0

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -173,7 +174,7 @@ def _arrays(params: Mapping) -> dict[Path, Any]:
 
 def _is_placed(x: Any) -> bool:
     """Return True for an array on a mesh, which shapes and traced values are not."""
-    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    known = isinstance(x, jax.Array) and not isinstance(x, Tracer)
     return known and isinstance(x.sharding, NamedSharding)
 
 
@@ -183,7 +184,7 @@ def _mesh(arrays: Iterable[Any]) -> Any:
 
 
 def _put_or_constrain(x: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(x, jax.core.Tracer):  # under `vmap` or `jit`
+    if isinstance(x, Tracer):  # under `vmap` or `jit`
         return jax.lax.with_sharding_constraint(x, sharding)
     return _put(x, sharding)
 

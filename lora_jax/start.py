@@ -3,6 +3,7 @@
 Ctrl-C ends it with one line, however often and however early it is pressed.
 """
 
+import io
 import os
 import signal
 import sys
@@ -93,5 +94,5 @@ def _open_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

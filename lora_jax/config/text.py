@@ -263,7 +263,7 @@ def _check_integers(value: Any) -> None:
     while level:
         for one in level:
             if isinstance(one, int) and abs(one) > _LARGEST:
-                raise BadJSON(f"{shown(one)} is too large for an integer")
+                raise BadJSON(f"{shown(str(one))} is too large for an integer")
         level = [inner for one in level for inner in _inner(one)]
 
 
