@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,38 +11,37 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import data, formats, hosts, tree
+from lora_jax import data, formats, hosts
 from lora_jax.config import Config
-from lora_jax.formats import fingerprint
-from lora_jax.models.common import Model
 from lora_jax.train import (
     base,
     base_scores,
     calibration,
+    card,
     checkpoint,
     directory,
-    epochs,
     export,
+    finished,
     interrupt,
     metrics,
     norms,
     plots,
     predictions,
-    probe,
-    resume,
     scores,
+    session,
     sets,
     setup,
     warn,
 )
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
-from lora_jax.train.model import describe, find_stops
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.progress import Display
+from lora_jax.train.session import Session
 from lora_jax.train.sinks import Sink, open_sinks
 from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
@@ -79,108 +78,137 @@ def _run(
 ) -> dict[str, Any]:
     started, console = time.monotonic(), display.console
     run, mesh, record = setup.prepare(config, held)
-    output = run.output
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
-    hosts.from_main(lambda: str(formats.resolve(config.model)))  # hosts may share the cache
-    source = formats.resolve(config.model)
-    config, model = describe(config, source)
-    for note in model.notes:
-        console.print(f"note: {note}")
-    base_digest = fingerprint.start(source)
-    config, loaded = setup.continue_adapter(config, model)
-    given = config.adapter
+    ready = session.read(config, mesh, record, display)
     if record is not None:
-        config = resume.with_date(record, resume.with_ranks(record, config))
-        resume.check_config(record, config)
-    found = setup.find_trainable(config, model)
-    setup.check_attention(config, model, mesh, console)
-    tokenizer = formats.load_tokenizer(source)
-    config = sets.settle_date(config, tokenizer, console)
-    with display.phase("checking the model's files"):
-        prints = setup.take_fingerprint(config, base_digest, tokenizer, record)
-    find_stops(config, model, tokenizer)  # refuses damaged files before anything slow
-    encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
-    with display.phase("reading the data"):
-        train_data, held_out = sets.read_sets(config, encoder)
-    prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}
-    prints["base"] = setup.settle_base(base_digest)
-    if record is not None:
-        fingerprint.check(record["fingerprint"], prints, "the checkpoint", config.allow_change)
-    config = epochs.settle(config, train_data, encoder, record)
-    setup.check_sizes(config, model, [*train_data.sets.values(), *held_out.values()], console)
-    setup.check_metrics(config, model, tokenizer, held_out)
-    if record is not None and (done := hosts.from_main(lambda: _finished(run, record, config))):
-        merges = "merged" in done["wrong"]
-        probed = probe.choose(config, encoder, train_data, held_out) if merges else []
-        return _mend(run, done, record, config, model, tokenizer, prints, console, probed)
-    hosts.from_main(lambda: run.check_exports(directory.wanted(config)))
+        done = hosts.from_main(lambda: finished.look(run, record, ready.config))
+        if done is not None:
+            return finished.mend(run, done, record, ready, console)
+    hosts.from_main(lambda: run.check_exports(directory.wanted(ready.config)))
+    warnings = _warn(ready, console)
 
-    known = warn.name_training(train_data) | warn.name_held_out(config, held_out)
-    measured = warn.measure(known, encoder.counts)
-    warnings = warn.find(config, model, tokenizer, train_data, measured)
-    for warning in warnings:
-        console.print(f"warning: {warning}")
-    console.print(f"loading {config.model}")
-    optimizer = make_optimizer(config.train, config.adapter)
-    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    console.print(f"loading {ready.config.model}")
+    optimizer = make_optimizer(ready.config.train, ready.config.adapter)
+    init_key, dropout_key = jax.random.split(jax.random.key(ready.config.seed))
     if record is None:
-        calibrate = calibration.make_calibrate(config, model, train_data, encoder, mesh)
-        config, params, adapters = base.load(
-            config, source, model, mesh, init_key, calibrate, display
-        )
-        found = setup.find_trainable(config, model)  # init=eva moves ranks
-        state = place_state(config, model, mesh, optimizer, loaded or adapters)
+        ready, params, state = _init(ready, mesh, optimizer, init_key, display)
     else:
-        empty = methods.shapes(model.params, config.adapter)
-        empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
-        state = place_state(config, model, mesh, optimizer, empty)
-        _restore(state, checkpoint.find_place(config, output), output, record)
-        params = base.load_under(config, source, model, mesh, state.adapters, display)
-    frozen = 0 if config.adapter.method == "full" else tree.count(model.params)
-    trained, model = found.parameters, model.replace(params=params)
-    console.print(f"training {metrics.describe_share(trained, frozen)}")
-
-    merges = config.export.merged or config.adapter.method == "full"
-    probed = probe.choose(config, encoder, train_data, held_out) if merges else []
-    judge = make_judge(config, model, tokenizer, held_out, mesh, display)
+        params, state = _restore(ready, mesh, optimizer, run, record, display)
+    config, model = ready.config, ready.model.replace(params=params)
+    console.print(f"training {metrics.describe_share(ready.found.parameters, ready.frozen)}")
+    probed = ready.choose_probe()
+    judge = make_judge(config, model, ready.tokenizer, ready.held_out, mesh, display)
     earlier = 0.0 if record is None else record.get("seconds", 0.0)
 
     def seconds() -> float:
         return earlier + time.monotonic() - started
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        before = _measure_before(judge, state, prints, record, console)
+        before = _measure_before(judge, state, ready.prints, record)
         # A signal waits from the first file on: a run that has begun ends with a checkpoint.
         with signals.held():
             _begin(run, judge, before, fresh=record is None)
-            first = 0 if record is None and before is not None else state.step + 1
-            sinks = stack.enter_context(open_sinks(config, output, first))
-            if record is None and before is not None:
-                metrics.send(sinks, 0, before.numbers())
-            about = {
-                "run": run.id,
-                "config": dataclasses.asdict(config),
-                "given_adapter": dataclasses.asdict(given),
-                "versions": export.versions(),
-                "fingerprint": prints,
-                "rng": np.asarray(jax.random.key_data(dropout_key)).tolist(),
-                "before": before and {"losses": before.losses, "metrics": before.metrics},
-            }
+            sinks = stack.enter_context(_open_sinks(run, judge, state, before, record))
             position = record and record["data"]
-            loader = sets.make_loader(config, train_data, encoder, position, console)
+            loader = sets.make_loader(config, ready.train_data, ready.encoder, position, console)
             speed = train(
-                *(run, judge, state, loader, optimizer, dropout_key, about, console, signals),
-                *(record, sinks, seconds),
+                run=run,
+                judge=judge,
+                state=state,
+                loader=loader,
+                optimizer=optimizer,
+                key=dropout_key,
+                about=_about(run, ready, dropout_key, before),
+                console=console,
+                signals=signals,
+                record=record,
+                sinks=sinks,
+                seconds=seconds,
             )
-        summary = conclude(run, judge, state, before, prints, console, probed, sinks)
-    summary |= {"tokens_per_second": speed, "total_parameters": frozen + trained}
-    summary |= {"trainable_parameters": trained, "trainable_share": metrics.share(trained, frozen)}
-    summary |= {"adapter_bytes": 4 * found.exported, "seconds": seconds()}
-    summary |= {"session_seconds": time.monotonic() - started}
+        summary = conclude(run, judge, state, before, ready.prints, probed, sinks)
+    summary |= {"tokens_per_second": speed, **_count(ready)}
+    summary |= {"seconds": seconds(), "session_seconds": time.monotonic() - started}
     summary["warnings"] = [*warnings, *warn.of_forgetting(summary["regression"])]
-    _report(summary, output, console, len(warnings))
+    _report(summary, run.output, console, len(warnings))
     return summary
+
+
+def _warn(ready: Session, console: Console) -> list[str]:
+    """Print the warnings about a run, and return them."""
+    config, train_data = ready.config, ready.train_data
+    known = warn.name_training(train_data) | warn.name_held_out(config, ready.held_out)
+    measured = warn.measure(known, ready.encoder.counts)
+    warnings = warn.find(config, ready.model, ready.tokenizer, train_data, measured)
+    for warning in warnings:
+        console.print(f"warning: {warning}")
+    return warnings
+
+
+def _init(
+    ready: Session, mesh: Mesh, optimizer: Any, key: jax.Array, display: Display
+) -> tuple[Session, Mapping, State]:
+    """Load the base and initialise the adapters. `init=eva` changes the ranks in the config."""
+    config, model = ready.config, ready.model
+    calibrate = calibration.make_calibrate(config, model, ready.train_data, ready.encoder, mesh)
+    config, params, adapters = base.load(config, ready.source, model, mesh, key, calibrate, display)
+    found = setup.find_trainable(config, model)
+    state = place_state(config, model, mesh, optimizer, ready.loaded or adapters)
+    return dataclasses.replace(ready, config=config, found=found), params, state
+
+
+def _restore(
+    ready: Session,
+    mesh: Mesh,
+    optimizer: Any,
+    run: directory.Run,
+    record: Mapping[str, Any],
+    display: Display,
+) -> tuple[Mapping, State]:
+    """Read the checkpoint of `record`, cut the logs back to its step, and load the base."""
+    config, model = ready.config, ready.model
+    empty = methods.shapes(model.params, config.adapter)
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
+    state = place_state(config, model, mesh, optimizer, empty)
+    step = record["step"]
+    state.adapters, state.opt_state, _ = checkpoint.restore(
+        run.place, state.adapters, state.opt_state, step
+    )
+    state.step, state.supervised_tokens = step, record["supervised_tokens"]
+    state.watch = Watch(**record["watch"])
+    state.window = Window(**record.get("window", {}))
+    # The line of a step whose evaluation was interrupted is written when it is made up for.
+    last = step - 1 if record["pending"] else step
+    for name in metrics.LOGS:
+        metrics.cut_back(run.output / name, last)
+    params = base.load_under(config, ready.source, model, mesh, state.adapters, display)
+    return params, state
+
+
+def _about(
+    run: directory.Run, ready: Session, key: jax.Array, before: Scores | None
+) -> dict[str, Any]:
+    """The part of a checkpoint's record that is the same at every step."""
+    return {
+        "run": run.id,
+        "config": dataclasses.asdict(ready.config),
+        "given_adapter": dataclasses.asdict(ready.given),
+        "versions": export.versions(),
+        "fingerprint": ready.prints,
+        "rng": np.asarray(jax.random.key_data(key)).tolist(),
+        "before": before and {"losses": before.losses, "metrics": before.metrics},
+    }
+
+
+def _count(ready: Session) -> dict[str, Any]:
+    """The numbers of parameters, for the summary."""
+    trained, frozen = ready.found.parameters, ready.frozen
+    return {
+        "total_parameters": frozen + trained,
+        "trainable_parameters": trained,
+        "trainable_share": metrics.share(trained, frozen),
+        "adapter_bytes": 4 * ready.found.exported,
+    }
 
 
 def _measure_before(
@@ -188,13 +216,13 @@ def _measure_before(
     state: State,
     prints: Mapping[str, str],
     record: Mapping[str, Any] | None,
-    console: Console,
 ) -> Scores | None:
     """The scores before the first step, which a checkpoint has; None with `eval.before=false`."""
+    console = judge.display.console
     if record is not None:
         before = record["before"] and Scores(**record["before"])
-        told = f"; before: {before.describe()}" if before else ""
-        console.print(f"resumed from step {state.step}{told}")
+        scored = f"; before: {before.describe()}" if before else ""
+        console.print(f"resumed from step {state.step}{scored}")
         return before
     if not judge.config.eval.before:
         console.print("before: not measured (eval.before=false)")
@@ -217,6 +245,22 @@ def _begin(run: directory.Run, judge: Judge, before: Scores | None, fresh: bool)
         predictions.put(run.output / "predictions.jsonl", 0, before.answers, names)
 
 
+@contextlib.contextmanager
+def _open_sinks(
+    run: directory.Run,
+    judge: Judge,
+    state: State,
+    before: Scores | None,
+    record: Mapping[str, Any] | None,
+) -> Iterator[list[Sink]]:
+    """Open the sinks of `train.report_to`; those of a new run get the scores before it."""
+    first = 0 if record is None and before is not None else state.step + 1
+    with open_sinks(judge.config, run.output, first) as sinks:
+        if record is None and before is not None:
+            metrics.send(sinks, 0, before.numbers())
+        yield sinks
+
+
 def _report(summary: Mapping[str, Any], output: Path, console: Console, said: int) -> None:
     """Write the summary and print it, with the warnings after the first `said` ones."""
     metrics.write_summary(output / "summary.json", summary)
@@ -235,42 +279,25 @@ def conclude(
     state: State,
     before: Scores | None,
     prints: Mapping[str, str],
-    console: Console,
     probed: Sequence[data.Example] = (),
     sinks: Sequence[Sink] = (),
 ) -> dict[str, Any]:
-    """After the last step: the adapters to keep, their scores, exports and plots. Returns what the
-    summary says of them.
-    """
-    config, model, reader = judge.config, judge.model, judge.reader
-    stops, output, place = reader.stop_tokens, run.output, run.place
-    adapters, chosen = state.adapters, state.step
-    if config.train.load_best_model_at_end and state.watch.best_step not in (None, chosen):
-        chosen = state.watch.best_step
-        adapters, _, _ = checkpoint.restore(place, adapters, step=chosen)
-        console.print(f"the adapters of step {chosen} are the best: these are exported")
+    """Score, plot and export the adapters to keep. Return that part of the summary."""
+    config, output, console = judge.config, run.output, judge.display.console
+    chosen, adapters = _choose(run, judge, state)
     file = output / "metrics.jsonl"
     curves: dict[str, Any] = hosts.from_main(lambda: metrics.read_curves(file, judge.held_out))
     after = state.scores if chosen == state.step else None
     if after is None:
         after = _score_exported(judge, adapters, chosen, curves)
-    names = config.eval.metrics
-    predictions.put(output / "predictions.jsonl", chosen, after.answers, names)
+    predictions.put(output / "predictions.jsonl", chosen, after.answers, config.eval.metrics)
     metrics.send(sinks, state.step, after.metrics)
-    sizes = norms.measure(model.params, adapters, config.adapter)
+    sizes = norms.measure(judge.model.params, adapters, config.adapter)
     results = {name: score_pair(name, before, after) for name in ("task", "regression")}
     run.remove_exports()
-    extra: dict[str, Any] = {}
     wanted = directory.wanted(config)
     if "adapter" in wanted:
-        with judge.display.phase("writing the adapter"), run.exporting("adapter", config) as target:
-            export.export_peft(
-                target, config, model, adapters, prints, stops=stops, results=results
-            )
-        trainable = methods.find_trainable(model.params, config.adapter)
-        problems = formats.serving_problems(trainable)
-        for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
-            console.print(f"note: {problem}")
+        _export_adapter(run, judge, adapters, prints, results)
     for name, loss in before.losses.items() if before else ():
         curves[name] = [(0, loss), *curves.get(name, [])]
     plots.plot_losses(output / "plots" / "loss.png", curves)
@@ -279,10 +306,12 @@ def conclude(
     samples = scores.spread(after.answers, config.eval.samples)
     metrics.append_samples(output / "samples.jsonl", state.step, samples)
     metrics.print_samples(console, samples)
+    merged: dict[str, Any] = {}
     if "merged" in wanted:  # last, as a gate may refuse it
         with judge.display.phase("merging"), run.exporting("merged", config) as target:
-            extra |= export.export_merged(
-                target, config, model, adapters, console, probed, stops, results
+            stops = judge.reader.stop_tokens
+            merged = export.export_merged(
+                target, config, judge.model, adapters, console, probed, stops, results
             )
     return {
         "steps": state.step,
@@ -290,12 +319,40 @@ def conclude(
         "supervised_tokens": round(state.supervised_tokens),
         "peak_rss_bytes": metrics.peak_rss_bytes(),
         **metrics.device_memory(),
-        "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(place, state.step)),
+        "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(run.place, state.step)),
         **results,
         **norms.summarize(sizes),
-        **extra,
+        **merged,
         "outputs": hosts.from_main(run.digests),
     }
+
+
+def _choose(run: directory.Run, judge: Judge, state: State) -> tuple[int, Any]:
+    """The step to export, and its adapters: the last or, where it is asked for, the best."""
+    best = state.watch.best_step
+    if not judge.config.train.load_best_model_at_end or best in (None, state.step):
+        return state.step, state.adapters
+    adapters, _, _ = checkpoint.restore(run.place, state.adapters, step=best)
+    judge.display.console.print(f"the adapters of step {best} are the best: these are exported")
+    return best, adapters
+
+
+def _export_adapter(
+    run: directory.Run,
+    judge: Judge,
+    adapters: Mapping,
+    prints: Mapping[str, str],
+    results: card.Results,
+) -> None:
+    """Write the PEFT directory, with notes on what serves or ends its answers."""
+    config, model, reader = judge.config, judge.model, judge.reader
+    stops = reader.stop_tokens
+    with judge.display.phase("writing the adapter"), run.exporting("adapter", config) as target:
+        export.export_peft(target, config, model, adapters, prints, stops=stops, results=results)
+    trainable = methods.find_trainable(model.params, config.adapter)
+    problems = formats.serving_problems(trainable)
+    for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
+        judge.display.console.print(f"note: {problem}")
 
 
 def _score_exported(
@@ -311,80 +368,3 @@ def _score_exported(
     losses = {name: points[step] for name, points in logged.items()} if known else None
     with judge.display.about(f"step {step}"):
         return judge.score(adapters, losses)
-
-
-def _finished(
-    run: directory.Run, record: Mapping[str, Any], config: Config
-) -> dict[str, Any] | None:
-    """Of a run that has no step left to take, the summary and the exports that are not what it
-    says. A run that goes on loses its summary.
-    """
-    run.check()
-    file = run.output / "summary.json"
-    watch = Watch(**record["watch"])
-    over = record["step"] == config.train.total_steps or watch.gave_up(config.train)
-    if over and not record["pending"] and file.is_file():
-        with contextlib.suppress(ValueError):  # damaged: what it says is worked out again
-            summary = configs.read_json(file)
-            if (summary.get("steps"), summary.get("exported_step")) == (
-                record["step"],
-                export.chosen_step(config, record),
-            ):
-                return {"summary": summary, "wrong": run.find_wrong(config, summary)}
-    file.unlink(missing_ok=True)
-    return None
-
-
-def _mend(
-    run: directory.Run,
-    done: Mapping[str, Any],
-    record: Mapping[str, Any],
-    config: Config,
-    model: Model,
-    tokenizer: Any,
-    prints: Mapping[str, str],
-    console: Console,
-    probed: Sequence[data.Example],
-) -> dict[str, Any]:
-    """Export again, from the checkpoint, what is wrong with the exports of a finished run. Returns
-    the summary, which says what there is then.
-    """
-    summary, wrong = dict(done["summary"]), done["wrong"]
-    finished = f"{run.output} is finished: {summary['steps']} steps"
-    if not wrong:
-        console.print(f"{finished}; nothing is left to do")
-        if "outputs" not in summary:
-            console.print("note: its summary has no digests of its exports: they are not checked")
-        return summary
-    hosts.from_main(lambda: run.check_exports(wrong))
-    for name, reason in wrong.items():
-        console.print(
-            f"{finished}; {run.output / name} {reason}: it is exported again from the checkpoint "
-            f"of step {summary['exported_step']}"
-        )
-        kind = "peft" if name == "adapter" else "hf"
-        with run.exporting(name, config) as target:
-            summary |= export.export_checkpoint(
-                *(kind, target, run.place, record, config, model, tokenizer, prints),
-                *(console, probed, None, summary),
-            )
-    summary["outputs"] = hosts.from_main(run.digests)
-    metrics.write_summary(run.output / "summary.json", summary)
-    return summary
-
-
-def _restore(
-    state: State, place: checkpoint.Place, output: Path, record: Mapping[str, Any]
-) -> None:
-    """Put what the checkpoint of `record` holds into `state`, and cut the logs back to its step."""
-    step = record["step"]
-    state.adapters, state.opt_state, _ = checkpoint.restore(
-        place, state.adapters, state.opt_state, step
-    )
-    state.step, state.supervised_tokens = step, record["supervised_tokens"]
-    state.watch = Watch(**record["watch"])
-    state.window = Window(**record.get("window", {}))
-    # The line of a step whose evaluation was interrupted is written when it is made up for.
-    last = step - 1 if record["pending"] else step
-    for name in metrics.LOGS:
-        metrics.cut_back(output / name, last)

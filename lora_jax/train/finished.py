@@ -1,0 +1,69 @@
+"""A run that has taken its last step: what is missing of its exports, and its repair."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lora_jax import config as configs
+from lora_jax import hosts
+from lora_jax.config import Config
+from lora_jax.train import directory, export, metrics
+from lora_jax.train.session import Session
+from lora_jax.train.watch import Watch
+
+
+def look(run: directory.Run, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
+    """Return the summary of a finished run, and which of its exports are not as it says.
+
+    None: the run has steps left to take, and its summary is removed.
+    """
+    run.check()
+    file = run.output / "summary.json"
+    watch = Watch(**record["watch"])
+    over = record["step"] == config.train.total_steps or watch.gave_up(config.train)
+    if over and not record["pending"] and file.is_file():
+        with contextlib.suppress(ValueError):  # damaged: the run writes it again
+            summary = configs.read_json(file)
+            if (summary.get("steps"), summary.get("exported_step")) == (
+                record["step"],
+                export.chosen_step(config, record),
+            ):
+                return {"summary": summary, "wrong": run.find_wrong(config, summary)}
+    file.unlink(missing_ok=True)
+    return None
+
+
+def mend(
+    run: directory.Run,
+    done: Mapping[str, Any],
+    record: Mapping[str, Any],
+    ready: Session,
+    console: Console,
+) -> dict[str, Any]:
+    """Export again, from the checkpoint, what `look` found wrong. Return the new summary."""
+    config, model, tokenizer, prints = ready.config, ready.model, ready.tokenizer, ready.prints
+    summary, wrong = dict(done["summary"]), done["wrong"]
+    probed = ready.choose_probe() if "merged" in wrong else []
+    over = f"{run.output} is finished: {summary['steps']} steps"
+    if not wrong:
+        console.print(f"{over}; nothing is left to do")
+        if "outputs" not in summary:
+            console.print("note: its summary has no digests of its exports: they are not checked")
+        return summary
+    hosts.from_main(lambda: run.check_exports(wrong))
+    for name, reason in wrong.items():
+        console.print(
+            f"{over}; {run.output / name} {reason}: it is exported again from the checkpoint "
+            f"of step {summary['exported_step']}"
+        )
+        kind = "peft" if name == "adapter" else "hf"
+        with run.exporting(name, config) as target:
+            summary |= export.export_checkpoint(
+                *(kind, target, run.place, record, config, model, tokenizer, prints),
+                *(console, probed, None, summary),
+            )
+    summary["outputs"] = hosts.from_main(run.digests)
+    metrics.write_summary(run.output / "summary.json", summary)
+    return summary
