@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.config import UserError
+from lora_jax.config.text import parse_json, shown
 
 NAME = ".lora_jax.lock"
 BEAT = 10.0  # seconds after which the holder renews its file
@@ -271,21 +272,22 @@ def _read(file: Path, now: float) -> Holder | None:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise _unreadable(file, "it is no file")
-        record = json.loads(os.read(fd, 4096))
+        record = parse_json(os.read(fd, 4096).decode())
         if not re.fullmatch("[0-9a-f]{16}", record["token"]):
             raise _unreadable(file, "it names no process")
+        datetime.datetime.fromtimestamp(record["since"]).astimezone()  # within its years
         alive, certain = _is_alive(fd, record)
         age = now - os.fstat(fd).st_mtime
         return Holder(
             token=record["token"],
-            host=str(record["host"]),
+            host=shown(str(record["host"])),
             pid=int(record["pid"]),
             since=float(record["since"]),
             age=age,
             alive=alive if certain else abs(age) < DEAD,
             certain=certain,
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         if isinstance(error, UserError):
             raise
         raise _unreadable(file, "it names no process") from error
