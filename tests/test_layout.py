@@ -41,8 +41,10 @@ LAYERS = (
         "train.directory",
         "train.metrics",
         "train.model",
+        "train.outputs",
         "train.report",
         "train.resume",
+        "train.run_file",
         "train.sets",
     ),
     (

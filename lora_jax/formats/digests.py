@@ -1,11 +1,11 @@
-"""Digests of tensors: the sha256 of the bytes of each, whatever file holds it.
+"""Digests of tensors: the sha256 of the bytes of each, whatever file it is in.
 
     of_files(list_tensors(directory))    {"model.norm.weight": "41aa..", ..}, read in threads
     of_arrays(tensors)                   one digest of names, shapes, dtypes and bytes
 
-The digests of a file are kept under `digests/` in the cache directory (`LORA_JAX_CACHE`) and hold
-for as long as its path, size, times and inode are the same: a second start reads nothing of it. An
-entry that is damaged, or of another state of the file, is ignored and replaced.
+The digests of a file are kept under `digests/` in the cache directory (`LORA_JAX_CACHE`) and are
+valid as long as its path, size, times and inode are the same: a second start reads nothing of it.
+An entry that is damaged, or of another state of the file, is ignored and replaced.
 """
 
 import hashlib
@@ -51,7 +51,9 @@ def of_files(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     read = _read_files(missing)
     for file in missing:
         if _state(file) != states[file]:
-            raise UserError(f"{file} was changed while it was read; start again when it is written")
+            raise UserError(
+                f"{file} changed while it was being read; start again once it is complete"
+            )
         _keep_entry(states[file], read[file])
     return {
         by_file[file][stored]: digest
@@ -91,7 +93,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 @dataclass(frozen=True)
 class _Span:
-    """Where the bytes of a tensor are."""
+    """The place of the bytes of a tensor."""
 
     file: Path
     stored: str

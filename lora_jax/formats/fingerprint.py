@@ -55,7 +55,7 @@ def start(directory: Path) -> Future[str]:
 
 
 def base_digest(directory: str | Path) -> str:
-    """Names, shapes, dtypes and bytes of every tensor, whatever files hold them.
+    """Names, shapes, dtypes and bytes of every tensor, whatever files they are in.
 
     What says nothing about the model is left out: a copy of the embedding under the name of a tied
     head, and rotary frequencies, which some versions of transformers wrote. A head that differs
@@ -124,8 +124,8 @@ def check(
     if "base" in compared and _scheme(stored["base"]) != _scheme(found["base"]):
         compared.remove("base")
         hosts.note(
-            f"{what} has the digest of its base in the form of another version, which cannot be "
-            "compared: nothing shows whether this is the base that it was made with"
+            f"{what} has a digest of its base by another version of lora_jax, which cannot be "
+            "compared: this may not be the base that it was made with"
         )
     raise_all(
         [

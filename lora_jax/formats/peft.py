@@ -163,7 +163,7 @@ def _token_problems(found: Trainable, base: Model) -> list[str]:
         return []
     return [
         f"trainable_token_indices={found.config.trainable_token_indices!r}: {file} ties the output "
-        "head to the embedding, and the files hold a head that differs, which PEFT would replace; "
+        "head to the embedding, but the files have a head of their own, which PEFT would replace; "
         "set tie_word_embeddings to false in that file, or export with --format hf "
         "(export.peft=false, export.merged=true)"
     ]

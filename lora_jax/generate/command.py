@@ -20,7 +20,7 @@ _PAUSE = 10.0  # seconds between lines on the progress, without a terminal
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answer the prompts of the command line, of a file or of stdin, or hold a conversation.
+    """Answer the prompts of the command line, of a file or of stdin, or chat.
 
     Raises:
         UserError: options that contradict each other; an output that exists; as `read_prompts`,
@@ -96,7 +96,7 @@ def _print_lines(answers: Iterable[Answered]) -> None:
 
 
 def _print(answers: Iterable[Answered], max_new_tokens: int) -> None:
-    """Print each prompt on stderr, and its answer on stdout, which holds nothing else."""
+    """Print each prompt on stderr, and its answer on stdout, which has nothing else."""
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number, one in enumerate(answers):
         if number:

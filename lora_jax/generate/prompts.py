@@ -65,7 +65,7 @@ def read_prompts(name: str, stdin: TextIO | None = None) -> list[Prompt]:
     """Read the prompts of a file, or of stdin for "-".
 
     Raises:
-        UserError: the file cannot be read, is of another kind or holds no prompt; lines that are no
+        UserError: the file cannot be read, is of another kind or has no prompt; lines that are no
             prompts, the first ten with their places.
     """
     if name == "-":
@@ -81,7 +81,7 @@ def read_prompts(name: str, stdin: TextIO | None = None) -> list[Prompt]:
         raise UserError(f"--prompts {name}: prompts are lines of a .txt or a .jsonl file")
     lines = [(f"{where}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"--prompts {where} holds no prompt")
+        raise UserError(f"--prompts {where} has no prompt")
     is_json = ending == ".jsonl" or (ending != ".txt" and lines[0][1].lstrip().startswith("{"))
     prompts, problems = [], []
     for place, line in lines:
@@ -102,7 +102,7 @@ def _parse(line: str, where: str) -> Prompt:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise data.BadRow(f"invalid JSON: {reason}") from error
     if not isinstance(record, dict):
-        raise data.BadRow("a line must hold a JSON object")
+        raise data.BadRow("a line must be a JSON object")
     row = data.parse_row(_with_answer(record), where)
     if not isinstance(row, data.Row):
         raise data.BadRow("a text has no answer; give 'prompt' or 'messages'")

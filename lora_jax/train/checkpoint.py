@@ -304,7 +304,7 @@ def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
         raise _damaged(place, [f"{chosen}/record/metadata is damaged"])
     if record.get("step") != chosen:
         raise UserError(
-            f"{place} holds the checkpoint of step {record.get('step')}: it was renamed or copied; "
+            f"{place} is the checkpoint of step {record.get('step')}, renamed or copied; "
             "give it its name, or remove it"
         )
     return record
