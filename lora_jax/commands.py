@@ -159,9 +159,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lora_jax import hosts
-    from lora_jax.train import predictions
     from lora_jax.train.compare import compare, print_table
-    from lora_jax.train.metrics import make_console
+    from lora_jax.train.metrics import make_console, to_text
 
     with hosts.joined(config.hosts):
         main = hosts.is_main()
@@ -172,8 +171,7 @@ def evaluate(options: argparse.Namespace) -> None:
         text = json.dumps(rows, indent=2) + "\n"
         Path(options.output).write_text(text, encoding="utf-8")
     if main and options.predictions:
-        text = predictions.to_text(lines)
-        Path(options.predictions).write_text(text, encoding="utf-8")
+        Path(options.predictions).write_text(to_text(lines), encoding="utf-8")
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:

@@ -156,7 +156,7 @@ def read_text(file: str | Path, name: str | None = None, limit: int = TEXT_LIMIT
     Raises:
         UserError: as `read_bytes`; the text is not UTF-8.
     """
-    file = Path(file).expanduser()
+    file = expand(file)
     data = read_bytes(file, name, limit)
     name = shown(name or file)
     try:

@@ -11,7 +11,6 @@ An entry that is damaged, or of another state of the file, is ignored and replac
 import hashlib
 import json
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax import hosts
+from lora_jax.cache import cache_directory, write_entry
 from lora_jax.config import UserError
-from lora_jax.demo import cache_directory
 from lora_jax.formats.tensors import Tensor
 
 _THREADS = min(16, os.cpu_count() or 1)
@@ -224,14 +223,8 @@ def _keep_entry(state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     if time.time_ns() - changed < tick or len(text) > _ENTRY_LIMIT:
         return
     entry = _entry(state)
-    partial = entry.with_name(f"{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(entry)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_entry(entry, text.encode())
         _remove_oldest(entry.parent)
     except OSError as error:
         hosts.note(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts, models
-from lora_jax.config import raise_all, read_json
+from lora_jax.config import expand, raise_all, read_json
 from lora_jax.formats import digests
 from lora_jax.formats.tensors import Tensor, are_equal, list_tensors
 from lora_jax.tree import TIED_EMBEDDINGS
@@ -31,7 +31,7 @@ def take(directory: str | Path, tokenizer: Any, template: str) -> dict[str, str]
     Raises:
         UserError: as `base_digest`.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     return {"base": base_digest(directory), **take_texts(tokenizer, template)}
 
 
@@ -66,7 +66,7 @@ def base_digest(directory: str | Path) -> str:
     Raises:
         UserError: no readable safetensors, or no readable config.json.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     tensors = list_tensors(directory)
     tied = models.ties_embeddings(read_json(directory / "config.json"))
     copy = _copied_head(tensors) if tied else None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from lora_jax.config import UserError
+from lora_jax.config import UserError, expand
 from lora_jax.generate import Sampling, chat, prompts
 from lora_jax.generate.answer import open_reader, open_writer
 from lora_jax.generate.prompts import Answered, Prompt
@@ -66,7 +66,7 @@ def _check_output(options: argparse.Namespace) -> Path | None:
         return None
     if options.chat:
         raise UserError("--output does not go with --chat, which writes to the terminal")
-    file = Path(options.output).expanduser()
+    file = expand(options.output, "--output")
     if file.exists():
         raise UserError(f"--output {options.output} already exists; remove it, or name another")
     if not os.access(file.parent, os.W_OK | os.X_OK):

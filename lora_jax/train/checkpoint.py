@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lora_jax import hosts, sharding, tree
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config, UserError, expand
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
@@ -207,7 +207,11 @@ def find_place(config: Config, output: Path) -> Place:
     if config.checkpoint_dir is None:
         return output / "checkpoints"
     bucket = "://" in config.checkpoint_dir
-    return epath.Path(config.checkpoint_dir) if bucket else Path(config.checkpoint_dir).expanduser()
+    return (
+        epath.Path(config.checkpoint_dir)
+        if bucket
+        else expand(config.checkpoint_dir, "checkpoint_dir")
+    )
 
 
 def check_place(config: Config) -> None:
