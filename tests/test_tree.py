@@ -212,7 +212,7 @@ ERRORS = {
     ),
     "layer of another type": (
         dict(layers_to_transform=["1"]),
-        "layers_to_transform=['1'] must be a layer index",
+        "layers_to_transform=['1'] is not a whole number or a list of whole numbers",
     ),
     "rank above the smaller side": (
         dict(rank=17, target_modules=["q_proj", "k_proj"]),
@@ -235,11 +235,11 @@ ERRORS = {
     ),
     "another type": (
         dict(target_modules=7),
-        "target_modules=7 must be a string or a non-empty list of strings",
+        "target_modules=7 is not text or a list of names",
     ),
     "null": (
         dict(target_modules=None),
-        "target_modules=None must be a string or a non-empty list of strings",
+        "target_modules=null is not text or a list of names",
     ),
     "nothing left": (
         dict(target_modules=["q_proj"], exclude_modules=["q_proj"]),

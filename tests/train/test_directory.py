@@ -1,6 +1,7 @@
 """Which directories a run takes, what it removes there, and what it never touches."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -134,13 +135,14 @@ def test_a_checkpoint_dir_of_other_files_is_refused(tmp_path, monkeypatch):
     for place in (output, output / "adapter", output / "plots" / "x"):
         told = refused(output, f"checkpoint_dir={place}")
         assert "leave it out for checkpoints in OUTPUT_DIR/checkpoints" in told
-    for name, refusal in (("x" * 300, r"has \d+ bytes"), (r"a\0b", "null character")):
-        for settings in (
-            (output, f'checkpoint_dir="{tmp_path}/{name}"'),
-            (f'"{tmp_path}/{name}"',),
-        ):
-            with pytest.raises(UserError, match=refusal), opened(*settings):
-                pass
+    long, null = f"{tmp_path}/{'x' * 300}", f"{tmp_path}/a\0b"
+    for settings in ((output, f"checkpoint_dir={long}"), (long,)):
+        with pytest.raises(UserError, match=r"has \d+ bytes"), opened(*settings):
+            pass
+    config = make_config(f"output_dir={output}")
+    for change in ({"output_dir": null}, {"checkpoint_dir": null}):
+        with pytest.raises(UserError, match="cannot be used: "), contextlib.ExitStack() as held:
+            open_run(dataclasses.replace(config, **change), held)
 
 
 @pytest.mark.parametrize("external", [False, True])
@@ -264,7 +266,7 @@ def test_a_directory_of_before_there_were_ids(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("mine")
     place = f"checkpoint_dir={output / 'checkpoints'}"
-    assert "holds thesis.tex" in refused(tmp_path / "thesis", place, "resume=true")
+    assert "has thesis.tex" in refused(tmp_path / "thesis", place, "resume=true")
 
 
 KINDS = ("link to a directory", "link to a file", "dangling link", "file", "directory")
