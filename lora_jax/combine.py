@@ -37,7 +37,7 @@ def combine_directories(
             (unless named in `allow_change`); what `lora_jax.adapters.combine` refuses; `output` is
             not empty.
     """
-    output = Path(output).expanduser()
+    output = expand(output)
     _check_free(output)
     source = formats.resolve(spec)
     model = _describe(source, ignore)
@@ -92,7 +92,7 @@ def extract_directory(
         UserError: a model cannot be found, or the two have other weights; what
             `lora_jax.adapters.extract` refuses; `output` is not empty.
     """
-    output = Path(output).expanduser()
+    output = expand(output)
     _check_free(output)
     source, other = formats.resolve(spec), formats.resolve(finetuned)
     model = _describe(source, ignore)
@@ -230,7 +230,7 @@ def _write(
 def _origin(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What the adapter was made of, for its card: no directory above the last two."""
     for one in report.get("adapters", ()):
-        path = Path(one["path"]).expanduser().absolute()
+        path = expand(one["path"]).absolute()
         yield "adapter", f"{path.parent.name}/{path.name}, weight {one['weight']:g}"
     if "finetuned" in report:
         yield "fine-tuned model", card.Base(report["finetuned"]).shown

@@ -90,13 +90,14 @@ _GENERATE_HELP = """examples:
   head rows.jsonl | lora-jax generate --model org/name --prompts - > answers.jsonl
   lora-jax generate --model org/name --chat --temperature 0.7 --top-p 0.9
 
-Answers go to stdout, and the prompt before each to stderr. With --prompts into a file or a pipe
-they are lines of JSON: prompt, answer, finish_reason (stop, or length: cut off at
+Answers go to stdout, prompts to stderr. With --prompts, into a file or a pipe, answers are lines
+of JSON: prompt, answer, finish_reason (stop, or length: cut off at
 --max-new-tokens) and tokens. A row is {"prompt": ..}, {"messages": [..]} or another form of a
-training row, whose answer is not read. In a --chat, /reset forgets, /quit or Ctrl-D ends, and
-Ctrl-C ends an answer. An answer depends on --seed and the place of its prompt, not on the others.
+training row, whose answer is not read. In a --chat, /reset starts a new conversation,
+/quit or Ctrl-D ends it, and Ctrl-C stops an answer. An answer depends on --seed and the place of
+its prompt, not on the other prompts.
 """
-# Of several processes the first speaks; who that is, JAX would take seconds to tell.
+# Only the first process prints; to ask JAX which one that is takes seconds.
 _RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
 
 
@@ -137,7 +138,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a PEFT adapter directory; may be given several times",
     )
-    parser.add_argument("--output", metavar="FILE", help="write the numbers there, as JSON, too")
+    parser.add_argument("--output", metavar="FILE", help="also write the table there, as JSON")
     parser.add_argument(
         "--predictions", metavar="FILE", help="write every answer there, one JSON object per line"
     )
@@ -158,9 +159,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lora_jax import hosts
-    from lora_jax.train import predictions
     from lora_jax.train.compare import compare, print_table
-    from lora_jax.train.metrics import make_console
+    from lora_jax.train.metrics import make_console, to_text
 
     with hosts.joined(config.hosts):
         main = hosts.is_main()
@@ -171,8 +171,7 @@ def evaluate(options: argparse.Namespace) -> None:
         text = json.dumps(rows, indent=2) + "\n"
         Path(options.output).write_text(text, encoding="utf-8")
     if main and options.predictions:
-        text = predictions.to_text(lines)
-        Path(options.predictions).write_text(text, encoding="utf-8")
+        Path(options.predictions).write_text(to_text(lines), encoding="utf-8")
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +219,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--search", action="store_true", help="try meshes, micro-batches and remat policies"
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="print what shapes tell, and stop"
+        "--no-compile", action="store_true", help="print the memory from shapes, and stop"
     )
     parser.add_argument(
         "--quick", action="store_true", help="let the compiler optimise less; sizes stay close"
@@ -273,9 +272,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--private",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether a new repository is private; one that exists stays as it is (default: yes)",
+        help="make a new repository private; one that exists stays as it is (default: yes)",
     )
-    parser.add_argument("--commit-message", metavar="TEXT", help="of the upload")
+    parser.add_argument("--commit-message", metavar="TEXT", help="the message of the upload")
     _add_allow_change(parser)
     _add_verbose(parser)
     parser.add_argument(
@@ -314,9 +313,7 @@ def add_combine(parser: argparse.ArgumentParser) -> None:
         metavar="DIR[=WEIGHT]",
         help="a PEFT adapter directory; may be given several times (default weight: 1)",
     )
-    source.add_argument(
-        "--finetuned", metavar="MODEL", help="a form of the base that was fine-tuned whole"
-    )
+    source.add_argument("--finetuned", metavar="MODEL", help="the base after full fine-tuning")
     parser.add_argument("--output", required=True, metavar="DIR", help="must be empty or absent")
     parser.add_argument(
         "--method",
@@ -410,7 +407,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a .txt file with a prompt per line, a .jsonl file of rows, or - for stdin",
     )
-    asked.add_argument("--chat", action="store_true", help="hold a conversation on the terminal")
+    asked.add_argument("--chat", action="store_true", help="chat on the terminal")
     parser.add_argument(
         "--output", metavar="FILE", help="write answers there, as lines of JSON (.jsonl)"
     )
@@ -553,7 +550,7 @@ def _share(text: str) -> float:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """`DIR=WEIGHT`, or `DIR` with a weight of 1; `=` may stand in the name of a directory too."""
+    """`DIR=WEIGHT`, or `DIR` with a weight of 1; the name of a directory may have `=` too."""
     path, _, weight = text.rpartition("=")
     if not path or Path(text).expanduser().is_dir():
         return text, 1.0
@@ -571,7 +568,7 @@ def _one_or_list(names: list[str] | None) -> str | list[str]:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: a line of help, what stands below its options, and what adds these."""
+    """A subcommand: its line of help, the text below its options, the function that adds them."""
 
     help: str
     epilog: str
@@ -580,7 +577,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("fine-tune as a YAML file says", _TRAIN_HELP, add_train),
-    "eval": Command("adapters beside their base on held-out data", _EVAL_HELP, add_eval),
+    "eval": Command("compare adapters with their base on held-out data", _EVAL_HELP, add_eval),
     "inspect": Command("what a run would train on, and how", _INSPECT_HELP, add_inspect),
     "plan": Command("whether a run fits its devices, and how fast", _PLAN_HELP, add_plan),
     "export": Command("write the result of a run for other tools", _EXPORT_HELP, add_export),

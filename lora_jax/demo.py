@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-import platformdirs
 import yaml
 
+from lora_jax.cache import cache_directory
 from lora_jax.config import UserError, nearest
 
 GENERAL_ROWS = 64
@@ -368,12 +368,6 @@ PACKAGES = (
         names={"general": "general.jsonl"},
     ),
 )
-
-
-def cache_directory() -> Path:
-    """`LORA_JAX_CACHE` if set, else the user's cache directory of this package."""
-    chosen = os.environ.get("LORA_JAX_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("lora_jax")
 
 
 def origin(name: str) -> Origin | None:

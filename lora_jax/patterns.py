@@ -57,8 +57,8 @@ class Pattern:
             taken = time.thread_time() - start
             self._left -= taken if taken > _SLOW else 0.0
         raise UserError(
-            f"is a regex that takes too long to match, on {text!r} for one; write it without "
-            "repeats inside of repeats such as (a+)+, or list the names"
+            f"is a regex that takes too long to match, for example on {text!r}; write it without "
+            "nested repeats such as (a+)+, or list the names"
         )
 
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import filelock
 
-from lora_jax import demo
+from lora_jax.cache import cache_directory
+from lora_jax.config import UserError
 
 LIMIT = 1_000_000_000  # bytes of programs, for a user, on processors of one kind
 _OFF = ("0", "false", "f", "no", "n", "off")
@@ -44,7 +45,10 @@ def keep() -> None:
         return
     if jax is not None and jax.config.jax_compilation_cache_dir is not None:
         return
-    directory = demo.cache_directory() / "compiled" / _owner()
+    try:
+        directory = cache_directory() / "compiled" / _owner()
+    except UserError:  # raised again by whatever needs the directory
+        return
     try:
         _prepare(directory)
     except (OSError, filelock.Timeout) as error:

@@ -105,11 +105,6 @@ def _ending(pattern: str, field: str) -> Matcher:
     return test
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return `pattern_values(patterns)(name, default)`."""
-    return pattern_values(patterns)(name, default)
-
-
 def _layers_to_transform(config: AdapterConfig) -> list[int] | None:
     layers = config.layers_to_transform
     return [layers] if isinstance(layers, int) else layers

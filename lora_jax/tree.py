@@ -175,7 +175,7 @@ _VIRTUAL = ("prompt_embeddings", "prefix_keys", "prefix_values", "prefix_gate")
 
 
 def are_adapters(given: Any) -> bool:
-    """Return True for a tree that holds trainable leaves alone, and at least one."""
+    """Return True for a tree of trainable leaves alone, and at least one."""
     names = [path[-1] for path in flatten(given)] if isinstance(given, Mapping) else []
     known = (*_TRAINABLE, *_VIRTUAL)
     return bool(names) and all(n in known or n.startswith("full_") for n in names)
@@ -189,12 +189,12 @@ def check_parameters(given: Any, call: str) -> None:
     """
     if are_adapters(given):
         names = [dotted(path) for path in flatten(given)]
-        raise UserError(f"{call}: given are adapters in their place ({summarize(names, 2)})")
+        raise UserError(f"{call}: got adapters in place of parameters ({summarize(names, 2)})")
     if isinstance(given, tuple):
-        raise UserError(f"{call}: given is a tuple; lora.init returns two trees, params, adapters")
+        raise UserError(f"{call}: got a tuple; lora.init returns two trees, params, adapters")
     if not isinstance(given, Mapping):
         hint = "; its parameters are model.params" if hasattr(given, "params") else ""
-        raise UserError(f"{call}: given is {_kind(given)}{hint}")
+        raise UserError(f"{call}: got {_kind(given)}{hint}")
 
 
 def check_adapters(given: Any, call: str) -> None:
@@ -204,7 +204,7 @@ def check_adapters(given: Any, call: str) -> None:
         UserError: it says what was given.
     """
     if not isinstance(given, Mapping):
-        raise UserError(f"{call}: given is {_kind(given)} in place of adapters")
+        raise UserError(f"{call}: got {_kind(given)} in place of adapters")
 
 
 def _kind(given: Any) -> str:

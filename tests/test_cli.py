@@ -101,7 +101,7 @@ def test_verbose_shows_the_traceback(files, capsys):
     ("text", "expected"),
     [
         ("train: {learning_rat: 1}", "Did you mean 'learning_rate'?"),
-        ("- a list", "must hold a mapping"),
+        ("- a list", "must be a mapping"),
         ("a: [1", "is not valid YAML"),
     ],
 )
@@ -261,7 +261,7 @@ def test_output_dir_is_never_overwritten(files, refused, tmp_path):
     output.mkdir()
     (output / "mine.txt").write_text("kept")
     command = ("--config", files / "run.yaml", f"output_dir={output}")
-    assert "already holds a run or other files" in refused(train_main, *command)
+    assert "already has a run or other files" in refused(train_main, *command)
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
     file = output / "mine.txt"
     command = ("--config", files / "run.yaml", f"output_dir={file}")

@@ -293,8 +293,8 @@ def test_problems_of_a_kind_are_told_together():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"- a\n- b\n", "must hold a mapping of settings, not a list"),
-        (b"just text", "must hold a mapping of settings, not the value 'just text'"),
+        (b"- a\n- b\n", "must be a mapping of settings, not a list"),
+        (b"just text", "must be a mapping of settings, not the value 'just text'"),
         (b"a: [1", "is not valid YAML"),
         (b"a: \xff\xfe", r"config\.yaml cannot be read: the text is not UTF-8"),
         (b"", "model is not set"),

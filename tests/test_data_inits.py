@@ -274,7 +274,7 @@ def test_too_few_tokens_and_inputs_that_nobody_counts_are_named():
         (["adapter.calibration_batches=3"], "is for adapter.init=eva and lora_ga"),
         (["adapter.init=eva", "adapter.calibration_batches=0"], "must be at least 1"),
         (["adapter.init=eva", "adapter.eva_rho=0.5"], "adapter.eva_rho=0.5 must be at least 1"),
-        (["adapter.method=full", "adapter.calibration_batches=2"], "says something of adapters"),
+        (["adapter.method=full", "adapter.calibration_batches=2"], "is a setting of adapters"),
     ],
 )
 def test_settings_that_say_nothing_or_contradict(overrides, text):

@@ -7,7 +7,7 @@ import pytest
 from lora_jax import AdapterConfig, UserError
 from lora_jax.models import describe
 from lora_jax.patterns import Pattern
-from lora_jax.selection import matches, pattern_value
+from lora_jax.selection import matches, pattern_values
 from lora_jax.targets import find_trainable
 
 from .methods import TINY
@@ -67,7 +67,7 @@ NAMES = ["model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", 
 )
 def test_names_as_patterns_match_as_in_peft(name, pattern):
     expected = re.match(rf"(.*\.)?({pattern})$", name) is not None
-    assert pattern_value({pattern: True}, name, False) == expected
+    assert pattern_values({pattern: True})(name, False) == expected
 
 
 @pytest.mark.parametrize(

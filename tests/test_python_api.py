@@ -66,17 +66,17 @@ def test_mistaken_arguments_say_what_was_given(model, trees):
     leaf = r"model\.layers\.\S+\.lora_a"
     for call, message in (
         (lambda: lora.merge(adapters), rf"merge takes a bound tree.*bind.*adapters.*{leaf}"),
-        (lambda: lora.merge(model), r"merge takes.*given is a Model; its parameters are model\.p"),
-        (lambda: lora.merge(trees), r"merge takes.*given is a tuple; lora\.init returns"),
+        (lambda: lora.merge(model), r"merge takes.*got a Model; its parameters are model\.p"),
+        (lambda: lora.merge(trees), r"merge takes.*got a tuple; lora\.init returns"),
         (lambda: model.apply(adapters, tokens), rf"runs on parameters.*bind.*adapters.*{leaf}"),
-        (lambda: model.apply(tokens, params), r"runs on parameters.*given is a.* ndarray"),
+        (lambda: model.apply(tokens, params), r"runs on parameters.*got a.* ndarray"),
         (lambda: model.apply(params["model"], tokens), r"not the model's: missing model\.embed"),
         (lambda: lora.bind(adapters, params, CONFIG), r"adapters first, and parameters second"),
         (lambda: lora.bind(adapters, adapters, CONFIG), rf"params, adapters and a.*{leaf}"),
         (lambda: lora.bind(params, params, CONFIG), r"do not fit.*missing"),
         (lambda: lora.bind(params, CONFIG, adapters), r"an AdapterConfig in place of adapters"),
-        (lambda: lora.bind(params, adapters, {"rank": 4}), r"no AdapterConfig but of dict"),
-        (lambda: lora.bind(model, adapters, CONFIG), r"given is a Model; its parameters are"),
+        (lambda: lora.bind(params, adapters, {"rank": 4}), r"not an AdapterConfig but a dict"),
+        (lambda: lora.bind(model, adapters, CONFIG), r"got a Model; its parameters are"),
         (lambda: lora.init(jax.random.key(0), model, CONFIG), r"init takes a key.*a Model"),
         (lambda: lora.init(model.params, jax.random.key(0), CONFIG), r"init takes a key, params"),
     ):

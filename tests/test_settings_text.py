@@ -213,7 +213,7 @@ def test_values_in_python_fail_at_once(arguments, expected):
         ('model: "\\ud800"\n', "line 1, column 8: text with half of a surrogate pair"),
         ('model: "a\\0b"\n', "text with a null character"),
         ("model: m\x07\n", "not valid YAML"),
-        ("seed: 1\nseed: 1\n", "line 2, column 1: the key 'seed' is there twice"),
+        ("seed: 1\nseed: 1\n", "line 2, column 1: the key 'seed' appears twice"),
         ("seed: 1\n---\nseed: 2\n", "expected a single document"),
         ("\tseed: 1\n", "is not valid YAML: line 1, column 1"),
         ("<<: 5\n", "<< takes a mapping"),

@@ -168,7 +168,7 @@ MISTAKES = [
         TIED,
         {"method": "full", "use_dora": True, "modules_to_save": ["norm"]},
         [
-            "method=full trains every weight, and use_dora=True says something of adapters",
+            "method=full trains every weight, and use_dora=True is a setting of adapters",
             "and modules_to_save=['norm'] says",
         ],
     ),

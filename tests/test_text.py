@@ -73,19 +73,22 @@ def test_files_that_are_none(tmp_path):
         (b"", "invalid JSON: Expecting value at line 1, column 1"),
         (b'{"a": 1,\n"b"}', "invalid JSON: Expecting ':' delimiter at line 2, column 4"),
         (b'{"a": ' + b"1" * 5000 + b"}", "invalid JSON: Exceeds the limit"),
-        (b"[" * 100_000, "invalid JSON: nested too deeply: 100 levels are read"),
-        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested too deeply: 100 levels are read"),
-        (b'{"a": NaN}', "invalid JSON: NaN is no number of JSON"),
-        (b'{"a": [-Infinity]}', "invalid JSON: -Infinity is no number of JSON"),
+        (b"[" * 100_000, "invalid JSON: nested too deeply: at most 100 levels are supported"),
+        (
+            b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
+            "nested too deeply: at most 100 levels are supported",
+        ),
+        (b'{"a": NaN}', "invalid JSON: NaN is not a JSON number"),
+        (b'{"a": [-Infinity]}', "invalid JSON: -Infinity is not a JSON number"),
         (b'{"a": 1e999}', "invalid JSON: 1e999 is too large for a number"),
         (b'{"a": {"b": 1' + b"0" * 400 + b"}}", "00 is too large for an integer"),
         (b'{"a": -' + b"9" * 41 + b"}", "99 is too large for an integer"),
         (b'{"r": 1, "a": 2, "r": 8}', "invalid JSON: an object has the key 'r' twice"),
         (b'{"a": [{"b": 1, "b": 1}]}', "invalid JSON: an object has the key 'b' twice"),
-        (b'{"a": "\\ud800"}', "invalid JSON: a string holds the unpaired surrogate \\ud800"),
-        (b"[1]", "it must hold a JSON object, not a list"),
-        (b"null", "it must hold a JSON object, not null"),
-        (b"1.5", "it must hold a JSON object, not a number"),
+        (b'{"a": "\\ud800"}', "invalid JSON: a string has the unpaired surrogate \\ud800"),
+        (b"[1]", "it must be a JSON object, not a list"),
+        (b"null", "it must be a JSON object, not null"),
+        (b"1.5", "it must be a JSON object, not a number"),
     ],
 )
 def test_json_that_is_no_object(write, content, expected):
@@ -123,7 +126,7 @@ def special(tmp_path):
         tmp_path / "nothing": "No such file or directory",
         tmp_path / ("n" * 300): "File name too long",
         tmp_path / "a\0b": "embedded null byte",
-        tmp_path / "\ud800": "the name is no text",
+        tmp_path / "\ud800": "the name is not UTF-8",
         tmp_path / "file" / "inner": "Not a directory",
     }
 
@@ -163,7 +166,7 @@ def test_files_of_text_have_a_largest_size(tmp_path):
     for read, limit in ((read_text, TEXT_LIMIT), (read_json, JSON_LIMIT)):
         for size, reason in (
             (limit, "null bytes"),
-            (limit + 1, f"no more than {limit:,} are read"),
+            (limit + 1, f"limit for such a file is {limit:,}"),
         ):
             with file.open("wb") as opened:
                 opened.truncate(size)  # of null bytes, which take no room
@@ -230,7 +233,7 @@ def test_null_bytes_in_data(write, name, line):
         ("additional_chat_templates/a.jinja", CHATML.encode("utf-16"), "the text is UTF-16"),
         ("tokenizer_config.json", b'{"eos_token": "\xe9"}', "not UTF-8"),
         ("tokenizer.json", b"{", "invalid JSON"),
-        ("tokenizer.json", b"[]", "must hold a JSON object, not a list"),
+        ("tokenizer.json", b"[]", "must be a JSON object, not a list"),
     ],
 )
 def test_a_damaged_file_of_a_tokenizer_is_named(models, tmp_path, name, content, problem):

@@ -12,7 +12,7 @@ import pytest
 from lora_jax import AdapterConfig, Config, UserError, lora
 from lora_jax.config import TrainConfig
 from lora_jax.models import describe
-from lora_jax.selection import matches, pattern_value
+from lora_jax.selection import matches, pattern_values
 from lora_jax.targets import find_targets
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
@@ -212,7 +212,7 @@ ERRORS = {
     ),
     "layer of another type": (
         dict(layers_to_transform=["1"]),
-        "layers_to_transform=['1'] must be a layer index",
+        "layers_to_transform=['1'] is not a whole number or a list of whole numbers",
     ),
     "rank above the smaller side": (
         dict(rank=17, target_modules=["q_proj", "k_proj"]),
@@ -235,11 +235,11 @@ ERRORS = {
     ),
     "another type": (
         dict(target_modules=7),
-        "target_modules=7 must be a string or a non-empty list of strings",
+        "target_modules=7 is not text or a list of names",
     ),
     "null": (
         dict(target_modules=None),
-        "target_modules=None must be a string or a non-empty list of strings",
+        "target_modules=null is not text or a list of names",
     ),
     "nothing left": (
         dict(target_modules=["q_proj"], exclude_modules=["q_proj"]),
@@ -273,9 +273,9 @@ def test_names_match_by_whole_parts():
     )
     assert not matches(name, ["proj"]) and not matches(name, ["1.self_attn.q_proj"])
     assert matches(name, r".*q_proj") and not matches(name, "q_proj")
-    assert pattern_value({"1.self_attn.q_proj": 1, "q_proj": 2}, name, 3) == 2
-    assert pattern_value({"q": 1}, name, 3) == 3
-    assert pattern_value({r"q_\w+": 1, "q_proj": 2}, name, 3) == 1  # the first that matches
+    assert pattern_values({"1.self_attn.q_proj": 1, "q_proj": 2})(name, 3) == 2
+    assert pattern_values({"q": 1})(name, 3) == 3
+    assert pattern_values({r"q_\w+": 1, "q_proj": 2})(name, 3) == 1  # the first that matches
 
 
 def test_scales_and_masks_of_a_padded_stack(shapes):

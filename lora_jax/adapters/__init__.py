@@ -186,11 +186,11 @@ def bind(
 def _check_order(params: Any, adapters: Any, config: Any) -> None:
     call = "bind takes params, adapters and a config, in this order"
     if are_adapters(params) and isinstance(adapters, Mapping) and not are_adapters(adapters):
-        raise UserError(f"{call}: given are adapters first, and parameters second; swap the two")
+        raise UserError(f"{call}: got adapters first and parameters second; swap them")
     check_parameters(params, call)
     check_adapters(adapters, call)
     if not isinstance(config, AdapterConfig):
-        raise UserError(f"{call}: the third is no AdapterConfig but of {type(config).__name__}")
+        raise UserError(f"{call}: the third is not an AdapterConfig but a {type(config).__name__}")
 
 
 def _untie(embedding: jax.Array, bound: Mapping, found: Trainable) -> Untied:

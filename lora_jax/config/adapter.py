@@ -51,7 +51,7 @@ class AdapterConfig:
     modules_to_save: list[str] | None = None  # modules that train whole, named as target_modules
     trainable_token_indices: list[int] | None = None  # tokens whose embeddings train
     ensure_weight_tying: bool | None = None  # tied models: embedding and head stay one or part
-    path: str | None = None  # a PEFT adapter directory to continue from; its settings hold
+    path: str | None = None  # a PEFT adapter directory to continue from; its settings apply
     num_virtual_tokens: int | None = None  # prompt, prefix; null: 20, or as many as prompt_text has
     prompt_init: str = "vocab"  # vocab | text | random: what virtual tokens start as
     prompt_text: str | None = None  # for prompt_init=text; cut or repeated to num_virtual_tokens
@@ -121,7 +121,7 @@ def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
         for name in (*_OF_LORA, "path", *_OF_VIRTUAL):
             if name in given:
                 yield (
-                    f"method=full trains every weight, and {name}={given[name]!r} says something "
+                    f"method=full trains every weight, and {name}={given[name]!r} is a setting "
                     "of adapters; leave one out"
                 )
         return
@@ -140,13 +140,13 @@ def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
         yield f"num_virtual_tokens={show(count)} must be {bound}"
     if (adapter.prompt_init == "text") != bool(adapter.prompt_text):
         yield (
-            f"prompt_init={adapter.prompt_init} and prompt_text={adapter.prompt_text!r}: the one "
-            "needs the other"
+            f"prompt_init={adapter.prompt_init} and prompt_text={adapter.prompt_text!r}: "
+            "prompt_init=text and prompt_text need each other"
         )
     if adapter.prefix_gate and method == "prompt":
         yield (
-            "prefix_gate=true is for method=prefix: virtual tokens of a prompt are tokens among "
-            "others, which no weight can take out"
+            "prefix_gate=true is for method=prefix: virtual tokens of a prompt are ordinary "
+            "tokens of the input, which no gate can weigh"
         )
 
 

@@ -141,7 +141,7 @@ def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _not_finite(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield settings that are, or hold, an infinite number or none."""
+    """Yield settings with a number that is infinite or NaN."""
 
     def floats(value: Any) -> Iterator[float]:
         if isinstance(value, float):
@@ -162,8 +162,8 @@ def _path_problems(values: Mapping[str, Any]) -> Iterator[str]:
         names = [len(name) for name in text.split(b"/")]
         if max(names) > _LONGEST_NAME or len(text) > _LONGEST_PATH:
             yield (
-                f"{key}={show(values[key])} has {len(text)} bytes: no file system takes a name "
-                f"above {_LONGEST_NAME} bytes, or a path above {_LONGEST_PATH}"
+                f"{key}={show(values[key])} has {len(text)} bytes: a name can have up to "
+                f"{_LONGEST_NAME} bytes, and a path up to {_LONGEST_PATH}"
             )
 
 
@@ -206,8 +206,8 @@ def _run_problems(config: Config) -> Iterable[str]:
         yield f"train.epochs={train.epochs:g} must be at most {_MOST_EPOCHS}"
     if train.epochs is not None and config.data.streaming:
         yield (
-            f"train.epochs={train.epochs:g} needs to know how many rows there are, and "
-            "data.streaming reads them as they come; set train.steps"
+            f"train.epochs={train.epochs:g} needs the number of rows, which is not known with "
+            "data.streaming; set train.steps"
         )
     if not (isinstance(config.resume, bool) or config.resume == "auto"):
         yield f"resume={config.resume!r} is not one of: false, true, auto."
@@ -282,7 +282,7 @@ def _evaluation_problems(config: Config) -> Iterable[str]:
         elif metric not in LOSSES and every != train.eval_every:
             yield (
                 f"{name} by {metric} needs answers at every evaluation: set "
-                f"eval.generate_every={train.eval_every}, as train.eval_every is"
+                f"eval.generate_every={train.eval_every}, the value of train.eval_every"
             )
 
 

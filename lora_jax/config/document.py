@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As PyYAML's, with limits."""
+        """Compose a node as PyYAML does, within limits."""
         mark = self.peek_event().start_mark
         self.depth, self.composed = self.depth + 1, self.composed + 1
         self._check(mark, self.depth, self.composed)
@@ -95,7 +95,7 @@ class _Loader(yaml.SafeLoader):
                 raise _error(key_node.start_mark, f"the tag {key_node.tag} is not supported")
             key = _scalar(key_node)
             if key in found:
-                raise _error(key_node.start_mark, f"the key {str(key)!r} is there twice")
+                raise _error(key_node.start_mark, f"the key {str(key)!r} appears twice")
             found[key] = value
         return {**merged, **found}
 

@@ -101,7 +101,7 @@ TABLE = (
     Elsewhere(
         ("overwrite_output_dir",),
         ("output_dir", "resume"),
-        "a directory that holds a run is never overwritten",
+        "the directory of a run is never overwritten",
     ),
     Elsewhere(("output", "save_dir", "logging_dir"), ("output_dir",)),
     Elsewhere(
@@ -120,7 +120,7 @@ TABLE = (
     Elsewhere(("dataset_text_field",), ("data.completion",), 'a row {"text": ..} needs no setting'),
     Elsewhere(
         ("assistant_only_loss", "completion_only_loss", "train_on_inputs", "train_on_responses"),
-        remark='the loss is that of the answers; "train": false in a message takes it out',
+        remark='the loss covers the answers; "train": false leaves a message out',
     ),
     Elsewhere(
         ("remove_unused_columns",),

@@ -32,7 +32,7 @@ _SHOWN = 10  # unknown keys that are named
 
 @dataclass(frozen=True)
 class _Given:
-    """The value of a setting, and what message about it begin with: file and line, or override."""
+    """The value of a setting, and its origin, with which messages begin: a line or an override."""
 
     value: Any
     origin: str
@@ -55,7 +55,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         content = {}
     if not isinstance(content, Mapping):
         kind = "a list" if isinstance(content, list) else f"the value {show(content)}"
-        raise UserError(f"{path} must hold a mapping of settings, not {kind}")
+        raise UserError(f"{path} must be a mapping of settings, not {kind}")
     return parse(content, overrides, source=str(path))
 
 
@@ -175,7 +175,7 @@ def _read(text: str, kind: Any, origin: str) -> Any:
 
 
 def _plain_text(text: str) -> Written:
-    """The value as it stands; quotes around the whole are taken off."""
+    """Return the value as written, without quotes around all of it."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         try:
             inner = document.read(text, "")

@@ -26,7 +26,7 @@ JSON_LIMIT = 64 << 20
 # Levels of lists and objects. Schemas of tools have about ten; at some hundreds Python's own limit
 # ends whatever walks through a value.
 DEEPEST = 100
-_TOO_DEEP = f"nested too deeply: {DEEPEST} levels are read"
+_TOO_DEEP = f"nested too deeply: at most {DEEPEST} levels are supported"
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which some editors write
 _OTHER_BOMS = {
     b"\xff\xfe\x00\x00": "UTF-32",  # before UTF-16, whose mark it begins with
@@ -46,9 +46,7 @@ _LARGEST = 10**40
 
 
 class BadJSON(ValueError):
-    """Text that is no JSON, or more than is read: what is wrong, and its line and column if they
-    are known.
-    """
+    """Text that is not JSON, or that exceeds a limit. `line` and `column` may be unknown."""
 
     def __init__(self, problem: str, line: int | None = None, column: int | None = None):
         place = "" if line is None else f" at line {line}, column {column}"
@@ -116,7 +114,7 @@ def unreadable(name: str | Path, error: OSError | ValueError) -> UserError:
     """The error of a file that the system does not read."""
     reason = getattr(error, "strerror", None) or error
     if isinstance(error, UnicodeError):
-        reason = "the name is no text"
+        reason = "the name is not UTF-8"
     return UserError(f"{shown(name)} cannot be read: {reason}")
 
 
@@ -145,8 +143,8 @@ def read_bytes(file: Path, name: str | None = None, limit: int = JSON_LIMIT) -> 
     if len(data) > limit:
         size = max(len(data), os.stat(file).st_size)
         raise UserError(
-            f"{shown(name or file)} cannot be read: it has {size:,} bytes, and no more than "
-            f"{limit:,} are read of such a file"
+            f"{shown(name or file)} cannot be read: it has {size:,} bytes, and the "
+            f"limit for such a file is {limit:,}"
         )
     return data
 
@@ -158,7 +156,7 @@ def read_text(file: str | Path, name: str | None = None, limit: int = TEXT_LIMIT
     Raises:
         UserError: as `read_bytes`; the text is not UTF-8.
     """
-    file = Path(file).expanduser()
+    file = expand(file)
     data = read_bytes(file, name, limit)
     name = shown(name or file)
     try:
@@ -188,7 +186,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
         raise UserError(f"{shown(file)} cannot be read: invalid JSON: {error}") from error
     if not isinstance(content, dict):
         kind = _KINDS.get(type(content), "a number")
-        raise UserError(f"{shown(file)} cannot be read: it must hold a JSON object, not {kind}")
+        raise UserError(f"{shown(file)} cannot be read: it must be a JSON object, not {kind}")
     return content
 
 
@@ -196,8 +194,8 @@ def parse_json(text: str) -> Any:
     """The value of JSON text.
 
     Raises:
-        BadJSON: it is none; it has NaN, an infinity or a number as large as one, a key twice in one
-            object, half of a surrogate pair, or more than `DEEPEST` levels.
+        BadJSON: it is not JSON; it has NaN, an infinity or a number as large as one, a key twice in
+            one object, half of a surrogate pair, or more than `DEEPEST` levels.
     """
     try:
         value = json.loads(
@@ -228,7 +226,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise BadJSON(f"{name} is no number of JSON")
+    raise BadJSON(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -255,7 +253,7 @@ def _check_surrogates(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud800" is JSON but no text
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
-        raise BadJSON(f"a string holds the unpaired surrogate {surrogate}") from error
+        raise BadJSON(f"a string has the unpaired surrogate {surrogate}") from error
 
 
 def _check_integers(value: Any) -> None:

@@ -160,7 +160,7 @@ def _plural(kind: Any) -> str:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """As `convert`, for a type that is no union and a value that is not null.
+    """Convert a value that is not null to a type that is no union.
 
     Raises:
         _Other: the value is of another type.

@@ -1,7 +1,7 @@
 """Settings that have a value of their own and no effect, since another setting turns them off.
 
-They are no errors: an override such as eval.generate=false leaves the rest of a file as it is. A
-run, `inspect`, `plan` and the dry run warn of them, one line for every switch.
+These are warnings, not errors: an override such as eval.generate=false leaves the rest of a file as
+it is. A run, `inspect`, `plan` and the dry run warn of them, one line for every switch.
 """
 
 from collections.abc import Iterator

@@ -16,8 +16,6 @@ examples are built as if there were none.
 import dataclasses
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +25,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from lora_jax.cache import write_entry
 from lora_jax.config import UserError
 from lora_jax.data.templates import Counts, Example
 
@@ -77,7 +76,8 @@ def cached_examples(
         notes.append(f"the tokenised cache {file} is damaged and not used: {error}")
     examples, counts = build()
     try:
-        _write(file, _pack(examples, counts, text))
+        content = _pack(examples, counts, text)
+        write_entry(file, hashlib.sha256(content).digest(), content)
     except OSError as error:
         notes.append(f"the tokenised cache {file.parent} cannot be written: {_reason(error)}")
     return Cached(examples, counts, hit=False, notes=notes)
@@ -178,22 +178,6 @@ def _unpack(checksum: bytes, content: bytes, key: str) -> tuple[list[Example], C
 def _read(file: Path) -> tuple[bytes, bytes]:
     with file.open("rb") as opened:
         return opened.read(_CHECKSUM), opened.read()
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Put a file in its place by a rename, so that nobody ever reads half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with partial.open("xb") as opened:
-            opened.write(hashlib.sha256(content).digest())
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _reason(error: OSError) -> str:

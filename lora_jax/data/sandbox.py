@@ -2,10 +2,10 @@
 
     render(source, [{"role": "user", "content": "2+2?"}], tools=None, add_generation_prompt=True)
 
-A template is a program of somebody else's. transformers runs it in Jinja's sandbox, which keeps it
-from files and code, and not from looping for hours or building gigabytes. Here the same program is
+A template is somebody else's program. transformers runs it in Jinja's sandbox, which keeps it from
+files and code, but not from looping for hours or building gigabytes. Here the same program is
 compiled with counters in it: every pass of a loop, every call, and the size of every text and list
-that it makes. What a limit ends, ends for good: a template that was stopped once is not run again.
+that it makes. A template that was stopped by a limit once is not run again.
 """
 
 import functools

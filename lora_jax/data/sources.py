@@ -210,7 +210,7 @@ def _files(source: str | Path) -> list[tuple[str, Path]]:
                 raise UserError(f"no {_ENDINGS} file is named like {source}")
             return files
         if exists(path):
-            raise UserError(f"data file {shown(path)} is no file, but a device, pipe or socket")
+            raise UserError(f"data file {shown(path)} is not a file, but a device, pipe or socket")
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"data file {shown(path)} does not exist.{nearest(path.name, siblings)}")
     except OSError as error:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from lora_jax import hosts, models
-from lora_jax.config import MeshConfig, read_json
+from lora_jax.config import MeshConfig, expand, read_json
 from lora_jax.formats.hub import public_name as public_name
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.loralib import read_loralib as read_loralib
@@ -50,7 +50,7 @@ def describe(
         UserError: a config.json that cannot be read or is not supported; an adapter in the same
             directory; files that cannot be read.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     content = read_json(directory / "config.json")
     check_no_adapter(directory)
     model = models.describe(content, ignore, labels)

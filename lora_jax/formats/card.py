@@ -69,8 +69,8 @@ class Base:
         form = self.origin.form if self.origin else ""
         if form:
             return (
-                f"It was trained over the weights of {form} ({self.spec} of lora_jax), dequantised:"
-                f" those of {self.hub_name} differ by what that quantisation lost."
+                f"It was trained over the dequantised weights of {form} ({self.spec} of lora_jax), "
+                f"which differ from those of {self.hub_name} by the error of that quantisation."
             )
         if self.spec.endswith(".gguf"):
             return f"It was trained over the weights of {self.shown}, dequantised."

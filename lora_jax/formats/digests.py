@@ -1,17 +1,16 @@
-"""Digests of tensors: the sha256 of the bytes of each, whatever file holds it.
+"""Digests of tensors: the sha256 of the bytes of each, whatever file it is in.
 
     of_files(list_tensors(directory))    {"model.norm.weight": "41aa..", ..}, read in threads
     of_arrays(tensors)                   one digest of names, shapes, dtypes and bytes
 
-The digests of a file are kept under `digests/` in the cache directory (`LORA_JAX_CACHE`) and hold
-for as long as its path, size, times and inode are the same: a second start reads nothing of it. An
-entry that is damaged, or of another state of the file, is ignored and replaced.
+The digests of a file are kept under `digests/` in the cache directory (`LORA_JAX_CACHE`) and are
+valid as long as its path, size, times and inode are the same: a second start reads nothing of it.
+An entry that is damaged, or of another state of the file, is ignored and replaced.
 """
 
 import hashlib
 import json
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax import hosts
+from lora_jax.cache import cache_directory, write_entry
 from lora_jax.config import UserError
-from lora_jax.demo import cache_directory
 from lora_jax.formats.tensors import Tensor
 
 _THREADS = min(16, os.cpu_count() or 1)
@@ -51,7 +50,9 @@ def of_files(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     read = _read_files(missing)
     for file in missing:
         if _state(file) != states[file]:
-            raise UserError(f"{file} was changed while it was read; start again when it is written")
+            raise UserError(
+                f"{file} changed while it was being read; start again once it is complete"
+            )
         _keep_entry(states[file], read[file])
     return {
         by_file[file][stored]: digest
@@ -91,7 +92,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 @dataclass(frozen=True)
 class _Span:
-    """Where the bytes of a tensor are."""
+    """The place of the bytes of a tensor."""
 
     file: Path
     stored: str
@@ -222,14 +223,8 @@ def _keep_entry(state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     if time.time_ns() - changed < tick or len(text) > _ENTRY_LIMIT:
         return
     entry = _entry(state)
-    partial = entry.with_name(f"{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(entry)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_entry(entry, text.encode())
         _remove_oldest(entry.parent)
     except OSError as error:
         hosts.note(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts, models
-from lora_jax.config import raise_all, read_json
+from lora_jax.config import expand, raise_all, read_json
 from lora_jax.formats import digests
 from lora_jax.formats.tensors import Tensor, are_equal, list_tensors
 from lora_jax.tree import TIED_EMBEDDINGS
@@ -31,7 +31,7 @@ def take(directory: str | Path, tokenizer: Any, template: str) -> dict[str, str]
     Raises:
         UserError: as `base_digest`.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     return {"base": base_digest(directory), **take_texts(tokenizer, template)}
 
 
@@ -55,7 +55,7 @@ def start(directory: Path) -> Future[str]:
 
 
 def base_digest(directory: str | Path) -> str:
-    """Names, shapes, dtypes and bytes of every tensor, whatever files hold them.
+    """Names, shapes, dtypes and bytes of every tensor, whatever files they are in.
 
     What says nothing about the model is left out: a copy of the embedding under the name of a tied
     head, and rotary frequencies, which some versions of transformers wrote. A head that differs
@@ -66,7 +66,7 @@ def base_digest(directory: str | Path) -> str:
     Raises:
         UserError: no readable safetensors, or no readable config.json.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     tensors = list_tensors(directory)
     tied = models.ties_embeddings(read_json(directory / "config.json"))
     copy = _copied_head(tensors) if tied else None
@@ -124,8 +124,8 @@ def check(
     if "base" in compared and _scheme(stored["base"]) != _scheme(found["base"]):
         compared.remove("base")
         hosts.note(
-            f"{what} has the digest of its base in the form of another version, which cannot be "
-            "compared: nothing shows whether this is the base that it was made with"
+            f"{what} has a digest of its base by another version of lora_jax, which cannot be "
+            "compared: this may not be the base that it was made with"
         )
     raise_all(
         [

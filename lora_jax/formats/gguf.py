@@ -23,10 +23,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora_jax.config import UserError, is_file
+from lora_jax.config import UserError, expand, is_file
 from lora_jax.formats.gguf_header import check_header
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
-from lora_jax.formats.tensors import is_finite
+from lora_jax.formats.tensors import all_finite
 
 # The settings that are read here, or change nothing; any other that is not zero is refused.
 _COMMON = (
@@ -89,8 +89,8 @@ def convert(source: str | Path, target: str | Path) -> Path:
         UserError: the file is missing, damaged or truncated; its architecture, tokenizer, tensors
             or settings are not supported; `target` is something else or cannot be written.
     """
-    target = Path(target).expanduser()
-    source = Path(source).expanduser()
+    target = expand(target)
+    source = expand(source)
     source, target = Path(source), Path(target)
     if (target / "config.json").is_file():
         return target
@@ -389,7 +389,7 @@ def _restored(entry: Entry, tensors: dict[str, Any], source: Path) -> np.ndarray
     if entry.heads:  # llama.cpp: the two halves of each head, interleaved
         pairs = array.reshape(entry.heads, entry.shape[0] // entry.heads // 2, 2, -1)
         array = pairs.swapaxes(1, 2).reshape(entry.shape)
-    if not is_finite(array):
+    if not all_finite(array):
         raise UserError(
             f"{source}: weights are infinite or not a number in {entry.source}; the file is "
             "damaged, or a training diverged: get it again"

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lora_jax import demo
+from lora_jax.cache import cache_directory
 from lora_jax.config import UserError, expand, is_directory, is_file, shown
 from lora_jax.config.text import exists
 from lora_jax.formats import gguf
@@ -76,7 +77,7 @@ def _converted(source: Path) -> Path:
     mark = hashlib.sha256(
         f"{source.name} {state.st_size} {state.st_mtime_ns}".encode()
     ).hexdigest()[:12]
-    return gguf.convert(source, demo.cache_directory() / "converted" / f"{source.stem}-{mark}")
+    return gguf.convert(source, cache_directory() / "converted" / f"{source.stem}-{mark}")
 
 
 def _download(repository: str, weights: bool) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_jax import adapters as methods
 from lora_jax import tree
-from lora_jax.config import AdapterConfig, UserError, nearest, raise_all
+from lora_jax.config import AdapterConfig, UserError, expand, nearest, raise_all
 from lora_jax.formats.peft_digest import find_change
 from lora_jax.formats.peft_tensors import PREFIX, unpack
 from lora_jax.formats.tensors import read_floats
@@ -42,7 +42,7 @@ def read_loralib(
             module or several; a missing partner; wrong shapes; numbers that are not finite; the
             grouped matrices of MergedLinear; all of them listed. And what `find_trainable` refuses.
     """
-    file = Path(file).expanduser()
+    file = expand(file)
     raise_all(
         [
             f"{name}={getattr(config, name)!r}, but {file} holds plain LoRA (loralib); leave it out"

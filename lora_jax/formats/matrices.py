@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax import tree
-from lora_jax.config import UserError
+from lora_jax.config import UserError, expand
 from lora_jax.formats.names import Piece, pieces
 from lora_jax.formats.safetensors import (
     _check_tensors,
@@ -15,7 +15,7 @@ from lora_jax.formats.safetensors import (
     _missing_heads,
     _weights,
 )
-from lora_jax.formats.tensors import is_finite, open_tensors
+from lora_jax.formats.tensors import all_finite, open_tensors
 from lora_jax.models import Model
 
 
@@ -30,7 +30,7 @@ def open_matrices(
         UserError: as `read_params`, when it is opened; when a head is read that the files lack, or
             a weight that is not finite.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     tensors = _weights(directory, model)
     leaves = tree.flatten(model.params)
     missing = _missing_heads(tensors, model)
@@ -56,7 +56,7 @@ def open_matrices(
                 found = tensors[piece.name]
                 source = handles[found.file].get_slice(found.stored)
                 part = piece.read(source, [slice(n) for n in piece.shape])
-                if not is_finite(part):
+                if not all_finite(part):
                     raise UserError(
                         f"{directory}: weights are infinite or not a number in {found.stored}"
                     )

@@ -21,7 +21,7 @@ import numpy as np
 from lora_jax import adapters as methods
 from lora_jax import models, tree
 from lora_jax.adapters.lora import as_plain
-from lora_jax.config import SOFT, AdapterConfig, UserError, raise_all, read_json
+from lora_jax.config import SOFT, AdapterConfig, UserError, expand, raise_all, read_json
 from lora_jax.config.text import exists
 from lora_jax.formats import digests, peft_virtual
 from lora_jax.formats.names import unwrap
@@ -79,8 +79,8 @@ def write_adapter(
         UserError: what PEFT has no form for (`peft_problems`); with a profile also what its reader
             cannot load; an unknown profile.
     """
-    source = None if source is None else Path(source).expanduser()
-    target = Path(target).expanduser()
+    source = None if source is None else expand(source)
+    target = expand(target)
     found = find_trainable(params, config)
     if profile is not None and profile not in _PROFILES:
         raise UserError(f"profile={profile!r} is not one of: {', '.join(_PROFILES)}")
@@ -163,7 +163,7 @@ def _token_problems(found: Trainable, base: Model) -> list[str]:
         return []
     return [
         f"trainable_token_indices={found.config.trainable_token_indices!r}: {file} ties the output "
-        "head to the embedding, and the files hold a head that differs, which PEFT would replace; "
+        "head to the embedding, but the files have a head of their own, which PEFT would replace; "
         "set tie_word_embeddings to false in that file, or export with --format hf "
         "(export.peft=false, export.merged=true)"
     ]
@@ -254,7 +254,7 @@ def read_config(directory: str | Path, params: Mapping) -> AdapterConfig:
         UserError: missing or damaged files, an adapter that is not LoRA, active fields that are not
             supported; what `find_trainable` refuses.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     file = directory / "adapter_config.json"
     if not exists(file):
         raise UserError(f"{directory} is no PEFT adapter directory: it has no adapter_config.json")
@@ -278,7 +278,7 @@ def read_fingerprint(directory: str | Path) -> dict[str, str]:
     Raises:
         UserError: lora_jax.json is damaged.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     return {name: str(digest) for name, digest in _recorded(directory, "fingerprint").items()}
 
 
@@ -289,7 +289,7 @@ def read_template_kwargs(directory: str | Path) -> dict[str, Any]:
     Raises:
         UserError: lora_jax.json is damaged.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     return _recorded(directory, "chat_template_kwargs")
 
 
@@ -309,7 +309,7 @@ def read_stops(directory: str | Path) -> list[int]:
     Raises:
         UserError: lora_jax.json is damaged.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     file = directory / "lora_jax.json"
     return read_eos(file) if exists(file) else []
 
@@ -327,7 +327,7 @@ def read_adapter(
             finite or contradictory, all of them listed; a vocabulary that was resized; tensors
             that are not those of the digest that the file carries.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     config, file = read_config(directory, params), directory / WEIGHTS
     found, shapes = _expected(directory / "adapter_config.json", params, config)
     tensors, metadata = read_floats(file)

@@ -61,27 +61,27 @@ def find_change(
     if own is None and recorded is None:
         lacking = f", and there is no {_JSON} to compare base, tokenizer and chat template with"
         hosts.note(
-            f"{file} carries no digest, as files of other programs: its weights are not checked"
+            f"{file} has no digest, as from another program: its weights are not checked"
             + ("" if described else lacking)
         )
         return None
     found = of_arrays(tensors)
     if own is None and recorded != found:
         return (
-            f"{file} is not the file that {side} was written for: another program saved it later, "
-            "as PEFT does when a loaded adapter is trained on and saved in its place, or it is "
-            f'damaged. If you trained it on, remove "{FIELD}" from {_JSON}; otherwise {_AGAIN}'
+            f"{file} is not the file that {side} describes: another program saved it later (PEFT "
+            "does, where a loaded adapter is trained further and saved over it), or it is "
+            f'damaged. If you trained it further, remove "{FIELD}" from {_JSON}; otherwise {_AGAIN}'
         )
     if own is not None and own != found:
         return (
-            f"{file} is damaged, or was changed after it was exported: it carries the digest "
-            f"{shorten(own)}, and its tensors have {shorten(found)}; {_AGAIN}, or, "
+            f"{file} is damaged, or was changed after it was exported: its metadata have "
+            f"the digest {shorten(own)}, its tensors {shorten(found)}; {_AGAIN}, or, "
             f"if the change is yours, save it without {METADATA} in its metadata"
         )
     if recorded is not None and recorded != found:
         return (
-            f"{file} and {side} are of two exports: the digest of the tensors is "
-            f"{shorten(found)} there and {shorten(recorded)} here; {_AGAIN}"
+            f"{file} and {side} are of two exports: the tensors have the digest "
+            f"{shorten(found)}, and the latter says {shorten(recorded)}; {_AGAIN}"
         )
     if not described:
         hosts.note(

@@ -21,15 +21,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax import hosts, tree
-from lora_jax.config import UserError, nearest
+from lora_jax.config import UserError, expand, nearest
 from lora_jax.formats.names import Piece, canonical, pieces
 from lora_jax.formats.side_files import copy_side_files, write_generation_config, write_json
 from lora_jax.formats.tensors import (
     FLOATS,
     Tensor,
+    all_finite,
     are_equal,
     has_weights,
-    is_finite,
     list_tensors,
     open_tensors,
     unreadable,
@@ -63,7 +63,7 @@ def read_params(
         UserError: tensors that are missing, unexpected, mis-shaped or not finite, all of them
             listed; a `dtype` that weights are not stored in.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     scheme, cast = _storage(dtype)
     tensors = _weights(directory, model)
     leaves = tree.flatten(model.params)
@@ -122,7 +122,7 @@ def missing_heads(directory: str | Path, model: Model) -> tuple[str, ...]:
     """The modules of `model.names.heads` that are not taken from the files: they are not there, or
     are for other labels.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     return _missing_heads(_weights(directory, model), model)
 
 
@@ -255,8 +255,8 @@ def _part_reader(
             part = piece.read(source, own)
             with np.errstate(over="ignore"):
                 here[...] = part
-            if broken is not None and not is_finite(here):
-                broken[piece.name] = is_finite(part)
+            if broken is not None and not all_finite(here):
+                broken[piece.name] = all_finite(part)
         return out
 
     return read
@@ -292,7 +292,7 @@ def _read_quantized(
         for piece, source in own:
             part = piece.read(source, [slice(n) for n in piece.shape])
             matrix[..., slice(piece.start, piece.start + piece.shape[-1])] = part
-            if not is_finite(part):
+            if not all_finite(part):
                 broken[piece.name] = False
         with jax.default_device(_cpu()):
             quantized = _quantize(matrix, scheme)
@@ -452,8 +452,8 @@ def write_model(
     join the ids that end a generation. One shard at a time is brought to the host; of several hosts
     the main one writes, and all of them must call.
     """
-    source = Path(source).expanduser()
-    target = Path(target).expanduser()
+    source = expand(source)
+    target = expand(target)
     limit = parse_size(max_shard_size)
     leaves, config = tree.flatten(params), dict(model.hf_config)
     for path, leaf in list(leaves.items()):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import UserError, read_json, read_text
+from lora_jax.config import UserError, expand, read_json, read_text
 from lora_jax.config.text import BOM, exists, shown
 from lora_jax.formats.tokenizer_files import check_added, check_tokenizer_files
 
@@ -73,7 +73,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         UserError: none that transformers can load; a file that is not UTF-8 text, or not JSON; as
             `check_tokenizer_files`.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     from transformers import AutoTokenizer
 
     check_tokenizer_files(directory)
@@ -119,7 +119,7 @@ def stop_tokens(directory: str | Path) -> list[int]:
     Raises:
         UserError: a file that cannot be read, or values that are no token ids.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     found = {token for name in _configs(directory) for token in read_eos(directory / name)}
     return sorted(found)
 
@@ -130,7 +130,7 @@ def generation_stops(directory: str | Path) -> list[int]:
     Raises:
         UserError: as `stop_tokens`.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     names = _configs(directory)
     return read_eos(directory / names[0]) if names else []
 

@@ -219,7 +219,7 @@ def write_tensors(
         opened.write(text.ljust(length))
 
 
-def is_finite(values: np.ndarray) -> bool:
+def all_finite(values: np.ndarray) -> bool:
     """Return True if floats, of a dtype that weights are stored in, are all finite. Allocates
     nothing: as integers, infinities and NaNs are the largest of their sign.
     """

@@ -47,7 +47,7 @@ def check_tokenizer_files(directory: Path) -> None:
             if file.is_file() and (size := file.stat().st_size) > most:
                 raise UserError(
                     f"{file} has {size:,} bytes; a tokenizer's file of this kind has at most "
-                    f"{most:,}: damaged, or no tokenizer"
+                    f"{most:,}, so it is damaged or something else"
                 )
     if not (directory / _CONFIG).is_file():
         return

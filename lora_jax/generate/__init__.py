@@ -279,7 +279,7 @@ def beyond_positions(
         return None
     return (
         f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} go beyond the "
-        f"max_position_embeddings={limit} that the model was made for; what comes after is "
+        f"max_position_embeddings={limit} that the model was made for; text beyond them is "
         "likely to be worse"
     )
 

@@ -133,7 +133,7 @@ def open_reader(
     tokenizer = formats.load_tokenizer(home)
     arguments, known = dict(chat_template_kwargs or {}), formats.stop_tokens(source)
     if adapter is not None:
-        directory = Path(adapter).expanduser()
+        directory = expand(adapter)
         template = data.template_text(tokenizer, chat_template)
         if stored := formats.read_fingerprint(directory):
             prints = fingerprint.take(source, tokenizer, template)

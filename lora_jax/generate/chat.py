@@ -9,7 +9,7 @@ from lora_jax.config import UserError
 from lora_jax.generate.answer import Writer
 from lora_jax.generate.prompts import bucket
 
-HELP = "/reset forgets the conversation; /quit or Ctrl-D ends; Ctrl-C ends an answer"
+HELP = "/reset starts a new conversation; /quit or Ctrl-D ends it; Ctrl-C stops an answer"
 
 
 class Chat:
@@ -80,7 +80,7 @@ def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = Non
             break
         if line.strip() == "/reset":
             chat.reset()
-            print("the conversation is forgotten", file=sys.stderr)
+            print("this is a new conversation", file=sys.stderr)
         elif line.strip().startswith("/"):
             print(f"{line.strip()} is no command. {HELP}", file=sys.stderr)
         elif line.strip():
@@ -107,4 +107,4 @@ def _answer(chat: Chat, line: str, stdout: TextIO) -> None:
         print(flush=True, file=stdout)
         print("(ended)", file=sys.stderr)
     except UserError as error:
-        print(f"error: {error}\n/reset begins anew", file=sys.stderr)
+        print(f"error: {error}\n/reset starts a new conversation", file=sys.stderr)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from lora_jax.config import UserError
+from lora_jax.config import UserError, expand
 from lora_jax.generate import Sampling, chat, prompts
 from lora_jax.generate.answer import open_reader, open_writer
 from lora_jax.generate.prompts import Answered, Prompt
@@ -20,7 +20,7 @@ _PAUSE = 10.0  # seconds between lines on the progress, without a terminal
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answer the prompts of the command line, of a file or of stdin, or hold a conversation.
+    """Answer the prompts of the command line, of a file or of stdin, or chat.
 
     Raises:
         UserError: options that contradict each other; an output that exists; as `read_prompts`,
@@ -66,7 +66,7 @@ def _check_output(options: argparse.Namespace) -> Path | None:
         return None
     if options.chat:
         raise UserError("--output does not go with --chat, which writes to the terminal")
-    file = Path(options.output).expanduser()
+    file = expand(options.output, "--output")
     if file.exists():
         raise UserError(f"--output {options.output} already exists; remove it, or name another")
     if not os.access(file.parent, os.W_OK | os.X_OK):
@@ -96,7 +96,7 @@ def _print_lines(answers: Iterable[Answered]) -> None:
 
 
 def _print(answers: Iterable[Answered], max_new_tokens: int) -> None:
-    """Print each prompt on stderr, and its answer on stdout, which holds nothing else."""
+    """Print each prompt on stderr, and its answer on stdout, which has nothing else."""
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number, one in enumerate(answers):
         if number:

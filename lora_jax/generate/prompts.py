@@ -11,11 +11,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 from lora_jax import data
-from lora_jax.config import UserError, raise_all, read_text
+from lora_jax.config import UserError, expand, raise_all, read_text
+from lora_jax.config.text import BadJSON, parse_json
 from lora_jax.generate.answer import Reader, Writer
 
 _TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
@@ -65,7 +65,7 @@ def read_prompts(name: str, stdin: TextIO | None = None) -> list[Prompt]:
     """Read the prompts of a file, or of stdin for "-".
 
     Raises:
-        UserError: the file cannot be read, is of another kind or holds no prompt; lines that are no
+        UserError: the file cannot be read, is of another kind or has no prompt; lines that are no
             prompts, the first ten with their places.
     """
     if name == "-":
@@ -75,13 +75,13 @@ def read_prompts(name: str, stdin: TextIO | None = None) -> list[Prompt]:
         except UnicodeDecodeError as error:
             raise UserError(f"stdin is not UTF-8: {error}") from error
     else:
-        file = Path(name).expanduser()
+        file = expand(name, "--prompts")
         where, ending, text = name, file.suffix, read_text(file)
     if ending in _TABLES:
         raise UserError(f"--prompts {name}: prompts are lines of a .txt or a .jsonl file")
     lines = [(f"{where}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"--prompts {where} holds no prompt")
+        raise UserError(f"--prompts {where} has no prompt")
     is_json = ending == ".jsonl" or (ending != ".txt" and lines[0][1].lstrip().startswith("{"))
     prompts, problems = [], []
     for place, line in lines:
@@ -97,12 +97,11 @@ def read_prompts(name: str, stdin: TextIO | None = None) -> list[Prompt]:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise data.BadRow(f"invalid JSON: {reason}") from error
+        record = parse_json(line)
+    except BadJSON as error:
+        raise data.BadRow(f"invalid JSON: {error.problem}") from error
     if not isinstance(record, dict):
-        raise data.BadRow("a line must hold a JSON object")
+        raise data.BadRow("a line must be a JSON object")
     row = data.parse_row(_with_answer(record), where)
     if not isinstance(row, data.Row):
         raise data.BadRow("a text has no answer; give 'prompt' or 'messages'")

@@ -107,7 +107,7 @@ def _check_size(params: Mapping[str, Any]) -> None:
     numbers = sum(math.prod(leaf.shape) for leaf in leaves.values())
     if matrices > _MOST_TENSORS or numbers > _MOST_NUMBERS:
         raise UserError(
-            f"config.json: its sizes make a model of {numbers:.1e} numbers in {matrices:,} "
+            f"config.json: its sizes make a model of {numbers:.1e} parameters in {matrices:,} "
             f"matrices; at most {_MOST_NUMBERS:.0e} in {_MOST_TENSORS:,} are supported"
         )
 

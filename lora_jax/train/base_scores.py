@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import secrets
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any
 
 import jax
 
-from lora_jax import data, demo, hosts
+from lora_jax import data, hosts
+from lora_jax.cache import cache_directory, write_entry
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.train import checkpoint
 from lora_jax.train.evaluate import Judge, Scores
@@ -55,7 +55,7 @@ def measure(
         if not judge.config.eval.cache:
             return judge.score(adapters)
         key = _key(judge, adapters, prints)
-        file = demo.cache_directory() / "scores" / f"{_digest(key)}.json"
+        file = cache_directory() / "scores" / f"{_digest(key)}.json"
         content = hosts.from_main(lambda: _read(file, key, say))
         if content is not None:
             say("base: scores of an earlier run; eval.cache=false measures them again")
@@ -148,13 +148,7 @@ def _to_answer(fields: Mapping[str, Any]) -> Answer:
 
 def _write(file: Path, content: Mapping[str, Any], say: Callable[[str], None]) -> None:
     text = json.dumps({**content, "key": _digest(content["key"])})
-    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_entry(file, f"{_digest(text)}\n{text}".encode())
     except OSError as error:
         say(f"note: the scores cannot be kept in {file.parent}: {error.strerror or error}")

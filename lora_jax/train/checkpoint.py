@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lora_jax import hosts, sharding, tree
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config, UserError, expand
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
@@ -207,7 +207,11 @@ def find_place(config: Config, output: Path) -> Place:
     if config.checkpoint_dir is None:
         return output / "checkpoints"
     bucket = "://" in config.checkpoint_dir
-    return epath.Path(config.checkpoint_dir) if bucket else Path(config.checkpoint_dir).expanduser()
+    return (
+        epath.Path(config.checkpoint_dir)
+        if bucket
+        else expand(config.checkpoint_dir, "checkpoint_dir")
+    )
 
 
 def check_place(config: Config) -> None:
@@ -304,7 +308,7 @@ def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
         raise _damaged(place, [f"{chosen}/record/metadata is damaged"])
     if record.get("step") != chosen:
         raise UserError(
-            f"{place} holds the checkpoint of step {record.get('step')}: it was renamed or copied; "
+            f"{place} is the checkpoint of step {record.get('step')}, renamed or copied; "
             "give it its name, or remove it"
         )
     return record

@@ -54,4 +54,6 @@ def rows_of_epoch(loader: data.Loader | data.Mixture | data.StreamLoader) -> int
         return sum(one.rows_per_epoch for one in loader.loaders.values())
     if isinstance(loader, data.Loader):
         return loader.rows_per_epoch
-    raise UserError("train.epochs needs to know how many rows there are; of a stream, set steps")
+    raise UserError(
+        "train.epochs needs the number of rows, which a stream does not have; set train.steps"
+    )

@@ -15,7 +15,7 @@ from lora_jax import adapters as methods
 from lora_jax import config as configs
 from lora_jax import formats, hosts, tree
 from lora_jax.adapters import bind, merge
-from lora_jax.config import Config, UserError, raise_all
+from lora_jax.config import Config, UserError, expand, raise_all
 from lora_jax.data import Example, resolve_template, template_text
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
@@ -52,7 +52,7 @@ def export_peft(
     model card with its `results`, and under `eos_token_id` in lora_jax.json the ids that end an
     answer.
     """
-    target = Path(target).expanduser()
+    target = expand(target)
     adapters = jax.tree.map(whole, adapters)
     if not hosts.is_main():
         return
@@ -119,7 +119,7 @@ def export_merged(
         UserError: numbers that `export.dtype` cannot hold; a merge that `export.min_merge_cosine`
             or `export.max_merge_kl` refuses, or the latter without examples. Nothing is written.
     """
-    target = Path(target).expanduser()
+    target = expand(target)
     settings, mesh, summary = config.export, make_mesh(config.mesh), {}
     if settings.max_merge_kl is not None and not examples:
         raise UserError(
@@ -253,7 +253,7 @@ def load_run(directory: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: not a run directory; overrides of anything else.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     other = [text for text in overrides if not text.startswith("export.")]
     if other:
         raise UserError(f"only settings of export can be given here, not {', '.join(other)}")
@@ -306,8 +306,8 @@ def export_run(
             adapters that PEFT has no form for, or others over this base (`peft_problems`); a
             profile that cannot load the adapter, or of a merged model.
     """
-    output = Path(output).expanduser()
-    run = Path(run).expanduser()
+    output = expand(output)
+    run = expand(run)
     config = load_run(run, overrides)
     if profile and kind != "peft":
         raise UserError(f"--profile {profile} is for --format peft; a merged model needs none")

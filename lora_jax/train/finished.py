@@ -9,12 +9,13 @@ from rich.console import Console
 from lora_jax import config as configs
 from lora_jax import hosts
 from lora_jax.config import Config
-from lora_jax.train import directory, export, metrics
+from lora_jax.train import export, metrics
+from lora_jax.train.outputs import Run
 from lora_jax.train.session import Session
 from lora_jax.train.watch import Watch
 
 
-def look(run: directory.Run, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
+def look(run: Run, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
     """Return the summary of a finished run, and which of its exports are not as it says.
 
     None: the run has steps left to take, and its summary is removed.
@@ -36,7 +37,7 @@ def look(run: directory.Run, record: Mapping[str, Any], config: Config) -> dict[
 
 
 def mend(
-    run: directory.Run,
+    run: Run,
     done: Mapping[str, Any],
     record: Mapping[str, Any],
     ready: Session,

@@ -18,7 +18,7 @@ def check(config: Config, classifies: bool) -> Iterator[str]:
     that are not used, or why nothing was read.
 
     Raises:
-        UserError: no training data; files that are missing or cannot be read; rows that are none.
+        UserError: no training data; files that are missing or cannot be read; bad rows.
     """
     settings = config.data
     parse = partial(

@@ -66,14 +66,14 @@ class Holder:
         )
         if not self.certain:
             text += (
-                f". It was last seen {max(0, self.age):.0f} s ago: if that process is gone, this "
-                f"works again in {DEAD - max(0, self.age):.0f} s, or at once without {file}"
+                f". It was last seen {max(0, self.age):.0f} s ago: if that process is gone, wait "
+                f"{DEAD - max(0, self.age):.0f} s, or remove {file}"
             )
         return text
 
 
 class Lock:
-    """The hold of this process on a directory; made by `hold`."""
+    """The lock of this process on a directory; made by `hold`."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self._file, self._name, self._pid = directory / NAME, name, os.getpid()
@@ -163,8 +163,8 @@ class Lock:
                     heir.unlink(missing_ok=True)
             return
         raise UserError(
-            f"{self._name}={str(self._file.parent)!r}: other processes lock and leave it all the "
-            "time; run this again"
+            f"{self._name}={str(self._file.parent)!r}: other processes keep locking it; run this "
+            "again"
         )
 
     def _clean(self) -> None:
@@ -271,7 +271,7 @@ def _read(file: Path, now: float) -> Holder | None:
         raise _unreadable(file, str(error.strerror)) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _unreadable(file, "it is no file")
+            raise _unreadable(file, "it is not a regular file")
         record = parse_json(os.read(fd, 4096).decode())
         if not re.fullmatch("[0-9a-f]{16}", record["token"]):
             raise _unreadable(file, "it names no process")
@@ -351,8 +351,8 @@ def _start_time(pid: int) -> str | None:
 
 def _unreadable(file: Path, reason: str) -> UserError:
     return UserError(
-        f"{file} cannot be read ({reason}): it says which process uses the directory. If none "
-        "does, remove it"
+        f"{file}, which names the process that uses the directory, cannot be read ({reason}). If "
+        "no process does, remove it"
     )
 
 

@@ -24,12 +24,12 @@ from lora_jax.train import (
     calibration,
     card,
     checkpoint,
-    directory,
     export,
     finished,
     interrupt,
     metrics,
     norms,
+    outputs,
     plots,
     predictions,
     scores,
@@ -40,6 +40,7 @@ from lora_jax.train import (
 )
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
 from lora_jax.train.optimizer import make_optimizer
+from lora_jax.train.outputs import Run
 from lora_jax.train.progress import Display
 from lora_jax.train.session import Session
 from lora_jax.train.sinks import Sink, open_sinks
@@ -85,7 +86,7 @@ def _run(
         done = hosts.from_main(lambda: finished.look(run, record, ready.config))
         if done is not None:
             return finished.mend(run, done, record, ready, console)
-    hosts.from_main(lambda: run.check_exports(directory.wanted(ready.config)))
+    hosts.from_main(lambda: run.check_exports(outputs.wanted(ready.config)))
     warnings = _warn(ready, console)
 
     console.print(f"loading {ready.config.model}")
@@ -161,7 +162,7 @@ def _restore(
     ready: Session,
     mesh: Mesh,
     optimizer: Any,
-    run: directory.Run,
+    run: Run,
     record: Mapping[str, Any],
     display: Display,
 ) -> tuple[Mapping, State]:
@@ -185,9 +186,7 @@ def _restore(
     return params, state
 
 
-def _about(
-    run: directory.Run, ready: Session, key: jax.Array, before: Scores | None
-) -> dict[str, Any]:
+def _about(run: Run, ready: Session, key: jax.Array, before: Scores | None) -> dict[str, Any]:
     """The part of a checkpoint's record that is the same at every step."""
     return {
         "run": run.id,
@@ -234,7 +233,7 @@ def _measure_before(
     return before
 
 
-def _begin(run: directory.Run, judge: Judge, before: Scores | None, fresh: bool) -> None:
+def _begin(run: Run, judge: Judge, before: Scores | None, fresh: bool) -> None:
     """Write the first files: whatever failed before, the same output_dir can be used again."""
     if fresh:
         run.clear_logs()
@@ -247,7 +246,7 @@ def _begin(run: directory.Run, judge: Judge, before: Scores | None, fresh: bool)
 
 @contextlib.contextmanager
 def _open_sinks(
-    run: directory.Run,
+    run: Run,
     judge: Judge,
     state: State,
     before: Scores | None,
@@ -274,7 +273,7 @@ def _report(summary: Mapping[str, Any], output: Path, console: Console, said: in
 
 
 def conclude(
-    run: directory.Run,
+    run: Run,
     judge: Judge,
     state: State,
     before: Scores | None,
@@ -295,7 +294,7 @@ def conclude(
     sizes = norms.measure(judge.model.params, adapters, config.adapter)
     results = {name: score_pair(name, before, after) for name in ("task", "regression")}
     run.remove_exports()
-    wanted = directory.wanted(config)
+    wanted = outputs.wanted(config)
     if "adapter" in wanted:
         _export_adapter(run, judge, adapters, prints, results)
     for name, loss in before.losses.items() if before else ():
@@ -327,7 +326,7 @@ def conclude(
     }
 
 
-def _choose(run: directory.Run, judge: Judge, state: State) -> tuple[int, Any]:
+def _choose(run: Run, judge: Judge, state: State) -> tuple[int, Any]:
     """The step to export, and its adapters: the last or, where it is asked for, the best."""
     best = state.watch.best_step
     if not judge.config.train.load_best_model_at_end or best in (None, state.step):
@@ -338,7 +337,7 @@ def _choose(run: directory.Run, judge: Judge, state: State) -> tuple[int, Any]:
 
 
 def _export_adapter(
-    run: directory.Run,
+    run: Run,
     judge: Judge,
     adapters: Mapping,
     prints: Mapping[str, str],

@@ -82,12 +82,17 @@ def write_whole(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
+def to_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object per line."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
 def append_line(file: Path, content: Mapping[str, Any]) -> None:
     """One more object in a .jsonl file."""
     if not hosts.is_main():
         return
     with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(content, ensure_ascii=False) + "\n")
+        handle.write(to_text([content]))
 
 
 def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
@@ -116,7 +121,7 @@ def cut_back(file: Path, step: int) -> None:
     """Keep the lines of a .jsonl file up to `step`: the later ones are written again."""
     if hosts.is_main() and file.is_file():
         kept = [line for line in read_lines(file) if line["step"] <= step]
-        write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        write_whole(file, to_text(kept))
 
 
 def read_curves(file: Path, held_out: Iterable[str]) -> dict[str, list[tuple[int, float]]]:

@@ -7,7 +7,6 @@
 answer is in `thought`, the labels' probabilities of a classifier in `probabilities`.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,4 @@ def put(file: Path, step: int, answers: Sequence[Answer], names: Sequence[str]) 
     others = [line for line in metrics.read_lines(file) if line["step"] != step]
     lines = [*others, *to_lines({"step": step}, answers, names)]
     lines.sort(key=lambda line: line["step"])
-    metrics.write_whole(file, to_text(lines))
-
-
-def to_text(lines: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object per line."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    metrics.write_whole(file, metrics.to_text(lines))

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax import data, demo, hosts
+from lora_jax import data, hosts
+from lora_jax.cache import cache_directory
 from lora_jax.config import Config, UserError, counted, virtual_tokens
 from lora_jax.models.common import Model, foreign_token
 
@@ -163,7 +164,7 @@ class Encoder:
                     )
                 ),
             }
-            cached = data.cached_examples(demo.cache_directory() / "examples", key, build)
+            cached = data.cached_examples(cache_directory() / "examples", key, build)
             examples, counts, notes = cached.examples, cached.counts, cached.notes
         for note in notes:
             self.console.print(f"note: {note}")

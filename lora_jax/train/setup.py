@@ -28,6 +28,7 @@ from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.train import directory, scores
 from lora_jax.train.evaluate import make_reader
+from lora_jax.train.outputs import Run
 from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.sinks import check_sinks
 from lora_jax.train.step import check_experts
@@ -35,9 +36,7 @@ from lora_jax.train.step import check_experts
 _SHARED = 15.0  # seconds until a file that one host wrote must be there on the others
 
 
-def prepare(
-    config: Config, held: contextlib.ExitStack
-) -> tuple[directory.Run, Mesh, dict[str, Any] | None]:
+def prepare(config: Config, held: contextlib.ExitStack) -> tuple[Run, Mesh, dict[str, Any] | None]:
     """The run in its directories, made and locked until `held` ends, the mesh, and the record of
     the checkpoint that the run goes on from, if there is one.
 
@@ -52,8 +51,8 @@ def prepare(
     check_settings(config, mesh)
     if config.train.optimizer_memory == "host" and sharding.host_memory(mesh) is None:
         raise UserError(
-            f"train.optimizer_memory=host: {mesh.devices.flat[0].device_kind} has no host memory "
-            "that it computes from; use device"
+            f"train.optimizer_memory=host: {mesh.devices.flat[0].device_kind} cannot use host "
+            "memory; use device"
         )
     run, record = directory.open_run(config, held)
     if jax.process_count() > 1 and isinstance(run.place, Path):
@@ -214,7 +213,7 @@ def settle_base(base: Future[str]) -> str:
     if (main := hosts.from_main(lambda: digest)) != digest:
         raise UserError(
             f"host {jax.process_index()} has other weights of the base than host 0: its files are "
-            "damaged, or those of another version; copy them again"
+            "damaged or of another version; copy them again"
         )
     return main
 

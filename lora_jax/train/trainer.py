@@ -18,10 +18,10 @@ from lora_jax.config import Config, UserError
 from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
 from lora_jax.train import checkpoint, forecast, metrics, norms, predictions
-from lora_jax.train.directory import Run
 from lora_jax.train.evaluate import Judge, Scores
 from lora_jax.train.interrupt import Interrupted, Signals
 from lora_jax.train.optimizer import make_schedule
+from lora_jax.train.outputs import Run
 from lora_jax.train.scores import spread
 from lora_jax.train.sinks import Sink
 from lora_jax.train.step import make_train_step

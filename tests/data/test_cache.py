@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_nothing_and_is_a_note(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_jax.data.cache.os.fsync", full)
+    monkeypatch.setattr("lora_jax.cache.os.fsync", full)
     cached = cached_examples(tmp_path, KEY, built(some()))
     check(cached, some())
     assert cached.notes == [

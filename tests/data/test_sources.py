@@ -670,11 +670,11 @@ def test_whatever_the_bytes_of_tables_of_arrow(tmp_path):
 def test_json_of_rows_has_the_limits_of_all_json(tmp_path):
     row = '{"prompt": "a", "completion": "b", "id": %s}\n'
     for value, problem in (
-        ("NaN", "NaN is no number of JSON"),
+        ("NaN", "NaN is not a JSON number"),
         ("1e999", "1e999 is too large for a number"),
         ('{"x": 1, "x": 2}', "an object has the key 'x' twice"),
-        ("[" * 120 + "]" * 120, "nested too deeply: 100 levels are read"),
-        ('"\\ud800"', "a string holds the unpaired surrogate"),
+        ("[" * 120 + "]" * 120, "nested too deeply: at most 100 levels are supported"),
+        ('"\\ud800"', "a string has the unpaired surrogate"),
     ):
         for name, text in (("a.jsonl", row % value), ("a.json", f"[{row % value}]")):
             (tmp_path / name).write_text(text)

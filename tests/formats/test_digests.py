@@ -219,7 +219,7 @@ def test_a_file_that_changes_while_it_is_read(model, cache, monkeypatch):
         return original(span, *others)
 
     monkeypatch.setattr(digests, "_read_span", read)
-    with pytest.raises(UserError, match="was changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         take(model)
     assert not cache.exists()
 

@@ -267,7 +267,7 @@ def test_a_digest_of_samples_is_not_compared_with_one_of_all_bytes(caplog):
         fingerprint.check(stored, here, "runs/x", ())
         with pytest.raises(UserError, match="^template: "):
             fingerprint.check(stored, here | {"template": "0" * 64}, "runs/x", ())
-    text = "runs/x has the digest of its base in the form of another version, which cannot be comp"
+    text = "runs/x has a digest of its base by another version of lora_jax, which cannot be comp"
     assert caplog.text.count(text) == 1
     with pytest.raises(UserError, match=r"\(bbbbbbbbbbbb, here 000000000000\)"):
         fingerprint.check(found, found | {"base": f"sha256:{'0' * 64}"}, "runs/x", ())

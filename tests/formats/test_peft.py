@@ -486,7 +486,7 @@ def test_values_of_a_type_that_peft_never_writes_are_named(written, edit_json):
         (dict(r=8.5), "r=8.5 is not an integer"),
         (dict(r=[[1]]), "r=[[1]] is not an integer"),
         (dict(r=-1), "rank=-1 must be at least 1"),
-        (dict(r=float("inf")), "Infinity is no number of JSON"),
+        (dict(r=float("inf")), "Infinity is not a JSON number"),
         (dict(lora_alpha=10**400), "is too large for an integer"),
         (dict(lora_alpha=True), "lora_alpha=True is not a number"),
         (dict(lora_dropout="0"), "lora_dropout='0' is not a number"),

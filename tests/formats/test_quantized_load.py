@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lora_jax import formats, sharding, tree
 from lora_jax.config import MeshConfig, UserError
 from lora_jax.formats import safetensors
-from lora_jax.formats.tensors import is_finite
+from lora_jax.formats.tensors import all_finite
 from lora_jax.quantize import SCHEMES, Int8Weight, NF4Weight, dequantize, quantize
 
 LEAF = {"nf4": NF4Weight, "int8": Int8Weight}
@@ -183,8 +183,8 @@ def test_a_value_that_is_not_finite_is_seen_wherever_it_is(dtype):
             values = np.linspace(-2, 2, 48).astype(dtype).reshape(6, 8)
             values[place] = value
             for seen in (values, values.T, values[:4, :5]):
-                assert is_finite(seen) == bool(np.isfinite(np.float64(value))), (value, place)
-    assert is_finite(np.zeros((0, 3), dtype))
+                assert all_finite(seen) == bool(np.isfinite(np.float64(value))), (value, place)
+    assert all_finite(np.zeros((0, 3), dtype))
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_the_digest_of_an_earlier_version_is_not_compared(home, adapter, edit_js
     old = about["fingerprint"] | {"base": "b" * 64}
     edit_json(adapter / "lora_jax.json", fingerprint=old)
     assert generate(home, None, adapter) == 0
-    assert f"{adapter} has the digest of its base in the form of another version" in caplog.text
+    assert f"{adapter} has a digest of its base by another version" in caplog.text
     edit_json(adapter / "lora_jax.json", fingerprint=old | {"template": "c" * 64})
     capsys.readouterr()
     assert generate(home, None, adapter) == 2

@@ -1,6 +1,7 @@
 """Which directories a run takes, what it removes there, and what it never touches."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -87,7 +88,7 @@ def test_another_checkpoint_dir_does_not_start_anew(tmp_path, before, now, named
     begin(output, *option(before), steps=(5,))
     for resume in ("auto", "true"):
         told = refused(output, f"resume={resume}", *option(now))
-        assert f"they were in {tmp_path / named}" in told
+        assert f" were in {tmp_path / named}" in told
     with opened(output, "resume=auto", *option(before)) as (_, record):
         assert record["step"] == 5
     # Moved checkpoints are those of the run wherever they are.
@@ -96,7 +97,7 @@ def test_another_checkpoint_dir_does_not_start_anew(tmp_path, before, now, named
     with opened(output, "resume=auto", f"checkpoint_dir={tmp_path / 'moved'}") as (run, record):
         assert record["step"] == 5 and run.content["checkpoint_dir"] == str(tmp_path / "moved")
     (output / "checkpoints").mkdir(exist_ok=True)
-    assert "the run in it had some" in refused(output, "resume=auto")
+    assert "its run had some" in refused(output, "resume=auto")
 
 
 def test_before_the_first_checkpoint_it_may_be_another_one(tmp_path):
@@ -129,18 +130,19 @@ def test_a_checkpoint_dir_of_other_files_is_refused(tmp_path, monkeypatch):
     for place in ("/", ".", "'~'", "''", mine, tmp_path):
         for resume in ("auto", "false"):
             told = refused(output, f"checkpoint_dir={place}", f"resume={resume}")
-            assert "holds other files (" in told and "choose another" in told
+            assert "has other files (" in told and "choose another" in told
     assert "is a file" in refused(output, f"checkpoint_dir={mine / 'thesis.tex'}")
     for place in (output, output / "adapter", output / "plots" / "x"):
         told = refused(output, f"checkpoint_dir={place}")
         assert "leave it out for checkpoints in OUTPUT_DIR/checkpoints" in told
-    for name in ("x" * 300, r"a\0b"):
-        for settings in (
-            (output, f'checkpoint_dir="{tmp_path}/{name}"'),
-            (f'"{tmp_path}/{name}"',),
-        ):
-            with pytest.raises(UserError, match="cannot be used: "), opened(*settings):
-                pass
+    long, null = f"{tmp_path}/{'x' * 300}", f"{tmp_path}/a\0b"
+    for settings in ((output, f"checkpoint_dir={long}"), (long,)):
+        with pytest.raises(UserError, match=r"has \d+ bytes"), opened(*settings):
+            pass
+    config = make_config(f"output_dir={output}")
+    for change in ({"output_dir": null}, {"checkpoint_dir": null}):
+        with pytest.raises(UserError, match="cannot be used: "), contextlib.ExitStack() as held:
+            open_run(dataclasses.replace(config, **change), held)
 
 
 @pytest.mark.parametrize("external", [False, True])
@@ -187,9 +189,9 @@ def test_steps_whose_records_are_damaged_are_never_removed(tmp_path):
 def test_a_step_with_the_record_of_another_is_refused(tmp_path, asked):
     save(tmp_path, 3, 5)
     (tmp_path / "5").rename(tmp_path / "9")
-    with pytest.raises(UserError, match=r"9 holds the checkpoint of step 5: it was renamed"):
+    with pytest.raises(UserError, match=r"9 is the checkpoint of step 5, renamed"):
         checkpoint.read_record(tmp_path, asked)
-    with pytest.raises(UserError, match="9 holds the checkpoint of step 5"):
+    with pytest.raises(UserError, match="9 is the checkpoint of step 5"):
         checkpoint.restore(tmp_path, STATE, step=9)
     assert checkpoint.read_record(tmp_path, 3)["step"] == 3
 
@@ -200,7 +202,7 @@ def test_two_runs_with_one_checkpoint_dir(tmp_path):
         told = refused(tmp_path / "b", shared, "resume=auto")
         assert f"checkpoint_dir={str(tmp_path / 'c')!r} is in use by process {os.getpid()}" in told
         run.begin()
-    assert "already holds a run" in refused(tmp_path / "b", shared)
+    assert "already has a run" in refused(tmp_path / "b", shared)
     first = begin(tmp_path / "a", shared, "resume=auto", steps=(5,))
     begin(tmp_path / "b", steps=(3,))
     told = refused(tmp_path / "b", shared, "resume=auto")
@@ -244,12 +246,12 @@ def test_a_directory_of_before_there_were_ids(tmp_path):
     (output / "metrics.jsonl").write_text('{"step": 1}\n')
     (output / "adapter").mkdir()
     (output / "adapter" / "adapter_model.safetensors").write_text("?")
-    assert "already holds a run" in refused(output, *options)
+    assert "already has a run" in refused(output, *options)
     with opened(output, "resume=auto", *options) as (run, record):
         assert record["step"] == 5 and not run.begun
         run.clear_logs()
         run.remove_exports()
-        with pytest.raises(UserError, match="adapter holds files, and no record says"):
+        with pytest.raises(UserError, match="adapter has files that this run did not write"):
             run.check_exports(["adapter"])
         run.begin()
     assert (output / "metrics.jsonl").exists() and (output / "adapter").exists()
@@ -257,14 +259,14 @@ def test_a_directory_of_before_there_were_ids(tmp_path):
         assert run.begun
     (output / "run.json").unlink()
     (output / "config.yaml").write_text(configs.dump(make_config("seed=4")))
-    assert "neither a run.json nor a config.yaml that says" in refused(output, "resume=true")
+    assert "and no run.json or config.yaml that says" in refused(output, "resume=true")
     (output / "config.yaml").write_text("{")
-    assert "neither a run.json nor a config.yaml that says" in refused(output, "resume=true")
+    assert "and no run.json or config.yaml that says" in refused(output, "resume=true")
     # A mistyped output_dir with the right checkpoint_dir.
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("mine")
     place = f"checkpoint_dir={output / 'checkpoints'}"
-    assert "holds thesis.tex" in refused(tmp_path / "thesis", place, "resume=true")
+    assert "has thesis.tex" in refused(tmp_path / "thesis", place, "resume=true")
 
 
 KINDS = ("link to a directory", "link to a file", "dangling link", "file", "directory")
@@ -355,11 +357,11 @@ def test_only_what_the_run_wrote_is_removed(tmp_path):
         (output / "adapter").rename(tmp_path / "moved")
         (output / "adapter").symlink_to(mine)
         run.remove_exports()
-        with pytest.raises(UserError, match="made by somebody else meanwhile"):
+        with pytest.raises(UserError, match="written by another program during the run"):
             export(run, "adapter", b="2")
         (output / "merged").mkdir()
         (output / "merged" / "mine").write_text("mine")
-        with pytest.raises(UserError, match="made by somebody else meanwhile"):
+        with pytest.raises(UserError, match="written by another program during the run"):
             export(run, "merged", b="2")
     assert (mine / "b").read_text() == "mine" and (output / "merged" / "mine").exists()
     assert {path.name for path in output.glob(".*")} == {
@@ -499,14 +501,16 @@ def test_what_was_not_exported_by_the_run_is_not_replaced(again):
         (output / "merged" / "model.safetensors").write_text("mine")
 
     status, told = again(mine, "export.merged=true")
-    assert status == 2 and f"{again.output / 'merged'} holds files, and no record" in told
+    assert (
+        status == 2 and f"{again.output / 'merged'} has files that this run did not write" in told
+    )
     assert (again.output / "merged" / "model.safetensors").read_text() == "mine"
     # More steps: found before the first of them.
     status, told = again(
         lambda output: None,
         *("export.merged=true", "train.steps=4", "allow_change=[train.steps]"),
     )
-    assert status == 2 and "holds files, and no record" in told and "step 3" not in told
+    assert status == 2 and "has files that this run did not write" in told and "step 3" not in told
 
 
 def test_without_digests_a_line_says_that_nothing_is_checked(again):

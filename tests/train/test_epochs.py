@@ -38,7 +38,7 @@ def test_steps(monkeypatch, share, batch, expected):
         (["train.epochs=inf"], "inf is not a finite number"),
         (["train.epochs=1e9"], "train.epochs=1e+09 must be at most 1000000"),
         (["train.epochs=1", "train.steps=5"], "set one of them"),
-        (["train.epochs=1", "data.train=a", "data.streaming=true"], "needs to know how many rows"),
+        (["train.epochs=1", "data.train=a", "data.streaming=true"], "needs the number of rows"),
     ],
 )
 def test_mistakes(overrides, expected):

@@ -97,13 +97,13 @@ def test_draws_repeat_and_do_not_depend_on_the_batch(command, tmp_path, capsys):
     ("name", "content", "expected"),
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: invalid JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n\n[1]\n', "p.jsonl:3: a line must hold a JSON object"),
+        ("p.jsonl", '{"prompt": "a"}\n\n[1]\n', "p.jsonl:3: a line must be a JSON object"),
         ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: 'prompt' is a number"),
         ("p.jsonl", '{"question": "a"}\n', "p.jsonl:1: a row needs 'messages'"),
         ("p.jsonl", '{"text": "a"}\n', "p.jsonl:1: a text has no answer"),
         ("p.jsonl", '{"messages": []}\n', "p.jsonl:1: "),
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', "begins with its"),
-        ("p.txt", "\n \n", "p.txt holds no prompt"),
+        ("p.txt", "\n \n", "p.txt has no prompt"),
         ("p.csv", "a,b\n", "prompts are lines of a .txt or a .jsonl file"),
         ("none.txt", None, "none.txt cannot be read: No such file"),
     ],
@@ -121,7 +121,7 @@ def test_only_the_first_problems_are_shown(tmp_path):
     file.write_text("[]\n" * 30)
     with pytest.raises(UserError) as raised:
         prompts.read_prompts(str(file))
-    assert str(raised.value).count("a line must hold") == 10 and "20 more" in str(raised.value)
+    assert str(raised.value).count("a line must be") == 10 and "20 more" in str(raised.value)
 
 
 def test_an_output_is_never_overwritten(command, tmp_path, capsys):
@@ -213,7 +213,7 @@ def test_a_conversation_over_a_pipe(writer, capsys):
     second = ask("one", first, "two")
     assert talk(writer, "one\n\ntwo\n") == f"{first}\n{second}\n"
     assert talk(writer, "one\n/reset\none\n/quit\ntwo\n") == f"{first}\n{first}\n"
-    assert "the conversation is forgotten" in capsys.readouterr().err
+    assert "this is a new conversation" in capsys.readouterr().err
     assert talk(writer, "/nothing\n") == "" and "/nothing is no command" in capsys.readouterr().err
 
 
@@ -240,7 +240,7 @@ def test_a_turn_that_cannot_be_answered_is_left_out(writer, capsys, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(type(writer.reader), "encode", refuse)
         assert talk(writer, "one\n") == ""
-    assert "error: too long\n/reset begins anew" in capsys.readouterr().err
+    assert "error: too long\n/reset starts a new conversation" in capsys.readouterr().err
 
 
 def test_a_conversation_on_a_terminal(files):

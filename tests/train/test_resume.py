@@ -292,7 +292,7 @@ def test_auto_never_takes_a_directory_of_other_files(config, tmp_path, capsys, n
         (tmp_path / name).write_text("mine")
     assert train_main(command(config, tmp_path, "resume=auto")) == 2
     found = capsys.readouterr().err
-    assert "already holds a run or other files" in found or "holds other files" in found
+    assert "already has a run or other files" in found or "has other files" in found
     assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 

@@ -211,7 +211,7 @@ def test_the_generation_config_that_is_written(tmp_path, config, generation, sto
     ("text", "expected"),
     [
         ('{"eos_token_id": 2', "cannot be read: invalid JSON"),
-        ("[2]", "it must hold a JSON object, not a list"),
+        ("[2]", "it must be a JSON object, not a list"),
         ('{"eos_token_id": "2"}', "eos_token_id='2' must be a token id or a list of them"),
         ('{"eos_token_id": [2, null]}', "eos_token_id=[2, None] must be a token id"),
         ('{"eos_token_id": true}', "eos_token_id=True must be a token id"),

@@ -124,7 +124,7 @@ def test_virtual_tokens_start_as_the_model_sees_a_text(config, tmp_path):
         ),
         (
             ["adapter.method=prompt", "adapter.prompt_init=text"],
-            "prompt_init=text and prompt_text=None: the one needs the other",
+            "prompt_text=None: prompt_init=text and prompt_text need each other",
         ),
         (
             ["adapter.method=prefix", "train.attention=splash"],
