@@ -316,7 +316,7 @@ def test_a_config_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         load(file)
 

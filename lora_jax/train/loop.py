@@ -329,7 +329,8 @@ def conclude(
 def _choose(run: Run, judge: Judge, state: State) -> tuple[int, Any]:
     """The step to export, and its adapters: the last or, where it is asked for, the best."""
     best = state.watch.best_step
-    if not judge.config.train.load_best_model_at_end or best in (None, state.step):
+    wanted = judge.config.train.load_best_model_at_end
+    if not wanted or best is None or best == state.step:
         return state.step, state.adapters
     adapters, _, _ = checkpoint.restore(run.place, state.adapters, step=best)
     judge.display.console.print(f"the adapters of step {best} are the best: these are exported")
