@@ -10,7 +10,7 @@ import shutil
 import jax
 import pytest
 
-from lora_jax import AdapterConfig, formats, lora
+from lora_jax import AdapterConfig, UserError, formats, lora
 from lora_jax.cli import main, train_main
 from lora_jax.data import sandbox
 from lora_jax.formats import tokenizer_files
@@ -161,6 +161,46 @@ def test_code_of_an_adapter(refused, files, adapter, tmp_path, kind):
     marker = add_code(adapter, **TOKENIZERS[kind])
     printed = refused(*with_adapter(files, adapter, tmp_path / "out")["generate"])
     assert f"{adapter / 'tokenizer_config.json'}: auto_map names" in printed
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["AutoTokenizer", "AutoConfig", "AutoProcessor", "AutoModel"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_class_that_is_no_tokenizer(model, name, file):
+    marker = add_code(model)
+    edit(model / "tokenizer_config.json", drop=["auto_map", "tokenizer_class"])
+    own = {"AutoConfig": "tokenization_own.Own", "AutoProcessor": "tokenization_own.OwnTokenizer"}
+    edit(model / "config.json", auto_map=own, model_type="own")
+    (model / "processor_config.json").write_text(json.dumps({"auto_map": own}))
+    edit(model / file, tokenizer_class=name)
+    with pytest.raises(UserError, match=f"{file}: tokenizer_class='{name}' is no tokenizer"):
+        formats.load_tokenizer(model)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", [5, {}, ["x"]])
+def test_a_class_that_is_no_name(model, name):
+    edit(model / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(UserError, match="tokenizer_config.json: tokenizer_class=.* is no name"):
+        formats.load_tokenizer(model)
+
+
+def test_tokenizers_of_other_directories(model):
+    """A RAG model has two tokenizers, which transformers loads without the word of this package."""
+    inner = model / "question_encoder_tokenizer"
+    shutil.copytree(model, inner)
+    shutil.copytree(inner, model / "generator_tokenizer")
+    marker = add_code(inner, tokenizer_class="Own")
+    edit(model / "tokenizer_config.json", drop=["tokenizer_class"])
+    parts = {name: {"model_type": "vit"} for name in ("question_encoder", "generator")}
+    edit(model / "config.json", model_type="rag", **parts)
+    with pytest.raises(UserError, match="requires you to execute custom code"):
+        formats.load_tokenizer(model)
+    shutil.rmtree(inner)
+    shutil.copytree(model / "generator_tokenizer", inner)
+    edit(model / "config.json", **{name: {"model_type": "bert"} for name in parts})
+    with pytest.raises(UserError, match="read as a RagTokenizer, which is no tokenizer of one"):
+        formats.load_tokenizer(model)
     assert not marker.exists()
 
 

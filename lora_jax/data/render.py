@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lora_jax.config import UserError, expand, read_text
+from lora_jax.config import UserError, expand, read_text, shown
 from lora_jax.data.keys import RESERVED, reads
 from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 from lora_jax.data.sandbox import TemplateLimit
@@ -78,7 +78,8 @@ def resolve_template(
     try:
         return tokenizer.get_chat_template(tools=list(tools) or None)
     except ValueError as error:  # several templates and none of them the default
-        raise UserError(f"the tokenizer of {name(tokenizer)}: {error}; {_OPTIONS}") from error
+        reason = shown(str(error))
+        raise UserError(f"the tokenizer of {name(tokenizer)}: {reason}; {_OPTIONS}") from error
 
 
 def template_text(tokenizer: Any, chat_template: str | None) -> str:
@@ -442,5 +443,5 @@ def _one_of(patterns: list[str], tokens: dict[str, int]) -> re.Pattern[str]:
 
 
 def _refusal(row: Row, error: Exception) -> UserError:
-    reason = str(error) or type(error).__name__
+    reason = shown(str(error) or type(error).__name__)
     return UserError(f"{row.where}: the chat template refuses this conversation: {reason}")

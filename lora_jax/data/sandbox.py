@@ -9,11 +9,12 @@ that it makes. A template that was stopped by a limit once is not run again.
 """
 
 import functools
+import itertools
 import math
 import re
 import time
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -63,7 +64,11 @@ class _Budget:
             raise TemplateLimit(f"it makes a text or list of {size:,} bytes at once")
         if self.made > _MADE:
             raise TemplateLimit(f"it makes texts and lists of {self.made:,} bytes")
-        if (self.steps & 63 == 0 or size > 50_000) and self.taken > _SECONDS:
+        if self.steps & 63 == 0 or size > 50_000:
+            self.check_time()
+
+    def check_time(self) -> None:
+        if self.taken > _SECONDS:
             raise TemplateLimit(f"it takes more than {_SECONDS:g} seconds for one conversation")
 
 
@@ -121,6 +126,18 @@ def _before_format(text: Any, values: Iterable[Any]) -> None:
     _refuse_size(fields * sum(_deep_size(value) for value in values))
 
 
+def _refuse_deep(*values: Any) -> None:
+    """Refuse what is too large to be compared or hashed; a list that holds one list twice, and so
+    on for sixty levels, is small and takes for ever.
+    """
+    for value in values:
+        if isinstance(value, _CONTAINERS):
+            size = _deep_size(value)
+            _refuse_size(size)
+            if size > 50_000 and (budget := _BUDGET.get(None)) is not None:
+                budget.check_time()
+
+
 def _deep_size(value: Any, indent: int = 0) -> int:
     """Bytes of a value as text, at most a little more than `_LARGEST`; `indent` per level."""
     size, waiting = 0, [(value, 1)]
@@ -142,11 +159,15 @@ def _before_call(name: str, subject: Any, arguments: Sequence[Any]) -> None:
     for value in arguments if name in _WIDTHS else ():
         if isinstance(value, int) and abs(value) > _WIDEST:
             raise TemplateLimit(f"it calls {name} with {_brief(value)}")
+    if name in _SLOW_FILTERS and isinstance(subject, str) and len(subject) > _SLOW_TEXT:
+        raise TemplateLimit(f"it calls {name} with a text of {len(subject):,} characters")
     if name == "join":
         _refuse_join(subject, arguments)
     elif name == "replace" and isinstance(subject, str) and len(arguments) > 1:
         old, new = str(arguments[0]), str(arguments[1])
         _refuse_size(_size(subject) + (subject.count(old) if old else len(subject)) * _size(new))
+    elif name == "translate" and isinstance(subject, str):
+        _refuse_size(len(subject) * max([1, *map(_size, _values(arguments))]))
     elif name in ("indent", "tojson", "expandtabs", "batch", "slice") and arguments:
         widths = [v if isinstance(v, int) else _size(v) for v in arguments]
         lines = subject.count("\n") + subject.count("\t") + 1 if isinstance(subject, str) else 1
@@ -156,10 +177,9 @@ def _before_call(name: str, subject: Any, arguments: Sequence[Any]) -> None:
         _refuse_size(len(subject) * max([1, *(_size(v) for v in arguments)]))
     elif name == "format":
         _before_format(str(subject), arguments)
-    elif name in _SLOW_FILTERS and isinstance(subject, str) and len(subject) > _SLOW_TEXT:
-        raise TemplateLimit(f"it calls {name} with a text of {len(subject):,} characters")
 
 
+_COMPARING = ("sort", "unique", "max", "min", "groupby", "dictsort")
 _CONTAINERS = (list, tuple, set, frozenset, Mapping)
 _STRUCTURAL = frozenset(  # filters that make no text of a list
     """
@@ -177,11 +197,20 @@ _WIDTHS = frozenset(
 
 def _refuse_join(one: Any, others: Sequence[Any]) -> None:
     """Refuse to join texts that are too large together; either may be the separator."""
-    lists = [value for value in (one, *others) if isinstance(value, list | tuple)]
-    separators = [value for value in (one, *others) if isinstance(value, str)]
+    given = (one, *others)
+    lists = [list(v) for v in given if isinstance(v, Collection) and not isinstance(v, str | bytes)]
+    separators = [value for value in given if isinstance(value, str)]
+    for first, second in itertools.pairwise(separators):  # the characters of one, by the other
+        _refuse_size(len(first) * _size(second))
     for items in lists:
         size = sum(map(_deep_size, items)) + len(items) * sum(map(_size, separators))
         _refuse_size(size)
+
+
+def _values(tables: Iterable[Any]) -> Iterable[Any]:
+    """The items of lists and the values of mappings."""
+    for table in tables:
+        yield from table.values() if isinstance(table, Mapping) else table
 
 
 def _brief(value: Any) -> str:
@@ -201,7 +230,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         subject = getattr(__obj, "__self__", None)
         name = getattr(__obj, "__name__", "")
         _count(None)
+        if not isinstance(__obj, jinja2.runtime.Macro):
+            _refuse_deep(*args, *kwargs.values())
         if isinstance(subject, str | bytes | int | float | list | tuple | dict):
+            if name == "join":
+                args = tuple(list(v) if isinstance(v, Iterator) else v for v in args)  # read once
+            if name in ("index", "count"):
+                _refuse_deep(subject)
             _before_call(name, subject, [*args, *kwargs.values()])
         return _count(super().call(__context, __obj, *args, **kwargs))
 
@@ -240,10 +275,26 @@ def _with_counters(node: Any) -> Any:
             one if isinstance(one, nodes.TemplateData) else _counted(one, "_written")
             for one in node.nodes
         ]
+    if isinstance(node, nodes.Compare):
+        node.expr = _compared(node.expr)
+    if isinstance(node, nodes.Operand):
+        node.expr = _compared(node.expr)
+    if isinstance(node, nodes.Getitem):
+        node.arg = _compared(node.arg)
+    if isinstance(node, nodes.Pair):
+        node.key = _compared(node.key)
     if isinstance(node, nodes.Concat):
         node.nodes = [_counted(one, "_written") for one in node.nodes]
         return _counted(node)
     return node
+
+
+def _compared(node: nodes.Expr) -> Any:
+    """Check a value before it is compared or hashed, where it is none that the template spells."""
+    items = node.items if isinstance(node, nodes.List | nodes.Tuple) else [node]
+    if isinstance(node, nodes.Slice) or all(isinstance(one, nodes.Const) for one in items):
+        return node
+    return _counted(node, "_compared")
 
 
 def _counted(node: nodes.Expr, name: str = "_counted") -> Any:
@@ -254,6 +305,12 @@ def _counted(node: nodes.Expr, name: str = "_counted") -> Any:
 @jinja2.pass_context
 def _counted_filter(context: Any, value: Any) -> Any:  # the context keeps it from being folded
     return _count(value)
+
+
+@jinja2.pass_context
+def _compared_filter(context: Any, value: Any) -> Any:
+    _refuse_deep(value)
+    return value
 
 
 @jinja2.pass_context
@@ -275,12 +332,28 @@ def _limited(name: str, function: Callable) -> Callable:
         if name == "join" and not isinstance(subject, str | list | tuple | Mapping):
             subject = list(subject or ())  # a generator, read once
             args = (*args[:skipped], subject, *own[1:])
+        if name in _COMPARING:
+            if not isinstance(subject, str | list | tuple | Mapping):
+                subject = list(subject or ())
+                args = (*args[:skipped], subject, *own[1:])
+            _refuse_deep(subject)
         if name == "sum" and not _is_numeric(args[skipped + 2 :], kwargs):
             raise TemplateLimit("it adds lists or texts up with sum")
         if isinstance(subject, _CONTAINERS) and name not in _STRUCTURAL:
             _refuse_size(_deep_size(subject))  # it becomes a text
         _before_call(name, subject, [*own[1:], *kwargs.values()])
         return _count(function(*args, **kwargs))
+
+    return limited
+
+
+def _limited_test(function: Callable) -> Callable:
+    """Return a test of Jinja that compares nothing too large."""
+
+    @functools.wraps(function)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        _refuse_deep(*args, *kwargs.values())
+        return function(*args, **kwargs)
 
     return limited
 
@@ -300,7 +373,14 @@ def _environment() -> _Environment:
     made: Any = chat_template_utils._compile_jinja_template("").environment.overlay()
     made.__class__ = _Environment
     made.filters = {name: _limited(name, function) for name, function in made.filters.items()}
-    made.filters |= {"_counted": _counted_filter, "_written": _written_filter}
+    made.filters |= {
+        **{"_counted": _counted_filter, "_written": _written_filter},
+        "_compared": _compared_filter,
+    }
+    made.tests = {
+        name: _limited_test(test) if name == "in" or test.__module__ == "_operator" else test
+        for name, test in made.tests.items()
+    }
     made.globals = {**made.globals, "lipsum": _lipsum}
     return made
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import UserError
+from lora_jax.config import UserError, shown
 from lora_jax.data.dates import check_repeatable, with_date
 from lora_jax.data.keys import check_read, describe_problems
 from lora_jax.data.render import (
@@ -435,7 +435,8 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tu
     except Exception as error:  # `tokenizers` has no kind of its own
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
             raise UserError("the chat template writes an unpaired surrogate") from error
-        raise UserError(f"the tokenizer of {name(tokenizer)} is damaged: {error}") from error
+        reason = shown(str(error))
+        raise UserError(f"the tokenizer of {name(tokenizer)} is damaged: {reason}") from error
     return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora_jax.config import UserError, expand, is_file
+from lora_jax.config import UserError, expand, is_file, shown
 from lora_jax.formats.gguf_header import check_header
+from lora_jax.formats.gguf_metadata import check_types
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer
 from lora_jax.formats.tensors import all_finite
 
@@ -103,6 +104,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError) as error:
         raise UserError(f"{source} is damaged or truncated: {error}") from error
+    check_types(metadata, source)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     architecture = metadata_value(metadata, "general.architecture", str, source)
     if architecture not in KNOWN:
@@ -167,7 +169,7 @@ def _config(
     """config.json of a `LlamaForCausalLM` or a `Gemma3ForCausalLM`."""
     known = {f"{architecture}.{key}" for key in KNOWN[architecture]}
     unknown = [
-        f"{key}={value!r}"
+        f"{shown(key)}={shown(repr(value))}"
         for key, value in metadata.items()
         if key.startswith(f"{architecture}.") and value and key not in known
     ]

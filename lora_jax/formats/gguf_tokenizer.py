@@ -19,7 +19,7 @@ from tokenizers import (
     processors,
 )
 
-from lora_jax.config import UserError
+from lora_jax.config import UserError, shown
 
 GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 LLAMA3_SPLIT = (
@@ -50,7 +50,8 @@ def metadata_value(metadata: dict[str, Any], key: str, kind: type, source: Path)
         kind is int and value < 1
     ):
         raise UserError(
-            f"{source}: metadata {key}={value!r} is not supported, one positive {kind.__name__} is"
+            f"{source}: metadata {key}={shown(repr(value))} is not supported, one positive "
+            f"{kind.__name__} is"
         )
     return value
 

@@ -14,7 +14,12 @@ from typing import Any
 
 from lora_jax.config import UserError, expand, read_json, read_text
 from lora_jax.config.text import BOM, exists, shown
-from lora_jax.formats.tokenizer_files import check_added, check_tokenizer_files
+from lora_jax.formats.tokenizer_files import (
+    check_added,
+    check_loaded,
+    check_tokenizer_files,
+    no_questions,
+)
 
 # Everything that `save_pretrained` of a tokenizer or processor writes, and licences.
 _TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
@@ -81,7 +86,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         if file.suffix == ".jinja":  # transformers accepts null bytes
             read_text(directory / file)
     try:
-        with _unmarked(directory) as place:
+        with _unmarked(directory) as place, no_questions():
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for missing and damaged files
         for file in _find(directory, _JSON):  # and names none
@@ -92,6 +97,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error
+    check_loaded(tokenizer, directory)
     check_added(tokenizer, directory)
     tokenizer.name_or_path = str(directory)
     return tokenizer

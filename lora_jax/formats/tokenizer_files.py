@@ -5,14 +5,17 @@
 transformers would import `tokenization_own.py` from the directory, or from a repository of the hub,
 if the user agrees. Here nothing of a directory is ever run: where `tokenizer_class` is one of
 transformers' own, that class reads the files; any other tokenizer with such an entry is refused.
+So is a `tokenizer_class` that is no tokenizer: transformers calls whatever it has by that name, and
+`AutoModel` or `AutoProcessor` would read other files of the directory and ask again.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts
-from lora_jax.config import UserError, read_json
+from lora_jax.config import UserError, read_json, shown
 
 _CONFIG = "tokenizer_config.json"
 _VERSIONS = "fast_tokenizer_files"
@@ -49,6 +52,9 @@ def check_tokenizer_files(directory: Path) -> None:
                     f"{file} has {size:,} bytes; a tokenizer's file of this kind has at most "
                     f"{most:,}, so it is damaged or something else"
                 )
+    for name in (_CONFIG, "config.json"):  # transformers looks for the class in both
+        if (directory / name).is_file():
+            _check_class(directory / name, read_json(directory / name).get("tokenizer_class"))
     if not (directory / _CONFIG).is_file():
         return
     content = read_json(directory / _CONFIG)
@@ -56,6 +62,34 @@ def check_tokenizer_files(directory: Path) -> None:
     _check_names(directory / _CONFIG, content.get(_VERSIONS))
     for name in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
         _check_count(directory / _CONFIG, name, content.get(name))
+
+
+@contextlib.contextmanager
+def no_questions() -> Iterator[None]:
+    """A block in which transformers raises an error where it would ask whether to run code."""
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+def check_loaded(tokenizer: Any, directory: Path) -> None:
+    """Raise for what is no tokenizer, such as the pair of tokenizers of a RAG model.
+
+    Raises:
+        UserError: its class.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(
+            f"{directory}: its files are read as a {type(tokenizer).__name__}, which is no "
+            "tokenizer of one text"
+        )
 
 
 def check_added(tokenizer: Any, directory: Path) -> None:
@@ -106,6 +140,35 @@ def _listed(classes: Any) -> str:
 
 
 def _is_own(name: str) -> bool:
+    return _is_tokenizer(_find_class(name))
+
+
+def _check_class(file: Path, name: Any) -> None:
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise UserError(f"{file}: tokenizer_class={shown(repr(name))} is no name of a class")
+    found = _find_class(name)
+    if found is not None and not _is_tokenizer(found):
+        raise UserError(
+            f"{file}: tokenizer_class={shown(repr(name))} is no tokenizer of transformers; if "
+            "tokenizer.json is the whole tokenizer, set it to PreTrainedTokenizerFast"
+        )
+
+
+def _find_class(name: str) -> Any:
+    """Return what transformers has by this name; None if nothing."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    return any(tokenizer_class_from_name(name + end) is not None for end in ("", "Fast"))
+    found = (tokenizer_class_from_name(name + end) for end in ("", "Fast"))
+    return next((one for one in found if one is not None), None)
+
+
+def _is_tokenizer(found: Any) -> bool:
+    """Return True for tokenizers, and for those whose library is missing, which raise that."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import DummyObject
+
+    return isinstance(found, DummyObject) or (
+        isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+    )

@@ -62,6 +62,32 @@ BOMBS = {
     ),
     "mapped": "{{ range(99999)|map('center', 99999)|list|length }}",
     "source": "{{ a }}" * 40_000,
+    "translate": "{{ ('a' * 100000).translate({97: 'b' * 100000}) }}",
+    "join of characters": "{{ ('a' * 1000000).join('b' * 1000000) }}",
+    "join of keys": "{{ ('a' * 1000000).join(dict.fromkeys(range(99)|map('string'))) }}",
+    "join of a generator by method": "{{ ('a' * 1000000).join(range(99)|map('string')) }}",
+    "long lines": "{{ ('a' * 1000000)|wordwrap(1) }}",
+}
+# Each list holds the one before twice: small in memory, and 2**60 items to walk through.
+SHARED = (
+    "{%% set ns = namespace(x=(1,), y=(1,)) %%}{%% for i in range(60) %%}"
+    "{%% set ns.x = (ns.x, ns.x) %%}{%% set ns.y = (ns.y, ns.y) %%}{%% endfor %%}%s"
+)
+COMPARED = {
+    "equal": SHARED % "{{ ns.x == ns.y }}",
+    "less": SHARED % "{{ ns.x < ns.y }}",
+    "among constants": SHARED % "{{ 1 < 2 != [ns.x] }}",
+    "in a list": SHARED % "{{ ns.x in [ns.y] }}",
+    "test": SHARED % "{{ ns.x is eq ns.y }}",
+    "test of many": SHARED % "{{ [ns.x]|select('in', [ns.y])|list }}",
+    "sort": SHARED % "{{ [ns.x, ns.y]|sort }}",
+    "sort of a generator": SHARED % "{{ [ns.x, ns.y]|map('default')|sort }}",
+    "unique": SHARED % "{{ [ns.x, ns.y]|unique|list }}",
+    "index": SHARED % "{{ [ns.x].index(ns.y) }}",
+    "key": SHARED % "{{ {ns.x: 1} }}",
+    "looked up": SHARED % "{{ {}[ns.x] }}",
+    "looked up by method": SHARED % "{{ {}.get(ns.x) }}",
+    "made a mapping": SHARED % "{{ dict([(ns.x, 1)]) }}",
 }
 
 
@@ -75,6 +101,13 @@ def no_memory_of_others(monkeypatch):
 def test_memory_is_limited(name):
     with pytest.raises(sandbox.TemplateLimit, match="the chat template was stopped: it"):
         sandbox.render(BOMBS[name], QUESTION)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_is_compared_or_hashed_is_limited(name, monkeypatch):
+    monkeypatch.setattr(sandbox, "_LARGEST", 100_000)
+    with pytest.raises(sandbox.TemplateLimit, match="it makes a text or list of"):
+        sandbox.render(COMPARED[name], QUESTION)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -112,6 +145,10 @@ TEXTS = [
     "{{ messages|map(attribute='content')|join(', ')|upper }}{{ [1, 2]|sum }}{{ 7 ** 2 * 3 % 5 }}",
     "{% set ns = namespace(a='') %}{% for i in range(3) %}{% set ns.a = ns.a + i|string %}"
     "{% continue %}{% endfor %}{{ ns.a.replace('1', 'one').split(',')|first|trim|center(9) }}",
+    "{{ messages == messages }}{{ 'user' in messages|map(attribute='role') }}{{ {'a': 1}['a'] }}"
+    "{{ messages[0] in messages }}{{ messages[0]['role'] in ['user', 'b'] }}{{ [2, 1]|sort|max }}"
+    "{{ ', '.join(messages|map(attribute='role')) }}{{ '-'.join('abc') }}{{ 1 is eq 1 }}"
+    "{{ 'abc'.translate({97: 'x'}) }}{{ [1, 2].index(2) }}{{ 'a b'|wordwrap(1) }}{{ {}.get(1) }}",
     "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('a') * 2 }}{{ 'abc'[::-1]|indent(2, true) }}",
 ]
 

@@ -253,6 +253,8 @@ def test_stop_tokens_of_plain_text_and_of_templates_that_want_a_system_turn():
     assert stop_tokens(build(None, eos=None)) == frozenset()
     text = error_of(stop_tokens, build("{{ raise_exception('never') }}"))
     assert text == "a sample conversation: the chat template refuses this conversation: never"
+    text = error_of(stop_tokens, build("{{ raise_exception('x' * 100000) }}"))
+    assert "refuses this conversation: xxx" in text and len(text) < 500
 
 
 def test_train_false_and_what_follows_the_last_supervised_turn():
@@ -493,6 +495,8 @@ def test_missing_templates(tmp_path):
     )
     tokenizer = build({"rag": CHATML, "tools": CHATML})
     assert "multiple chat templates" in error_of(resolve_template, tokenizer, None)
+    tokenizer.chat_template = {f"t{i}": CHATML for i in range(10_000)}
+    assert len(error_of(resolve_template, tokenizer, None)) < 700
     assert encoded(chat("q", "a"), build({"default": CHATML})).endswith("«a<|im_end|>»")
 
 

@@ -7,6 +7,7 @@ import pytest
 from lora_jax import UserError
 from lora_jax.formats.gguf import convert
 
+from . import test_gguf
 from .test_gguf import LAYERS, write
 
 
@@ -58,3 +59,39 @@ def test_blocks_are_compared_with_the_tensors(tmp_path):
     (tmp_path / "m.gguf").write_bytes(changed)
     with pytest.raises(UserError, match="block_count=1000000000, and it has only"):
         convert(tmp_path / "m.gguf", tmp_path / "m")
+
+
+TYPES = {
+    "text for an integer": ("llama.attention.key_length", "x", "is not an integer"),
+    "list for an integer": ("llama.attention.key_length", [1, 2], "is not an integer"),
+    "boolean for an integer": ("llama.context_length", True, "is not an integer"),
+    "text for a number": ("llama.rope.freq_base", "x", "is not a finite number"),
+    "infinite number": ("llama.rope.freq_base", float("inf"), "is not a finite number"),
+    "token as a text": ("tokenizer.ggml.eos_token_id", "x", "is not an integer"),
+    "token as a fraction": ("tokenizer.ggml.bos_token_id", 1.5, "is not an integer"),
+    "number for a text": ("tokenizer.chat_template", 5, "is not a text"),
+    "numbers for merges": ("tokenizer.ggml.merges", [1, 2], "is not a list of texts"),
+    "texts for types": ("tokenizer.ggml.token_type", ["a"], "is not a list of integers"),
+    "no list": ("tokenizer.ggml.tokens", "x", "is not a list of texts"),
+    "unknown and long": ("llama.other", list(range(9000)), r"llama.other=\[0, 1"),
+}
+ADD = {str: "add_string", bool: "add_bool", int: "add_int64", float: "add_float32"}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_are_checked(tmp_path, monkeypatch, name):
+    key, value, message = TYPES[name]
+
+    def finish(writer):
+        for values in writer.kv_data:
+            values.pop(key, None)
+        getattr(writer, ADD.get(type(value), "add_array"))(key, value)
+        whole(writer)
+
+    whole = test_gguf.finish
+    monkeypatch.setattr(test_gguf, "finish", finish)
+    write(tmp_path / "m.gguf")
+    with pytest.raises(UserError, match=message) as caught:
+        convert(tmp_path / "m.gguf", tmp_path / "m")
+    assert "m.gguf" in str(caught.value) and key in str(caught.value)
+    assert len(str(caught.value)) < 800

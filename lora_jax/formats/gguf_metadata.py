@@ -1,0 +1,61 @@
+"""Types of the metadata of a GGUF file, where each value may be of any type."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.config import raise_all, shown
+
+_INTEGERS = """
+    vocab_size context_length embedding_length block_count feed_forward_length attention.key_length
+    attention.value_length attention.sliding_window rope.dimension_count
+    """.split()
+_NUMBERS = """
+    attention.layer_norm_rms_epsilon rope.freq_base rope.scaling.factor final_logit_softcapping
+    """.split()
+_TEXTS = """
+    general.architecture tokenizer.ggml.model tokenizer.ggml.pre tokenizer.chat_template
+    """.split()
+_IDS = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding")]
+_LISTS = {
+    "tokenizer.ggml.tokens": (str, "texts"),
+    "tokenizer.ggml.merges": (str, "texts"),
+    "tokenizer.ggml.token_type": (int, "integers"),
+}
+
+
+def check_types(metadata: Mapping[str, Any], source: Path) -> None:
+    """Raise for values that a conversion reads and that are of another type than it expects.
+
+    Raises:
+        UserError: every such value.
+    """
+    name = metadata.get("general.architecture")
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        **{f"{name}.{key}": ((int,), "an integer") for key in _INTEGERS},
+        **{f"{name}.{key}": ((int, float), "a finite number") for key in _NUMBERS},
+        **dict.fromkeys(_IDS, ((int,), "an integer")),
+        **dict.fromkeys((*_TEXTS, f"{name}.rope.scaling.type"), ((str,), "a text")),
+    }
+    problems = [
+        f"{key}={shown(repr(metadata[key]))} is not {words}"
+        for key, (types, words) in kinds.items()
+        if key in metadata and not _fits(metadata[key], types)
+    ]
+    problems += [
+        f"{key} is not a list of {words}"
+        for key, (kind, words) in _LISTS.items()
+        if key in metadata and not _is_list(metadata[key], kind)
+    ]
+    raise_all([f"{source} is damaged or not supported: {problem}" for problem in problems])
+
+
+def _fits(value: Any, types: tuple[type, ...]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, types):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
