@@ -103,3 +103,11 @@ def test_entries_are_paths_or_ends_of_them():
 def test_a_long_pattern_is_cut_in_messages():
     problems = list(selection._entry_problems("x", "(a|b)*c" * 300, ["q_proj"], ["q_proj"]))
     assert "matches no weight" in problems[0] and len(problems[0]) < 700
+
+
+def test_repeats_inside_of_each_other_are_limited():
+    for text in ("(?:" * 90 + "a" + "){2,9}" * 90, "(" * 7 + "q" + "){2}" * 7):
+        with pytest.raises(UserError, match="more than 6 counted repeats"):
+            Pattern(text)
+    for text in ("(" * 6 + "q" + "){1,2}" * 6, "(q){1}" * 50, r"[(](q){1}\)?", "(" * 50 + ")" * 50):
+        Pattern(text)
