@@ -13,6 +13,7 @@ import regex
 from lora_jax.config import UserError
 
 LONGEST = 20_000  # characters of a pattern
+_NESTED = 6  # counted repeats inside of each other, which `regex` takes for ever to compile
 _SECONDS = 2.0  # of CPU that one pattern may take in all
 _SLOW = 1e-3  # of CPU: only matches that take longer are counted
 
@@ -34,6 +35,8 @@ class Pattern:
             )
         try:
             re.compile(text)
+            if _nested_repeats(text) > _NESTED:
+                raise UserError(f"has more than {_NESTED} counted repeats inside of each other")
             self._compiled = regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", text))
         except re.error as error:
             raise UserError(f"is not a valid regex: {error}") from error
@@ -60,6 +63,19 @@ class Pattern:
             f"is a regex that takes too long to match, for example on {text!r}; write it without "
             "nested repeats such as (a+)+, or list the names"
         )
+
+
+def _nested_repeats(text: str) -> int:
+    """The most groups with a counted repeat, such as (a){2,9}, that are inside of each other."""
+    levels, inner = [0], 0
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", text, flags=re.DOTALL)
+    for found in re.finditer(r"\)\{\d*,?\d*\}|[()]", plain):
+        if found[0] == "(":
+            levels.append(0)
+            continue
+        inner = levels.pop() + (len(found[0]) > 1) if len(levels) > 1 else 0
+        levels[-1] = max(levels[-1], inner)
+    return levels[0]
 
 
 @functools.lru_cache(maxsize=16384)

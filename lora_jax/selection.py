@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_jax.config import AdapterConfig, UserError, nearest
+from lora_jax.config import AdapterConfig, UserError, nearest, shown
 from lora_jax.patterns import compiled
 from lora_jax.tree import layer_index
 
@@ -163,8 +163,8 @@ def _entry_problems(
                 short = sorted({name.rpartition(".")[2] for name in names})
                 hint = nearest(spec, short).replace("'", "['", 1).replace("'?", "']?")
                 yield (
-                    f"{field}={spec!r} matches no weight. A string is a regex for the whole "
-                    "module path, such as "
+                    f"{field}={shown(repr(spec))} matches no weight. A string is a regex for the "
+                    "whole module path, such as "
                     f"{max(names, key=len)!r}; a list holds names; the model has: "
                     f"{listed}.{hint}"
                 )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lora_jax import AdapterConfig, UserError
+from lora_jax import AdapterConfig, UserError, selection
 from lora_jax.models import describe
 from lora_jax.patterns import Pattern
 from lora_jax.selection import matches, pattern_values
@@ -98,3 +98,16 @@ def test_many_regexes_are_refused(params):
 def test_entries_are_paths_or_ends_of_them():
     assert matches("a.b.c", ["b.c"]) and matches("a.b.c", ["a.b.c"])
     assert not matches("a.b.c", ["b"]) and not matches("a.bb.c", ["b.c"])
+
+
+def test_a_long_pattern_is_cut_in_messages():
+    problems = list(selection._entry_problems("x", "(a|b)*c" * 300, ["q_proj"], ["q_proj"]))
+    assert "matches no weight" in problems[0] and len(problems[0]) < 700
+
+
+def test_repeats_inside_of_each_other_are_limited():
+    for text in ("(?:" * 90 + "a" + "){2,9}" * 90, "(" * 7 + "q" + "){2}" * 7):
+        with pytest.raises(UserError, match="more than 6 counted repeats"):
+            Pattern(text)
+    for text in ("(" * 6 + "q" + "){1,2}" * 6, "(q){1}" * 50, r"[(](q){1}\)?", "(" * 50 + ")" * 50):
+        Pattern(text)
