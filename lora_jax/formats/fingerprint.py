@@ -131,6 +131,7 @@ def check(
         [
             f"{name}: {differs[name]} that {what} was made with ({digests.shorten(stored[name])}, "
             f"here {digests.shorten(found[name])}); use the same, or list {name!r} in allow_change"
+            + (f" (--allow-change {name} on the command line)" if name in PARTS else "")
             for name in compared
             if stored[name] != found[name] and name not in allow_change
         ]

@@ -67,6 +67,8 @@ def _check_output(options: argparse.Namespace) -> Path | None:
     if options.chat:
         raise UserError("--output does not go with --chat, which writes to the terminal")
     file = expand(options.output, "--output")
+    if file.suffix not in (".jsonl", ".json", ".txt", ""):
+        raise UserError(f"--output {options.output}: lines of JSON are written; name it .jsonl")
     if file.exists():
         raise UserError(f"--output {options.output} already exists; remove it, or name another")
     if not os.access(file.parent, os.W_OK | os.X_OK):

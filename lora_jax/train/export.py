@@ -339,7 +339,10 @@ def export_run(
             config, sets.make_encoder(config, model, tokenizer, found["tokenizer"], console)
         )
     )
-    results = _read_results(run, chosen_step(config, record))
+    step = chosen_step(config, record)
+    if not (run / "summary.json").is_file():
+        console.print(f"note: {run} is not finished: this is its checkpoint of step {step}")
+    results = _read_results(run, step)
     export_checkpoint(
         *(kind, output, place, record, config, model, tokenizer, found, console, examples),
         *(profile, results),

@@ -53,7 +53,7 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     training = [example for one in train.sets.values() for example in one.examples]
     everything = warn.name_training(train) | tests
     measured = warn.measure(everything, counts)
-    warnings = warn.find(config, model, tokenizer, train, measured)
+    warnings = warn.find(config, model, tokenizer, train, held_out, measured)
     try:
         setup.check_sizes(config, model, list(everything.values()), console)
     except UserError as error:  # where a run would stop, the report says what it knows

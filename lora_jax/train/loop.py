@@ -140,7 +140,7 @@ def _warn(ready: Session, console: Console) -> list[str]:
     config, train_data = ready.config, ready.train_data
     known = warn.name_training(train_data) | warn.name_held_out(config, ready.held_out)
     measured = warn.measure(known, ready.encoder.counts)
-    warnings = warn.find(config, ready.model, ready.tokenizer, train_data, measured)
+    warnings = warn.find(config, ready.model, ready.tokenizer, train_data, ready.held_out, measured)
     for warning in warnings:
         console.print(f"warning: {warning}")
     return warnings

@@ -416,23 +416,21 @@ def _question(example: data.Example) -> bytes:
 def _without_overlap(
     examples: list[data.Example], train: TrainData, drop: bool, console: Console
 ) -> list[data.Example]:
-    """Held-out examples that stand in the training data too are dropped, or at least told."""
+    """Leave out held-out examples that are in the training data too, with `drop`; a warning of
+    the run tells of them otherwise (`warn`).
+    """
+    if not drop:
+        return examples
     seen = {e.tokens.tobytes() for one in train.sets.values() for e in one.examples}
     apart = [example for example in examples if example.tokens.tobytes() not in seen]
     both = len(examples) - len(apart)
-    if both and not drop:
-        console.print(
-            f"note: {both} of {len(examples)} rows of data.eval stand in data.train too; "
-            "data.drop_overlap=true leaves them out"
-        )
-        return examples
     if both and not apart:
         raise UserError(
-            f"all {both} rows of data.eval stand in data.train too: data.drop_overlap=true leaves "
+            f"all {both} rows of data.eval are in data.train too: data.drop_overlap=true leaves "
             "nothing to measure"
         )
     if both:
-        console.print(f"data.eval: {both} rows left out, as they stand in data.train too")
+        console.print(f"data.eval: {both} rows left out, as they are in data.train too")
     return apart
 
 

@@ -1,7 +1,7 @@
 """Warnings about a run that can be given before it starts, the same wherever they are given.
 
-warn.of_config(config)                                  # from settings alone: --dry-run, plan
-warn.find(config, model, tokenizer, train, measured)    # inspect, and a run before its steps
+warn.of_config(config)      # from settings alone: --dry-run, plan
+warn.find(config, model, tokenizer, train, held_out, measured)  # inspect, a run before its steps
 """
 
 from collections.abc import Iterator, Mapping
@@ -57,6 +57,7 @@ def find(
     model: Model,
     tokenizer: Any,
     train: TrainData,
+    held_out: Mapping[str, DataSet],
     measured: Mapping[str, Measured],
 ) -> list[str]:
     """All warnings about a run with these data; of a stream, about what was read of it."""
@@ -64,8 +65,20 @@ def find(
         *of_config(config),
         *_missing(config, model),
         *_of_sets(measured),
+        *_of_overlap(train, held_out),
         *([] if model.labels else _endless(config, model, tokenizer, train)),
     ]
+
+
+def _of_overlap(train: TrainData, held_out: Mapping[str, DataSet]) -> Iterator[str]:
+    examples = held_out["task"].examples if "task" in held_out else []
+    trained = {e.tokens.tobytes() for one in train.sets.values() for e in one.examples}
+    both = sum(example.tokens.tobytes() in trained for example in examples)
+    if both:
+        yield (
+            f"{both} of {len(examples)} rows of data.eval are in data.train too: their scores say "
+            "what was learnt by heart; data.drop_overlap=true leaves them out"
+        )
 
 
 def of_forgetting(regression: Mapping[str, Any] | None) -> list[str]:

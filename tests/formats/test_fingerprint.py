@@ -253,6 +253,7 @@ def test_what_differs_is_named_and_can_be_allowed(name, told):
     assert str(raised.value) == (
         f"{name}: {told} that runs/x was made with ({STORED[name][:12]}, here {'0' * 12}); use "
         f"the same, or list {name!r} in allow_change"
+        + ("" if name == "data" else f" (--allow-change {name} on the command line)")
     )
     fingerprint.check(STORED, found, "runs/x", [name])
     others = [other for other in STORED if other != name]

@@ -285,7 +285,7 @@ def test_both_sides_need_an_example(read, tmp_path, size, told):
 # Rows that stand on both sides
 
 
-def test_overlap_is_told_or_dropped(read, tmp_path):
+def test_overlap_is_kept_or_dropped(read, tmp_path):
     train = write_rows(tmp_path / "train.jsonl", rows(6))
     # Two of the three rows are trained on; the last has a known prompt and another answer.
     other = {"prompt": "question 2", "completion": "another"}
@@ -293,14 +293,10 @@ def test_overlap_is_told_or_dropped(read, tmp_path):
     options = (f"data.train={train}", f"data.eval={held}")
     told = read(*options)
     assert len(told.held_out["task"].examples) == len(told.held_out["task"].rows) == 3
-    assert told.printed[-1] == (
-        "note: 2 of 3 rows of data.eval stand in data.train too; data.drop_overlap=true leaves "
-        "them out"
-    )
     dropped = read(*options, "data.drop_overlap=true")
     assert [row.messages[-1]["content"] for row in dropped.held_out["task"].rows] == ["another"]
     assert len(dropped.held_out["task"].examples) == 1
-    assert dropped.printed[-1] == "data.eval: 2 rows left out, as they stand in data.train too"
+    assert dropped.printed[-1] == "data.eval: 2 rows left out, as they are in data.train too"
     assert dropped.train.digest() == told.train.digest()
 
 
@@ -308,7 +304,7 @@ def test_nothing_left_after_the_overlap_is_an_error_and_none_is_silent(read, tmp
     source = write_rows(tmp_path / "rows.jsonl", rows(3))
     other = write_rows(tmp_path / "other.jsonl", rows(3, "what"))
     options = (f"data.train={source}", "data.drop_overlap=true")
-    with pytest.raises(UserError, match="all 3 rows of data.eval stand in data.train too"):
+    with pytest.raises(UserError, match="all 3 rows of data.eval are in data.train too"):
         read(*options, f"data.eval={source}")
     found = read(*options, f"data.eval={other}", f"data.regression={source}")
     assert [len(s.examples) for s in found.held_out.values()] == [3, 3]  # general text is not asked
