@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax import hosts
-from lora_jax.config import UserError, read_json
+from lora_jax.config import UserError, read_json, shown
 from lora_jax.formats.digests import of_arrays, shorten
 
 WEIGHTS = "adapter_model.safetensors"
@@ -94,5 +94,5 @@ def find_change(
 def _recorded(side: Path) -> str | None:
     digest = read_json(side).get(FIELD)
     if digest is not None and not isinstance(digest, str):
-        raise UserError(f"{side} is damaged: {FIELD}={digest!r} must be a string")
+        raise UserError(f"{side} is damaged: {FIELD}={shown(repr(digest))} must be a string")
     return digest

@@ -40,9 +40,12 @@ def damage_json(random: Random, text: str, more: tuple[str, ...] = ()) -> tuple[
     """A JSON object with one value replaced, removed, added or given twice; `more` are keys that
     might be added. Returns what was done, and the text.
     """
-    content = json.loads(text)
     mark = "<<here>>"
     value = random.choice(HOSTILE)
+    try:
+        content = json.loads(text)
+    except RecursionError:  # damaged before, and nested too deeply to be read again
+        return f"is {value[:40]}", value
     found = places(content)
     if not isinstance(content, dict) or not found:
         return f"is {value[:40]}", value
