@@ -15,6 +15,7 @@ from lora_jax import config as configs
 from lora_jax.formats import fingerprint
 from lora_jax.train import export
 
+from .families import FAMILIES
 from .train.conftest import random_adapters, write_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "your-own-loop.md"
@@ -41,7 +42,7 @@ def trees(model):
 def test_hidden_states_are_those_of_transformers(tiny_model, error, family):
     import torch
 
-    source, oracle = tiny_model(family, seed=3)
+    source, oracle = tiny_model(family, seed=3, **FAMILIES[family].size)
     model = formats.load(str(source))
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 9))
     with torch.no_grad():
@@ -93,7 +94,7 @@ def functions_of_paths():
                 continue
             hints = typing.get_type_hints(function)
             for argument in inspect.signature(function).parameters:
-                kinds = {hints.get(argument), *typing.get_args(hints.get(argument))}
+                kinds = [hints.get(argument), *typing.get_args(hints.get(argument))]
                 if Path in kinds:
                     yield f"{function.__module__}.{name}", argument, str in kinds
 

@@ -134,19 +134,22 @@ def read_bytes(file: Path, name: str | None = None, limit: int = JSON_LIMIT) -> 
         mode = file.stat().st_mode  # before it is opened: a pipe would wait for a writer
         if special := _SPECIAL.get(stat.S_IFMT(mode)):
             raise UserError(f"{shown(name or file)} cannot be read: {special}")
-        with file.open("rb") as opened:
-            data = opened.read(limit + 1)
+        parts, size = [], 0
+        with file.open("rb") as opened:  # in parts: one read would take memory for all of `limit`
+            while size <= limit and (part := opened.read(1 << 20)):
+                parts.append(part)
+                size += len(part)
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise unreadable(name or file, error) from error
-    if len(data) > limit:
-        size = max(len(data), os.stat(file).st_size)
+    if size > limit:
+        size = max(size, os.stat(file).st_size)
         raise UserError(
             f"{shown(name or file)} cannot be read: it has {size:,} bytes, and the "
             f"limit for such a file is {limit:,}"
         )
-    return data
+    return b"".join(parts)
 
 
 def read_text(file: str | Path, name: str | None = None, limit: int = TEXT_LIMIT) -> str:

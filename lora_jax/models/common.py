@@ -187,6 +187,7 @@ class Model:
         Raises:
             UserError: as `module`; as `check_tokens`, outside of jit.
         """
+        module = self.module(params)  # first: it explains arguments that are swapped
         tokens, inserted = jnp.asarray(tokens), 0
         if not isinstance(tokens, Tracer) and tokens.is_fully_addressable:
             self.check_tokens(tokens)
@@ -197,7 +198,6 @@ class Model:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        module = self.module(params)
         if prefix is not None:
             inputs = {"prefix": prefix, **inputs}
         hidden, _ = module.hidden(

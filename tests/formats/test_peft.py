@@ -452,7 +452,7 @@ EMBED_B = f"{P}model.embed_tokens.lora_embedding_B"
             f"missing {P}model.embed_tokens.token_adapter.trainable_tokens_delta (2, 36)",
         ),
         (BIASED, {}, dict(bias="all"), ".down_proj.base_layer.bias (36,)"),
-        (TIED, AS_ONE, dict(target_modules="(embed_tokens"), "it has a value of the wrong type"),
+        (TIED, AS_ONE, dict(target_modules="(embed_tokens"), "is not a valid regex"),
         (
             UNTIED,
             {},

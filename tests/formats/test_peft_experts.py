@@ -293,7 +293,7 @@ def test_vllm_cannot_load_stacks_of_experts(tiny, tmp_path):
             dict(target_parameters=["norm.weight", "down_proj"]),
             "['norm.weight', 'down_proj']: model.norm.weight is no linear weight",
         ),
-        (dict(target_parameters="down_proj"), "target_parameters='down_proj' is no list"),
+        (dict(target_parameters="down_proj"), "target_parameters='down_proj' is not a list"),
         (dict(target_parameters=None, target_modules=None), "missing: target_modules"),
         (
             dict(target_parameters=["mlp.experts.gate_up_proj"]),

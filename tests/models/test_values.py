@@ -33,22 +33,22 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        (dict(rms_norm_eps=NAN), "rms_norm_eps=nan is not a finite number"),
-        (dict(rms_norm_eps=INF), "rms_norm_eps=inf is not a finite number"),
-        (dict(rms_norm_eps=10**400), "rms_norm_eps=1000"),
+        (dict(rms_norm_eps=NAN), "NaN is not a JSON number"),
+        (dict(rms_norm_eps=INF), "Infinity is not a JSON number"),
+        (dict(rms_norm_eps=10**400), "is too large for an integer"),
         (dict(rms_norm_eps=-1e-5), "rms_norm_eps=-1e-05 is below 0"),
-        (dict(rope_theta=NAN), "rope_theta=nan is not a finite number"),
-        (dict(rope_theta=INF), "rope_theta=inf is not a finite number"),
+        (dict(rope_theta=NAN), "NaN is not a JSON number"),
+        (dict(rope_theta=INF), "Infinity is not a JSON number"),
         (dict(rope_theta=0), "rope_theta=0"),
         (dict(rope_theta=-1e4), "rope_theta=-10000.0 is not above 0"),
-        (dict(rope_scaling=LINEAR | {"factor": INF}), "factor=inf is not a finite number"),
-        (dict(rope_scaling=LINEAR | {"factor": NAN}), "factor=nan is not a finite number"),
-        (dict(rope_scaling=LINEAR | {"factor": 10**400}), "is not a finite number"),
+        (dict(rope_scaling=LINEAR | {"factor": INF}), "Infinity is not a JSON number"),
+        (dict(rope_scaling=LINEAR | {"factor": NAN}), "NaN is not a JSON number"),
+        (dict(rope_scaling=LINEAR | {"factor": 10**400}), "is too large for an integer"),
         (dict(rope_scaling=LINEAR | {"factor": 0}), "factor=0 is not above 0"),
         (dict(num_attention_heads=0), "num_attention_heads=0 is below 1"),
         (dict(num_key_value_heads=0), "num_key_value_heads=0 is below 1"),
         (dict(head_dim=0), "head_dim=0 is below 1"),
-        (dict(attention_dropout=NAN), "attention_dropout=nan is not a number from 0 to 1"),
+        (dict(attention_dropout=NAN), "NaN is not a JSON number"),
         (dict(attention_dropout=-0.1), "attention_dropout=-0.1 is not a number from 0 to 1"),
         (dict(attention_dropout=2), "attention_dropout=2 is not a number from 0 to 1"),
         (dict(attention_dropout="x"), "attention_dropout='x' is not a number from 0 to 1"),
@@ -60,7 +60,7 @@ def test_values_of_a_decoder(tmp_path, fields, expected):
     assert expected in str(raised.value)
 
 
-@pytest.mark.parametrize("value", [INF, NAN, 0, -1])
+@pytest.mark.parametrize("value", [0, -1])
 def test_softcaps(tmp_path, value):
     fields = dict(model_type="gemma2", head_dim=8, final_logit_softcapping=value)
     with pytest.raises(UserError, match=f"final_logit_softcapping={value} is not "):

@@ -32,7 +32,7 @@ def plan(tmp_path, *arguments, **fields):
     file.write_text(f"model: {tmp_path}\nadapter: {{rank: 16}}\nmesh: {{data: 1, fsdp: -1}}\n")
     child = subprocess.run(
         [sys.executable, "-m", "lora_jax", "plan", "--config", file, "--quick", *arguments],
-        env=os.environ
+        env={name: os.environ[name] for name in os.environ if name != "JAX_COMPILATION_CACHE_DIR"}
         | {
             "LORA_JAX_CACHE": str(tmp_path / "cache"),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

@@ -89,7 +89,7 @@ def test_an_adapter_of_another_base_is_refused_unless_allowed(files, runs, tmp_p
         (["data.eval=null"], "nothing to measure on: set data.eval, data.regression or both"),
         (
             ["--adapter", "no/such", "--adapter", "nor/this"],
-            "adapter 'no/such' does not exist; give a PEFT adapter directory\n"
+            "adapter 'no/such' does not exist, or is no directory; give a PEFT adapter directory\n"
             "adapter 'nor/this' does not exist",
         ),
         (["eval.metrics=[blue]"], "blue"),

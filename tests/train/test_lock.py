@@ -107,10 +107,10 @@ from pathlib import Path
 from lora_jax.train.lock import hold
 with hold(Path({str(tmp_path)!r}), "output_dir"):
     if os.fork() == 0:
+        print("held", flush=True)  # once the fork has let go of what it inherited
         os.close(1)
         time.sleep(60)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(60)
 """
     with subprocess.Popen(

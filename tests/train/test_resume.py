@@ -263,14 +263,15 @@ def test_resume_needs_a_checkpoint_and_auto_does_not(config, tmp_path, capsys):
 def test_auto_starts_a_run_anew_that_was_killed_before_its_first_checkpoint(
     config, tmp_path, monkeypatch
 ):
-    def die(*_):
+    def die(**_):
         raise UserError("killed")
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", die)
         assert train_main(command(config, output, "train.steps=2")) == 2
-    assert {path.name for path in output.iterdir()} == {"config.yaml", "run.json"}
+    files = {"config.yaml", "predictions.jsonl", "run.json"}
+    assert {path.name for path in output.iterdir()} == files
     (output / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     (output / ".config.yaml").write_text("model:")  # the kill came while it was written
     (output / "mine.txt").write_text("mine")
