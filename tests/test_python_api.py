@@ -72,7 +72,7 @@ def test_mistaken_arguments_say_what_was_given(model, trees):
         (lambda: model.apply(adapters, tokens), rf"runs on parameters.*bind.*adapters.*{leaf}"),
         (lambda: model.apply(tokens, params), r"runs on parameters.*got a.* ndarray"),
         (lambda: model.apply(params["model"], tokens), r"not the model's: missing model\.embed"),
-        (lambda: lora.bind(adapters, params, CONFIG), r"adapters first, and parameters second"),
+        (lambda: lora.bind(adapters, params, CONFIG), r"adapters first and parameters second"),
         (lambda: lora.bind(adapters, adapters, CONFIG), rf"params, adapters and a.*{leaf}"),
         (lambda: lora.bind(params, params, CONFIG), r"do not fit.*missing"),
         (lambda: lora.bind(params, CONFIG, adapters), r"an AdapterConfig in place of adapters"),
@@ -90,12 +90,13 @@ def functions_of_paths():
     """Public functions with an argument that is annotated as a path."""
     for module in (formats, formats.gguf, fingerprint, combine, export, configs):
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            if name.startswith("_") or not function.__module__.startswith("lora_jax"):
+            own = function.__module__ == module.__name__ or hasattr(module, "__path__")
+            if name.startswith("_") or not (own and function.__module__.startswith("lora_jax")):
                 continue
             hints = typing.get_type_hints(function)
             for argument in inspect.signature(function).parameters:
                 kinds = [hints.get(argument), *typing.get_args(hints.get(argument))]
-                if Path in kinds:
+                if Path in kinds and argument != "place":  # a directory or bucket of our own
                     yield f"{function.__module__}.{name}", argument, str in kinds
 
 

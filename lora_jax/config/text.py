@@ -66,7 +66,7 @@ def expand(text: str | Path, name: str = "") -> Path:
         raise UserError(f"{name}{'=' * bool(name)}{shown(repr(str(text)))}: {error}") from error
 
 
-def is_file(path: Path, name: str | None = None) -> bool:
+def is_file(path: str | Path, name: str | None = None) -> bool:
     """Return True for a regular file, False for another kind or none. `name` is that of the path
     in messages.
 
@@ -77,7 +77,7 @@ def is_file(path: Path, name: str | None = None) -> bool:
     return stat.S_ISREG(_mode(path, name))
 
 
-def is_directory(path: Path, name: str | None = None) -> bool:
+def is_directory(path: str | Path, name: str | None = None) -> bool:
     """Return True for a directory, False for another kind or none.
 
     Raises:
@@ -86,7 +86,7 @@ def is_directory(path: Path, name: str | None = None) -> bool:
     return stat.S_ISDIR(_mode(path, name))
 
 
-def exists(path: Path, name: str | None = None) -> bool:
+def exists(path: str | Path, name: str | None = None) -> bool:
     """Return True if the path leads to anything.
 
     Raises:
@@ -95,8 +95,9 @@ def exists(path: Path, name: str | None = None) -> bool:
     return _mode(path, name) != 0
 
 
-def _mode(path: Path, name: str | None) -> int:
+def _mode(path: str | Path, name: str | None) -> int:
     """The mode of a path; 0 where nothing is."""
+    path = Path(path)
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -40,7 +40,7 @@ def take_texts(tokenizer: Any, template: str) -> dict[str, str]:
     return {"tokenizer": tokenizer_digest(tokenizer), "template": _digest(template)}
 
 
-def start(directory: Path) -> Future[str]:
+def start(directory: str | Path) -> Future[str]:
     """Begin `base_digest` in the background, in a thread that no process waits for when it ends."""
     future: Future[str] = Future()
 

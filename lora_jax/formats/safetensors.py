@@ -170,11 +170,11 @@ def _tied_name(model: Model) -> str | None:
     return None if path is None else f"{tree.dotted(path[:-1])}.weight"
 
 
-def has_own_head(directory: Path, model: Model) -> bool:
+def has_own_head(directory: str | Path, model: Model) -> bool:
     """Return True if a model is tied by its config, and its files hold an output head that differs
     from the embedding. transformers does not tie them then.
     """
-    embedding = _tied_name(model)
+    directory, embedding = expand(directory), _tied_name(model)
     if embedding is None or not has_weights(directory):
         return False
     tensors = _weights(directory, model)

@@ -120,13 +120,13 @@ def has_weights(directory: Path) -> bool:
         return False
 
 
-def check_no_adapter(directory: Path) -> None:
+def check_no_adapter(directory: str | Path) -> None:
     """Raise if a model directory has an adapter in it, which transformers would load too.
 
     Raises:
         UserError: it has an adapter_config.json.
     """
-    if (directory / _ADAPTER).is_file():
+    if (Path(directory) / _ADAPTER).is_file():
         raise UserError(
             f"{directory} has a model (config.json) and an adapter ({_ADAPTER}) in it; "
             "transformers would load both. Move the adapter's files to a directory of their own, "

@@ -357,7 +357,7 @@ def chosen_step(config: Config, record: Mapping[str, Any]) -> int:
 
 def export_checkpoint(
     kind: str,
-    target: Path,
+    target: str | Path,
     place: checkpoint.Place,
     record: Mapping[str, Any],
     config: Config,
