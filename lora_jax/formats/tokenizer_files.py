@@ -167,7 +167,7 @@ def _find_class(name: str) -> Any:
 def _is_tokenizer(found: Any) -> bool:
     """Return True for tokenizers, and for those whose library is missing, which raise that."""
     from transformers import PreTrainedTokenizerBase
-    from transformers.utils import DummyObject
+    from transformers.utils.import_utils import DummyObject
 
     return isinstance(found, DummyObject) or (
         isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
