@@ -185,6 +185,16 @@ def test_a_class_that_is_no_name(model, name):
         formats.load_tokenizer(model)
 
 
+def test_ids_of_tokens_have_a_limit(model):
+    """`tokenizers` lists all ids up to the largest when it writes: 2**31 ended the process."""
+    content = json.loads((model / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab[next(iter(vocab))] = 2**31
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the id 2,147,483,648; the largest that is supported"):
+        formats.load_tokenizer(model)
+
+
 def test_tokenizers_of_other_directories(model):
     """A RAG model has two tokenizers, which transformers loads without the word of this package."""
     inner = model / "question_encoder_tokenizer"

@@ -169,7 +169,7 @@ MISTAKES = [
         {"method": "full", "use_dora": True, "modules_to_save": ["norm"]},
         [
             "method=full trains every weight, and use_dora=True is a setting of adapters",
-            "and modules_to_save=['norm'] says",
+            "and modules_to_save=['norm'] is a setting of adapters",
         ],
     ),
     (TIED, {"method": "full", "freeze_a": True}, ["method=full", "freeze_a=True"]),

@@ -331,3 +331,9 @@ def test_a_run_with_marks_everywhere(models, tmp_path):
         file.write_bytes(MARK + file.read_bytes())
     ask = ["generate", "--prompt", "one", "--max-new-tokens", "2", "--model"]
     assert cli.main([*ask, str(plain), "--adapter", str(out / "adapter")]) == 0
+
+
+def test_a_message_keeps_the_start_and_the_end_of_a_long_line():
+    message = str(UserError(f"a.json: x={'9' * 100_000}; at most 9\nnext"))
+    assert message.startswith("a.json: x=999") and message.endswith("9; at most 9\nnext")
+    assert len(message) < 2100

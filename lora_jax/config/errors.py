@@ -3,11 +3,20 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LONGEST = 2000  # characters of a line
+
 
 class UserError(ValueError):
     """A mistake in the input (config, data, files), not in the program: what was given, what
-    exists, what to do.
+    exists, what to do. A line that quotes a value without end keeps its start and its end.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__("\n".join(map(_cut, str(message).split("\n"))))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 400]} ... {line[-300:]}"
 
 
 class UnknownArgument(UserError, TypeError):

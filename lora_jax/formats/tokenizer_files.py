@@ -37,6 +37,7 @@ _LIMITS = {
     "config.json": _SETTINGS,
 }
 _MOST_ADDED = 50_000  # tokens that are added to a vocabulary: Gemma 3 has 6,414
+_LARGEST_ID = 10_000_000  # of a token; `tokenizers` makes a list of all ids when it writes
 
 
 def check_tokenizer_files(directory: Path) -> None:
@@ -93,12 +94,19 @@ def check_loaded(tokenizer: Any, directory: Path) -> None:
 
 
 def check_added(tokenizer: Any, directory: Path) -> None:
-    """Raise for more added tokens than a tokenizer can have.
+    """Raise for more added tokens, or larger ids, than a tokenizer can have.
 
     Raises:
-        UserError: their number.
+        UserError: their number; the token of the largest id.
     """
     _check_count(directory, "the tokenizer", tokenizer.get_added_vocab())
+    ids = tokenizer.get_vocab()
+    last = max(ids, key=ids.__getitem__, default=None)
+    if last is not None and ids[last] > _LARGEST_ID:
+        raise UserError(
+            f"{directory}: the tokenizer gives {shown(repr(last))} the id {ids[last]:,}; the "
+            f"largest that is supported is {_LARGEST_ID:,}"
+        )
 
 
 def _check_count(where: Path, name: str, tokens: Any) -> None:
