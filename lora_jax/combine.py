@@ -228,7 +228,7 @@ def _write(
 
 
 def _origin(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What the adapter was made of, for its card: no directory above the last two."""
+    """Return the source of the adapter for its card: no directory above the last two."""
     for one in report.get("adapters", ()):
         path = expand(one["path"]).absolute()
         yield "adapter", f"{path.parent.name}/{path.name}, weight {one['weight']:g}"

@@ -1,4 +1,4 @@
-"""Which modules the settings of an adapter name, by PEFT's rules, and what is wrong with them.
+"""Modules that the settings of an adapter name, by PEFT's rules, and problems of the settings.
 
 Lists may have hundreds of thousands of entries: each function that returns a function prepares
 them once.
@@ -216,7 +216,7 @@ def selection_problems(
 
 
 def pattern_problems(config: AdapterConfig, selected: set[str]) -> Iterable[str]:
-    """What is wrong with rank_pattern and alpha_pattern, `selected` being the adapted modules.
+    """Return the problems of rank_pattern and alpha_pattern, `selected` being the adapted modules.
 
     Raises:
         UserError: as `pattern_values`.

@@ -46,7 +46,7 @@ class Run:
 
     @property
     def _work(self) -> Path:
-        """Where exports are made; the ID in its name says whose it is."""
+        """The directory in which exports are made; the ID in its name is that of the run."""
         return self.output / f".export-{self.id}"
 
     def check(self) -> None:

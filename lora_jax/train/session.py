@@ -1,4 +1,4 @@
-"""What a run reads and checks before its weights are loaded, which takes longest."""
+"""Reads and checks of a run before its weights are loaded, which takes longest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -60,10 +60,16 @@ def test_values_of_a_decoder(tmp_path, fields, expected):
     assert expected in str(raised.value)
 
 
-@pytest.mark.parametrize("value", [0, -1])
-def test_softcaps(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *((INF, "Infinity is not a JSON number"), (NAN, "NaN is not a JSON number")),
+        *((0, "final_logit_softcapping=0 is not "), (-1, "final_logit_softcapping=-1 is not ")),
+    ],
+)
+def test_softcaps(tmp_path, value, expected):
     fields = dict(model_type="gemma2", head_dim=8, final_logit_softcapping=value)
-    with pytest.raises(UserError, match=f"final_logit_softcapping={value} is not "):
+    with pytest.raises(UserError, match=expected):
         formats.describe(write(tmp_path, **fields), ())
 
 

@@ -127,6 +127,7 @@ def test_only_the_first_problems_are_shown(tmp_path):
 def test_an_output_is_never_overwritten(command, tmp_path, capsys):
     (tmp_path / "there.jsonl").write_text("kept")
     cases = {
+        tmp_path / "answers.csv": "lines of JSON are written; name it .jsonl",
         tmp_path / "there.jsonl": "already exists; remove it, or name another",
         tmp_path / "none" / "x.jsonl": "its directory is missing or not writable",
     }

@@ -13,7 +13,7 @@ from lora_jax import data, formats
 from lora_jax.cli import main, train_main
 from lora_jax.config import UserError
 from lora_jax.formats.fingerprint import tokenizer_digest
-from lora_jax.train import sets
+from lora_jax.train import sets, warn
 from lora_jax.train.metrics import read_lines
 
 from .conftest import make_config, write_rows, write_tokenizer
@@ -293,7 +293,10 @@ def test_overlap_is_kept_or_dropped(read, tmp_path):
     options = (f"data.train={train}", f"data.eval={held}")
     told = read(*options)
     assert len(told.held_out["task"].examples) == len(told.held_out["task"].rows) == 3
+    (warning,) = warn._of_overlap(told.train, told.held_out)
+    assert warning.startswith("2 of 3 rows of data.eval are in data.train too")
     dropped = read(*options, "data.drop_overlap=true")
+    assert list(warn._of_overlap(dropped.train, dropped.held_out)) == []
     assert [row.messages[-1]["content"] for row in dropped.held_out["task"].rows] == ["another"]
     assert len(dropped.held_out["task"].examples) == 1
     assert dropped.printed[-1] == "data.eval: 2 rows left out, as they are in data.train too"
