@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +142,19 @@ def test_export_from_the_checkpoint_is_what_the_run_wrote(run, tmp_path, kind, m
     assert hashes(target) == hashes(run.path / made)
     assert main(command) == 2  # what is there is never overwritten
     assert hashes(target) == hashes(run.path / made)
+
+
+def test_the_export_of_a_run_that_is_not_finished_says_so(run, tmp_path, capsys):
+    part = tmp_path / "part"
+    shutil.copytree(run.path, part)
+    command = ["export", "--run", str(part), "--format", "peft", "--output"]
+    for name, finished in (("whole", True), ("early", False)):
+        if not finished:
+            (part / "summary.json").unlink()
+        capsys.readouterr()
+        assert main([*command, str(tmp_path / name)]) == 0
+        printed = "".join(capsys.readouterr()).replace("\n", " ")
+        assert ("is not finished: this is its checkpoint of step 50" in printed) != finished
 
 
 def test_generate_gives_the_trained_answers(run, files, capsys):
