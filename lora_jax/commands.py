@@ -405,9 +405,15 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a .txt file with a prompt per line, a .jsonl file of rows, or - for stdin",
+        help="a .txt file with a prompt per line, a .jsonl, .csv or other file of rows, or - for "
+        "stdin",
     )
     asked.add_argument("--chat", action="store_true", help="chat on the terminal")
+    parser.add_argument(
+        "--prompt-format",
+        metavar="TEXT",
+        help="the user turn from columns of --prompts, '{question}', as data.prompt in training",
+    )
     parser.add_argument(
         "--output", metavar="FILE", help="write answers there, as lines of JSON (.jsonl)"
     )

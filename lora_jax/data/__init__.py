@@ -36,6 +36,7 @@ from .rows import Row as Row
 from .rows import TextRow as TextRow
 from .rows import TokenRow as TokenRow
 from .sources import Rows as Rows
+from .sources import is_data_file as is_data_file
 from .sources import is_hub_name as is_hub_name
 from .sources import parse_record as parse_record
 from .sources import raise_first as raise_first

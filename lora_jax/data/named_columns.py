@@ -18,7 +18,7 @@ _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 def columns(template: str, setting: str) -> tuple[str, ...]:
-    """The columns that data.SETTING names.
+    """The columns that `template`, the value of `setting`, names.
 
     Raises:
         UserError: `template` has braces that are no {column}, {{ or }}.
@@ -26,31 +26,33 @@ def columns(template: str, setting: str) -> tuple[str, ...]:
     return tuple(column for _, column in _pieces(template, setting) if column is not None)
 
 
-def fill(record: dict, key: str, template: str | None) -> str:
+def fill(record: dict, key: str, template: str | None, setting: str | None = None) -> str:
     """`template` with the columns of a record, or its string column `key` where there is none.
+    `setting` is the template's name in messages: data.KEY, unless given.
 
     Raises:
         BadRow: columns that the record does not have, or that cannot be written.
         UserError: as `columns`.
     """
     names = listed([*map(repr, record)])
+    setting = setting or f"data.{key}"
     if template is None:
         if key not in record:
-            raise BadRow(f"no column {key!r}, and data.{key} is not set; the columns are: {names}")
+            raise BadRow(f"no column {key!r}, and {setting} is not set; the columns are: {names}")
         if not isinstance(record[key], str):
-            raise BadRow(f"{key!r} is {kind(record[key])}, not a string; set data.{key}")
+            raise BadRow(f"{key!r} is {kind(record[key])}, not a string; set {setting}")
         return record[key]
     if template in record:  # else every row would have the column's name for its text
-        raise BadRow(f"data.{key}={template!r} is a column's name: write {{{template}}}")
+        raise BadRow(f"{setting}={template!r} is a column's name: write {{{template}}}")
     filled = ""
-    for text, column in _pieces(template, key):
+    for text, column in _pieces(template, setting):
         if column is not None and column not in record:
             hint = nearest(column[:100], map(str, record))
             raise BadRow(
-                f"data.{key} names {{{printable(column)}}}; the columns are: {names}.{hint}"
+                f"{setting} names {{{printable(column)}}}; the columns are: {names}.{hint}"
             )
         if column is not None and key == "completion" and record[column] is None:
-            raise BadRow(f"column {column!r} of data.completion is null: nothing to learn from")
+            raise BadRow(f"column {column!r} of {setting} is null: nothing to learn from")
         filled += text if column is None else text + _rendered(record[column], column)
     return filled
 
@@ -69,7 +71,7 @@ def _pieces(template: str, setting: str) -> tuple[tuple[str, str | None], ...]:
             text = ""
         else:
             raise UserError(
-                f"data.{setting}={printable(repr(template))} has {printable(found[0])!r}, which is "
+                f"{setting}={printable(repr(template))} has {printable(found[0])!r}, which is "
                 "no {column}: a column's name alone stands in braces, without . [ ] ! or :, and a "
                 "brace of the text is written {{ or }}"
             )

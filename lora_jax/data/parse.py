@@ -89,7 +89,8 @@ def parse_rows(
     given = {key: value for key, value in record.items() if value is not None}
     if prompt is not None or completion is not None:
         messages = _turns((fill(record, "prompt", prompt), fill(record, "completion", completion)))
-        named = {*columns(prompt or "", "prompt"), *columns(completion or "", "completion")}
+        named = {*columns(prompt or "", "data.prompt")}
+        named |= {*columns(completion or "", "data.completion")}
         context = {key: given[key] for key in _CONTEXT if key in given and key not in named}
         return (_conversation(messages, context, where),)
     if "input_ids" in given:

@@ -79,7 +79,7 @@ def read(
             `completion`; bad records, or under "drop" nothing else: the first ten, each beginning
             with its file and line, and the number of the others.
     """
-    for setting, template in (("prompt", prompt), ("completion", completion)):
+    for setting, template in (("data.prompt", prompt), ("data.completion", completion)):
         if template is not None:
             columns(template, setting)
     if parse is None:
@@ -136,6 +136,11 @@ def records(source: str | Path, start: int = 0) -> Iterator[Record]:
 def is_hub_name(source: str) -> bool:
     """Return True if `source` is org/name[/CONFIG][:SPLIT], and no file or directory."""
     return _HUB_NAME.fullmatch(source) is not None and not os.path.exists(source)
+
+
+def is_data_file(path: Path) -> bool:
+    """Return True if the name of a file ends as one of records does."""
+    return _suffix(path) != ""
 
 
 def source_files(source: str | Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """A conversation on a terminal, or over a pipe: a line in, an answer out."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Generator
 from typing import TextIO
@@ -59,7 +60,11 @@ class Chat:
 
 
 def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = None) -> None:
-    """Read lines and answer them until /quit or the end of stdin."""
+    """Read lines and answer them until /quit or the end of stdin. Ctrl-C stops an answer, as often
+    as it is pressed.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     source: TextIO = sys.stdin if stdin is None else stdin
     target: TextIO = sys.stdout if stdout is None else stdout
     terminal = source.isatty()

@@ -30,7 +30,9 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     asked: list[Prompt] = []
     if options.prompts is not None:
-        asked = prompts.read_prompts(options.prompts)
+        asked = prompts.read_prompts(options.prompts, options.prompt_format)
+    elif options.prompt_format is not None:
+        raise UserError("--prompt-format is for the columns of --prompts, which is not given")
     elif not options.chat:
         asked = [prompts.of_text(text, "--prompt") for text in options.prompt]
     reader = open_reader(

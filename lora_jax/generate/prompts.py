@@ -1,10 +1,12 @@
 """Prompts from a file or stdin, and their answers as lines of JSON.
 
-    reader.txt      a prompt per line; empty lines are left out
-    reader.jsonl    {"prompt": ..}, {"messages": [..]} or another form of a training row; a last
+    prompts.txt     a prompt per line; empty lines are left out
+    prompts.jsonl   {"prompt": ..}, {"messages": [..]} or another form of a training row; a last
                     assistant turn, a completion or an output is the answer, and is not read
+    prompts.csv     the same in columns; also .json, .tsv, .parquet and .arrow
 
-Stdin, and files with another ending, are lines of JSON if the first is an object.
+With `prompt_format`, "{question}", the user turn is made of columns as `data.prompt` makes it in
+training. Stdin, and files with another ending, are lines of JSON if the first is an object.
 """
 
 import json
@@ -16,9 +18,11 @@ from typing import Any, TextIO
 from lora_jax import data
 from lora_jax.config import UserError, expand, raise_all, read_text
 from lora_jax.config.text import BadJSON, parse_json
+from lora_jax.data.named_columns import fill
+from lora_jax.data.rows import kind, listed
 from lora_jax.generate.answer import Reader, Writer
 
-_TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+_FORMS = ("messages", "conversations", "prompt", "instruction", "text", "input_ids")
 _WINDOW = 16  # batches that are sorted by length together, and written in their order
 _SHORTEST = 64
 _SHOWN = 10  # problems
@@ -61,56 +65,82 @@ def of_text(text: str, where: str) -> Prompt:
     return Prompt(data.Row(turns, where), text)
 
 
-def read_prompts(name: str, stdin: TextIO | None = None) -> list[Prompt]:
+def read_prompts(
+    name: str, prompt_format: str | None = None, stdin: TextIO | None = None
+) -> list[Prompt]:
     """Read the prompts of a file, or of stdin for "-".
 
     Raises:
-        UserError: the file cannot be read, is of another kind or has no prompt; lines that are no
-            prompts, the first ten with their places.
+        UserError: the file cannot be read or has no prompt; `prompt_format` is malformed, or given
+            with lines of text; records that are no prompts, the first ten with their places.
     """
-    if name == "-":
-        where, ending = "stdin", ""
-        try:
-            text = (stdin or sys.stdin).read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"stdin is not UTF-8: {error}") from error
-    else:
-        file = expand(name, "--prompts")
-        where, ending, text = name, file.suffix, read_text(file)
-    if ending in _TABLES:
-        raise UserError(f"--prompts {name}: prompts are lines of a .txt or a .jsonl file")
-    lines = [(f"{where}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"--prompts {where} has no prompt")
-    is_json = ending == ".jsonl" or (ending != ".txt" and lines[0][1].lstrip().startswith("{"))
     prompts, problems = [], []
-    for place, line in lines:
+    for where, record, problem in _records(name, prompt_format, stdin or sys.stdin):
         try:
-            prompts.append(_parse(line, place) if is_json else of_text(line.strip("\r"), place))
+            if problem is not None:
+                raise data.BadRow(problem)
+            is_prompt = isinstance(record, Prompt)
+            prompts.append(record if is_prompt else _parse(record, where, prompt_format))
         except data.BadRow as error:
-            problems.append(f"{place}: {error}")
-    if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"... and {len(problems) - _SHOWN} more"]
-    raise_all(problems)
+            problems.append(f"{where}: {error}")
+    data.raise_first(problems, _SHOWN)
     return prompts
 
 
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        record = parse_json(line)
-    except BadJSON as error:
-        raise data.BadRow(f"invalid JSON: {error.problem}") from error
+def _records(name: str, prompt_format: str | None, stdin: TextIO) -> Iterator[data.Record]:
+    """The records of a file of data, or of lines: `Prompt`s where they are no JSON."""
+    if prompt_format is not None:
+        data.columns(prompt_format, "--prompt-format")
+    file = None if name == "-" else expand(name, "--prompts")
+    if file is not None and data.is_data_file(file):
+        yield from data.records(file)
+        return
+    if file is None:
+        where, ending = "stdin", ""
+        try:
+            text = stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not UTF-8: {error}") from error
+    else:
+        where, ending, text = name, file.suffix, read_text(file)
+    lines = [(f"{where}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {where} has no prompt")
+    if ending == ".txt" or not lines[0][1].lstrip().startswith("{"):
+        if prompt_format is not None:
+            raise UserError(f"--prompt-format is for columns, and {where} has lines of text")
+        yield from ((place, of_text(line.strip("\r"), place), None) for place, line in lines)
+        return
+    for place, line in lines:
+        try:
+            yield place, parse_json(line), None
+        except BadJSON as error:
+            yield place, None, f"invalid JSON: {error.problem}"
+
+
+def _parse(record: Any, where: str, prompt_format: str | None) -> Prompt:
     if not isinstance(record, dict):
-        raise data.BadRow("a line must be a JSON object")
-    row = data.parse_row(_with_answer(record), where)
+        raise data.BadRow(f"a prompt must be an object, not {kind(record)}")
+    if prompt_format is not None:
+        fill(record, "prompt", prompt_format, "--prompt-format")
+        row = data.parse_row(record, where, prompt=prompt_format, completion="the answer")
+    elif not any(record.get(key) is not None for key in _FORMS):
+        example = f"{{{next(iter(record), 'question')}}}"
+        raise data.BadRow(
+            "a prompt needs 'prompt', 'messages', 'conversations' or 'instruction', or name its "
+            f"columns: --prompt-format {example!r}; its keys: {listed([*map(repr, record)])}"
+        )
+    else:
+        row = data.parse_row(_with_answer(record), where)
     if not isinstance(row, data.Row):
         raise data.BadRow("a text has no answer; give 'prompt' or 'messages'")
     if not row.prompt:
         raise data.BadRow("the conversation begins with its answer, and there is no prompt")
     turns = (*row.prompt, {"role": "assistant", "content": ""})
     asked = data.Row(turns, where, row.tools, row.chat_template_kwargs)
-    given = record.get("prompt", record.get("messages", record.get("conversations")))
-    given = given if isinstance(given, str) else [dict(turn) for turn in row.prompt]
+    given = [dict(turn) for turn in row.prompt]
+    if prompt_format is not None or isinstance(record.get("prompt"), str):
+        given = str(given[-1]["content"])
     return Prompt(asked, given, record.get("id"))
 
 

@@ -341,7 +341,7 @@ def test_rows_that_do_not_fit_the_named_columns(record, templates, message):
 )
 def test_templates_with_other_braces(template):
     with pytest.raises(UserError, match=r"data\.prompt='.*no \{column\}.*written \{\{ or \}\}"):
-        columns(template, "prompt")
+        columns(template, "data.prompt")
     with pytest.raises(UserError, match=r"data\.completion="):
         parse_row({"a": "b", "prompt": "q"}, "f:1", completion=template)
 

@@ -97,14 +97,17 @@ def test_draws_repeat_and_do_not_depend_on_the_batch(command, tmp_path, capsys):
     ("name", "content", "expected"),
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: invalid JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n\n[1]\n', "p.jsonl:3: a line must be a JSON object"),
+        ("p.jsonl", '{"prompt": "a"}\n\n[1]\n', "p.jsonl:3: a prompt must be an object, not a list"),
         ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: 'prompt' is a number"),
-        ("p.jsonl", '{"question": "a"}\n', "p.jsonl:1: a row needs 'messages'"),
+        ("p.jsonl", '{"question": "a"}\n', "--prompt-format '{question}'; its keys: 'question'"),
+        ("p.jsonl", '"a"\n', "p.jsonl:1: a prompt must be an object, not a string"),
         ("p.jsonl", '{"text": "a"}\n', "p.jsonl:1: a text has no answer"),
         ("p.jsonl", '{"messages": []}\n', "p.jsonl:1: "),
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', "begins with its"),
         ("p.txt", "\n \n", "p.txt has no prompt"),
-        ("p.csv", "a,b\n", "prompts are lines of a .txt or a .jsonl file"),
+        ("p.csv", "a,b\n", "p.csv:1: the file holds no rows"),
+        ("p.csv", "a,b\n1,2\n", "p.csv:2: a prompt needs 'prompt', 'messages'"),
+        ("p.csv", "prompt,b\n1\n", "p.csv:2: 1 fields, and the header has 2"),
         ("none.txt", None, "none.txt cannot be read: No such file"),
     ],
 )
@@ -116,12 +119,40 @@ def test_prompts_that_are_none(command, tmp_path, capsys, name, content, expecte
     assert expected in capsys.readouterr().err and not output.exists()
 
 
+def test_prompts_from_columns(command, answers, tmp_path, capsys):
+    table, rows = tmp_path / "asked.csv", tmp_path / "asked.jsonl"
+    halves = [text.partition(" ")[::2] for text in WORDS]
+    table.write_text("first,rest,id\n" + "".join(f"{a},{b},{a}\n" for a, b in halves))
+    rows.write_text("".join(json.dumps({"question": text}) + "\n" for text in WORDS))
+    plain = tmp_path / "plain.csv"
+    plain.write_text("\n".join(["prompt", *WORDS]))
+    for file, prompt_format in ((rows, "{question}"), (table, "{first} {rest}"), (plain, None)):
+        added = [] if prompt_format is None else ["--prompt-format", prompt_format]
+        assert main([*command, "--prompts", str(file), *added]) == 0
+        found = lines(capsys.readouterr().out)
+        assert [line["prompt"].rstrip() for line in found] == WORDS
+        if file != table:  # which has a space after the short ones
+            assert [line["answer"] for line in found] == answers
+    text = tmp_path / "p.txt"
+    text.write_text("a\n")
+    cases = {
+        (str(rows), "{qestion}"): "--prompt-format names {qestion}; the columns are: 'question'",
+        (str(rows), "{a.b}"): "--prompt-format='{a.b}' has '{a.b}', which is no {column}",
+        (str(text), "{a}"): "--prompt-format is for columns, and",
+    }
+    for (file, prompt_format), expected in cases.items():
+        assert main([*command, "--prompts", file, "--prompt-format", prompt_format]) == 2
+        assert expected in capsys.readouterr().err
+    assert main([*command, "--prompt", "a", "--prompt-format", "{a}"]) == 2
+    assert "--prompt-format is for the columns of --prompts" in capsys.readouterr().err
+
+
 def test_only_the_first_problems_are_shown(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text("[]\n" * 30)
     with pytest.raises(UserError) as raised:
         prompts.read_prompts(str(file))
-    assert str(raised.value).count("a line must be") == 10 and "20 more" in str(raised.value)
+    assert str(raised.value).count("a prompt must be") == 10 and "20 more" in str(raised.value)
 
 
 def test_an_output_is_never_overwritten(command, tmp_path, capsys):
@@ -265,20 +296,25 @@ def test_a_conversation_on_a_terminal(files):
     os.close(follower)
     seen = ""
 
-    def wait_for(count):
+    def wait_for(count, key=b""):
+        """Wait for a prompt. The key may come just before the terminal waits for one: it is pressed
+        again.
+        """
         nonlocal seen
         until = time.monotonic() + 120
         while seen.count("> ") < count and time.monotonic() < until:
-            if select.select([leader], [], [], 1)[0]:
+            if select.select([leader], [], [], 1.5)[0]:
                 seen += os.read(leader, 4096).decode(errors="replace")
+            elif key:
+                os.write(leader, key)
         assert seen.count("> ") >= count, seen
 
     wait_for(1)
-    os.write(leader, b"\x03")
-    wait_for(2)
+    for count in (2, 3, 4):  # also after the second that tells repetitions of one Ctrl-C
+        wait_for(count, b"\x03")
     os.write(leader, b"one\n")
-    wait_for(3)
+    wait_for(5)
     os.write(leader, b"\x04")
     assert process.wait(60) == 0
     os.close(leader)
-    assert seen.count(chat.HELP) == 2
+    assert seen.count(chat.HELP) == 4
