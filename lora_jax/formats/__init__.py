@@ -21,6 +21,7 @@ from lora_jax.formats.peft import peft_problems as peft_problems
 from lora_jax.formats.peft import read_adapter as read_adapter
 from lora_jax.formats.peft import read_fingerprint as read_fingerprint
 from lora_jax.formats.peft import read_stops as read_stops
+from lora_jax.formats.peft import read_system_prompt as read_system_prompt
 from lora_jax.formats.peft import read_template_kwargs as read_template_kwargs
 from lora_jax.formats.peft import serving_problems as serving_problems
 from lora_jax.formats.peft import write_adapter as write_adapter

@@ -293,6 +293,20 @@ def read_template_kwargs(directory: str | Path) -> dict[str, Any]:
     return _recorded(directory, "chat_template_kwargs")
 
 
+def read_system_prompt(directory: str | Path) -> str | None:
+    """Read the `data.system_prompt` that the adapter was trained with; None if there was none, or
+    none is recorded.
+
+    Raises:
+        UserError: lora_jax.json is damaged.
+    """
+    file = expand(directory) / "lora_jax.json"
+    stored = read_json(file).get("system_prompt") if exists(file) else None
+    if not isinstance(stored, str | None):
+        raise UserError(f"{file} is damaged: system_prompt={stored!r} must be a text")
+    return stored
+
+
 def _recorded(directory: Path, name: str) -> dict[str, Any]:
     file = directory / "lora_jax.json"
     if not exists(file):

@@ -139,6 +139,12 @@ def open_reader(
             prints = fingerprint.take(source, tokenizer, template)
             fingerprint.check(stored, prints, adapter, allow_change)
         arguments = formats.read_template_kwargs(directory) | arguments
+        trained = formats.read_system_prompt(directory)
+        if trained is not None and system_prompt is None:
+            hosts.note(
+                f"{adapter} was trained with a system prompt, and is asked without one: "
+                f"--system-prompt {shown(repr(trained))} gives it"
+            )
         known += formats.read_stops(directory)
     return Reader(
         model=described,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,12 +58,8 @@ def compare(
         found[path] = formats.read_adapter(directory, model.params, model)
         stored = formats.read_fingerprint(directory)
         fingerprint.check(stored, prints, path, allow_change)
-        trained, here = formats.read_template_kwargs(directory), config.data.chat_template_kwargs
-        if trained != here:
-            console.print(
-                f"note: {path} was trained with data.chat_template_kwargs={trained}, and is "
-                f"measured with {here}"
-            )
+        if stored:  # else it is another tool's, which records neither
+            _note_prompt(console, path, directory, config)
     encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     with display.phase("reading the data"):
         held_out = sets.read_held_out(config, encoder)
@@ -100,3 +97,16 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for row in rows:
         table.add_row(row["adapter"], *(f"{x:.4f}" for key, x in row.items() if key != "adapter"))
     console.print(table)
+
+
+def _note_prompt(console: Console, path: str, directory: Path, config: Config) -> None:
+    """Say so if the adapter was trained with another prompt than it is measured with."""
+    pairs: dict[str, Any] = {"chat_template_kwargs": formats.read_template_kwargs(directory)}
+    if (system := formats.read_system_prompt(directory)) is not None:
+        pairs["system_prompt"] = system
+    for name, trained in pairs.items():
+        if trained != (here := getattr(config.data, name)):
+            console.print(
+                f"note: {path} was trained with data.{name}={trained!r}, and is measured with "
+                f"{here!r}"
+            )

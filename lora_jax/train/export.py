@@ -74,6 +74,7 @@ def export_peft(
             "versions": versions(),
             "seed": config.seed,
             "chat_template_kwargs": config.data.chat_template_kwargs,
+            "system_prompt": config.data.system_prompt,
             **({"eos_token_id": sorted(stops)} if stops else {}),
         },
         profile=profile,

@@ -90,3 +90,29 @@ def test_eval_uses_those_of_the_config_and_tells_a_difference(trained, files, as
         assert asked and all(options == {"mode": mode} for options in asked)
         assert console.file.getvalue().count("was trained with data.chat_template_kwargs") == notes
         asked.clear()
+
+
+def test_a_system_prompt_that_is_missing_is_told(trained, files, tmp_path, caplog):
+    """An adapter asked or measured without the system prompt of its training is out of its task."""
+    adapter, settings = trained
+    output = f"output_dir={tmp_path / 'out'}"
+    own = [*settings, output, "data.system_prompt=Be brief: {x}"]
+    assert train_main(["--config", str(files / "run.yaml"), *own]) == 0
+    made = str(tmp_path / "out" / "adapter")
+    command = ["generate", "--model", str(files / "model"), "--prompt", "one"]
+    command += ["--max-new-tokens", "1", "--chat-template", str(adapter.parent.parent)]
+    command[-1] += "/mode.jinja"
+    told = "was trained with a system prompt, and is asked without one: --system-prompt 'Be brief"
+    for options, count in (
+        (["--adapter", made], 1),
+        (["--adapter", made, "--system-prompt", "Be brief: {x}"], 0),
+        (["--adapter", str(adapter)], 0),
+    ):
+        caplog.clear()
+        assert main([*command, *options]) == 0
+        assert caplog.text.count(told) == count
+    for prompt, count in (("Be brief: {x}", 0), ("Other", 1)):
+        options = [*settings, f"data.eval={files / 'rows.jsonl'}", f"data.system_prompt={prompt}"]
+        console = Console(file=io.StringIO(), width=300)
+        compare(configs.load(files / "run.yaml", options), [made], console)
+        assert console.file.getvalue().count("was trained with data.system_prompt=") == count
