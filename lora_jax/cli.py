@@ -50,15 +50,23 @@ def _style(command: Command) -> dict[str, Any]:
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """As `parse_args`, with overrides in several places; argparse takes those of the first only."""
-    for text in sys.argv[1:] if arguments is None else arguments:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for text in given:
         if not _is_text(text):
             parser.error(
                 f"the argument {shown(repr(text))} is not {sys.getfilesystemencoding()} text"
             )
-    options, rest = parser.parse_known_args(arguments)
+    for before, text in zip(["", *given], given, strict=False):
+        if text.endswith((".yaml", ".yml")) and "=" not in text and not before.startswith("-"):
+            parser.error(f"{text} stands alone; write --config {text}")
+    options, rest = parser.parse_known_args(given)
     strange = [text for text in rest if text.startswith("-") or "=" not in text]
     if strange or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+        hint = "; settings are given as section.key=value, such as train.steps=10"
+        parser.error(
+            f"unrecognized arguments: {' '.join(strange or rest)}"
+            f"{hint if hasattr(options, 'overrides') else ''}"
+        )
     options.overrides = [*getattr(options, "overrides", ()), *rest]
     return options
 

@@ -144,23 +144,30 @@ def check_keys(given: Mapping[str, Any], known: Collection[str]) -> None:
 def describe_problems(problems: Sequence[tuple[str, str | BadRow]]) -> list[str]:
     """Return the problems of records, each after its place, as (place, problem) pairs name them.
 
-    Unknown keys come first, in one line of each kind however many records have them.
+    A problem that several records have is one line, and so are unknown keys of a kind, which come
+    first.
     """
-    lines = [f"{where}: {found}" for where, found in problems if not isinstance(found, UnknownKeys)]
+    alike: dict[str, list[str]] = {}
     unknown: dict[str, list[tuple[str, UnknownKeys]]] = {}
     for where, found in problems:
         if isinstance(found, UnknownKeys):
             unknown.setdefault(found.about, []).append((where, found))
+        else:
+            alike.setdefault(str(found), []).append(where)
+    lines = [f"{_places(places)}: {text}" for text, places in alike.items()]
     return [*map(_in_one_line, unknown.values()), *lines]
 
 
 def _in_one_line(unknown: Sequence[tuple[str, UnknownKeys]]) -> str:
-    first, found = unknown[0]
+    found = unknown[0][1]
     keys = [key for _, one in unknown for key in one.keys]
     every = UnknownKeys(keys, found.known, found.about, found.remedy)
-    more = len(unknown) - 1
-    rows = f" and {more} more row{'s' * (more > 1)}" if more else ""
-    return f"{first}{rows}: {every}"
+    return f"{_places([where for where, _ in unknown])}: {every}"
+
+
+def _places(places: Sequence[str]) -> str:
+    more = len(places) - 1
+    return places[0] + (f" and {more} more row{'s' * (more > 1)}" if more else "")
 
 
 # Keys that a chat template may read

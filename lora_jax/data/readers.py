@@ -76,12 +76,16 @@ def _parse(data: bytes) -> tuple[Any, str | None, int]:
         return parse_json(data.decode("utf-8")), None, 1
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        return None, f"invalid UTF-8 (byte 0x{data[error.start]:02x})", line
+        return None, _not_utf8(data[error.start]), line
     except BadJSON as error:
         if b"\0" in data:
             return None, _NULL_BYTES, data.count(b"\n", 0, data.index(b"\0")) + 1
         place = "" if error.column is None else f" at column {error.column}"
         return None, f"invalid JSON: {error.problem}{place}", error.line or 1
+
+
+def _not_utf8(byte: int) -> str:
+    return f"invalid UTF-8 (byte 0x{byte:02x}, which is {chr(byte)!r} in Latin-1): save it as UTF-8"
 
 
 def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
@@ -100,6 +104,12 @@ def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
                 repeated = [repr(field) for field, count in Counter(fields).items() if count > 1]
                 if not problem and repeated:
                     problem = f"the header has a column twice: {printable(', '.join(repeated))}"
+                others = [mark for mark in ",;\t|" if len(fields) == 1 and mark in fields[0]]
+                if others:
+                    problem = (
+                        f"one column, {printable(repr(fields[0]))}: the fields are separated by "
+                        f"{others[0]!r}; save it with commas as .csv, or with tabs as .tsv"
+                    )
                 if problem:
                     raise UserError(f"{where}: {problem}")
                 header = fields or None  # an empty line is none
@@ -133,7 +143,7 @@ def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
         try:
             field.encode("utf-8")
         except UnicodeEncodeError as error:  # a byte that `surrogateescape` has carried here
-            return fields, f"invalid UTF-8 (byte 0x{ord(field[error.start]) - 0xDC00:02x})"
+            return fields, _not_utf8(ord(field[error.start]) - 0xDC00)
     return fields, None
 
 

@@ -74,7 +74,8 @@ def read_prompts(
         UserError: the file cannot be read or has no prompt; `prompt_format` is malformed, or given
             with lines of text; records that are no prompts, the first ten with their places.
     """
-    prompts, problems = [], []
+    prompts: list[Prompt] = []
+    problems: list[tuple[str, str | data.BadRow]] = []
     for where, record, problem in _records(name, prompt_format, stdin or sys.stdin):
         try:
             if problem is not None:
@@ -82,8 +83,8 @@ def read_prompts(
             is_prompt = isinstance(record, Prompt)
             prompts.append(record if is_prompt else _parse(record, where, prompt_format))
         except data.BadRow as error:
-            problems.append(f"{where}: {error}")
-    data.raise_first(problems, _SHOWN)
+            problems.append((where, error))
+    data.raise_first(data.describe_problems(problems), _SHOWN)
     return prompts
 
 

@@ -137,7 +137,7 @@ def test_files_without_rows(tmp_path, name, content):
         ),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n\n"\xff"\n', "a.jsonl:3: invalid UTF-8"),
         ("a.json", b'[\n{"prompt": "a",\n "completion": }]', "a.json:3: invalid JSON"),
-        ("a.json", b'[\n\n"\xff"]', "a.json:3: invalid UTF-8 (byte 0xff)"),
+        ("a.json", b'[\n\n"\xff"]', "a.json:3: invalid UTF-8 (byte 0xff, which is 'ÿ'"),
         ("a.json", b'{"prompt": "a"}\n{}', "Then the file's name must end in .jsonl"),
         ("a.json", b'{"rows": []}', "a.json:1: the file must hold a list of objects"),
         ("a.json", b'{"data": 3}', 'or {"data": [...]}, not a number'),
@@ -155,12 +155,20 @@ def test_unreadable_files(tmp_path, name, content, message):
 
 def test_ten_problems_and_the_count_of_the_rest(tmp_path):
     good = {"prompt": "q", "completion": "a"}
-    lines = error_of(write(tmp_path / "r.jsonl", good, *[{}] * 12, good)).splitlines()
+    bad = [{f"key{n}": "x"} for n in range(12)]
+    lines = error_of(write(tmp_path / "r.jsonl", good, *bad, good)).splitlines()
     assert len(lines) == 11
     assert [line.split(": ")[0] for line in lines[:10]] == [f"r.jsonl:{n}" for n in range(2, 12)]
     assert lines[10] == "... and 2 more problems"
-    assert len(error_of(write(tmp_path / "s.jsonl", *[{}] * 10)).splitlines()) == 10
-    assert error_of(write(tmp_path / "t.jsonl", *[{}] * 11)).endswith("... and 1 more problem")
+    assert len(error_of(write(tmp_path / "s.jsonl", *bad[:10])).splitlines()) == 10
+    assert error_of(write(tmp_path / "t.jsonl", *bad[:11])).endswith("... and 1 more problem")
+
+
+def test_a_problem_of_many_records_is_told_once(tmp_path):
+    records = [*[{"question": "q"}] * 12, {"prompt": 3, "completion": "a"}, {"question": "r"}]
+    first, second = error_of(write(tmp_path / "r.jsonl", *records)).splitlines()
+    assert first.startswith("r.jsonl:1 and 12 more rows: a row needs 'messages'")
+    assert second.startswith("r.jsonl:13: 'prompt' is a number")
 
 
 FUZZ = settings(
@@ -241,9 +249,9 @@ def test_bad_rows_can_be_dropped_but_not_all_of_them(tmp_path):
     assert found.dropped == 3
     assert len(error_of(path).splitlines()) == 3
     write(path, *[{"input_ids": [1, 2], "labels": [-100, -100]}] * 12)
-    lines = error_of(path, on_bad_row="drop").splitlines()
-    assert lines[0] == "r.jsonl:1: no token after the first is supervised: nothing to learn from"
-    assert lines[10] == "... and 2 more problems"
+    assert error_of(path, on_bad_row="drop") == (
+        "r.jsonl:1 and 11 more rows: no token after the first is supervised: nothing to learn from"
+    )
     # What is damaged as a whole is an error beside good rows too, and stands before bad ones.
     (tmp_path / "s.json").write_text("[")
     write(path, PAIR, {})
@@ -295,8 +303,13 @@ def test_csv_and_tsv(tmp_path):
         (b"prompt,completion\nq,a\nq\n", "t.csv:3: 1 fields, and the header has 2"),
         (b"prompt,completion\n\nq,a,b\n", "t.csv:3: 3 fields, and the header has 2"),
         (b"prompt,prompt\nq,a\n", "t.csv:1: the header has a column twice: 'prompt'"),
-        (b"prompt,completion\nq,a\n\xe9,a\n", r"t.csv:3: invalid UTF-8 \(byte 0xe9\)"),
-        (b"pr\xffompt,completion\nq,a\n", r"t.csv:1: invalid UTF-8 \(byte 0xff\)"),
+        (
+            b"prompt,completion\nq,a\n\xe9,a\n",
+            "t.csv:3: invalid UTF-8 .byte 0xe9, which is 'é' in L",
+        ),
+        (b"prompt;completion\nq;a\n", "t.csv:1: one column, 'prompt;completion': .* by ';'"),
+        (b"prompt\tcompletion\nq\ta\n", r"t.csv:1: one column, .*separated by '\\t'"),
+        (b"pr\xffompt,completion\nq,a\n", r"t.csv:1: invalid UTF-8 \(byte 0xff, "),
         (b'prompt,completion\n"q"x,a\n', "t.csv:2: invalid CSV: ',' expected after '\"'"),
         (b'prompt,completion\nq,a\n"q,a\nq,a\n', 't.csv:3: a field that begins here with " does'),
         (b'"prompt,completion\nq,a\n', "t.csv:1: invalid CSV: unexpected end of data"),

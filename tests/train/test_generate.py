@@ -97,7 +97,11 @@ def test_draws_repeat_and_do_not_depend_on_the_batch(command, tmp_path, capsys):
     ("name", "content", "expected"),
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: invalid JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n\n[1]\n', "p.jsonl:3: a prompt must be an object, not a list"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n\n[1]\n',
+            "p.jsonl:3: a prompt must be an object, not a list",
+        ),
         ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: 'prompt' is a number"),
         ("p.jsonl", '{"question": "a"}\n', "--prompt-format '{question}'; its keys: 'question'"),
         ("p.jsonl", '"a"\n', "p.jsonl:1: a prompt must be an object, not a string"),
@@ -149,10 +153,12 @@ def test_prompts_from_columns(command, answers, tmp_path, capsys):
 
 def test_only_the_first_problems_are_shown(tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_text("[]\n" * 30)
+    file.write_text("[]\n" * 3 + "".join(f'{{"key{n}": "x"}}\n' for n in range(29)))
     with pytest.raises(UserError) as raised:
         prompts.read_prompts(str(file))
-    assert str(raised.value).count("a prompt must be") == 10 and "20 more" in str(raised.value)
+    lines = str(raised.value).splitlines()
+    assert lines[0].endswith(":1 and 2 more rows: a prompt must be an object, not a list")
+    assert len(lines) == 11 and lines[10] == "... and 20 more problems"
 
 
 def test_an_output_is_never_overwritten(command, tmp_path, capsys):

@@ -478,7 +478,7 @@ def test_malformed_calls_are_bad_rows(read, tmp_path):
     )
     with pytest.raises(UserError) as caught:
         read(f"data.train={source}")
-    assert len(str(caught.value).splitlines()) == 6
+    assert len(str(caught.value).splitlines()) == 5 and "and 1 more row:" in str(caught.value)
 
 
 def test_tables_may_have_dates(read, tmp_path):
