@@ -13,9 +13,10 @@ COMMAND = [sys.executable, "-m", "lora_jax"]
 
 
 def start(*arguments, env=None, command=COMMAND, **options):
-    """The command, with its output in pipes."""
+    """The command, with its output in pipes, and Ctrl-C taken also where the tests ignore it."""
     return subprocess.Popen(
         [*command, *arguments],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env=os.environ | {"PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"} | (env or {}),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
     )

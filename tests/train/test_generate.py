@@ -6,6 +6,7 @@ import logging
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -298,6 +299,7 @@ def test_a_conversation_on_a_terminal(files):
         stderr=follower,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "GLIBC_TUNABLES": ""},
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(follower)
     seen = ""

@@ -119,7 +119,7 @@ def test_rows_that_are_bad_too_long_or_cut(look, write):
     bad = {"prompt": "no answer"}
     rows = [("a", "b"), bad, ("a", "c" * 60), ("p" * 60, "a"), bad]
     source = write("rows.jsonl", *rows)
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: a row needs"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2 and 1 more row: a row needs"):
         look(source)
     cut = look(source, on_bad_row="drop").sets[f"data.train {source}"]
     assert cut.lengths.tolist() == [22, 64]
