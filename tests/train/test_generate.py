@@ -6,7 +6,6 @@ import logging
 import os
 import pty
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -285,9 +284,11 @@ def test_a_turn_that_cannot_be_answered_is_left_out(writer, capsys, monkeypatch)
 def test_a_conversation_on_a_terminal(files):
     """Through a pseudo-terminal: a prompt, an answer, Ctrl-C at the prompt, Ctrl-D."""
     leader, follower = pty.openpty()
-    # Without a controlling terminal of its own, the process would not be sent Ctrl-C.
+    # Without a controlling terminal of its own, or where the tests ignore it, the process would not
+    # take Ctrl-C.
     start = (
-        "import fcntl, runpy, termios\n"
+        "import fcntl, runpy, signal, termios\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
         "runpy.run_module('lora_jax', run_name='__main__')"
     )
@@ -299,7 +300,6 @@ def test_a_conversation_on_a_terminal(files):
         stderr=follower,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "GLIBC_TUNABLES": ""},
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(follower)
     seen = ""
