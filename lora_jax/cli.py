@@ -58,7 +58,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
             )
     for before, text in zip(["", *given], given, strict=False):
         if text.endswith((".yaml", ".yml")) and "=" not in text and not before.startswith("-"):
-            parser.error(f"{text} stands alone; write --config {text}")
+            parser.error(f"{text} is a config file; pass it as --config {text}")
     options, rest = parser.parse_known_args(given)
     strange = [text for text in rest if text.startswith("-") or "=" not in text]
     if strange or (rest and not hasattr(options, "overrides")):

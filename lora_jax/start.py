@@ -31,9 +31,15 @@ def run(name: str) -> NoReturn:
         from lora_jax.train import interrupt
 
         interrupt.leave = os._exit
-        ctrl_c.imported = True
+        ctrl_c.started = True
         status = getattr(cli, name)()
     except KeyboardInterrupt:
+        status = None
+    except Exception:
+        if not ctrl_c.pressed:  # inside an import it can become an error of another kind
+            raise
+        status = None
+    if status is None:
         print("interrupted", file=sys.stderr)
         status = 130
     ctrl_c.leave()
@@ -42,21 +48,21 @@ def run(name: str) -> NoReturn:
 
 class _CtrlC:
     """Ctrl-C as one KeyboardInterrupt. Repetitions within a second do not disturb what it ends; a
-    later one ends the process at once, and so does any before the imports are done: nothing is
-    begun, and inside an import the exception could become another one or be swallowed.
+    later one ends the process at once, and so does any before the command starts, when there is
+    nothing to clean up.
     Where SIGINT is ignored, as in background jobs, it stays so.
     """
 
     def __init__(self) -> None:
         self.pressed: float | None = None
-        self.imported = False
+        self.started = False
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._receive)
             sys.unraisablehook = self._swallowed
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
     def _receive(self, number: int, frame: Any) -> None:
-        if not self.imported or (self.pressed and time.monotonic() - self.pressed >= DELIBERATE):
+        if not self.started or (self.pressed and time.monotonic() - self.pressed >= DELIBERATE):
             os.write(2, b"interrupted\n")
             os._exit(130)
         if self.pressed is None:

@@ -361,10 +361,14 @@ def test_overrides_may_stand_before_between_and_after_options(monkeypatch):
         assert seen[-1].overrides == ["a=1", "b=2", "c=3"]
 
 
-def test_settings_that_look_like_options_and_a_file_that_stands_alone(capsys):
+def test_settings_that_look_like_options_and_a_config_without_its_option(capsys):
     for function, words, expected in (
-        (train_main, "mine.yaml", "mine.yaml stands alone; write --config mine.yaml"),
-        (main, "eval mine.yml a=1 --adapter x", "mine.yml stands alone; write --config mine.yml"),
+        (train_main, "mine.yaml", "mine.yaml is a config file; pass it as --config mine.yaml"),
+        (
+            main,
+            "eval mine.yml a=1 --adapter x",
+            "mine.yml is a config file; pass it as --config mine.yml",
+        ),
         (train_main, "--config c --steps 3", "settings are given as section.key=value, such as"),
     ):
         with pytest.raises(SystemExit):

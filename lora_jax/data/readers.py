@@ -104,8 +104,8 @@ def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
                 repeated = [repr(field) for field, count in Counter(fields).items() if count > 1]
                 if not problem and repeated:
                     problem = f"the header has a column twice: {printable(', '.join(repeated))}"
-                others = [mark for mark in ",;\t|" if len(fields) == 1 and mark in fields[0]]
-                if others:
+                others = [mark for mark in ",;\t|" if mark != delimiter and mark in "".join(fields)]
+                if not problem and len(fields) == 1 and others:
                     problem = (
                         f"one column, {printable(repr(fields[0]))}: the fields are separated by "
                         f"{others[0]!r}; save it with commas as .csv, or with tabs as .tsv"

@@ -142,8 +142,8 @@ def open_reader(
         trained = formats.read_system_prompt(directory)
         if trained is not None and system_prompt is None:
             hosts.note(
-                f"{adapter} was trained with a system prompt, and is asked without one: "
-                f"--system-prompt {shown(repr(trained))} gives it"
+                f"{adapter} was trained with data.system_prompt={shown(repr(trained))}; "
+                "--system-prompt gives it to prompts that have no system turn"
             )
         known += formats.read_stops(directory)
     return Reader(

@@ -123,7 +123,7 @@ def _parse(record: Any, where: str, prompt_format: str | None) -> Prompt:
     if not isinstance(record, dict):
         raise data.BadRow(f"a prompt must be an object, not {kind(record)}")
     if prompt_format is not None:
-        fill(record, "prompt", prompt_format, "--prompt-format")
+        fill(record, "prompt", prompt_format, "--prompt-format")  # its errors name the option
         row = data.parse_row(record, where, prompt=prompt_format, completion="the answer")
     elif not any(record.get(key) is not None for key in _FORMS):
         example = f"{{{next(iter(record), 'question')}}}"

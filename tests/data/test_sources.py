@@ -322,6 +322,12 @@ def test_malformed_tables(tmp_path, content, message):
         read(path)
 
 
+def test_a_column_may_have_the_own_separator_in_its_name(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('"one, two"\nq\n')
+    assert [record for _, record, _ in records(path)] == [{"one, two": "q"}]
+
+
 def test_bad_lines_of_a_table_are_dropped_but_not_the_rest_of_a_file(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b'prompt,completion\n1,a\n"2"x,a\n3\n\xff,a\n5,a\n')

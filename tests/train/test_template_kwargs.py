@@ -102,7 +102,9 @@ def test_a_system_prompt_that_is_missing_is_told(trained, files, tmp_path, caplo
     command = ["generate", "--model", str(files / "model"), "--prompt", "one"]
     command += ["--max-new-tokens", "1", "--chat-template", str(adapter.parent.parent)]
     command[-1] += "/mode.jinja"
-    told = "was trained with a system prompt, and is asked without one: --system-prompt 'Be brief"
+    told = (
+        "was trained with data.system_prompt='Be brief: {x}'; --system-prompt gives it to prompts"
+    )
     for options, count in (
         (["--adapter", made], 1),
         (["--adapter", made, "--system-prompt", "Be brief: {x}"], 0),
