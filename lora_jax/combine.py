@@ -71,7 +71,12 @@ def combine_directories(
     }
     side = next((d for d in directories if (d / "tokenizer_config.json").is_file()), source)
     stops = {token for directory in directories for token in formats.read_stops(directory)}
-    _write(output, spec, model, made, side, prints, report, stops, arguments)
+    systems = {formats.read_system_prompt(directory) for directory in directories}
+    prompt = {
+        "chat_template_kwargs": arguments,
+        "system_prompt": systems.pop() if len(systems) == 1 else None,
+    }
+    _write(output, spec, model, made, side, prints, report, stops, prompt)
     return report
 
 
@@ -197,7 +202,7 @@ def _write(
     prints: Mapping[str, str],
     report: Mapping[str, Any],
     stops: Collection[int] = (),
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     task_type = "SEQ_CLS" if model.labels else "CAUSAL_LM"
     found = find_trainable(model.params, made.config)
@@ -221,7 +226,7 @@ def _write(
             "base_model": spec,
             "fingerprint": dict(prints),
             "combined": dict(report),
-            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            **(prompt or {}),
             **({"eos_token_id": sorted(stops)} if stops else {}),
         },
     )

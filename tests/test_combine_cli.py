@@ -493,23 +493,26 @@ def test_arguments_of_the_chat_template_and_ends_of_answers_go_along(make, run, 
     base, _, adapters = make(TIED, {}, {})
     kwargs, other = {"enable_thinking": False}, {"enable_thinking": True}
 
-    def record(directory, arguments):
+    def record(directory, arguments, system="Be brief."):
         file = directory / "lora_jax.json"
         content = json.loads(file.read_text())
-        file.write_text(json.dumps(content | {"chat_template_kwargs": arguments}))
+        prompt = {"chat_template_kwargs": arguments, "system_prompt": system}
+        file.write_text(json.dumps(content | prompt))
 
     for adapter in adapters:
         record(adapter, kwargs)
     both = ["--model", base, "--adapter", adapters[0], "--adapter", adapters[1], "--output"]
     run(*both, tmp_path / "both")
     assert formats.read_template_kwargs(tmp_path / "both") == kwargs
-    record(adapters[1], other)
+    assert formats.read_system_prompt(tmp_path / "both") == "Be brief."
+    record(adapters[1], other, "Be long.")
     assert main(["combine", *map(str, both), str(tmp_path / "no")]) == 2
     told = capsys.readouterr().err
     assert str(kwargs) in told and str(other) in told and "'template' in allow_change" in told
     assert not (tmp_path / "no").exists()
     run(*both, tmp_path / "first", "--allow-change", "template")
     assert formats.read_template_kwargs(tmp_path / "first") == kwargs
+    assert formats.read_system_prompt(tmp_path / "first") is None
     tuned = shutil.copytree(base, tmp_path / "tuned")
     (tuned / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     weights = load_file(tuned / "model.safetensors")
