@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_jax.config import AdapterConfig as AdapterConfig
     from lora_jax.config import Config as Config
-    from lora_jax.config import UserError as UserError
+    from lora_jax.errors import UserError as UserError
 
 _MODULES = {"lora": "lora_jax.adapters", "formats": "lora_jax.formats"}
-_OF_CONFIG = ("AdapterConfig", "Config", "UserError")
+_NAMES = {"AdapterConfig": "config", "Config": "config", "UserError": "errors"}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +25,6 @@ def __getattr__(name: str) -> Any:
     """
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
-    if name in _OF_CONFIG:
-        return getattr(importlib.import_module("lora_jax.config"), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"lora_jax.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")

@@ -9,7 +9,8 @@ from lora_jax import formats, hosts
 from lora_jax.adapters import combine as methods
 from lora_jax.adapters import extract as extraction
 from lora_jax.adapters.updates import Combined
-from lora_jax.config import UserError, expand, is_directory, raise_all, shown
+from lora_jax.config import expand, is_directory, shown
+from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import card, fingerprint
 from lora_jax.models.common import Model
 from lora_jax.targets import find_trainable

@@ -29,7 +29,7 @@ from xml.etree import ElementTree
 import yaml
 
 from lora_jax.cache import cache_directory
-from lora_jax.config import UserError, nearest
+from lora_jax.errors import UserError, nearest
 
 GENERAL_ROWS = 64
 GENERAL_MIN_CHARS = 40  # shorter answers carry too few tokens to measure a loss on

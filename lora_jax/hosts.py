@@ -32,7 +32,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lora_jax import programs
-from lora_jax.config import HostsConfig, UserError
+from lora_jax.config import HostsConfig
+from lora_jax.errors import UserError
 
 T = TypeVar("T")
 _GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -10,7 +10,7 @@ import time
 
 import regex
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 LONGEST = 20_000  # characters of a pattern
 _NESTED = 6  # counted repeats inside of each other, which `regex` takes for ever to compile

@@ -25,7 +25,7 @@ from typing import Any
 import filelock
 
 from lora_jax.cache import cache_directory
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 LIMIT = 1_000_000_000  # bytes of programs, for a user, on processors of one kind
 _OFF = ("0", "false", "f", "no", "n", "off")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import tree
-from lora_jax.config import UserError, nearest
+from lora_jax.errors import UserError, nearest
 
 SCHEMES = ("int8", "nf4")
 BLOCK = 64  # rows that share a scale

@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.config import MeshConfig, UserError, counted
+from lora_jax.config import MeshConfig
+from lora_jax.errors import UserError, counted
 from lora_jax.tree import (
     Path,
     dotted,

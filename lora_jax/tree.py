@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 Path = tuple[str, ...]
 

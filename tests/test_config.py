@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.config import Config, UserError, dump, load, parse
+from lora_jax.config import Config, dump, load, parse
+from lora_jax.errors import UserError
 
 TEXTS = [
     "Parse: {x} # y",

@@ -13,7 +13,8 @@ import pytest
 from lora_jax import AdapterConfig, Config, lora, tree
 from lora_jax import config as configs
 from lora_jax.adapters import eva
-from lora_jax.config import MeshConfig, TrainConfig, UserError
+from lora_jax.config import MeshConfig, TrainConfig
+from lora_jax.errors import UserError
 from lora_jax.models import describe
 from lora_jax.quantize import quantize_tree
 from lora_jax.sharding import make_mesh

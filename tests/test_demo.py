@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax import demo
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {"usaddress": "usaddress_train.jsonl", "usaddress-test": "usaddress_test.jsonl"}

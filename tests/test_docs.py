@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_jax import commands, reference
 from lora_jax import config as configs
-from lora_jax.config import elsewhere
+from lora_jax.cli import COMMANDS
+from lora_jax.config import elsewhere, reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("configuration.md", "combine.md", "data.md", "pods.md", "troubleshooting.md")
@@ -41,7 +41,7 @@ def unknown_names(text):
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
         words = shlex.split(code) if code.startswith(("lora-jax", "python train.py")) else []
         if words[:1] == ["lora-jax"] and len(words) > 1:
-            wrong += [code] * (words[1] not in commands.COMMANDS)
+            wrong += [code] * (words[1] not in COMMANDS)
         wrong += [code for w in words if w.startswith("--") and w not in options()]
         for word in words[2:] or [code]:
             name = re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)*)(=|: |$)", word)
@@ -53,7 +53,7 @@ def unknown_names(text):
 
 def test_configuration_page_is_up_to_date():
     written = reference.to_markdown(SETTINGS) + "\n"
-    command = "python -m lora_jax.reference > docs/configuration.md"
+    command = "python -m lora_jax.config.reference > docs/configuration.md"
     assert page("configuration.md") == written, f"docs/configuration.md is old: {command}"
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax import formats
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.generate import make_generate
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import kernels
-from lora_jax.config import UserError
-from lora_jax.layers import attention, sights
+from lora_jax.errors import UserError
+from lora_jax.nn import kernels
+from lora_jax.nn.modules import attention, sights
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -7,16 +7,16 @@ import lora_jax
 
 ROOT = Path(lora_jax.__file__).parent
 LAYERS = (
-    ("config", "reference", "tree", "rope", "virtual"),
+    ("errors",),
+    ("config",),
+    ("tree",),
     ("cache",),
     ("demo",),
     ("programs",),
     ("patterns", "quantize"),
-    ("selection",),
     ("targets",),
     ("weights", "sharding", "hosts"),
-    ("kernels",),
-    ("layers",),
+    ("nn",),
     ("models", "adapters", "data"),
     ("formats",),
     (
@@ -62,7 +62,6 @@ LAYERS = (
     ("train.base_scores", "train.export", "train.forecast", "train.session"),
     ("train.compare", "train.dry_run", "train.finished", "train.inspect", "train.trainer"),
     ("train.loop", "plan"),
-    ("commands",),
     ("cli",),
     ("start",),
     ("__main__",),
@@ -128,7 +127,7 @@ def test_the_core_needs_no_oracle_and_data_no_jax():
     assert not {
         module for module, names in tops.items() if names & {"torch", "peft", "bitsandbytes"}
     }
-    light = ("cache", "data", "config", "demo", "commands", "cli", "start")
+    light = ("errors", "cache", "data", "config", "demo", "cli", "start")
     no_jax = {module for module in MODULES if unit_of(module) in light}
     assert not {module for module in no_jax if tops[module] & {"jax", "flax", "optax", "orbax"}}
     for module in MODULES:
@@ -136,6 +135,7 @@ def test_the_core_needs_no_oracle_and_data_no_jax():
             assert {unit_of(name) for name in own_imports(module)} <= {
                 "cache",
                 "config",
-                "demo",
                 "data",
+                "demo",
+                "errors",
             }

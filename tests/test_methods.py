@@ -14,7 +14,7 @@ import pytest
 
 from lora_jax import AdapterConfig, Config, lora, tree
 from lora_jax.adapters import dora
-from lora_jax.adapters import lora as low_rank
+from lora_jax.adapters import low_rank as low_rank
 from lora_jax.adapters.inits import draw
 from lora_jax.config import TrainConfig
 from lora_jax.models import describe

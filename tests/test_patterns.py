@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from lora_jax import AdapterConfig, UserError, selection
+from lora_jax import AdapterConfig, UserError
 from lora_jax.models import describe
 from lora_jax.patterns import Pattern
-from lora_jax.selection import matches, pattern_values
-from lora_jax.targets import find_trainable
+from lora_jax.targets import find_trainable, match
+from lora_jax.targets.match import matches, pattern_values
 
 from .methods import TINY
 
@@ -101,7 +101,7 @@ def test_entries_are_paths_or_ends_of_them():
 
 
 def test_a_long_pattern_is_cut_in_messages():
-    problems = list(selection._entry_problems("x", "(a|b)*c" * 300, ["q_proj"], ["q_proj"]))
+    problems = list(match._entry_problems("x", "(a|b)*c" * 300, ["q_proj"], ["q_proj"]))
     assert "matches no weight" in problems[0] and len(problems[0]) < 700
 
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from lora_jax.cli import main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats import push
 from lora_jax.train import export
 

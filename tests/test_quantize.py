@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax import quantize as q
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 VALUES = np.float32(q.NF4_VALUES)
 MIDDLES = (VALUES[:-1] + VALUES[1:]) / 2

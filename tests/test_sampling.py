@@ -8,7 +8,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lora_jax import formats
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.generate import Sampling, make_generate, make_stream
 from lora_jax.generate.sampling import keep_likely, sample
 

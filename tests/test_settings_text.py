@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from lora_jax import AdapterConfig
-from lora_jax.config import Config, UserError, dump, find_unused, load, parse
+from lora_jax.config import Config, dump, find_unused, load, parse
+from lora_jax.errors import UserError
 
 
 @pytest.fixture

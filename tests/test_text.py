@@ -13,8 +13,9 @@ import pytest
 
 from lora_jax import cli, data, formats
 from lora_jax import config as configs
-from lora_jax.config import UserError, expand, is_directory, is_file, read_json, read_text
+from lora_jax.config import expand, is_directory, is_file, read_json, read_text
 from lora_jax.config.text import JSON_LIMIT, TEXT_LIMIT, exists
+from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
 
 from .train.conftest import CHATML, write_model

@@ -12,8 +12,8 @@ import pytest
 from lora_jax import AdapterConfig, Config, UserError, lora
 from lora_jax.config import TrainConfig
 from lora_jax.models import describe
-from lora_jax.selection import matches, pattern_values
 from lora_jax.targets import find_targets
+from lora_jax.targets.match import matches, pattern_values
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
 from lora_jax.tree import (

@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import eva, full, lora, prompt
+from lora_jax.adapters import eva, full, low_rank, prompt
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
-from lora_jax.config import DATA_INITS, SOFT, AdapterConfig, UserError
+from lora_jax.config import DATA_INITS, SOFT, AdapterConfig
+from lora_jax.errors import UserError
+from lora_jax.nn.virtual import Virtual
 from lora_jax.quantize import SCHEMES, check_scheme
 from lora_jax.sharding import place_adapters as place_adapters
 from lora_jax.sharding import place_state as place_state
@@ -35,7 +37,6 @@ from lora_jax.tree import (
     flatten,
     unflatten,
 )
-from lora_jax.virtual import Virtual
 from lora_jax.weights import Absent, LoraWeight, Untied, materialize
 
 
@@ -113,7 +114,7 @@ def _init(
     if config.method == "full":
         absent = {path: Absent(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
         return unflatten(absent), unflatten(adapters)
-    changed, factors = lora.init(key, leaves, found, calibrate, scheme)
+    changed, factors = low_rank.init(key, leaves, found, calibrate, scheme)
     base = unflatten(leaves | changed) if changed else params
     return base, unflatten(adapters | factors)
 
@@ -148,7 +149,7 @@ def residual(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mappi
     found, leaves = find_trainable(params, config), flatten(params)
     if config.method == "full":
         return init(jax.random.key(0), params, config)[0]
-    changed = lora.residual(leaves, flatten(adapters), found)
+    changed = low_rank.residual(leaves, flatten(adapters), found)
     return unflatten(leaves | changed) if changed else params
 
 
@@ -157,7 +158,7 @@ def started(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mappin
     init took out of it put back. Not of `method: full`, whose start stands in the files alone.
     """
     found, leaves = find_trainable(params, config), flatten(params)
-    put_back = lora.started(leaves, flatten(adapters), found)
+    put_back = low_rank.started(leaves, flatten(adapters), found)
     return unflatten(leaves | put_back) if put_back else params
 
 
@@ -176,7 +177,7 @@ def bind(
     whole = full.bind(leaves, small, found)
     # Other slices of a stack that trains in part can have adapters; they stand on what it becomes.
     own = {path: leaf for path, leaf in whole.items() if path != found.untied}
-    bound = whole | lora.bind(leaves | own, small, found, key)
+    bound = whole | low_rank.bind(leaves | own, small, found, key)
     if found.untied is not None:
         bound |= {found.untied: _untie(leaves[found.untied], bound, found)}
         bound.pop(HEAD, None)

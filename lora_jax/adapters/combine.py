@@ -20,7 +20,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from lora_jax.adapters import lowrank, shapes
+from lora_jax.adapters import shapes, svd
 from lora_jax.adapters.updates import (
     Combined,
     Key,
@@ -35,7 +35,8 @@ from lora_jax.adapters.updates import (
     rank_problems,
     reader,
 )
-from lora_jax.config import AdapterConfig, nearest, raise_all
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import nearest, raise_all
 from lora_jax.targets import HEAD, find_trainable
 from lora_jax.tree import Path, check_same_structure, dotted, flatten, tied_embedding
 
@@ -139,7 +140,7 @@ def carry_out(plan: Plan, read: Read) -> Combined:
     def base(key: Key) -> np.ndarray:
         return base_matrix(plan.params, read, key)
 
-    def factors(key: Key, rank: int) -> lowrank.Factors:
+    def factors(key: Key, rank: int) -> svd.Factors:
         own = _at(plan, key)
         products = [(weight, update) for _, weight, update in own if _is_low_rank(update)]
         if plan.method in ("sum", "svd") and len(products) == len(own):
@@ -147,9 +148,9 @@ def carry_out(plan: Plan, read: Read) -> Combined:
             b = np.concatenate([weight * update.b for weight, update in products])
             if plan.method == "sum" and rank == a.shape[1]:
                 return a, b, 0.0, 1.0
-            return lowrank.truncate(a, b, rank)
+            return svd.truncate(a, b, rank)
         changes = [(i, weight, update.dense(lambda: base(key))) for i, weight, update in own]
-        return lowrank.nearest(_mix(plan, key, changes), rank)
+        return svd.nearest(_mix(plan, key, changes), rank)
 
     def value(key: Key) -> np.ndarray:
         own = _at(plan, key)

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.inits import Factors
-from lora_jax.config import AdapterConfig, UserError
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import UserError
 from lora_jax.targets import Target, find_trainable
 from lora_jax.tree import Path, dotted, flatten, unflatten
 from lora_jax.weights import Probe

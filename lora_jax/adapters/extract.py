@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters import lowrank
+from lora_jax.adapters import svd
 from lora_jax.adapters.updates import (
     Combined,
     Key,
@@ -23,9 +23,10 @@ from lora_jax.adapters.updates import (
     plain_config,
     rank_problems,
 )
-from lora_jax.config import AdapterConfig, UserError, raise_all
-from lora_jax.selection import selector
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import UserError, raise_all
 from lora_jax.targets import HEAD, find_trainable
+from lora_jax.targets.match import selector
 from lora_jax.tree import dotted, flatten, lead_axes, slice_names, summarize, tied_embedding
 
 UNCOVERED = ("refuse", "save", "drop")
@@ -152,8 +153,8 @@ def _told(keys: Sequence[Key], changes: Mapping[Key, Change]) -> list[str]:
 def extract(params: Mapping, config: AdapterConfig, read: Read, tuned: Read) -> Combined:
     """The adapters that `plan` planned. A few matrices in float64 are in memory at a time."""
 
-    def factors(key: Key, rank: int) -> lowrank.Factors:
+    def factors(key: Key, rank: int) -> svd.Factors:
         change = base_matrix(params, tuned, key) - base_matrix(params, read, key)
-        return lowrank.nearest(change, rank)
+        return svd.nearest(change, rank)
 
     return build(params, config, factors, lambda key: base_matrix(params, tuned, key))

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.config import AdapterConfig, UserError
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import UserError
+from lora_jax.nn.virtual import Prefix, Prompt, Virtual
 from lora_jax.targets import Trainable, find_trainable
-from lora_jax.virtual import Prefix, Prompt, Virtual
 
 Leaves = dict[str, jax.Array]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.lora import as_plain
-from lora_jax.adapters.lowrank import Factors
+from lora_jax.adapters.low_rank import as_plain
+from lora_jax.adapters.svd import Factors
 from lora_jax.config import AdapterConfig
 from lora_jax.targets import HEAD, Target, Trainable, Whole, changes_base, find_trainable
 from lora_jax.tree import Path, flatten, lead_axes, stack_position, tied_embedding, unflatten

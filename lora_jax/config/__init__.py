@@ -8,7 +8,6 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 
 from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
 from lora_jax.config.checks import LARGEST_SEED, check, merge_problem
-from lora_jax.config.errors import UnknownArgument, UserError, counted, nearest, raise_all
 from lora_jax.config.files import dump, load, parse
 from lora_jax.config.settings import (
     LOSSES,
@@ -41,11 +40,8 @@ __all__ = [
     "HostsConfig",
     "MeshConfig",
     "TrainConfig",
-    "UnknownArgument",
-    "UserError",
     "all_keys",
     "check",
-    "counted",
     "dump",
     "expand",
     "find_unused",
@@ -54,9 +50,7 @@ __all__ = [
     "is_finite",
     "load",
     "merge_problem",
-    "nearest",
     "parse",
-    "raise_all",
     "read_json",
     "read_text",
     "shown",

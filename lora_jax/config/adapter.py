@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_jax.config.elsewhere import find_hint
-from lora_jax.config.errors import UnknownArgument, nearest, raise_all
 from lora_jax.config.types import describe, fits, show
+from lora_jax.errors import UnknownArgument, nearest, raise_all
 
 SOFT = ("prompt", "prefix")  # methods that train virtual tokens
 DATA_INITS = ("eva", "lora_ga")  # look at data

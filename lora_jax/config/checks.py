@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
-from lora_jax.config.errors import nearest, raise_all
 from lora_jax.config.settings import LOSSES, PRINTS, Config, DataConfig, all_keys
 from lora_jax.config.types import show
+from lora_jax.errors import nearest, raise_all
 
 _CHOICES = {
     "base_dtype": (None, "float32", "bfloat16", "int8", "nf4"),

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from lora_jax.config.errors import UserError
 from lora_jax.config.types import Written
+from lora_jax.errors import UserError
 
 _LONGEST = 2_000_000  # characters
 _DEEPEST = 32

@@ -13,7 +13,6 @@ import yaml
 from lora_jax.config import document
 from lora_jax.config.checks import find_problems
 from lora_jax.config.elsewhere import find_hint
-from lora_jax.config.errors import UserError, nearest, raise_all
 from lora_jax.config.settings import AdapterConfig, Config, all_keys
 from lora_jax.config.text import exists, read_text, shown
 from lora_jax.config.types import (
@@ -26,6 +25,7 @@ from lora_jax.config.types import (
     takes_structure,
     takes_text,
 )
+from lora_jax.errors import UserError, nearest, raise_all
 
 _SHOWN = 10  # unknown keys that are named
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_jax.config.adapter import AdapterConfig
-from lora_jax.config.errors import UserError
+from lora_jax.errors import UserError
 
 # Parts of a fingerprint: what a run was made with.
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config.errors import UserError
+from lora_jax.errors import UserError
 
 # Templates and configs have up to 100 KB.
 TEXT_LIMIT = 4 << 20

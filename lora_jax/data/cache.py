@@ -26,8 +26,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from lora_jax.cache import write_entry
-from lora_jax.config import UserError
 from lora_jax.data.templates import Counts, Example
+from lora_jax.errors import UserError
 
 _FORMAT = "2"  # of the file: another one is another entry
 _CHECKSUM = 32  # bytes of a sha256

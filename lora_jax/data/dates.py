@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 _CLOCK = "strftime_now"
 _DIRECTIVE = re.compile(r"(?<!\{)%[-_0^#]*\d*[EO]?[A-Za-z]")

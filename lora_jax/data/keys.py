@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax.config import nearest
 from lora_jax.data.rows import REASONING, BadRow, Row, printable
+from lora_jax.errors import nearest
 
 # Identity, origin, time, language, statistics, and settings of the request that made an answer.
 HARMLESS = (

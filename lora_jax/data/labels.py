@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import UserError
 from lora_jax.data.keys import check_keys
 from lora_jax.data.rows import BadRow, LabelRow, kind, listed
 from lora_jax.data.sources import raise_first
 from lora_jax.data.templates import Counts, Example
+from lora_jax.errors import UserError
 
 # Columns of a text or a pair: those of the GLUE tasks among them.
 FORMS = (

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import UserError, raise_all
 from lora_jax.data.packing import pack, to_row
 from lora_jax.data.templates import Example
+from lora_jax.errors import UserError, raise_all
 
 _MULTIPLE = 64  # unpacked rows are padded to a multiple of it
 _CYCLE = 1000  # rows of a mixture after which its sources alternate as before

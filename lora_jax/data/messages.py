@@ -19,9 +19,10 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lora_jax.config import nearest, text
+from lora_jax.config import text
 from lora_jax.data.keys import MESSAGE_KEYS, is_empty, is_harmless
 from lora_jax.data.rows import REASONING, ROLES, SYSTEM_ROLES, BadRow, kind, listed, printable
+from lora_jax.errors import nearest
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 _SPEAKERS |= {role: role for role in ROLES}

@@ -11,8 +11,8 @@ import json
 import re
 from typing import Any
 
-from lora_jax.config import UserError, nearest
 from lora_jax.data.rows import BadRow, kind, listed, printable
+from lora_jax.errors import UserError, nearest
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 

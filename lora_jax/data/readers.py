@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from lora_jax.config import UserError
 from lora_jax.config.text import BOM, BadJSON, other_encoding, parse_json
 from lora_jax.data.rows import kind, printable
+from lora_jax.errors import UserError
 
 _LARGEST_LINE = 64 << 20  # bytes of one record; a book has about 1 MB
 _LARGEST_DOCUMENT = 1 << 30  # bytes of a .json file, unpacked, which is read at once

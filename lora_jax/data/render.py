@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lora_jax.config import UserError, expand, read_text, shown
+from lora_jax.config import expand, read_text, shown
 from lora_jax.data.keys import RESERVED, reads
 from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row
 from lora_jax.data.sandbox import TemplateLimit
 from lora_jax.data.sandbox import render as render_within_limits
+from lora_jax.errors import UserError
 
 PLAIN = "none"
 _OPTIONS = (

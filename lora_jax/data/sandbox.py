@@ -23,7 +23,7 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 LONGEST = 200_000  # characters of a template; those in use have up to 60,000
 _SECONDS = 2.0  # of CPU for one conversation

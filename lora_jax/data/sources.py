@@ -32,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import demo
-from lora_jax.config import UserError, expand, is_directory, is_file, nearest, shown
+from lora_jax.config import expand, is_directory, is_file, shown
 from lora_jax.config.text import exists, unreadable
 from lora_jax.data import keys, readers
 from lora_jax.data.named_columns import columns
 from lora_jax.data.parse import parse_rows
 from lora_jax.data.readers import Record
 from lora_jax.data.rows import AnyRow, BadRow, printable
+from lora_jax.errors import UserError, nearest
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 _ENDINGS = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
-from lora_jax.config import UserError
 from lora_jax.data.advice import advice
 from lora_jax.data.probe import (
     Finding,
@@ -52,6 +51,7 @@ from lora_jax.data.render import (
     render_prompt,
 )
 from lora_jax.data.rows import REASONING, SYSTEM_ROLES, Row, TextRow
+from lora_jax.errors import UserError
 
 _OPENING = 64  # characters at the end of a prompt that an answer may begin with
 _MOST_SHAPES = 5000  # of conversations, whose findings are kept

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import UserError
 from lora_jax.data.loader import Loader, batch_rows, stack
 from lora_jax.data.templates import Example
+from lora_jax.errors import UserError
 
 
 class StreamLoader:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import UserError, shown
+from lora_jax.config import shown
 from lora_jax.data.dates import check_repeatable, with_date
 from lora_jax.data.keys import check_read, describe_problems
 from lora_jax.data.render import (
@@ -49,6 +49,7 @@ from lora_jax.data.render import (
 from lora_jax.data.rows import AnyRow, BadRow, LabelRow, Row, TextRow, TokenRow
 from lora_jax.data.sources import raise_first
 from lora_jax.data.spans import Text, to_text, unsupervised
+from lora_jax.errors import UserError
 
 _BATCH = 1024  # texts per call of the tokenizer
 

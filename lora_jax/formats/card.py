@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from lora_jax import demo
-from lora_jax.config import UserError, read_text
+from lora_jax.config import read_text
+from lora_jax.errors import UserError
 from lora_jax.formats.hub import is_hub_name, public_name
 
 _HERE = "path/to/this/directory"

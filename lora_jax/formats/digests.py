@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax import hosts
 from lora_jax.cache import cache_directory, write_entry
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats.tensors import Tensor
 
 _THREADS = min(16, os.cpu_count() or 1)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts, models
-from lora_jax.config import expand, raise_all, read_json
+from lora_jax.config import expand, read_json
+from lora_jax.errors import raise_all
 from lora_jax.formats import digests
 from lora_jax.formats.tensors import Tensor, are_equal, list_tensors
 from lora_jax.tree import TIED_EMBEDDINGS

@@ -23,7 +23,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora_jax.config import UserError, expand, is_file, shown
+from lora_jax.config import expand, is_file, shown
+from lora_jax.errors import UserError
 from lora_jax.formats.gguf_header import check_header
 from lora_jax.formats.gguf_metadata import check_types
 from lora_jax.formats.gguf_tokenizer import metadata_value, read_tokenizer

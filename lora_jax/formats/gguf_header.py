@@ -8,7 +8,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 _MAGIC = b"GGUF"
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type

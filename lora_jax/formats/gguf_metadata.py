@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import raise_all, shown
+from lora_jax.config import shown
+from lora_jax.errors import raise_all
 
 _INTEGERS = """
     vocab_size context_length embedding_length block_count feed_forward_length attention.key_length

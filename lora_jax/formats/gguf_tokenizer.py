@@ -19,7 +19,8 @@ from tokenizers import (
     processors,
 )
 
-from lora_jax.config import UserError, shown
+from lora_jax.config import shown
+from lora_jax.errors import UserError
 
 GPT2_SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 LLAMA3_SPLIT = (

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lora_jax import demo
 from lora_jax.cache import cache_directory
-from lora_jax.config import UserError, expand, is_directory, is_file, shown
+from lora_jax.config import expand, is_directory, is_file, shown
 from lora_jax.config.text import exists
+from lora_jax.errors import UserError
 from lora_jax.formats import gguf
 from lora_jax.formats.side_files import SIDE_FILES
 

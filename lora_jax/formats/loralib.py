@@ -15,7 +15,8 @@ import numpy as np
 
 from lora_jax import adapters as methods
 from lora_jax import tree
-from lora_jax.config import AdapterConfig, UserError, expand, nearest, raise_all
+from lora_jax.config import AdapterConfig, expand
+from lora_jax.errors import UserError, nearest, raise_all
 from lora_jax.formats.peft_digest import find_change
 from lora_jax.formats.peft_tensors import PREFIX, unpack
 from lora_jax.formats.tensors import read_floats

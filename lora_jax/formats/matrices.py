@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax import tree
-from lora_jax.config import UserError, expand
+from lora_jax.config import expand
+from lora_jax.errors import UserError
 from lora_jax.formats.names import Piece, pieces
 from lora_jax.formats.safetensors import (
     _check_tensors,

@@ -20,9 +20,10 @@ import numpy as np
 
 from lora_jax import adapters as methods
 from lora_jax import models, tree
-from lora_jax.adapters.lora import as_plain
-from lora_jax.config import SOFT, AdapterConfig, UserError, expand, raise_all, read_json
+from lora_jax.adapters.low_rank import as_plain
+from lora_jax.config import SOFT, AdapterConfig, expand, read_json
 from lora_jax.config.text import exists
+from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import digests, peft_virtual
 from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config

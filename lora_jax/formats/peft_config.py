@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.config import AdapterConfig, UserError, raise_all, shown
+from lora_jax.config import AdapterConfig, shown
+from lora_jax.errors import UserError, raise_all
 from lora_jax.formats.peft_tensors import adapted_modules, is_parameter, parameter_name
-from lora_jax.selection import endings, matcher, matches, pattern_values
 from lora_jax.targets import HEAD, Trainable, find_trainable
+from lora_jax.targets.match import endings, matcher, matches, pattern_values
 
 # Fields that are read, and those that say nothing about the numbers.
 _READ = frozenset(

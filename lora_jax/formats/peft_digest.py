@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax import hosts
-from lora_jax.config import UserError, read_json, shown
+from lora_jax.config import read_json, shown
+from lora_jax.errors import UserError
 from lora_jax.formats.digests import of_arrays, shorten
 
 WEIGHTS = "adapter_model.safetensors"

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from lora_jax import hosts, tree
-from lora_jax.config import AdapterConfig, UserError, raise_all
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import UserError, raise_all
 from lora_jax.formats.matrices import open_matrices
 from lora_jax.formats.peft_tensors import PREFIX
 from lora_jax.formats.tensors import has_weights

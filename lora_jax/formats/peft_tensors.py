@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.targets import HEAD, Rows, Target, Trainable, Whole
 from lora_jax.tree import Path, dotted, has_experts, is_conv1d, stack_position, summarize
 

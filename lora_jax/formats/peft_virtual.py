@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import AdapterConfig, UserError, raise_all
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import UserError, raise_all
 from lora_jax.targets import Trainable, find_trainable
 
 KINDS = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 
 def check_repository(name: str) -> None:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lora_jax import hosts, tree
-from lora_jax.config import UserError, expand, nearest
+from lora_jax.config import expand
+from lora_jax.errors import UserError, nearest
 from lora_jax.formats.names import Piece, canonical, pieces
 from lora_jax.formats.side_files import copy_side_files, write_generation_config, write_json
 from lora_jax.formats.tensors import (

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import UserError, expand, read_json, read_text
+from lora_jax.config import expand, read_json, read_text
 from lora_jax.config.text import BOM, exists, shown
+from lora_jax.errors import UserError
 from lora_jax.formats.tokenizer_files import (
     check_added,
     check_loaded,

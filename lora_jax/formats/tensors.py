@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax import hosts, tree
-from lora_jax.config import UserError, is_file, read_json
+from lora_jax.config import is_file, read_json
 from lora_jax.config.text import exists, shown
+from lora_jax.errors import UserError
 
 FLOATS = {
     "F32": np.dtype(np.float32),

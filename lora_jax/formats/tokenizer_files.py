@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts
-from lora_jax.config import UserError, read_json, shown
+from lora_jax.config import read_json, shown
+from lora_jax.errors import UserError
 
 _CONFIG = "tokenizer_config.json"
 _VERSIONS = "fast_tokenizer_files"

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.generate.sampling import Sampling as Sampling
 from lora_jax.generate.sampling import sample
-from lora_jax.layers import Cache
 from lora_jax.models.common import Model
-from lora_jax.rope import changed
+from lora_jax.nn.modules import Cache
+from lora_jax.nn.rope import changed
+from lora_jax.nn.virtual import Virtual, first_position, placeholders
 from lora_jax.sharding import whole
-from lora_jax.virtual import Virtual, first_position, placeholders
 
 # Prompt lengths and answer lengths are rounded up to it, so that few shapes are compiled.
 _BUCKET = 32

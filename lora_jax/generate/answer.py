@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, hosts
-from lora_jax.config import UserError, expand, is_directory, shown
+from lora_jax.config import expand, is_directory, shown
+from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
 from lora_jax.generate import (
     Sampling,

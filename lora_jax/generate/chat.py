@@ -6,7 +6,7 @@ import sys
 from collections.abc import Generator
 from typing import TextIO
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.generate.answer import Writer
 from lora_jax.generate.prompts import bucket
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from lora_jax.config import UserError, expand
+from lora_jax.config import expand
+from lora_jax.errors import UserError
 from lora_jax.generate import Sampling, chat, prompts
 from lora_jax.generate.answer import open_reader, open_writer
 from lora_jax.generate.prompts import Answered, Prompt

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from lora_jax import data
-from lora_jax.config import UserError, expand, raise_all, read_text
+from lora_jax.config import expand, read_text
 from lora_jax.config.text import BadJSON, parse_json
 from lora_jax.data.named_columns import fill
 from lora_jax.data.rows import kind, listed
+from lora_jax.errors import UserError, raise_all
 from lora_jax.generate.answer import Reader, Writer
 
 _FORMS = ("messages", "conversations", "prompt", "instruction", "text", "input_ids")

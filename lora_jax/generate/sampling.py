@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.config import raise_all
+from lora_jax.errors import raise_all
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 from flax import nnx
 
 from lora_jax import tree
-from lora_jax.config import UserError, shown
+from lora_jax.config import shown
+from lora_jax.errors import UserError
 from lora_jax.models import (
     bert,
     camembert,

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.kernels import Sight
-from lora_jax.layers import ACTIVATIONS, Embed, LayerNorm, Linear, attention
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.kernels import Sight
+from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear, attention
 
 RULES = (
     (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),

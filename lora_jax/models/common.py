@@ -23,8 +23,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.config import UserError
-from lora_jax.layers import (
+from lora_jax.errors import UserError
+from lora_jax.models.reader import FULL, SLIDING, ConfigReader
+from lora_jax.models.rotary import read_rope
+from lora_jax.nn.modules import (
     ACTIVATIONS,
     Cache,
     Embed,
@@ -35,12 +37,10 @@ from lora_jax.layers import (
     empty_cache,
     sights,
 )
-from lora_jax.models.reader import FULL, SLIDING, ConfigReader
-from lora_jax.models.rotary import read_rope
-from lora_jax.rope import by_length, rope, rotate, text_lengths
+from lora_jax.nn.rope import by_length, rope, rotate, text_lengths
+from lora_jax.nn.virtual import Virtual, by_layer, first_position, placeholders, put_in
 from lora_jax.sharding import Rules, constrain_stream
 from lora_jax.tree import check_parameters, dotted, flatten, summarize
-from lora_jax.virtual import Virtual, by_layer, first_position, placeholders, put_in
 
 RULES = (
     (r"model\.embed_tokens\.embedding", P("tensor", "fsdp")),

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.layers import OffsetRMSNorm, Past, bend
 from lora_jax.models import common
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import Context, DecoderConfig, read_decoder
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.modules import OffsetRMSNorm, Past, bend
 
 
 @dataclass(frozen=True)

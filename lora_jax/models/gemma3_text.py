@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from lora_jax.layers import OffsetRMSNorm
 from lora_jax.models import common, gemma2
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import DecoderConfig
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.modules import OffsetRMSNorm
 
 
 @dataclass(frozen=True)

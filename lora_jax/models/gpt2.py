@@ -17,19 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.layers import (
-    ACTIVATIONS,
-    Cache,
-    Embed,
-    LayerNorm,
-    Linear,
-    Past,
-    attend,
-    sights,
-)
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.virtual import Virtual, by_layer, first_position, put_in
+from lora_jax.nn.modules import ACTIVATIONS, Cache, Embed, LayerNorm, Linear, Past, attend, sights
+from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
     (r"transformer\.wte\.embedding", P("tensor", "fsdp")),

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax.layers import Past, RMSNorm
 from lora_jax.models import common
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import Context, DecoderConfig, read_decoder
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.modules import Past, RMSNorm
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.layers import ACTIVATIONS, Linear
 from lora_jax.models import common
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import DecoderConfig, read_decoder
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.modules import ACTIVATIONS, Linear
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from lora_jax.layers import RMSNorm
 from lora_jax.models import common
 from lora_jax.models.common import RULES as RULES
 from lora_jax.models.common import DecoderConfig, read_decoder
 from lora_jax.models.qwen2 import SIZES, window_fields
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.modules import RMSNorm
 
 
 @dataclass(frozen=True)

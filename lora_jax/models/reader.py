@@ -3,7 +3,8 @@
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from lora_jax.config import is_finite, raise_all, shown
+from lora_jax.config import is_finite, shown
+from lora_jax.errors import raise_all
 from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
 FULL, SLIDING = "full_attention", "sliding_attention"

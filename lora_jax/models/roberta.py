@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.layers import Linear
 from lora_jax.models import bert
 from lora_jax.models.bert import RULES as RULES
 from lora_jax.models.common import Names
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.modules import Linear
 
 ARCHITECTURE = "RobertaForSequenceClassification"
 NAMES = Names(

@@ -5,8 +5,8 @@
 from collections.abc import Container, Mapping
 from typing import Any
 
-from lora_jax import rope
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
+from lora_jax.nn import rope
 
 # Fields in the files of YaRN's authors, which transformers does not read.
 _UNREAD = ("attn_factor", "finetuned")

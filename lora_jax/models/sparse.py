@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import weights
-from lora_jax.layers import ACTIVATIONS, Linear, Past, RMSNorm
 from lora_jax.models import common
 from lora_jax.models.common import Context, DecoderConfig
 from lora_jax.models.reader import ConfigReader
+from lora_jax.nn.modules import ACTIVATIONS, Linear, Past, RMSNorm
 
 RULES = (
     *common.RULES,

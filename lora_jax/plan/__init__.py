@@ -16,7 +16,8 @@ import jax
 
 from lora_jax import config as configs
 from lora_jax import programs, sharding, tree
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.plan import report
 from lora_jax.plan.analytic import estimate, full_fine_tuning, worked

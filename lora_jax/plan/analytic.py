@@ -17,9 +17,10 @@ from typing import Any
 
 import jax
 
-from lora_jax import kernels, sharding, tree
+from lora_jax import sharding, tree
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.models.common import Model
+from lora_jax.nn import kernels
 from lora_jax.plan.program import Program, build, device_bytes, device_numbers, host_bytes
 from lora_jax.quantize import BLOCK, GROUP
 

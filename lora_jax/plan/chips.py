@@ -8,7 +8,7 @@ as it says itself when a program is too large: a little less than the documented
 import math
 from dataclasses import dataclass
 
-from lora_jax.config import UserError, nearest
+from lora_jax.errors import UserError, nearest
 
 GIB = 2**30
 

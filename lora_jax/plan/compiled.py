@@ -23,7 +23,8 @@ import yaml
 
 from lora_jax import config as configs
 from lora_jax import programs
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 from lora_jax.plan.chips import Topology, parse_topology
 from lora_jax.plan.hlo import Collective, collectives
 

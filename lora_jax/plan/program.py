@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax import adapters as methods
 from lora_jax import formats, sharding, tree
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.targets import find_trainable as find_targets

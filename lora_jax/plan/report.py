@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.config import counted
+from lora_jax.errors import counted
 from lora_jax.plan.analytic import Estimate, Worked
 from lora_jax.plan.chips import GIB, Topology
 from lora_jax.plan.compiled import Compiled, Shortfall

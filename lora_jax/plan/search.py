@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_jax import sharding
-from lora_jax.config import Config, MeshConfig, UserError
+from lora_jax.config import Config, MeshConfig
+from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.plan.analytic import estimate
 from lora_jax.plan.chips import Chip

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from lora_jax.config import (
-    DATA_INITS,
-    UserError,
-)
+from lora_jax.config import DATA_INITS
+from lora_jax.errors import UserError
 from lora_jax.quantize import Int8Weight, NF4Weight, quantizes
 from lora_jax.targets.kinds import HEAD, Target, Trainable, changes_base, needs_floats
 from lora_jax.tree import (

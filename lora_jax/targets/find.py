@@ -6,14 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.config import (
-    SOFT,
-    AdapterConfig,
-    UserError,
-    raise_all,
-    virtual_tokens,
-)
-from lora_jax.selection import (
+from lora_jax.config import SOFT, AdapterConfig, virtual_tokens
+from lora_jax.errors import UserError, raise_all
+from lora_jax.targets.checks import combination_problems, dense_problems
+from lora_jax.targets.kinds import HEAD, Rows, Target, Trainable, Whole
+from lora_jax.targets.match import (
     matcher,
     pattern_problems,
     pattern_values,
@@ -21,8 +18,6 @@ from lora_jax.selection import (
     selector,
     unmatched,
 )
-from lora_jax.targets.checks import combination_problems, dense_problems
-from lora_jax.targets.kinds import HEAD, Rows, Target, Trainable, Whole
 from lora_jax.tree import (
     OUTPUT_HEADS,
     TIED_EMBEDDINGS,

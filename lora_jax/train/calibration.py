@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax.adapters import as_model_sees
-from lora_jax.config import DATA_INITS, SOFT, Config, UserError
+from lora_jax.config import DATA_INITS, SOFT, Config
+from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
 from lora_jax.train import sets

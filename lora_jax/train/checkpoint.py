@@ -31,7 +31,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lora_jax import hosts, sharding, tree
-from lora_jax.config import Config, UserError, expand
+from lora_jax.config import Config, expand
+from lora_jax.errors import UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, sharding
-from lora_jax.config import AdapterConfig, Config, expand, is_directory, raise_all, shown
+from lora_jax.config import AdapterConfig, Config, expand, is_directory, shown
+from lora_jax.errors import raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.train import base, base_scores, predictions, scores, sets, setup
 from lora_jax.train.evaluate import make_judge

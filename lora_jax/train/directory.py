@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts
-from lora_jax.config import Config, UserError, expand, load, raise_all
+from lora_jax.config import Config, expand, load
+from lora_jax.errors import UserError, raise_all
 from lora_jax.train import checkpoint, lock, resume
 from lora_jax.train.metrics import LOGS
 from lora_jax.train.outputs import Run, remove_empty, some

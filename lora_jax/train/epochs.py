@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax import data
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 from lora_jax.train import resume, sets
 
 

@@ -15,6 +15,7 @@ from lora_jax import data
 from lora_jax.config import Config
 from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
+from lora_jax.nn.virtual import placeholders
 from lora_jax.sharding import place_batch, whole
 from lora_jax.train import scores
 from lora_jax.train.model import find_stops
@@ -22,7 +23,6 @@ from lora_jax.train.progress import SILENT, Display, Phase
 from lora_jax.train.scores import Answer
 from lora_jax.train.sets import DataSet
 from lora_jax.train.step import make_classify, make_eval_step
-from lora_jax.virtual import placeholders
 
 
 def mean_loss(

@@ -15,8 +15,9 @@ from lora_jax import adapters as methods
 from lora_jax import config as configs
 from lora_jax import formats, hosts, tree
 from lora_jax.adapters import bind, merge
-from lora_jax.config import Config, UserError, expand, raise_all
+from lora_jax.config import Config, expand
 from lora_jax.data import Example, resolve_template, template_text
+from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES

@@ -6,7 +6,8 @@ from itertools import islice
 from typing import Any
 
 from lora_jax import data, demo
-from lora_jax.config import Config, counted
+from lora_jax.config import Config
+from lora_jax.errors import counted
 from lora_jax.train import sets
 
 _ROWS = 20

@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax import data, formats
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
 from lora_jax.train import epochs, sets, setup, warn
 from lora_jax.train.model import describe

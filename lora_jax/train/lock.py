@@ -34,8 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import UserError
 from lora_jax.config.text import parse_json, shown
+from lora_jax.errors import UserError
 
 NAME = ".lora_jax.lock"
 BEAT = 10.0  # seconds after which the holder renews its file

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax import tree
-from lora_jax.config import ExportConfig, UserError
+from lora_jax.config import ExportConfig
+from lora_jax.errors import UserError
 from lora_jax.sharding import constrain
 from lora_jax.targets import HEAD, Trainable
 from lora_jax.train import plots

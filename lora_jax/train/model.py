@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax import data, formats
-from lora_jax.config import (
-    SOFT,
-    AdapterConfig,
-    Config,
-    EvalConfig,
-    UserError,
-    raise_all,
-    virtual_tokens,
-)
+from lora_jax.config import SOFT, AdapterConfig, Config, EvalConfig, virtual_tokens
+from lora_jax.errors import UserError, raise_all
 from lora_jax.models import CLASSIFIERS
 from lora_jax.models.common import Model
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_jax import data
-from lora_jax.config import Config, UserError, counted
+from lora_jax.config import Config
+from lora_jax.errors import UserError, counted
 from lora_jax.train import plots
 
 _QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_jax.config import PRINTS, Config, UserError, raise_all
+from lora_jax.config import PRINTS, Config
+from lora_jax.errors import UserError, raise_all
 
 # What may differ at any time: it does not change what the remaining steps compute, or the
 # fingerprint says whether it does (the model, the training data and the chat template by path).

@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import UserError, read_json
+from lora_jax.config import read_json
+from lora_jax.errors import UserError
 from lora_jax.train import checkpoint
 from lora_jax.train.metrics import write_whole
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.config import UserError, nearest, raise_all
+from lora_jax.errors import UserError, nearest, raise_all
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from lora_jax import data, hosts
 from lora_jax.cache import cache_directory
-from lora_jax.config import Config, UserError, counted, virtual_tokens
+from lora_jax.config import Config, virtual_tokens
+from lora_jax.errors import UserError, counted
 from lora_jax.models.common import Model, foreign_token
 
 

@@ -13,19 +13,12 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
-from lora_jax import data, formats, hosts, kernels, quantize, sharding, targets
-from lora_jax.config import (
-    LOSSES,
-    SOFT,
-    AdapterConfig,
-    Config,
-    UserError,
-    expand,
-    raise_all,
-    virtual_tokens,
-)
+from lora_jax import data, formats, hosts, quantize, sharding, targets
+from lora_jax.config import LOSSES, SOFT, AdapterConfig, Config, expand, virtual_tokens
+from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
+from lora_jax.nn import kernels
 from lora_jax.train import directory, scores
 from lora_jax.train.evaluate import make_reader
 from lora_jax.train.outputs import Run

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _FLUSH = 5  # seconds after which TensorBoard sees a number at the latest

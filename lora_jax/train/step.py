@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import kernels, tree
+from lora_jax import tree
 from lora_jax.adapters import bind, prefix
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 from lora_jax.models.common import Model
+from lora_jax.nn import kernels
+from lora_jax.nn.virtual import Virtual
 from lora_jax.train.loss import load_balancing_loss, next_token_sums
-from lora_jax.virtual import Virtual
 
 Batch = dict[
     str, jax.Array

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax import data, sharding
-from lora_jax.config import Config, UserError
+from lora_jax.config import Config
+from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
 from lora_jax.train import checkpoint, forecast, metrics, norms, predictions

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax import data, formats
-from lora_jax.config import Config, TrainConfig, UserError, find_unused
+from lora_jax.config import Config, TrainConfig, find_unused
+from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.train.report import Measured
 from lora_jax.train.sets import DataSet, TrainData

@@ -6,7 +6,7 @@ import torch
 from peft.utils import merge_utils
 
 from lora_jax import AdapterConfig, UserError, lora
-from lora_jax.adapters import lowrank
+from lora_jax.adapters import svd
 from lora_jax.adapters.combine import Part, combine, drop, elect, plan, trim
 from lora_jax.targets import HEAD, find_trainable
 from lora_jax.tree import flatten
@@ -497,12 +497,12 @@ def test_nearest_and_truncate_agree_with_svd():
         for rank in (1, 4, 6):
             tail = np.linalg.norm(values[rank:])
             for left, right, lost, size in (
-                lowrank.truncate(a, b, rank),
-                lowrank.nearest(a @ b, rank),
+                svd.truncate(a, b, rank),
+                svd.nearest(a @ b, rank),
             ):
                 assert left.shape == (shape[0], rank) and right.shape == (rank, shape[1])
                 assert np.linalg.norm(a @ b - left @ right) == pytest.approx(tail, abs=1e-7)
                 assert lost == pytest.approx(tail, abs=1e-7)
                 assert size == pytest.approx(np.linalg.norm(values))
-    zero = lowrank.nearest(np.zeros((3, 5)), 2)
+    zero = svd.nearest(np.zeros((3, 5)), 2)
     assert all(np.isfinite(part).all() for part in zero)

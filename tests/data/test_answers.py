@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.config import UserError
 from lora_jax.data import AnswerReader, encode, stop_tokens
 from lora_jax.data.answers import split_thought
 from lora_jax.data.calls import canonical
 from lora_jax.data.rows import THOUGHTS
+from lora_jax.errors import UserError
 from lora_jax.train import scores
 from lora_jax.train.evaluate import to_answer
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax import data
-from lora_jax.config import UserError
 from lora_jax.data import Cached, Counts, Example, cached_examples, code_version, digest_files
+from lora_jax.errors import UserError
 
 KEY = {"data": "d", "tokenizer": "t", "template": "c", "settings": "s", "code": "v"}
 

@@ -5,9 +5,9 @@ from datetime import datetime
 import pytest
 from transformers.utils import chat_template_utils
 
-from lora_jax.config import UserError
 from lora_jax.data import encode, prompt_tokens
 from lora_jax.data.dates import reads_date, with_date
+from lora_jax.errors import UserError
 
 from .test_real_templates import TOKENIZERS, answer, build, row, user
 

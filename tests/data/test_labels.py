@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax import data
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 WORDS = "a b c d e f g h".split()
 

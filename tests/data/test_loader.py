@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.config import UserError
 from lora_jax.data import Example, Loader, Mixture, eval_batches, order
+from lora_jax.errors import UserError
 
 
 def some(count: int, low: int = 2, high: int = 20, seed: int = 0) -> list[Example]:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.config import UserError
 from lora_jax.data import Row, encode, prompt_tokens, stop_tokens
+from lora_jax.errors import UserError
 
 ORIGIN = importlib.util.find_spec("trl").origin  # found, not imported: that would take seconds
 FILES = {file.stem: file for file in (Path(ORIGIN).parent / "chat_templates").glob("*.jinja")}

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from lora_jax.config import UserError
 from lora_jax.data import AnyRow, BadRow, Row, TextRow, TokenRow, columns, parse_row, parse_rows
+from lora_jax.errors import UserError
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

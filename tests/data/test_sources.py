@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_jax.config import UserError
 from lora_jax.data import (
     Row,
     Rows,
@@ -28,6 +27,7 @@ from lora_jax.data import (
     records,
     source_files,
 )
+from lora_jax.errors import UserError
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

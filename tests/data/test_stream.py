@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.config import UserError
 from lora_jax.data import Example, StreamLoader
+from lora_jax.errors import UserError
 
 LENGTH = 24
 

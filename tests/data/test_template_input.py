@@ -7,7 +7,6 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.config import UserError
 from lora_jax.data import (
     Row,
     TokenRow,
@@ -17,6 +16,7 @@ from lora_jax.data import (
     prompt_tokens,
     stop_tokens,
 )
+from lora_jax.errors import UserError
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

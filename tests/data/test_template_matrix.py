@@ -14,9 +14,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lora_jax.config import UserError
 from lora_jax.data import Row, encode, stop_tokens
 from lora_jax.data.parse import parse_row
+from lora_jax.errors import UserError
 
 from .test_real_templates import FILES, TOKENIZERS, WEATHER
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_jax.config import UserError
 from lora_jax.data import (
     Counts,
     Row,
@@ -27,6 +26,7 @@ from lora_jax.data import (
     stop_tokens,
 )
 from lora_jax.data.rows import THOUGHTS
+from lora_jax.errors import UserError
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + \
 '<|im_end|>\n' }}\

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_jax import demo
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats import digests, fingerprint
 from lora_jax.formats.tensors import list_tensors
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax import formats, hosts
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats import digests, fingerprint
 
 RNG = np.random.default_rng(0)

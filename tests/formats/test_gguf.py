@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats.gguf import _gemma3_fields, _llama3_divisors, convert
 
 D, F, HEADS, KV_HEADS, HEAD, LAYERS = 64, 96, 4, 2, 16, 2  # 32 divides D and F: a Q8_0 block

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import adapters as methods
 from lora_jax import formats
-from lora_jax.config import AdapterConfig, MeshConfig, UserError
+from lora_jax.config import AdapterConfig, MeshConfig
+from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
 from lora_jax.formats.names import unwrap
 from lora_jax.sharding import make_mesh

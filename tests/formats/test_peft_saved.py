@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import adapters as methods
 from lora_jax import formats
-from lora_jax.config import AdapterConfig, UserError
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import UserError
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 TOKENS = np.random.default_rng(5).integers(0, 97, (2, 9))

@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import formats, sharding, tree
-from lora_jax.config import MeshConfig, UserError
+from lora_jax.config import MeshConfig
+from lora_jax.errors import UserError
 from lora_jax.formats import safetensors
 from lora_jax.formats.tensors import all_finite
 from lora_jax.quantize import SCHEMES, Int8Weight, NF4Weight, dequantize, quantize

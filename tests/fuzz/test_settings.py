@@ -3,6 +3,7 @@
 import pytest
 
 from lora_jax import config as configs
+from lora_jax.errors import UserError
 
 from .settings import cases
 
@@ -18,7 +19,7 @@ def test_settings_are_read_or_refused(tmp_path, seed):
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
         try:
             config = configs.load(file, overrides)
-        except configs.UserError as error:
+        except UserError as error:
             refused += 1
             assert 0 < len(str(error)) < LONGEST, (text, overrides)
             str(error).encode()

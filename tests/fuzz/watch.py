@@ -119,7 +119,7 @@ def main(open_cases: Callable[[Path], Make]) -> None:
 
 
 def _try(case: Case) -> str:
-    from lora_jax.config import UserError
+    from lora_jax.errors import UserError
 
     _, names, function = case
     faulthandler.dump_traceback_later(SECONDS, exit=True)

@@ -9,9 +9,10 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from lora_jax import UserError, models, rope
+from lora_jax import UserError, models
 from lora_jax.models.reader import ConfigReader
 from lora_jax.models.rotary import read_rope
+from lora_jax.nn import rope
 
 from ..families import FAMILIES, FULL, SLIDING, describe
 

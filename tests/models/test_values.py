@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_jax import formats
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 
 def write(directory, **fields):

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig  # noqa: F401
 
 from lora_jax import data
 from lora_jax.cli import train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats import safetensors
 from lora_jax.train import loop, setup, trainer
 

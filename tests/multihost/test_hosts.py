@@ -9,7 +9,8 @@ import pytest
 
 from lora_jax import config as configs
 from lora_jax import hosts
-from lora_jax.config import HostsConfig, UserError
+from lora_jax.config import HostsConfig
+from lora_jax.errors import UserError
 from lora_jax.train.interrupt import Interrupted, catch
 
 SLURM = {

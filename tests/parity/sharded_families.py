@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import FAMILIES, random_model
 from methods import stirred  # the table of tests
 
-from lora_jax import AdapterConfig, Config, kernels, quantize, sharding
+from lora_jax import AdapterConfig, Config, quantize, sharding
 from lora_jax import adapters as methods
 from lora_jax.config import SOFT, MeshConfig, TrainConfig
+from lora_jax.nn import kernels
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
 

@@ -12,7 +12,8 @@ import transformers
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, targets
-from lora_jax.config import AdapterConfig, Config, UserError
+from lora_jax.config import AdapterConfig, Config
+from lora_jax.errors import UserError
 from lora_jax.train.step import batch_sums
 
 TOLERANCE = 1e-5

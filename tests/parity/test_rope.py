@@ -13,9 +13,10 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from lora_jax import formats, rope
+from lora_jax import formats
 from lora_jax.generate import make_generate
-from lora_jax.virtual import Prefix, Prompt
+from lora_jax.nn import rope
+from lora_jax.nn.virtual import Prefix, Prompt
 
 from ..families import FAMILIES, describe
 from ..methods import QUICK

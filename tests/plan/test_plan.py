@@ -11,7 +11,7 @@ import pytest
 from lora_jax import config as configs
 from lora_jax import sharding
 from lora_jax.cli import main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.plan import analytic, compiled, roofline
 from lora_jax.plan.chips import CHIPS, parse_topology
 from lora_jax.plan.program import build, describe

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lora_jax import demo
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.plan.compiled import find_libtpu
 
 from ..families import SMOLLM2

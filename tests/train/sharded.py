@@ -16,7 +16,8 @@ from conftest import distance, make_config, random_adapters, random_batch, tiny_
 
 from lora_jax import adapters as methods
 from lora_jax import sharding, tree
-from lora_jax.config import MeshConfig, UserError
+from lora_jax.config import MeshConfig
+from lora_jax.errors import UserError
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.setup import check_attention, prepare
 from lora_jax.train.step import make_eval_step, make_train_step

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from lora_jax import demo
 from lora_jax.cli import main, train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats import card, hub
 from lora_jax.formats.safetensors import new_directory
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.train import checkpoint
 
 ADAPTERS = {

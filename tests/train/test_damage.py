@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import hosts
 from lora_jax.cli import main, train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats import digests, fingerprint
 from lora_jax.train import setup
 

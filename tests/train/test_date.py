@@ -9,6 +9,7 @@ from transformers.utils import chat_template_utils
 
 from lora_jax import config as configs
 from lora_jax.cli import train_main
+from lora_jax.errors import UserError
 from lora_jax.train import checkpoint, sets
 from lora_jax.train.metrics import read_lines
 
@@ -110,7 +111,7 @@ def test_a_date_without_effect_is_told(run):
 
 @pytest.mark.parametrize("day", ["tomorrow", "2026-13-01", "20261126", "26.11.2026"])
 def test_a_date_is_a_day(day):
-    with pytest.raises(configs.UserError, match="data.template_date='.*' is no day of the form"):
+    with pytest.raises(UserError, match="data.template_date='.*' is no day of the form"):
         configs.parse({"model": "m"}, [f"data.template_date={day}"])
 
 

@@ -15,7 +15,7 @@ import pytest
 from lora_jax import config as configs
 from lora_jax import formats
 from lora_jax.cli import train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.train import checkpoint, lock
 from lora_jax.train.directory import open_run
 

@@ -7,7 +7,7 @@ import pytest
 
 from lora_jax import config as configs
 from lora_jax.cli import main, train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.train import checkpoint, epochs
 
 from .conftest import make_config

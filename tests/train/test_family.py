@@ -14,6 +14,7 @@ from lora_jax import config as configs
 from lora_jax import formats, lora, tree
 from lora_jax.cli import main, train_main
 from lora_jax.config import MeshConfig
+from lora_jax.errors import UserError
 from lora_jax.generate.answer import answer
 from lora_jax.sharding import make_mesh
 from lora_jax.train import base, checkpoint, export
@@ -235,7 +236,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
     config = configs.parse({"model": str(directory), "export": {"dtype": "float16"}})
     params, adapters = lora.init(jax.random.key(0), model.params, config.adapter)
     huge = jax.tree.map(lambda leaf: leaf + 1e3, adapters)
-    with pytest.raises(configs.UserError, match="float16 cannot hold"):
+    with pytest.raises(UserError, match="float16 cannot hold"):
         export.export_merged(
             tmp_path / "merged", config, model.replace(params=params), huge, make_console()
         )

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from lora_jax.cli import main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.generate import Sampling, chat, prompts
 from lora_jax.generate.answer import open_reader, open_writer
 

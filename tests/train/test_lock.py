@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.train import lock
 from lora_jax.train.lock import NAME, hold
 

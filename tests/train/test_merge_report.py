@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from lora_jax import config as configs
 from lora_jax import formats, lora, tree
 from lora_jax.cli import main, train_main
-from lora_jax.config import MeshConfig, UserError
+from lora_jax.config import MeshConfig
 from lora_jax.data import Example
+from lora_jax.errors import UserError
 from lora_jax.quantize import Int8Weight, NF4Weight, dequantize
 from lora_jax.sharding import make_mesh
 from lora_jax.targets import HEAD, find_trainable

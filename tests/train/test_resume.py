@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lora_jax.cli import main, train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.train import checkpoint, loop, trainer
 from lora_jax.train.evaluate import Judge
 from lora_jax.train.metrics import read_lines

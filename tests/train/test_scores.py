@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.train import scores
 from lora_jax.train.scores import Answer, bleu, exact_match, rouge_l, same_answer, slot_f1
 

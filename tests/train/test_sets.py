@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lora_jax import data, formats
 from lora_jax.cli import main, train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats.fingerprint import tokenizer_digest
 from lora_jax.train import sets, warn
 from lora_jax.train.metrics import read_lines

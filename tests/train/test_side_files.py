@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_jax import data
 from lora_jax.cli import main, train_main
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.formats import hub, side_files
 
 from .conftest import CHATML, write_model

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 
 NAMES = ("xla", "cudnn", "splash")
 _BLOCK = 128  # tokens; the lanes of a TPU

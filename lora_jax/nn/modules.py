@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax import kernels, weights
-from lora_jax.virtual import Prefix
+from lora_jax import weights
+from lora_jax.nn import kernels
+from lora_jax.nn.virtual import Prefix
 
 _NORMAL = nnx.initializers.normal(0.02)
 

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_jax.config import AdapterConfig, UserError, nearest, shown
+from lora_jax.config import AdapterConfig, shown
+from lora_jax.errors import UserError, nearest
 from lora_jax.patterns import compiled
 from lora_jax.tree import layer_index
 

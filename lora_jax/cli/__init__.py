@@ -12,12 +12,25 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
-from lora_jax.commands import COMMANDS, Command
-from lora_jax.config import UserError, shown
+from lora_jax.cli import combine, evaluate, export, generate, inspect, plan, train
+from lora_jax.config import shown
+from lora_jax.errors import UserError
 from lora_jax.train import interrupt
 from lora_jax.train.interrupt import Interrupted
+
+# Each module has HELP (one line), EPILOG (examples below the options), `add_arguments` and `run`.
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "inspect": inspect,
+    "plan": plan,
+    "export": export,
+    "combine": combine,
+    "generate": generate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,23 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, command in COMMANDS.items():
-        command.add(commands.add_parser(name, help=command.help, **_style(command)))
+        subparser = commands.add_parser(name, help=command.HELP, **_style(command))
+        command.add_arguments(subparser)
     return _run(_parse(parser, arguments))
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """`python train.py`: the same as `lora-jax train`."""
-    train = COMMANDS["train"]
     parser = argparse.ArgumentParser(
         prog="train.py", description="Fine-tune as a YAML file says.", **_style(train)
     )
-    train.add(parser)
+    train.add_arguments(parser)
     return _run(_parse(parser, arguments))
 
 
-def _style(command: Command) -> dict[str, Any]:
+def _style(command: ModuleType) -> dict[str, Any]:
     return {
-        "epilog": command.epilog,
+        "epilog": command.EPILOG,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
 

@@ -1,7 +1,7 @@
 """docs/configuration.md, written from lora_jax/config/settings.py: keys, types, defaults and
 comments stand there only.
 
-    python -m lora_jax.reference > docs/configuration.md
+    python -m lora_jax.config.reference > docs/configuration.md
 """
 
 import ast
@@ -21,7 +21,7 @@ _HEAD = """# Configuration
 Every setting, from `lora_jax/config/settings.py`. Write it in the YAML file of a run, or give it
 on the command line, as in `train.steps=10`; `null` is nothing set. An unknown key is an error.
 
-This page is generated: `python -m lora_jax.reference > docs/configuration.md`"""
+This page is generated: `python -m lora_jax.config.reference > docs/configuration.md`"""
 
 
 def describe_config() -> list[Setting]:

@@ -1,0 +1,90 @@
+"""Options that several subcommands have, and the types of their values."""
+
+import argparse
+import json
+
+from lora_jax import config as configs
+
+
+def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--config", required=required, metavar="FILE", help="the YAML file of the run"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file",
+    )
+
+
+def add_allow_change(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        choices=configs.PRINTS[:3],
+        help="go on although this is not what the adapter was trained with",
+    )
+
+
+def add_ignore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-config-fields",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="fields of config.json known not to matter, as ignore_config_fields in training",
+    )
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def positive(text: str) -> int:
+    value = whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    value = whole(text)
+    if not 0 <= value <= configs.LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{value} must be from 0 to {configs.LARGEST_SEED}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must not be negative")
+    return value
+
+
+def share(text: str) -> float:
+    value = not_negative(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and at most 1")
+    return value
+
+
+def json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no object, as {{"enable_thinking": false}}')
+    return value

@@ -1,0 +1,139 @@
+"""`lora-jax combine`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from lora_jax.cli import arguments
+from lora_jax.errors import UserError, raise_all
+
+HELP = "adapters from adapters, or from a fine-tuned model"
+EPILOG = """examples:
+  lora-jax combine --model org/name --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.3 \\
+      --output both                                       # exact: ranks add up
+  lora-jax combine --model org/name --adapter runs/a/adapter --adapter runs/b/adapter=-1 \\
+      --output a-without-b
+  lora-jax combine --model org/name --adapter runs/a/adapter --rank 4 --output smaller
+  lora-jax combine --model org/name --adapter runs/a/adapter --adapter runs/b/adapter \\
+      --method ties --density 0.2 --rank 32 --output both
+  lora-jax combine --model org/name --finetuned my-model --rank 64 --output as-adapter
+
+Adapters of one base become one, a PEFT directory again. sum adds the updates weight * scale * A B
+exactly, where adding A to A and B to B would not. svd is the nearest to it of a lower rank; ties
+and dare thin the updates out before they are added (arXiv 2306.01708, 2311.03099) and need a rank
+too, since what they make has full rank. What a rank loses is printed. docs/combine.md has more.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="the base: a directory, a .gguf file, org/name, or demo:NAME"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--adapter",
+        action="append",
+        type=_weighted,
+        metavar="DIR[=WEIGHT]",
+        help="a PEFT adapter directory; may be given several times (default weight: 1)",
+    )
+    source.add_argument("--finetuned", metavar="MODEL", help="the base after full fine-tuning")
+    parser.add_argument("--output", required=True, metavar="DIR", help="must be empty or absent")
+    parser.add_argument(
+        "--method",
+        choices=("sum", "svd", "ties", "dare_linear", "dare_ties"),
+        help="(default: sum, with --rank svd)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=arguments.positive,
+        metavar="R",
+        help="the most that a module gets (default: the sum)",
+    )
+    parser.add_argument(
+        "--density", type=float, metavar="D", help="share of every update that ties and dare keep"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of what dare drops (default: 0)"
+    )
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="with --finetuned: what takes an adapter, as in training (default: all-linear)",
+    )
+    parser.add_argument(
+        "--uncovered",
+        choices=("refuse", "save", "drop"),
+        help="with --finetuned: what else differs (norms, embeddings, biases) is an error, stored "
+        "whole in the adapter, or left as in the base (default: refuse)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    arguments.add_ignore(parser)
+    arguments.add_allow_change(parser)
+    arguments.add_verbose(parser)
+    parser.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    of_tuned = {"--target-modules": options.target_modules, "--uncovered": options.uncovered}
+    of_adapters = {"--method": options.method, "--density": options.density}
+    foreign, other = (of_adapters, "--adapter") if options.finetuned else (of_tuned, "--finetuned")
+    raise_all(
+        [f"{name} goes with {other} only" for name, value in foreign.items() if value is not None]
+    )
+    if options.finetuned and options.rank is None:
+        raise UserError("--finetuned needs --rank: the difference of two models has full rank")
+    from lora_jax.combine import combine_directories, extract_directory
+
+    if options.finetuned:
+        report = extract_directory(
+            options.model,
+            options.finetuned,
+            Path(options.output),
+            rank=options.rank,
+            target_modules=_one_or_list(options.target_modules),
+            uncovered=options.uncovered or "refuse",
+            ignore=options.ignore_config_fields,
+        )
+    else:
+        report = combine_directories(
+            options.model,
+            options.adapter,
+            Path(options.output),
+            method=options.method or ("sum" if options.rank is None else "svd"),
+            rank=options.rank,
+            density=options.density,
+            seed=options.seed,
+            allow_change=options.allow_change,
+            ignore=options.ignore_config_fields,
+        )
+    if options.json:
+        return print(json.dumps(report))
+    low, high = report["ranks"]
+    print(
+        f"{options.output}: {report['parameters']:,} numbers, rank "
+        + (str(high) if low == high else f"{low} to {high}")
+    )
+    if report["method"] != "sum":
+        print(
+            f"away from what was asked for, |made - meant| / |meant|: {report['error']:.2e} over "
+            f"all modules, {report['worst_error']:.2e} in {report['worst_module']}"
+        )
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """`DIR=WEIGHT`, or `DIR` with a weight of 1; the name of a directory may have `=` too."""
+    path, _, weight = text.rpartition("=")
+    if not path or Path(text).expanduser().is_dir():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {weight!r} is no number, and there is no directory of that name"
+        ) from None
+
+
+def _one_or_list(names: list[str] | None) -> str | list[str]:
+    return "all-linear" if names in (None, ["all-linear"]) else names

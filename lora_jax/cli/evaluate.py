@@ -1,0 +1,66 @@
+"""`lora-jax eval`."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from lora_jax import config as configs
+from lora_jax.cli import arguments
+from lora_jax.errors import UserError
+
+HELP = "compare adapters with their base on held-out data"
+EPILOG = """examples:
+  lora-jax eval --config configs/quickstart.yaml --adapter runs/quickstart/adapter
+  lora-jax eval --config runs/a/config.yaml --adapter runs/a/adapter --adapter runs/b/adapter
+  lora-jax eval --config configs/e2e.yaml data.eval=mine.jsonl eval.metrics=[bleu,rouge_l]
+  lora-jax eval --config runs/a/config.yaml --adapter runs/a/adapter --predictions answers.jsonl
+
+One table: held-out losses and the metrics of greedy answers, for the base and for every adapter.
+The config says which model, which data (data.eval, data.regression) and which metrics.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser)
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a PEFT adapter directory; may be given several times",
+    )
+    parser.add_argument("--output", metavar="FILE", help="also write the table there, as JSON")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write every answer there, one JSON object per line"
+    )
+    arguments.add_allow_change(parser)
+    arguments.add_verbose(parser)
+    parser.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    config = configs.load(options.config, options.overrides)
+    for name, file in (("--output", options.output), ("--predictions", options.predictions)):
+        if file and not os.access(Path(file).parent, os.W_OK):
+            raise UserError(f"{name} {file}: its directory is missing or not writable")
+        if file and Path(file).is_dir():
+            raise UserError(f"{name} {file} is a directory; give a file in it")
+    if options.predictions and not config.eval.generate:
+        raise UserError("--predictions writes answers, and eval.generate=false generates none")
+    from rich.console import Console
+
+    from lora_jax import hosts
+    from lora_jax.train.compare import compare, print_table
+    from lora_jax.train.metrics import make_console, to_text
+
+    with hosts.joined(config.hosts):
+        main = hosts.is_main()
+        rows, lines = compare(config, options.adapter, make_console(not main), options.allow_change)
+    if main:
+        print_table(rows, Console())
+    if main and options.output:
+        text = json.dumps(rows, indent=2) + "\n"
+        Path(options.output).write_text(text, encoding="utf-8")
+    if main and options.predictions:
+        Path(options.predictions).write_text(to_text(lines), encoding="utf-8")

@@ -1,0 +1,70 @@
+"""`lora-jax export`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lora_jax.cli import arguments
+
+HELP = "write the result of a run for other tools"
+EPILOG = """examples:
+  lora-jax export --run runs/quickstart --format peft --output my-adapter
+  lora-jax export --run runs/quickstart --format hf --output my-model
+  lora-jax export --run runs/quickstart --format hf --output my-model export.dtype=bfloat16
+  lora-jax export --run runs/qlora --format hf --output my-model export.quantized_base=dequantized
+  lora-jax export --run runs/old --format peft --output my-adapter --allow-change base
+  lora-jax export --run runs/quickstart --format peft --profile vllm --output my-adapter
+  lora-jax export --run runs/quickstart --format peft --output my-adapter --push-to-hub me/mine
+
+peft: an adapter directory for PEFT, vLLM and others. vLLM reads no rank and alpha patterns and no
+DoRA: --profile vllm folds the former in and refuses the latter.
+hf: the base with the adapter merged in, for transformers, and a report on what the merge kept;
+export.min_merge_cosine and export.max_merge_kl refuse a bad one.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="DIR", help="the output directory of a run")
+    parser.add_argument(
+        "--format", required=True, choices=("peft", "hf"), help="adapter directory or merged model"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="where to write; must be empty or absent"
+    )
+    parser.add_argument(
+        "--profile", choices=("vllm",), help="write a PEFT directory that this program can load"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="upload what was written to the Hugging Face hub"
+    )
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make a new repository private; one that exists stays as it is (default: yes)",
+    )
+    parser.add_argument("--commit-message", metavar="TEXT", help="the message of the upload")
+    arguments.add_allow_change(parser)
+    arguments.add_verbose(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="export.key=value", help="settings of export for this time"
+    )
+    parser.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from lora_jax.formats import push
+    from lora_jax.train.export import export_run
+    from lora_jax.train.metrics import make_console
+
+    run, output, console = Path(options.run), Path(options.output), make_console()
+    allowed, overrides = options.allow_change, options.overrides
+    if options.push_to_hub is not None:
+        push.check_repository(options.push_to_hub)
+    export_run(run, options.format, output, console, allowed, overrides, options.profile)
+    print(f"written to {options.output}")
+    if options.push_to_hub is not None:
+        message = options.commit_message or f"Upload {run.resolve().name} by lora_jax"
+        print(f"uploading to {options.push_to_hub}", file=sys.stderr)
+        address = push.push(output, options.push_to_hub, options.private, message)
+        print(f"uploaded to {address}")

@@ -1,0 +1,49 @@
+"""`lora-jax inspect`."""
+
+import argparse
+from pathlib import Path
+
+from lora_jax import config as configs
+from lora_jax.cli import arguments
+from lora_jax.errors import UserError
+
+HELP = "what a run would train on, and how"
+EPILOG = """examples:
+  lora-jax inspect --config configs/quickstart.yaml
+  lora-jax inspect --config configs/quickstart.yaml data.max_length=256 --examples 1
+  lora-jax inspect --config configs/e2e.yaml data.train=mine.jsonl --plot lengths.png
+
+What a run would train on: examples as the model sees them, lengths, drops, overlaps, packing.
+Supervised text is green, or between « and » where nothing can be coloured. No weights are loaded;
+of a stream only the first data.stream_rows records are read.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser)
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="shown of every training source (default: 3)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="write histograms of the lengths there")
+    arguments.add_verbose(parser)
+    parser.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    config = configs.load(options.config, options.overrides)
+    if options.plot and Path(options.plot).is_dir():
+        raise UserError(f"--plot {options.plot} is a directory; give a file in it")
+    from rich.console import Console
+
+    from lora_jax.train import inspect as inspection
+    from lora_jax.train.metrics import make_console
+
+    report = inspection.inspect(config, make_console(), options.examples)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    inspection.print_report(report, console)
+    if options.plot:
+        inspection.plot(report, Path(options.plot))

@@ -1,0 +1,53 @@
+"""`lora-jax train`, which `python train.py` is too."""
+
+import argparse
+import os
+import sys
+
+from lora_jax import config as configs
+from lora_jax.cli import arguments
+
+HELP = "fine-tune as a YAML file says"
+EPILOG = """examples:
+  python train.py --config configs/quickstart.yaml
+  python train.py --config configs/quickstart.yaml adapter.rank=8 output_dir=runs/r8
+  python train.py --config configs/quickstart.yaml model=org/name data.train=rows.jsonl mesh.fsdp=4
+  python train.py --config configs/quickstart.yaml --dry-run
+
+  python train.py --config configs/quickstart.yaml resume=auto train.save_every=20
+
+Any setting of the YAML file can be overridden as key.sub=value; docs/configuration.md lists them
+all, and so does `python -m lora_jax.config.reference`. Rows are {"prompt": .., "completion": ..},
+{"messages": [..]} and others, in .jsonl, .csv, .parquet or on the hub. SIGTERM, SIGHUP and Ctrl-C
+end a run with a checkpoint, and resume=true goes on from it.
+"""
+# Only the first process prints; to ask JAX which one that is takes seconds.
+_RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be trained, look at the first rows of the data, and stop",
+    )
+    arguments.add_verbose(parser)
+    parser.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    config = configs.load(options.config, options.overrides)
+    if options.dry_run:
+        from lora_jax.train.dry_run import print_preview
+
+        return print_preview(config)
+    if not any(os.environ.get(name, "0") != "0" for name in _RANKS):
+        print(
+            f"starting {config.output_dir}: {config.model} on {config.data.train}",
+            file=sys.stderr,
+            flush=True,
+        )
+    from lora_jax.train.loop import run  # seconds of imports: after the config is known to be right
+
+    run(config)

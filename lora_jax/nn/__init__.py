@@ -1,0 +1,1 @@
+"""The modules of models: linear layers, norms, attention and its kernels, positions."""
