@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora_jax import cli
 from lora_jax import config as configs
-from lora_jax.cli import COMMANDS
 from lora_jax.config import elsewhere, reference
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +26,8 @@ def page(name):
 
 def options():
     """First arguments of all calls of `add_argument`."""
-    tree = ast.parse(Path(commands.__file__).read_text())
-    calls = [node for node in ast.walk(tree) if hasattr(node, "func")]
+    trees = [ast.parse(file.read_text()) for file in Path(cli.__file__).parent.glob("*.py")]
+    calls = [node for tree in trees for node in ast.walk(tree) if hasattr(node, "func")]
     named = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
     return {call.args[0].value for call in named}
 
@@ -41,7 +41,7 @@ def unknown_names(text):
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
         words = shlex.split(code) if code.startswith(("lora-jax", "python train.py")) else []
         if words[:1] == ["lora-jax"] and len(words) > 1:
-            wrong += [code] * (words[1] not in COMMANDS)
+            wrong += [code] * (words[1] not in cli.COMMANDS)
         wrong += [code for w in words if w.startswith("--") and w not in options()]
         for word in words[2:] or [code]:
             name = re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)*)(=|: |$)", word)

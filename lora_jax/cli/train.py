@@ -48,6 +48,6 @@ def run(options: argparse.Namespace) -> None:
             file=sys.stderr,
             flush=True,
         )
-    from lora_jax.train.loop import run  # seconds of imports: after the config is known to be right
+    from lora_jax.train import loop  # seconds of imports: after the config is known to be right
 
-    run(config)
+    loop.run(config)
