@@ -26,7 +26,8 @@ from lora_jax import config as configs
 from lora_jax import data, formats
 from lora_jax.config import Config
 from lora_jax.formats import fingerprint
-from lora_jax.train import scores, sets
+from lora_jax.report import scores
+from lora_jax.train import sets
 from lora_jax.train.evaluate import find_questions, make_reader, to_answer
 from lora_jax.train.model import describe
 from lora_jax.train.optimizer import make_schedule

@@ -51,8 +51,9 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lora_jax import hosts
-    from lora_jax.train.compare import compare, print_table
-    from lora_jax.train.metrics import make_console, to_text
+    from lora_jax.audit.compare import compare, print_table
+    from lora_jax.report.console import make_console
+    from lora_jax.report.journal import to_text
 
     with hosts.joined(config.hosts):
         main = hosts.is_main()

@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from lora_jax.formats import push
+    from lora_jax.report.console import make_console
     from lora_jax.train.export import export_run
-    from lora_jax.train.metrics import make_console
 
     run, output, console = Path(options.run), Path(options.output), make_console()
     allowed, overrides = options.allow_change, options.overrides

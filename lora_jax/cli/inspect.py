@@ -39,8 +39,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--plot {options.plot} is a directory; give a file in it")
     from rich.console import Console
 
-    from lora_jax.train import inspect as inspection
-    from lora_jax.train.metrics import make_console
+    from lora_jax.audit import data as inspection
+    from lora_jax.report.console import make_console
 
     report = inspection.inspect(config, make_console(), options.examples)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

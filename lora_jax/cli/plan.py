@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.parameters is not None:
         return planning.plan_parameters(options.parameters, options.json)
-    from lora_jax.train.metrics import make_console
+    from lora_jax.report.console import make_console
 
     result = planning.plan(
         configs.load(options.config, options.overrides),

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     config = configs.load(options.config, options.overrides)
     if options.dry_run:
-        from lora_jax.train.dry_run import print_preview
+        from lora_jax.audit.targets import print_preview
 
         return print_preview(config)
     if not any(os.environ.get(name, "0") != "0" for name in _RANKS):

@@ -13,8 +13,8 @@ from lora_jax import formats
 from lora_jax.config import Config
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES, quantize_tree
+from lora_jax.report.progress import SILENT, Display
 from lora_jax.targets import changes_base, needs_floats
-from lora_jax.train.progress import SILENT, Display
 
 
 def load(

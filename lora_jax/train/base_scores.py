@@ -24,9 +24,9 @@ import jax
 from lora_jax import data, hosts
 from lora_jax.cache import cache_directory, write_entry
 from lora_jax.config import AdapterConfig, Config
+from lora_jax.report.scores import Answer
 from lora_jax.train import checkpoint
 from lora_jax.train.evaluate import Judge, Scores
-from lora_jax.train.scores import Answer
 
 _PACKAGE = Path(__file__).parent.parent
 _PACKAGES = ("lora_jax", "jax", "jaxlib", "flax", "transformers", "tokenizers", "jinja2")

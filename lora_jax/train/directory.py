@@ -15,8 +15,8 @@ from typing import Any
 from lora_jax import hosts
 from lora_jax.config import Config, expand, load
 from lora_jax.errors import UserError, raise_all
+from lora_jax.report.journal import LOGS
 from lora_jax.train import checkpoint, lock, resume
-from lora_jax.train.metrics import LOGS
 from lora_jax.train.outputs import Run, remove_empty, some
 from lora_jax.train.run_file import EXPORTS, MARKER, new_content, read_marker, read_place
 

@@ -16,11 +16,11 @@ from lora_jax.config import Config
 from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import placeholders
+from lora_jax.report import scores
+from lora_jax.report.progress import SILENT, Display, Phase
+from lora_jax.report.scores import Answer
 from lora_jax.sharding import place_batch, whole
-from lora_jax.train import scores
 from lora_jax.train.model import find_stops
-from lora_jax.train.progress import SILENT, Display, Phase
-from lora_jax.train.scores import Answer
 from lora_jax.train.sets import DataSet
 from lora_jax.train.step import make_classify, make_eval_step
 

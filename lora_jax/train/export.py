@@ -21,9 +21,11 @@ from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES
+from lora_jax.report import card
+from lora_jax.report import merge as merge_report
 from lora_jax.sharding import make_mesh, whole
 from lora_jax.targets import find_trainable
-from lora_jax.train import base, card, checkpoint, merge_report, probe, sets
+from lora_jax.train import base, checkpoint, probe, sets
 from lora_jax.train.model import describe, find_stops
 from lora_jax.weights import materialize, widen
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from lora_jax import config as configs
 from lora_jax import hosts
 from lora_jax.config import Config
-from lora_jax.train import export, metrics
+from lora_jax.report import journal
+from lora_jax.train import export
 from lora_jax.train.outputs import Run
 from lora_jax.train.session import Session
 from lora_jax.train.watch import Watch
@@ -66,5 +67,5 @@ def mend(
                 *(console, probed, None, summary),
             )
     summary["outputs"] = hosts.from_main(run.digests)
-    metrics.write_summary(run.output / "summary.json", summary)
+    journal.write_summary(run.output / "summary.json", summary)
     return summary

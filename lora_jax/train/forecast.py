@@ -1,8 +1,8 @@
 """Time that the rest of a run takes: its steps, and the evaluations still to come."""
 
 from lora_jax.config import Config
+from lora_jax.report.usage import Clock
 from lora_jax.train.evaluate import Judge
-from lora_jax.train.metrics import Clock
 
 
 def seconds_left(judge: Judge, clock: Clock, step: int) -> tuple[float, bool]:

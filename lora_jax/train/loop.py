@@ -18,21 +18,29 @@ from lora_jax import adapters as methods
 from lora_jax import config as configs
 from lora_jax import data, formats, hosts
 from lora_jax.config import Config
+from lora_jax.report import card, journal, plots, scores
+from lora_jax.report.console import (
+    describe_share,
+    make_console,
+    print_samples,
+    print_summary,
+    share,
+)
+from lora_jax.report.progress import Display
+from lora_jax.report.trackers import Sink, open_sinks
+from lora_jax.report.usage import device_memory, peak_rss_bytes
+from lora_jax.report.window import Window
 from lora_jax.train import (
     base,
     base_scores,
     calibration,
-    card,
     checkpoint,
     export,
     finished,
     interrupt,
-    metrics,
     norms,
     outputs,
-    plots,
     predictions,
-    scores,
     session,
     sets,
     setup,
@@ -41,12 +49,9 @@ from lora_jax.train import (
 from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.outputs import Run
-from lora_jax.train.progress import Display
 from lora_jax.train.session import Session
-from lora_jax.train.sinks import Sink, open_sinks
 from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
-from lora_jax.train.window import Window
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     """
     with hosts.joined(config.hosts):
         agree = hosts.agree if jax.process_count() > 1 else None
-        console = console or metrics.make_console(quiet=not hosts.is_main())
+        console = console or make_console(quiet=not hosts.is_main())
         leave = None if interrupt.leave is None else partial(_leave, console, interrupt.leave)
         with (
             interrupt.catch(agree, console.print, leave) as signals,
@@ -97,7 +102,7 @@ def _run(
     else:
         params, state = _restore(ready, mesh, optimizer, run, record, display)
     config, model = ready.config, ready.model.replace(params=params)
-    console.print(f"training {metrics.describe_share(ready.found.parameters, ready.frozen)}")
+    console.print(f"training {describe_share(ready.found.parameters, ready.frozen)}")
     probed = ready.choose_probe()
     judge = make_judge(config, model, ready.tokenizer, ready.held_out, mesh, display)
     earlier = 0.0 if record is None else record.get("seconds", 0.0)
@@ -180,8 +185,8 @@ def _restore(
     state.window = Window(**record.get("window", {}))
     # The line of a step whose evaluation was interrupted is written when it is made up for.
     last = step - 1 if record["pending"] else step
-    for name in metrics.LOGS:
-        metrics.cut_back(run.output / name, last)
+    for name in journal.LOGS:
+        journal.cut_back(run.output / name, last)
     params = base.load_under(config, ready.source, model, mesh, state.adapters, display)
     return params, state
 
@@ -205,7 +210,7 @@ def _count(ready: Session) -> dict[str, Any]:
     return {
         "total_parameters": frozen + trained,
         "trainable_parameters": trained,
-        "trainable_share": metrics.share(trained, frozen),
+        "trainable_share": share(trained, frozen),
         "adapter_bytes": 4 * ready.found.exported,
     }
 
@@ -238,7 +243,7 @@ def _begin(run: Run, judge: Judge, before: Scores | None, fresh: bool) -> None:
     if fresh:
         run.clear_logs()
     run.begin()
-    metrics.write_whole(run.output / "config.yaml", configs.dump(judge.config))
+    journal.write_whole(run.output / "config.yaml", configs.dump(judge.config))
     if fresh and before is not None:
         names = judge.config.eval.metrics
         predictions.put(run.output / "predictions.jsonl", 0, before.answers, names)
@@ -256,14 +261,14 @@ def _open_sinks(
     first = 0 if record is None and before is not None else state.step + 1
     with open_sinks(judge.config, run.output, first) as sinks:
         if record is None and before is not None:
-            metrics.send(sinks, 0, before.numbers())
+            journal.send(sinks, 0, before.numbers())
         yield sinks
 
 
 def _report(summary: Mapping[str, Any], output: Path, console: Console, said: int) -> None:
     """Write the summary and print it, with the warnings after the first `said` ones."""
-    metrics.write_summary(output / "summary.json", summary)
-    metrics.print_summary(console, summary)
+    journal.write_summary(output / "summary.json", summary)
+    print_summary(console, summary)
     for warning in summary["warnings"][said:]:
         console.print(f"warning: {warning}")
     if hosts.is_main():
@@ -285,12 +290,12 @@ def conclude(
     config, output, console = judge.config, run.output, judge.display.console
     chosen, adapters = _choose(run, judge, state)
     file = output / "metrics.jsonl"
-    curves: dict[str, Any] = hosts.from_main(lambda: metrics.read_curves(file, judge.held_out))
+    curves: dict[str, Any] = hosts.from_main(lambda: journal.read_curves(file, judge.held_out))
     after = state.scores if chosen == state.step else None
     if after is None:
         after = _score_exported(judge, adapters, chosen, curves)
     predictions.put(output / "predictions.jsonl", chosen, after.answers, config.eval.metrics)
-    metrics.send(sinks, state.step, after.metrics)
+    journal.send(sinks, state.step, after.metrics)
     sizes = norms.measure(judge.model.params, adapters, config.adapter)
     results = {name: score_pair(name, before, after) for name in ("task", "regression")}
     run.remove_exports()
@@ -303,8 +308,8 @@ def conclude(
     if sizes:
         plots.plot_norms(output / "plots" / "norms.png", sizes)
     samples = scores.spread(after.answers, config.eval.samples)
-    metrics.append_samples(output / "samples.jsonl", state.step, samples)
-    metrics.print_samples(console, samples)
+    journal.append_samples(output / "samples.jsonl", state.step, samples)
+    print_samples(console, samples)
     merged: dict[str, Any] = {}
     if "merged" in wanted:  # last, as a gate may refuse it
         with judge.display.phase("merging"), run.exporting("merged", config) as target:
@@ -316,8 +321,8 @@ def conclude(
         "steps": state.step,
         "exported_step": chosen,
         "supervised_tokens": round(state.supervised_tokens),
-        "peak_rss_bytes": metrics.peak_rss_bytes(),
-        **metrics.device_memory(),
+        "peak_rss_bytes": peak_rss_bytes(),
+        **device_memory(),
         "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(run.place, state.step)),
         **results,
         **norms.summarize(sizes),

@@ -20,8 +20,8 @@ from typing import Any
 from lora_jax import hosts
 from lora_jax.config import Config
 from lora_jax.errors import UserError, raise_all
+from lora_jax.report.journal import LOGS, write_whole
 from lora_jax.train import checkpoint, lock
-from lora_jax.train.metrics import LOGS, write_whole
 from lora_jax.train.run_file import EXPORTS, MARKER, dump, write_place
 
 _SHOWN = 3  # names in a message

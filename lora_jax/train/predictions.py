@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.train import metrics
-from lora_jax.train.scores import METRICS, Answer
+from lora_jax.report import journal
+from lora_jax.report.scores import METRICS, Answer
 
 
 def to_line(answer: Answer) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def put(file: Path, step: int, answers: Sequence[Answer], names: Sequence[str]) 
     """Write the answers of a step, in place of any that the file has, in the order of steps."""
     if not answers:
         return
-    others = [line for line in metrics.read_lines(file) if line["step"] != step]
+    others = [line for line in journal.read_lines(file) if line["step"] != step]
     lines = [*others, *to_lines({"step": step}, answers, names)]
     lines.sort(key=lambda line: line["step"])
-    metrics.write_whole(file, metrics.to_text(lines))
+    journal.write_whole(file, journal.to_text(lines))

@@ -17,8 +17,8 @@ from typing import Any
 
 from lora_jax.config import read_json
 from lora_jax.errors import UserError
+from lora_jax.report.journal import write_whole
 from lora_jax.train import checkpoint
-from lora_jax.train.metrics import write_whole
 
 MARKER = "run.json"
 EXPORTS = ("adapter", "merged")

@@ -11,9 +11,9 @@ from lora_jax import data, formats, hosts, targets, tree
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
+from lora_jax.report.progress import Display
 from lora_jax.train import epochs, probe, resume, sets, setup
 from lora_jax.train.model import describe, find_stops
-from lora_jax.train.progress import Display
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,19 @@ from lora_jax import data, sharding
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
+from lora_jax.report.journal import Journal, append_line, append_samples
+from lora_jax.report.scores import spread
+from lora_jax.report.trackers import Sink
+from lora_jax.report.usage import Clock, device_memory
+from lora_jax.report.window import Window
 from lora_jax.sharding import local_rows, place_batch
-from lora_jax.train import checkpoint, forecast, metrics, norms, predictions
+from lora_jax.train import checkpoint, forecast, norms, predictions
 from lora_jax.train.evaluate import Judge, Scores
 from lora_jax.train.interrupt import Interrupted, Signals
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.outputs import Run
-from lora_jax.train.scores import spread
-from lora_jax.train.sinks import Sink
 from lora_jax.train.step import make_train_step
 from lora_jax.train.watch import Watch
-from lora_jax.train.window import Window
 
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -87,13 +89,13 @@ def train(
     config, output = judge.config, run.output
     settings = config.train
     placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
-    clock = metrics.Clock()
+    clock = Clock()
     with (
         signals.held(),
         checkpoint.open_checkpoints(
             run.place, settings.save_total_limit, run.check, run.committed
         ) as kept,
-        metrics.Journal(
+        Journal(
             output / "metrics.jsonl",
             settings.total_steps,
             judge.display,
@@ -153,8 +155,8 @@ class _Trainer:
     console: Console
     signals: Signals
     kept: checkpoint.Checkpoints
-    journal: metrics.Journal
-    clock: metrics.Clock
+    journal: Journal
+    clock: Clock
     seconds: Callable[[], float]
     compiled: bool = False
 
@@ -205,7 +207,7 @@ class _Trainer:
             **state.window.describe(),
             "learning_rate": rate,
             "tokens_per_second": speed,
-            **metrics.device_memory(),
+            **device_memory(),
         }
 
     @contextlib.contextmanager
@@ -262,7 +264,7 @@ class _Trainer:
                 return state.scores
             if settings.samples and not self.over:
                 answers = judge.answers(state.adapters, settings.samples, check)
-                metrics.append_samples(self.output / "samples.jsonl", state.step, answers)
+                append_samples(self.output / "samples.jsonl", state.step, answers)
         return Scores(losses, {})
 
     def _evaluated(self, measured: Scores) -> Line:
@@ -276,9 +278,9 @@ class _Trainer:
             predictions.put(file, state.step, measured.answers, names)
             if not self.over:  # those of the last step are shown at the end
                 samples = spread(measured.answers, config.eval.samples)
-                metrics.append_samples(self.output / "samples.jsonl", state.step, samples)
+                append_samples(self.output / "samples.jsonl", state.step, samples)
         sizes = norms.measure(judge.model.params, state.adapters, config.adapter)
-        metrics.append_line(self.output / "norms.jsonl", {"step": state.step, "modules": sizes})
+        append_line(self.output / "norms.jsonl", {"step": state.step, "modules": sizes})
         return measured.numbers() | norms.summarize(sizes)
 
     def _save(self, pending: Line | None) -> None:

@@ -6,6 +6,7 @@ warn.find(config, model, tokenizer, train, held_out, measured)  # inspect, a run
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,44 @@ from lora_jax import data, formats
 from lora_jax.config import Config, TrainConfig, find_unused
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
-from lora_jax.train.report import Measured
 from lora_jax.train.sets import DataSet, TrainData
 
 _FORGOTTEN = 0.3  # nats that a regression loss may rise without a warning
 _LITTLE = 0.01  # a supervised share below it is worth a warning
+_QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
+_BINS = 8  # lines of a text histogram
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The examples of one set in numbers."""
+
+    counts: data.Counts | None  # of the source as it was read; None: held out of another set
+    lengths: np.ndarray  # (examples,) tokens
+    supervised: np.ndarray  # (examples,) tokens with a weight above 0
+
+    @property
+    def share(self) -> float:
+        """The supervised ones of all tokens."""
+        return float(self.supervised.sum() / self.lengths.sum())
+
+    @property
+    def left_out(self) -> int:
+        """Examples of the source that are not in the set."""
+        return 0 if self.counts is None else self.counts.examples - len(self.lengths)
+
+    def quantiles(self) -> dict[str, int]:
+        """Lengths by `min`, `median`, `90 %`, `99 %`, `max`: each is that of some example."""
+        found = np.quantile(self.lengths, list(_QUANTILES.values()), method="inverted_cdf")
+        return dict(zip(_QUANTILES, map(int, found), strict=True))
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, examples) of ranges of lengths, both ends included."""
+        low, high = int(self.lengths.min()), int(self.lengths.max())
+        width = -(-(high - low + 1) // _BINS)
+        counts = np.bincount((self.lengths - low) // width).tolist()
+        starts = range(low, high + 1, width)
+        return [(start, start + width - 1, n) for start, n in zip(starts, counts, strict=True)]
 
 
 def of_config(config: Config) -> Iterator[str]:

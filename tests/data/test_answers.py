@@ -13,7 +13,7 @@ from lora_jax.data.answers import split_thought
 from lora_jax.data.calls import canonical
 from lora_jax.data.rows import THOUGHTS
 from lora_jax.errors import UserError
-from lora_jax.train import scores
+from lora_jax.report import scores
 from lora_jax.train.evaluate import to_answer
 
 from .test_real_templates import BITS, CALLS, ROWS, TOKENIZERS, WEATHER, answer, row, user

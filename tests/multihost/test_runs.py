@@ -11,8 +11,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from lora_jax.report.journal import read_lines
 from lora_jax.train import checkpoint
-from lora_jax.train.metrics import read_lines
 
 from ..train.conftest import SUMS, write_model, write_rows
 

@@ -14,8 +14,9 @@ from sharded_methods import FIELDS, Row, place_base, stirred, tiny_model
 from lora_jax import lora, sharding
 from lora_jax.config import MeshConfig
 from lora_jax.data import Example
+from lora_jax.report import merge as merge_report
 from lora_jax.targets import find_trainable
-from lora_jax.train import merge_report, probe
+from lora_jax.train import probe
 
 
 def measure(model, base, adapters, config, mesh):

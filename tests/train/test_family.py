@@ -16,9 +16,9 @@ from lora_jax.cli import main, train_main
 from lora_jax.config import MeshConfig
 from lora_jax.errors import UserError
 from lora_jax.generate.answer import answer
+from lora_jax.report.console import make_console
 from lora_jax.sharding import make_mesh
 from lora_jax.train import base, checkpoint, export
-from lora_jax.train.metrics import make_console
 
 from .conftest import distance, random_adapters, write_model
 

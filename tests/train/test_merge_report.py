@@ -19,10 +19,11 @@ from lora_jax.config import MeshConfig
 from lora_jax.data import Example
 from lora_jax.errors import UserError
 from lora_jax.quantize import Int8Weight, NF4Weight, dequantize
+from lora_jax.report import merge as merge_report
+from lora_jax.report.console import make_console
 from lora_jax.sharding import make_mesh
 from lora_jax.targets import HEAD, find_trainable
-from lora_jax.train import export, merge_report, probe
-from lora_jax.train.metrics import make_console
+from lora_jax.train import export, probe
 from lora_jax.weights import Untied
 
 from ..families import FAMILIES, random_model

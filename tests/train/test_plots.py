@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lora_jax.train import merge_report, plots
+from lora_jax.report import merge as merge_report
+from lora_jax.report import plots
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ from rich.console import Console
 
 from lora_jax import config as configs
 from lora_jax.cli import main, train_main
-from lora_jax.train import base_scores, metrics, scores, warn
-from lora_jax.train.metrics import read_lines
-from lora_jax.train.scores import Answer
+from lora_jax.report import scores
+from lora_jax.report.console import print_samples
+from lora_jax.report.journal import read_lines
+from lora_jax.report.scores import Answer
+from lora_jax.train import base_scores, warn
 
 from .conftest import ROWS, write_model, write_rows
 
@@ -247,7 +249,7 @@ def test_without_a_measured_base_a_run_says_null(files, tmp_path, capsys):
 def test_samples_are_marked_without_colour_too(capsys):
     console = Console(highlight=False, markup=False, no_color=True, width=60)
     answers = [Answer("[p]", ("yes", "no"), "no"), Answer("q", ("yes",), "no")]
-    metrics.print_samples(console, answers)
+    print_samples(console, answers)
     text = capsys.readouterr().out
     assert text.index("answer: right") < text.index("answer: wrong") and "[p]" in text
     assert text.count("answer: ") == 2

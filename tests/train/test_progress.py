@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_jax.train import forecast, metrics, progress
-from lora_jax.train.progress import Display, format_seconds
+from lora_jax.report import progress
+from lora_jax.report.journal import Journal
+from lora_jax.report.progress import Display, format_seconds
+from lora_jax.report.usage import Clock
+from lora_jax.train import forecast
 
 from .conftest import make_config
 
@@ -141,9 +144,9 @@ def test_a_terminal_shows_bars_that_go(terminal):
 
 def test_after_a_resume_the_bar_starts_at_the_resumed_step(tmp_path):
     console = plain()
-    clock, remaining = metrics.Clock(), lambda step: (90.0, True)
+    clock, remaining = Clock(), lambda step: (90.0, True)
     file = tmp_path / "metrics.jsonl"
-    with metrics.Journal(file, 20, Display(console), (), 7, remaining) as journal:
+    with Journal(file, 20, Display(console), (), 7, remaining) as journal:
         assert journal._phase and journal._phase.title == "step 7/20"
         clock.lap(10)
         journal.show(8, 1.25, 1e-3, clock)
@@ -158,8 +161,8 @@ def test_after_a_resume_the_bar_starts_at_the_resumed_step(tmp_path):
     ("left", "end"), [((75.0, False), "ETA 1:15 and evaluations"), ((0.0, True), "tokens/s")]
 )
 def test_an_eta_says_what_it_leaves_out_and_never_stands_at_zero(tmp_path, left, end):
-    console, clock = plain(), metrics.Clock()
-    with metrics.Journal(tmp_path / "m", 2, Display(console), (), 0, lambda _: left) as journal:
+    console, clock = plain(), Clock()
+    with Journal(tmp_path / "m", 2, Display(console), (), 0, lambda _: left) as journal:
         clock.lap(10)
         journal.show(1, 1.0, 1e-3, clock)
     assert printed(console)[0].endswith(end)

@@ -16,9 +16,9 @@ import yaml
 
 from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
+from lora_jax.report.journal import read_lines
 from lora_jax.train import checkpoint, loop, trainer
 from lora_jax.train.evaluate import Judge
-from lora_jax.train.metrics import read_lines
 
 from .conftest import SUMS, write_model, write_rows
 

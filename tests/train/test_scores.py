@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from lora_jax.errors import UserError
-from lora_jax.train import scores
-from lora_jax.train.scores import Answer, bleu, exact_match, rouge_l, same_answer, slot_f1
+from lora_jax.report import scores
+from lora_jax.report.scores import Answer, bleu, exact_match, rouge_l, same_answer, slot_f1
 
 
 def answers(*pairs):

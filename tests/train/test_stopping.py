@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_jax.cli import main, train_main
+from lora_jax.report.journal import read_lines
 from lora_jax.train import checkpoint
-from lora_jax.train.metrics import read_lines
 
 from .conftest import ROWS, write_rows
 

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from lora_jax import config as configs
 from lora_jax import data
+from lora_jax.audit.compare import compare
 from lora_jax.cli import main, train_main
 from lora_jax.data import answers
-from lora_jax.train.compare import compare
 
 from .conftest import CHATML
 

@@ -17,8 +17,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lora_jax.cli import train_main
 from lora_jax.errors import UserError
-from lora_jax.train.metrics import read_lines
-from lora_jax.train.sinks import check_sinks, open_sinks
+from lora_jax.report.journal import read_lines
+from lora_jax.report.trackers import check_sinks, open_sinks
 
 from .conftest import make_config
 

@@ -32,9 +32,9 @@ from rich.table import Table
 from lora_jax import tree
 from lora_jax.config import ExportConfig
 from lora_jax.errors import UserError
+from lora_jax.report import plots
 from lora_jax.sharding import constrain
 from lora_jax.targets import HEAD, Trainable
-from lora_jax.train import plots
 from lora_jax.weights import Untied, materialize, widen
 
 _EXACT = 1e-6  # 1 - cosine of two updates that differ by the rounding of float32 alone

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from lora_jax import adapters as methods
 from lora_jax import formats, sharding, tree
 from lora_jax.config import Config
+from lora_jax.report.console import share
 from lora_jax.targets import Target, Whole
 from lora_jax.train import directory, first_rows, warn
-from lora_jax.train.metrics import share
 from lora_jax.train.model import describe
 from lora_jax.train.setup import check_settings, continue_adapter, find_trainable
 

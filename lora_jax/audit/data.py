@@ -15,14 +15,14 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax import data, formats
+from lora_jax.audit.preview import Overlap, Packing, Pair, Report, Shown
+from lora_jax.audit.preview import plot as plot
+from lora_jax.audit.preview import print_report as print_report
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
 from lora_jax.train import epochs, sets, setup, warn
 from lora_jax.train.model import describe
-from lora_jax.train.report import Overlap, Packing, Pair, Report, Shown
-from lora_jax.train.report import plot as plot
-from lora_jax.train.report import print_report as print_report
 from lora_jax.train.sets import DataSet, TrainData
 
 

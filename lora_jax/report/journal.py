@@ -1,73 +1,22 @@
-"""Output of a run: metrics.jsonl, the progress bar, the closing table, summary.json."""
+"""Files of a run that grow with its steps, and summary.json."""
 
 import contextlib
 import json
 import os
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from lora_jax import hosts
-from lora_jax.train.progress import Display, Phase, format_seconds
-from lora_jax.train.scores import Answer, is_right
-from lora_jax.train.sinks import Sink
-
-
-def make_console(quiet: bool = False) -> Console:
-    """Messages go to stderr as they are: brackets and colons in names and answers are no markup."""
-    return Console(
-        stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet
-    )
-
-
-class Clock:
-    """Training time by laps. The first lap, which compiles, and pauses do not count towards the
-    speed.
-    """
-
-    def __init__(self) -> None:
-        self._mark = time.monotonic()
-        self._laps, self._seconds, self._tokens = 0, 0.0, 0
-        self._first = (0.0, 0)
-
-    def lap(self, tokens: int) -> None:
-        """A step over `tokens` tokens has ended."""
-        now = time.monotonic()
-        self._laps += 1
-        if self._laps == 1:
-            self._first = (now - self._mark, tokens)
-        else:
-            self._seconds += now - self._mark
-            self._tokens += tokens
-        self._mark = now
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        spent = time.monotonic() - self._mark
-        yield
-        self._mark = time.monotonic() - spent
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Compute the speed of all laps but the first, or of the first if there is no other."""
-        seconds, tokens = (self._seconds, self._tokens) if self._laps > 1 else self._first
-        return tokens / seconds if seconds else 0.0
-
-    def remaining(self, steps: int) -> float:
-        """Seconds that `steps` more laps take."""
-        return steps * (self._seconds / (self._laps - 1) if self._laps > 1 else self._first[0])
-
+from lora_jax.report.progress import Display, Phase, format_seconds
+from lora_jax.report.scores import Answer
+from lora_jax.report.trackers import Sink
+from lora_jax.report.usage import Clock
 
 LOGS = ("metrics.jsonl", "norms.jsonl", "samples.jsonl", "predictions.jsonl")
+
+
 EVERY = 10.0  # seconds between the lines of training
 
 
@@ -202,71 +151,6 @@ def send(sinks: Sequence[Sink], step: int, content: Mapping[str, Any]) -> None:
     numbers = {name: value for name, value in content.items() if name != "step"}
     for one in sinks if numbers else ():
         one(step, numbers)
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def device_memory() -> dict[str, int]:
-    """`device_bytes`, the peak of an accelerator's memory so far; nothing where it is not known."""
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {} if peak is None else {"device_bytes": peak}
-
-
-def share(trained: int, frozen: int) -> float:
-    """Trained parameters over all, which are trained and frozen ones together, as PEFT has it."""
-    return trained / (trained + frozen)
-
-
-def describe_share(trained: int, frozen: int) -> str:
-    """The counts and their `share` as text."""
-    total = trained + frozen
-    return f"{trained:,} of {total:,} parameters ({100 * share(trained, frozen):.4f} %)"
-
-
-def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """The closing table: before and after, then size, speed and memory."""
-    table = Table(title="before and after")
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="right" if column else "left")
-    labels = {"task": "held-out task", "regression": "regression set"}
-    for name, label in labels.items():
-        for key in [key.removesuffix("_after") for key in summary[name] or () if "_after" in key]:
-            unit = "loss (nats per token)" if key == "loss" else key.replace("_", " ")
-            values = (summary[name][f"{key}_before"], summary[name][f"{key}_after"])
-            cells = ("-" if value is None else f"{value:.4f}" for value in values)
-            table.add_row(f"{label}: {unit}", *cells)
-    if table.row_count:
-        console.print(table)
-    trained, total = summary["trainable_parameters"], summary["total_parameters"]
-    seconds, session = (format_seconds(summary[f"{name}seconds"]) for name in ("", "session_"))
-    console.print(
-        f"{summary['steps']} steps, {summary['supervised_tokens']:,} supervised tokens, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, {seconds} in all"
-        + (f" ({session} since it was resumed)" if session != seconds else "")
-        + f", peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB\n"
-        f"trained {describe_share(trained, total - trained)}, "
-        f"adapter {summary['adapter_bytes'] / 1e6:.2f} MB, checkpoint "
-        f"{summary['checkpoint_bytes'] / 1e6:.2f} MB"
-    )
-
-
-def print_samples(console: Console, samples: Sequence[Answer]) -> None:
-    """A few prompts with what was expected and what came, and a mark of the right ones."""
-    for sample in samples:
-        table = Table(show_header=False, title_justify="left")
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        table.add_row("prompt", sample.prompt)
-        table.add_row("expected", "\n".join(sample.references))
-        if sample.thought:
-            table.add_row("thought", sample.thought)
-        mark, style = ("right", "green") if is_right(sample) else ("wrong", "red")
-        table.add_row(Text(f"answer: {mark}", style), sample.answer)
-        console.print(table)
 
 
 def write_summary(file: Path, summary: Mapping[str, Any]) -> None:

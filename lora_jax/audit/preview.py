@@ -9,13 +9,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.text import Text
 
-from lora_jax import data
 from lora_jax.config import Config
 from lora_jax.errors import UserError, counted
-from lora_jax.train import plots
+from lora_jax.report import plots
+from lora_jax.train.warn import Measured
 
-_QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
-_BINS = 8  # lines of a text histogram
 _BAR = 40  # characters of its longest bar
 _NAME = 90  # characters of a set's name in a plot
 _PAIRS = 3  # of an overlap that are printed
@@ -33,38 +31,6 @@ class Shown:
     tokens: int
     supervised: int  # tokens
     pieces: list[tuple[str, float]]  # (text, loss weight)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """The examples of one set in numbers."""
-
-    counts: data.Counts | None  # of the source as it was read; None: held out of another set
-    lengths: np.ndarray  # (examples,) tokens
-    supervised: np.ndarray  # (examples,) tokens with a weight above 0
-
-    @property
-    def share(self) -> float:
-        """The supervised ones of all tokens."""
-        return float(self.supervised.sum() / self.lengths.sum())
-
-    @property
-    def left_out(self) -> int:
-        """Examples of the source that are not in the set."""
-        return 0 if self.counts is None else self.counts.examples - len(self.lengths)
-
-    def quantiles(self) -> dict[str, int]:
-        """Lengths by `min`, `median`, `90 %`, `99 %`, `max`: each is that of some example."""
-        found = np.quantile(self.lengths, list(_QUANTILES.values()), method="inverted_cdf")
-        return dict(zip(_QUANTILES, map(int, found), strict=True))
-
-    def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, to, examples) of ranges of lengths, both ends included."""
-        low, high = int(self.lengths.min()), int(self.lengths.max())
-        width = -(-(high - low + 1) // _BINS)
-        counts = np.bincount((self.lengths - low) // width).tolist()
-        starts = range(low, high + 1, width)
-        return [(start, start + width - 1, n) for start, n in zip(starts, counts, strict=True)]
 
 
 @dataclass(frozen=True)

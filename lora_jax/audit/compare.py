@@ -14,10 +14,11 @@ from lora_jax import data, formats, sharding
 from lora_jax.config import AdapterConfig, Config, expand, is_directory, shown
 from lora_jax.errors import raise_all
 from lora_jax.formats import fingerprint
-from lora_jax.train import base, base_scores, predictions, scores, sets, setup
+from lora_jax.report import scores
+from lora_jax.report.progress import Display
+from lora_jax.train import base, base_scores, predictions, sets, setup
 from lora_jax.train.evaluate import make_judge
 from lora_jax.train.model import describe
-from lora_jax.train.progress import Display
 
 
 def compare(

@@ -1,0 +1,60 @@
+"""Speed and memory of a run."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+
+
+class Clock:
+    """Training time by laps. The first lap, which compiles, and pauses do not count towards the
+    speed.
+    """
+
+    def __init__(self) -> None:
+        self._mark = time.monotonic()
+        self._laps, self._seconds, self._tokens = 0, 0.0, 0
+        self._first = (0.0, 0)
+
+    def lap(self, tokens: int) -> None:
+        """A step over `tokens` tokens has ended."""
+        now = time.monotonic()
+        self._laps += 1
+        if self._laps == 1:
+            self._first = (now - self._mark, tokens)
+        else:
+            self._seconds += now - self._mark
+            self._tokens += tokens
+        self._mark = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        spent = time.monotonic() - self._mark
+        yield
+        self._mark = time.monotonic() - spent
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Compute the speed of all laps but the first, or of the first if there is no other."""
+        seconds, tokens = (self._seconds, self._tokens) if self._laps > 1 else self._first
+        return tokens / seconds if seconds else 0.0
+
+    def remaining(self, steps: int) -> float:
+        """Seconds that `steps` more laps take."""
+        return steps * (self._seconds / (self._laps - 1) if self._laps > 1 else self._first[0])
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_memory() -> dict[str, int]:
+    """`device_bytes`, the peak of an accelerator's memory so far; nothing where it is not known."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {} if peak is None else {"device_bytes": peak}
