@@ -4,9 +4,18 @@ only when asked for.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+# One compile cache for the whole session, for its processes and the commands that tests start. The
+# programs are those of users; only the machine code made of them is not optimised.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lora_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np
@@ -15,9 +24,6 @@ import pytest
 from lora_jax.formats import digests
 
 from .families import save, torch_model
-
-# Commands that tests start keep no compiled programs; tests that want them kept say where.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 # No two axes are equal: vocabulary, hidden, intermediate, queries (6 x 8), keys (2 x 8).
 TINY = dict(
@@ -33,6 +39,11 @@ TINY = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+
+
+def pytest_sessionfinish():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,11 +65,11 @@ def own_digests(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compile_quickly():
-    """Less work for the compiler; the numbers and its counts are those of the same program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised():
+    """Compile as users do: for tests that compute for minutes."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,6 @@ from lora_jax.weights import Probe, linear, materialize
 from .families import FAMILIES, random_model
 from .methods import ROWS, Row, make_batch, start, tiny_model
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 LAYER = {"target_modules": ["q_proj"]}
 UNTIED = ROWS["LoRA"].hf_config
 TIED = UNTIED | {"tie_word_embeddings": True}

@@ -12,8 +12,6 @@ from lora_jax.errors import UserError
 from lora_jax.nn import kernels
 from lora_jax.nn.modules import attention, sights
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # b, t, query heads, kv heads, head size; no block of 128 tokens is full in the first.
 SIZES = {"grouped": (2, 70, 6, 2, 8), "blocks": (1, 256, 3, 1, 16), "even": (2, 130, 4, 4, 64)}
 ROWS = {

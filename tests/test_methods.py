@@ -27,8 +27,6 @@ from lora_jax.weights import LoraWeight, Untied, linear
 from . import methods
 from .methods import QUICK, ROWS, SVD, VIRTUAL, make_batch, stirred, tiny_model, trains
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SEEDS = (0, 1)
 STEPS = 20
 # The base of LoftQ is quantised after its init: it has tests of its own.

@@ -71,7 +71,7 @@ def execute(name):
         record_timing=False,
         resources={"metadata": {"path": str(DIRECTORY)}},
     )
-    client.execute(env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    client.execute(env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
     return notebook
 
 

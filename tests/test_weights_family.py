@@ -12,8 +12,6 @@ import pytest
 from lora_jax.quantize import SCHEMES, dequantize, quantize
 from lora_jax.weights import Absent, LoraWeight, Untied, embed, linear, materialize, unembed
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 ROWS, IN, RANK, OUT = 5, 70, 3, 6
 VOCAB, D = 11, 7
 

@@ -21,8 +21,6 @@ from lora_jax.targets import find_trainable
 from ..methods import Row, calibrate_on, make_batch, tiny_model
 from .test_methods import stack
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SEEDS = (0, 1)
 EVA = {"init": "eva", "target_modules": "all-linear"}
 GA = Row({"init": "lora_ga", "rank": 9, "alpha": 6.0, "use_rslora": True})

@@ -28,8 +28,6 @@ from ..families import FAMILIES, random_model
 from ..formats.test_peft import fresh_peft_model, move, save
 from ..methods import QUICK, make_batch
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SEEDS = (0, 1)
 IN, RANK, OUT = 7, 3, 5
 # Rows of every expert: some without, blocks of 32 rows that are full, begun, and just too small.

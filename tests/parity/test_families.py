@@ -25,8 +25,6 @@ from lora_jax.targets import find_trainable
 from ..families import ALIASES, FAMILIES, describe, torch_model
 from ..methods import QUICK
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TOLERANCE = 1e-5
 SEEDS = (0, 1)
 NEW = [family for family in FAMILIES if family not in ("llama", "mistral")]  # not in `test_llama`

@@ -23,8 +23,6 @@ from lora_jax.train.step import make_train_step
 
 from ..methods import PATTERNS, QUICK, ROWS, Row, make_batch
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SEEDS = (0, 1)
 # What PEFT has too, with its numbers: rates and frozen halves are no part of a forward pass.
 PARITY = [

@@ -21,8 +21,6 @@ from lora_jax.nn.virtual import Prefix, Prompt
 from ..families import FAMILIES, describe
 from ..methods import QUICK
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TOLERANCE = 1e-5
 ORIGINAL = 16
 SHORT = dict(max_position_embeddings=ORIGINAL, head_dim=16)

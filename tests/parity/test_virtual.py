@@ -19,8 +19,6 @@ from lora_jax.targets import find_trainable
 from ..families import FAMILIES, SMOLLM2, describe, random_model
 from ..methods import QUICK
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TOLERANCE = 1e-5
 COUNT = 5
 KINDS = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}

@@ -15,6 +15,7 @@ from lora_jax.generate import make_generate
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.usefixtures("optimised"),
     pytest.mark.skipif(
         os.environ.get("LORA_JAX_ACCEPT_GEMMA_TERMS") != "1",
         reason="Gemma is under the Gemma Terms of Use (https://ai.google.dev/gemma/terms); set "

@@ -8,7 +8,7 @@ import transformers
 
 from lora_jax import formats
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimised")]
 TEXTS = [
     ("The Punter is an Italian restaurant near Rainbow Vegetarian Café, in the city centre.",),
     ("Parker & Sons Ltd",),

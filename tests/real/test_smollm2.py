@@ -12,7 +12,7 @@ import pytest
 from lora_jax import data, formats
 from lora_jax.generate import make_generate
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimised")]
 ROOT = Path(__file__).parents[2]
 
 SUBJECTS = """

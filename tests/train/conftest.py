@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -46,22 +45,6 @@ SUMS = [
     {"prompt": f"what is {i} plus {i * 7 % 5}", "completion": str(i + i * 7 % 5) * (1 + i % 3)}
     for i in range(23)
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(compile_quickly, tmp_path_factory):
-    """A run and the one that goes on from it are made of the same programs."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
 
 
 @pytest.fixture(scope="session", autouse=True)

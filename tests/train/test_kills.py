@@ -31,6 +31,7 @@ class Server:
         self.log = directory / "messages.txt"
         environment = {
             "JAX_PLATFORMS": "cpu",
+            # Of its own: a process that is killed can leave half an entry.
             "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "xla"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "LAUNCHER_LOG": str(self.log),
