@@ -41,6 +41,20 @@ TINY = dict(
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`long_table(keep)`: `keep` cases of the test, evenly spread over its table, are not slow."""
+    tables = {}
+    for item in items:
+        if (mark := item.get_closest_marker("long_table")) is not None:
+            tables.setdefault((item.path, item.originalname, *mark.args), []).append(item)
+    for (_, _, keep), cases in tables.items():
+        kept = {round(i * (len(cases) - 1) / max(1, keep - 1)) for i in range(keep)}
+        for number, item in enumerate(cases):
+            if number not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_sessionfinish():
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

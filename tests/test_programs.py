@@ -70,6 +70,7 @@ def entries(directory, suffix="-cache"):
     return sorted(directory.rglob(f"jit_distinct-*{suffix}"))
 
 
+@pytest.mark.slow
 def test_a_second_start_of_a_config_compiles_nothing(tmp_path):
     model = write_model(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl")

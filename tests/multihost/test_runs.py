@@ -151,6 +151,7 @@ def test_one_host_speaks_and_writes(files, one, two):
     assert lines == []
 
 
+@pytest.mark.slow
 def test_four_hosts_with_replicas_train_what_one_does(files, launch, one):
     options = ("mesh.data=2", "mesh.fsdp=2", *PLAIN)
     assert launch("four", 4, *options) == [0] * 4, log(files, "four", 1)
@@ -160,6 +161,7 @@ def test_four_hosts_with_replicas_train_what_one_does(files, launch, one):
     assert [counts(files, "four", host) for host in range(4)] == [quarter] * 4
 
 
+@pytest.mark.slow
 def test_a_killed_host_ends_the_other_and_a_restart_of_both_goes_on(files, launch, two):
     killed, survivor = launch("killed", 2, *PLAIN, harm=[1, 5, "SIGKILL"])[::-1]
     assert killed == -9 and survivor not in (0, "hung"), survivor

@@ -101,6 +101,7 @@ def test_every_family_that_writes_text_has_a_row():
         assert any(ours[family].Model is ours[other].Model for other in FAMILIES), family
 
 
+@pytest.mark.long_table(8)
 @pytest.mark.parametrize(("family", "fields", "own"), ROWS.values(), ids=ROWS)
 def test_logits(tiny_model, error, family, fields, own):
     apply = None
@@ -119,6 +120,7 @@ def test_logits(tiny_model, error, family, fields, own):
         assert error(torch_logits(without, tokens), expected) > 10 * TOLERANCE, name
 
 
+@pytest.mark.long_table(4)
 @EACH_NEW
 def test_padded_and_packed_texts_equal_each_text_alone(tiny_model, error, family):
     """Three texts in a row and padding behind them; padding on the left; padding on the right."""
@@ -146,6 +148,7 @@ def test_padded_and_packed_texts_equal_each_text_alone(tiny_model, error, family
                 assert error(leaking[row, start:end], alone) > 1e-3
 
 
+@pytest.mark.long_table(4)
 @EACH_NEW
 def test_cache_step_by_step_equals_the_full_forward(tiny_model, error, family):
     """Two chunks of 9 slots, the first of them padded on the left, then a token at a time."""
@@ -210,6 +213,7 @@ def pack(leaves, params, config) -> dict[str, np.ndarray]:
     return peft_tensors.pack(tree.flatten(leaves), find_trainable(params, config))
 
 
+@pytest.mark.long_table(5)
 @EACH
 def test_adapters_of_peft_give_its_losses_and_gradients(tiny_model, tmp_path, error, family):
     """And they are the same live and merged, the latter as files for transformers."""

@@ -163,6 +163,7 @@ def drop_second_names(parameters) -> dict[str, str]:
     return second
 
 
+@pytest.mark.long_table(6)
 @pytest.mark.parametrize("name", PARITY)
 def test_logits_and_gradients_are_those_of_peft(oracle, error, name):
     row, run = ROWS[name], None
@@ -217,6 +218,7 @@ INITS = {
 }
 
 
+@pytest.mark.long_table(3)
 @pytest.mark.parametrize("row", INITS.values(), ids=INITS)
 def test_what_is_left_of_the_base_and_the_first_update_are_those_of_peft(oracle, error, row):
     """Factors are the same up to signs, their products the same."""

@@ -11,6 +11,8 @@ from lora_jax import models
 
 from ..methods import QUICK
 
+pytestmark = pytest.mark.slow
+
 # Every family and every mesh; Llama on all meshes is in `tests/train/test_sharding.py`.
 ON = {
     "llama, DoRA, NF4": "1x8x1",

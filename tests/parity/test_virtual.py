@@ -51,6 +51,7 @@ def settings(method, **more):
 
 
 @EACH_KIND
+@pytest.mark.long_table(5)
 @pytest.mark.parametrize(
     ("family", "seed"), [*((family, 0) for family in FAMILIES), ("llama", 1), ("gemma2", 1)]
 )
@@ -109,6 +110,7 @@ def test_peft_gives_the_same_logits_and_gradients_both_ways(
     assert error(repeated[:, -tokens.shape[1] :], theirs) < 1e-6
 
 
+@pytest.mark.long_table(3)
 @EACH_KIND
 @EACH
 def test_packed_texts_have_virtual_tokens_of_their_own(error, family, method):
@@ -130,6 +132,7 @@ def test_packed_texts_have_virtual_tokens_of_their_own(error, family, method):
     assert not row["loss_weights"][:places].any()
 
 
+@pytest.mark.long_table(4)
 @EACH
 @pytest.mark.parametrize(
     ("method", "more"), [*((m, {}) for m in KINDS), ("prefix", {"prefix_gate": True})]
@@ -170,6 +173,7 @@ def by_steps(model, prefix, text, places):
     return np.concatenate(found, axis=1)[:, places:]
 
 
+@pytest.mark.long_table(3)
 @EACH_KIND
 @EACH
 def test_virtual_tokens_of_a_text_are_that_text(error, family, method):

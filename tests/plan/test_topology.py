@@ -14,6 +14,8 @@ from lora_jax.plan.compiled import find_libtpu
 
 from ..families import SMOLLM2
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def libtpu():

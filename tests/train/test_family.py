@@ -69,6 +69,7 @@ def reload(run):
     return config, described.replace(params=params), adapters
 
 
+@pytest.mark.long_table(4)
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
 def test_a_resumed_run_is_the_run_and_its_exports_are_its_model(files, tmp_path, settings):
     losses = train(files, tmp_path / "whole", *settings.split())

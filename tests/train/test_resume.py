@@ -512,7 +512,8 @@ def last_step(log):
     return max((line["step"] for line in read_lines(log)), default=0)
 
 
-def test_twenty_kills_at_random_moments_change_nothing(config, tmp_path, launch):
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, kills):
     """kill -9 while it starts, trains, evaluates and saves; then the run is let finish."""
     options = (
         *("train.steps=400", "train.save_every=3", "train.eval_every=40", "eval.samples=0"),
@@ -523,7 +524,7 @@ def test_twenty_kills_at_random_moments_change_nothing(config, tmp_path, launch)
     assert launch.status() == 0
     rng, log = random.Random(0), killed / "metrics.jsonl"
     reached, lost = [], []
-    for kill in range(20):
+    for kill in range(kills):
         kept = checkpoint.list_steps(killed / "checkpoints")
         before = log.stat().st_ctime_ns if log.exists() else 0
         pid = launch(command(config, killed, *options))
@@ -543,7 +544,7 @@ def test_twenty_kills_at_random_moments_change_nothing(config, tmp_path, launch)
     launch(command(config, killed, *options))
     assert launch.status() == 0
     assert max(lost) <= 6, f"more than the save under way and the one before were lost: {lost}"
-    assert len(set(reached)) > 3, f"the kills all fell together: {reached}"
+    assert len(set(reached)) > min(3, kills // 2), f"the kills all fell together: {reached}"
     for output in (whole, killed):
         (output / "samples.jsonl").touch()  # none are asked for
     assert trace(killed) == trace(whole)

@@ -6,6 +6,8 @@ import pytest
 
 from ..methods import QUICK
 
+pytestmark = pytest.mark.slow
+
 CASES = (
     "DoRA, rsLoRA, patterns, bias",
     "PiSSA, LoRA-FA, head",
