@@ -7,11 +7,15 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 """
 
 from lora_jax.config.adapter import DATA_INITS, VIRTUAL_TOKEN_METHODS, AdapterConfig
-from lora_jax.config.checks import LARGEST_SEED, check, merge_problem
+from lora_jax.config.checks import check, merge_problem
 from lora_jax.config.files import dump, load, parse
+from lora_jax.config.options import options_of
 from lora_jax.config.settings import (
+    ENCODING_KEYS,
+    LARGEST_SEED,
     LOSSES,
     PRINTS,
+    TRACKERS,
     Config,
     DataConfig,
     EvalConfig,
@@ -28,9 +32,11 @@ from lora_jax.config.unused import find_unused
 
 __all__ = [
     "DATA_INITS",
+    "ENCODING_KEYS",
     "LARGEST_SEED",
     "LOSSES",
     "PRINTS",
+    "TRACKERS",
     "VIRTUAL_TOKEN_METHODS",
     "AdapterConfig",
     "Config",
@@ -50,6 +56,7 @@ __all__ = [
     "is_finite",
     "load",
     "merge_problem",
+    "options_of",
     "parse",
     "read_json",
     "read_text",

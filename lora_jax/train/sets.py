@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lora_jax import data, hosts
 from lora_jax.cache import cache_directory
-from lora_jax.config import Config, virtual_tokens
+from lora_jax.config import ENCODING_KEYS, Config, virtual_tokens
 from lora_jax.errors import UserError, counted
 from lora_jax.models.common import Model, foreign_token
 
@@ -156,14 +156,8 @@ class Encoder:
                 "template": template,
                 "date": (settings.template_date or today()) if dated else "",
                 "code": data.code_version(),
-                "settings": repr(
-                    (
-                        *(settings.system_prompt, self.max_length, settings.too_long),
-                        *(settings.prompt, settings.completion, settings.on_bad_row),
-                        *(settings.chat_template_kwargs, settings.ignore_columns),
-                        *(settings.text, settings.label, self.labels),
-                    )
-                ),
+                "settings": repr({name: getattr(settings, name) for name in ENCODING_KEYS}),
+                "model": repr((self.max_length, self.labels)),  # without virtual tokens
             }
             cached = data.cached_examples(cache_directory() / "examples", key, build)
             examples, counts, notes = cached.examples, cached.counts, cached.notes

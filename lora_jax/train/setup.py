@@ -20,6 +20,7 @@ from lora_jax.config import (
     AdapterConfig,
     Config,
     expand,
+    options_of,
     virtual_tokens,
 )
 from lora_jax.errors import UserError, raise_all
@@ -115,7 +116,7 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
         adapters, found = formats.read_loralib(path, model.params, given)
     else:
         adapters, found = formats.read_adapter(path, model.params, model)
-    free = ("path", "dropout", "freeze_a", "lora_plus_ratio")  # of training, not of the adapter
+    free = [name for name, rule in options_of(AdapterConfig).items() if rule.with_path]
     problems, kept = [], {name: getattr(given, name) for name in free}
     for field in dataclasses.fields(AdapterConfig):
         mine, theirs = getattr(given, field.name), getattr(found, field.name)
