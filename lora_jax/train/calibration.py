@@ -12,10 +12,10 @@ from rich.console import Console
 
 from lora_jax.adapters import as_model_sees
 from lora_jax.config import DATA_INITS, VIRTUAL_TOKEN_METHODS, Config
+from lora_jax.data import sets
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
-from lora_jax.train import sets
 from lora_jax.train.model import text_tokens
 from lora_jax.train.step import Batch, batch_sums
 from lora_jax.tree import flatten, unflatten

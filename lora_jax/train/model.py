@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
-from lora_jax import data, formats
+from lora_jax import data, formats, hosts
 from lora_jax.config import VIRTUAL_TOKEN_METHODS, AdapterConfig, Config, EvalConfig, virtual_tokens
+from lora_jax.data import sets
 from lora_jax.errors import UserError, raise_all
 from lora_jax.models import CLASSIFIERS
 from lora_jax.models.common import Model
@@ -201,3 +203,29 @@ def find_stops(config: Config, model: Model, tokenizer: Any) -> frozenset[int]:
         return data.stop_tokens(tokenizer, template, own, config.data.chat_template_kwargs)
     except UserError:  # a template that refuses a plain question, though not the rows
         return data.stop_tokens(tokenizer, data.PLAIN, own)
+
+
+def settle_date(config: Config, tokenizer: Any, console: Console) -> Config:
+    """Return the config with the day that the chat template is given, where it reads one: all
+    that renders with this config renders alike, on every host and beyond midnight.
+
+    Raises:
+        UserError: the template cannot be read.
+    """
+    given = config.data.template_date
+    if not data.reads_date(data.template_text(tokenizer, config.data.chat_template)):
+        if given is not None:
+            console.print("note: data.template_date has no effect: the chat template reads no date")
+        return config
+    date = given or hosts.from_main(sets.today)
+    console.print(f"note: the chat template reads the date, and gets data.template_date={date}")
+    settings = dataclasses.replace(config.data, template_date=date)
+    return dataclasses.replace(config, data=settings)
+
+
+def make_encoder(
+    config: Config, model: Model, tokenizer: Any, tokenizer_digest: str, console: Console
+) -> sets.Encoder:
+    """Return the `Encoder` of a run with `model`."""
+    vocab_size, labels = model.config.vocab_size, model.labels or None
+    return sets.Encoder(config, tokenizer, tokenizer_digest, console, vocab_size, labels)
