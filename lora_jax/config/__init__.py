@@ -26,7 +26,7 @@ from lora_jax.config.settings import (
     all_keys,
     virtual_tokens,
 )
-from lora_jax.config.text import expand, is_directory, is_file, read_json, read_text, shown
+from lora_jax.config.text import expand, is_directory, is_file, quoted, read_json, read_text, shown
 from lora_jax.config.types import is_finite
 from lora_jax.config.unused import find_unused
 
@@ -58,6 +58,7 @@ __all__ = [
     "merge_problem",
     "options_of",
     "parse",
+    "quoted",
     "read_json",
     "read_text",
     "shown",

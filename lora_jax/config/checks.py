@@ -9,7 +9,7 @@ from typing import Any
 from lora_jax.config.adapter import AdapterConfig
 from lora_jax.config.options import options_of, type_problems
 from lora_jax.config.settings import LOSSES, PRINTS, Config, DataConfig, all_keys
-from lora_jax.config.types import show
+from lora_jax.config.types import as_setting
 from lora_jax.errors import nearest, raise_all
 
 _OPTIONS = options_of(Config)
@@ -79,7 +79,7 @@ def _not_finite(values: Mapping[str, Any]) -> Iterator[str]:
     for key, value in values.items():
         wrong = [one for one in floats(value) if not math.isfinite(one)]
         if wrong:
-            yield f"{key}={show(value)}: {wrong[0]} is not a finite number"
+            yield f"{key}={as_setting(value)}: {wrong[0]} is not a finite number"
 
 
 def _path_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -88,7 +88,7 @@ def _path_problems(values: Mapping[str, Any]) -> Iterator[str]:
         names = [len(name) for name in text.split(b"/")]
         if max(names) > _LONGEST_NAME or len(text) > _LONGEST_PATH:
             yield (
-                f"{key}={show(values[key])} has {len(text)} bytes: a name can have up to "
+                f"{key}={as_setting(values[key])} has {len(text)} bytes: a name can have up to "
                 f"{_LONGEST_NAME} bytes, and a path up to {_LONGEST_PATH}"
             )
 

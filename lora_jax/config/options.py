@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.config.types import describe, fits, show
+from lora_jax.config.types import as_setting, describe, fits
 from lora_jax.errors import nearest
 
 _METADATA = "option"
@@ -75,7 +75,7 @@ class Option:
         wrong = [one for one in (value if is_list else [value]) if one not in self.choices]
         if not wrong:
             return None
-        names = [one if isinstance(one, str) else show(one) for one in self.choices]
+        names = [one if isinstance(one, str) else as_setting(one) for one in self.choices]
         given = f"{name}: {wrong[0]!r}" if is_list else f"{name}={wrong[0]!r}"
         hint = nearest(str(wrong[0]), names) or (self.hint and f" {self.hint}")
         return f"{given} is not one of: {', '.join(names)}.{hint}"
@@ -109,7 +109,7 @@ class Option:
         are there for slips of the hand are left out.
         """
         if self.choices:
-            names = [one if isinstance(one, str) else show(one) for one in self.choices]
+            names = [one if isinstance(one, str) else as_setting(one) for one in self.choices]
             return ", ".join(f"`{name}`" for name in names)
         high = "" if self.at_most is not None and self.at_most >= _LARGE else self._upper(",")
         return " and ".join(filter(None, (self._lower(","), high)))
@@ -165,14 +165,14 @@ def type_problems(values: Any, prefix: str = "") -> Iterator[str]:
         value, name = getattr(values, f.name), f"{prefix}{f.name}"
         if dataclasses.is_dataclass(f.type):
             if not isinstance(value, typing.cast(type, f.type)):
-                yield f"{name}={show(value)} is not {f.type.__name__}(..)"
+                yield f"{name}={as_setting(value)} is not {f.type.__name__}(..)"
             else:
                 yield from type_problems(value, f"{name}.")
         elif not fits(value, f.type):
-            yield f"{name}={show(value)} is not {describe(f.type)}"
+            yield f"{name}={as_setting(value)} is not {describe(f.type)}"
 
 
 def _written(value: Any) -> str:
     if isinstance(value, float) and value >= _LARGE:
         return f"{value:g}"
-    return show(value)
+    return as_setting(value)
