@@ -1,10 +1,10 @@
-"""What is known of a setting besides its type and its default, as metadata of its field.
+"""Rules of settings: what is known of each in addition to its type and default.
 
     rank: int = option(8, at_least=1, at_most=10**6)
     options_of(AdapterConfig)["rank"].at_least       # 1
 
-All that treats settings alike reads it from here: the checks of values, the comparison with a
-checkpoint, the key of the token cache, `adapter.path`, and docs/configuration.md.
+A rule is metadata of the field. Whatever treats all settings alike reads it: the checks of values,
+the comparison with a checkpoint, the key of the token cache, `adapter.path`, docs/configuration.md.
 """
 
 import copy
