@@ -25,11 +25,11 @@ from rich.console import Console
 from lora_jax import config as configs
 from lora_jax import data, formats
 from lora_jax.config import Config
+from lora_jax.data import sets
 from lora_jax.formats import fingerprint
 from lora_jax.report import scores
-from lora_jax.train import sets
 from lora_jax.train.evaluate import find_questions, make_reader, to_answer
-from lora_jax.train.model import describe
+from lora_jax.train.model import describe, make_encoder, settle_date
 from lora_jax.train.optimizer import make_schedule
 
 
@@ -167,9 +167,9 @@ def main() -> None:
     source, console = formats.resolve(config.model), Console(stderr=True)
     config, described = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
-    config = sets.settle_date(config, tokenizer, console)
+    config = settle_date(config, tokenizer, console)
     digest = fingerprint.tokenizer_digest(tokenizer)
-    encoder = sets.make_encoder(config, described, tokenizer, digest, console)
+    encoder = make_encoder(config, described, tokenizer, digest, console)
     train_data, held_out = sets.read_sets(config, encoder)
     loader = sets.make_loader(config, train_data, encoder, None, console)
     size = config.train.batch_size

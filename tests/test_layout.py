@@ -39,7 +39,6 @@ LAYERS = (
         "train.outputs",
         "train.resume",
         "train.run_file",
-        "train.sets",
     ),
     (
         "train.calibration",

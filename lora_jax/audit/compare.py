@@ -12,13 +12,14 @@ from rich.table import Table
 from lora_jax import adapters as methods
 from lora_jax import data, formats, sharding
 from lora_jax.config import AdapterConfig, Config, expand, is_directory, shown
+from lora_jax.data import sets
 from lora_jax.errors import raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.report import scores
 from lora_jax.report.progress import Display
-from lora_jax.train import base, base_scores, predictions, sets, setup
+from lora_jax.train import base, base_scores, predictions, setup
 from lora_jax.train.evaluate import make_judge
-from lora_jax.train.model import describe
+from lora_jax.train.model import describe, make_encoder, settle_date
 
 
 def compare(
@@ -41,7 +42,7 @@ def compare(
     for note in model.notes:
         console.print(f"note: {note}")
     tokenizer = formats.load_tokenizer(source)
-    config = sets.settle_date(config, tokenizer, console)
+    config = settle_date(config, tokenizer, console)
     template = data.template_text(tokenizer, config.data.chat_template)
     display = Display(console)
     with display.phase("checking the model's files"):
@@ -62,7 +63,7 @@ def compare(
         fingerprint.check(stored, prints, path, allow_change)
         if stored:  # else it is another tool's, which records neither
             _note_prompt(console, path, directory, config)
-    encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
+    encoder = make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     with display.phase("reading the data"):
         held_out = sets.read_held_out(config, encoder)
     setup.check_metrics(config, model, tokenizer, held_out)

@@ -19,11 +19,12 @@ from lora_jax.audit.preview import Overlap, Packing, Pair, Report, Shown
 from lora_jax.audit.preview import plot as plot
 from lora_jax.audit.preview import print_report as print_report
 from lora_jax.config import Config
+from lora_jax.data import sets
+from lora_jax.data.sets import DataSet, TrainData
 from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
-from lora_jax.train import epochs, sets, setup, warn
-from lora_jax.train.model import describe
-from lora_jax.train.sets import DataSet, TrainData
+from lora_jax.train import epochs, setup, warn
+from lora_jax.train.model import describe, make_encoder, settle_date
 
 
 def inspect(config: Config, console: Console, examples: int = 3) -> Report:
@@ -39,10 +40,10 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     source = formats.resolve(config.model, weights=False)
     config, model = describe(config, source)
     tokenizer = formats.load_tokenizer(source)
-    config = sets.settle_date(config, tokenizer, console)
+    config = settle_date(config, tokenizer, console)
     digest = fingerprint.tokenizer_digest(tokenizer)
     encoder = dataclasses.replace(
-        sets.make_encoder(config, model, tokenizer, digest, console), vocab_size=None
+        make_encoder(config, model, tokenizer, digest, console), vocab_size=None
     )
     train, held_out = sets.read_sets(config, encoder)
     config = epochs.settle(config, train, encoder)

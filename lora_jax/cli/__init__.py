@@ -1,7 +1,7 @@
 """The command line: `lora-jax train|eval|inspect|plan|export|combine|generate`, and `train.py`,
 which is `lora-jax train`.
 
-A user's mistake ends with status 2 and its message; `--verbose` adds the traceback.
+A mistake of the user ends with its message and status 2; `--verbose` adds the traceback.
 """
 
 import argparse
@@ -36,33 +36,37 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="lora-jax", description="LoRA fine-tuning of language models in JAX."
+        prog="lora-jax",
+        description="LoRA fine-tuning of language models in JAX.",
+        epilog="`lora-jax COMMAND --help` shows the options of a command, with examples.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.HELP, **_style(command))
+        subparser = commands.add_parser(name, help=command.HELP, **_page(command))
         command.add_arguments(subparser)
     return _run(_parse(parser, arguments))
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
-    """`python train.py`: the same as `lora-jax train`."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Fine-tune as a YAML file says.", **_style(train)
-    )
+    """Run `python train.py`, which is `lora-jax train`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="train.py", **_page(train))
     train.add_arguments(parser)
     return _run(_parse(parser, arguments))
 
 
-def _style(command: ModuleType) -> dict[str, Any]:
+def _page(command: ModuleType) -> dict[str, Any]:
+    """Return the parts of a command's `--help` that are not options."""
     return {
+        "description": f"{command.HELP[:1].upper()}{command.HELP[1:]}.",
         "epilog": command.EPILOG,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """As `parse_args`, with overrides in several places; argparse takes those of the first only."""
+    """Parse the arguments; overrides may be in several places, where argparse takes only those of
+    the first.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     for text in given:
         if not _is_text(text):
@@ -108,14 +112,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _failed_hosts() -> Any:
-    """The module `hosts`, if a run on several of them has failed here."""
+    """Return the module `hosts` if a run on several hosts has failed here."""
     hosts = sys.modules.get("lora_jax.hosts")  # not loaded: there was no run
     return hosts if hosts and hosts.failed() else None
 
 
 def _streams_without_reader() -> list[int]:
-    """The descriptors of stdout and stderr whose pipe is closed at the other end, as `| head` does
-    when it has seen enough.
+    """Return those of stdout (1) and stderr (2) whose pipe is closed at the other end, as `| head`
+    does when it has seen enough.
     """
     poll = select.poll()
     for descriptor in (1, 2):

@@ -1,4 +1,4 @@
-"""Options that several subcommands have, and the types of their values."""
+"""Options that several subcommands share, and the types of their values."""
 
 import argparse
 import json
@@ -8,13 +8,13 @@ from lora_jax import config as configs
 
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
-        "--config", required=required, metavar="FILE", help="the YAML file of the run"
+        "--config", required=required, metavar="FILE", help="YAML file with the settings of the run"
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.sub=value",
-        help="settings that replace those of the file",
+        help="settings that replace those of the file, such as train.steps=10",
     )
 
 
@@ -24,7 +24,8 @@ def add_allow_change(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=configs.PRINTS[:3],
-        help="go on although this is not what the adapter was trained with",
+        help="accept that this part is not the one that the adapter was trained with; may be given "
+        "several times",
     )
 
 
@@ -34,12 +35,12 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="fields of config.json known not to matter, as ignore_config_fields in training",
+        help="fields of config.json that do not matter, like ignore_config_fields in training",
     )
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
 
 
 def whole(text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_jax.cli import arguments
 from lora_jax.errors import UserError, raise_all
 
-HELP = "adapters from adapters, or from a fine-tuned model"
+HELP = "combine adapters into one, or extract one from a fine-tuned model"
 EPILOG = """examples:
   lora-jax combine --model org/name --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.3 \\
       --output both                                       # exact: ranks add up
@@ -18,16 +18,23 @@ EPILOG = """examples:
       --method ties --density 0.2 --rank 32 --output both
   lora-jax combine --model org/name --finetuned my-model --rank 64 --output as-adapter
 
-Adapters of one base become one, a PEFT directory again. sum adds the updates weight * scale * A B
-exactly, where adding A to A and B to B would not. svd is the nearest to it of a lower rank; ties
-and dare thin the updates out before they are added (arXiv 2306.01708, 2311.03099) and need a rank
-too, since what they make has full rank. What a rank loses is printed. docs/combine.md has more.
+Writes one PEFT adapter directory from adapters of the same base.
+
+sum   adds the updates, weight * scale * A B, exactly; the rank is the sum of the ranks.
+svd   is the nearest adapter of rank R to that sum.
+ties, dare_linear, dare_ties
+      drop a part of each update before they are added (arXiv 2306.01708, 2311.03099). The result
+      has full rank, so that --rank is needed.
+
+The error of a lower rank is printed. docs/combine.md
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="the base: a directory, a .gguf file, org/name, or demo:NAME"
+        "--model",
+        required=True,
+        help="base model: a directory, a .gguf file, org/name on the hub, or demo:NAME",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -35,44 +42,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=_weighted,
         metavar="DIR[=WEIGHT]",
-        help="a PEFT adapter directory; may be given several times (default weight: 1)",
+        help="PEFT adapter directory and its weight (default: 1); may be given several times",
     )
-    source.add_argument("--finetuned", metavar="MODEL", help="the base after full fine-tuning")
-    parser.add_argument("--output", required=True, metavar="DIR", help="must be empty or absent")
+    source.add_argument(
+        "--finetuned",
+        metavar="MODEL",
+        help="the base model after full fine-tuning, to extract an adapter from",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="directory to write; must be empty or absent"
+    )
     parser.add_argument(
         "--method",
         choices=("sum", "svd", "ties", "dare_linear", "dare_ties"),
-        help="(default: sum, with --rank svd)",
+        help="how adapters are combined (default: sum, or svd with --rank)",
     )
     parser.add_argument(
         "--rank",
         type=arguments.positive,
         metavar="R",
-        help="the most that a module gets (default: the sum)",
+        help="largest rank of a module (default: the sum of the ranks)",
     )
     parser.add_argument(
-        "--density", type=float, metavar="D", help="share of every update that ties and dare keep"
+        "--density",
+        type=float,
+        metavar="D",
+        help="share of every update that ties and dare keep, such as 0.2",
     )
     parser.add_argument(
-        "--seed", type=arguments.seed, default=0, help="of what dare drops (default: 0)"
+        "--seed",
+        type=arguments.seed,
+        default=0,
+        help="seed of the choice that dare makes (default: 0)",
     )
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="with --finetuned: what takes an adapter, as in training (default: all-linear)",
-    )
-    parser.add_argument(
-        "--uncovered",
-        choices=("refuse", "save", "drop"),
-        help="with --finetuned: what else differs (norms, embeddings, biases) is an error, stored "
-        "whole in the adapter, or left as in the base (default: refuse)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    _add_extraction(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments.add_ignore(parser)
     arguments.add_allow_change(parser)
     arguments.add_verbose(parser)
     parser.set_defaults(function=run)
+
+
+def _add_extraction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="with --finetuned: modules that get an adapter, as in training (default: all-linear)",
+    )
+    parser.add_argument(
+        "--uncovered",
+        choices=("refuse", "save", "drop"),
+        help="with --finetuned: what to do with other weights that differ (norms, embeddings, "
+        "biases): fail, save them in full in the adapter, or keep those of the base (default: "
+        "refuse)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -117,8 +141,8 @@ def run(options: argparse.Namespace) -> None:
     )
     if report["method"] != "sum":
         print(
-            f"away from what was asked for, |made - meant| / |meant|: {report['error']:.2e} over "
-            f"all modules, {report['worst_error']:.2e} in {report['worst_module']}"
+            f"relative error of the update: {report['error']:.2e} over all modules, "
+            f"{report['worst_error']:.2e} in {report['worst_module']}"
         )
 
 

@@ -9,15 +9,16 @@ from lora_jax import config as configs
 from lora_jax.cli import arguments
 from lora_jax.errors import UserError
 
-HELP = "compare adapters with their base on held-out data"
+HELP = "compare adapters with their base model on held-out data"
 EPILOG = """examples:
   lora-jax eval --config configs/quickstart.yaml --adapter runs/quickstart/adapter
   lora-jax eval --config runs/a/config.yaml --adapter runs/a/adapter --adapter runs/b/adapter
   lora-jax eval --config configs/e2e.yaml data.eval=mine.jsonl eval.metrics=[bleu,rouge_l]
   lora-jax eval --config runs/a/config.yaml --adapter runs/a/adapter --predictions answers.jsonl
 
-One table: held-out losses and the metrics of greedy answers, for the base and for every adapter.
-The config says which model, which data (data.eval, data.regression) and which metrics.
+Prints one table: held-out losses and the metrics of greedy answers, for the base and each adapter.
+The config names the model, the data (data.eval, data.regression) and the metrics (eval.metrics).
+Without --adapter the base alone is measured.
 """
 
 
@@ -28,11 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a PEFT adapter directory; may be given several times",
+        help="PEFT adapter directory to measure; may be given several times",
     )
-    parser.add_argument("--output", metavar="FILE", help="also write the table there, as JSON")
     parser.add_argument(
-        "--predictions", metavar="FILE", help="write every answer there, one JSON object per line"
+        "--output", metavar="FILE", help="write the table to this file too, as JSON"
+    )
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="write every answer to this file, one JSON object per line",
     )
     arguments.add_allow_change(parser)
     arguments.add_verbose(parser)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_jax.cli import arguments
 
-HELP = "write the result of a run for other tools"
+HELP = "write the result of a run as a PEFT adapter or a merged model"
 EPILOG = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter
   lora-jax export --run runs/quickstart --format hf --output my-model
@@ -16,38 +16,46 @@ EPILOG = """examples:
   lora-jax export --run runs/quickstart --format peft --profile vllm --output my-adapter
   lora-jax export --run runs/quickstart --format peft --output my-adapter --push-to-hub me/mine
 
-peft: an adapter directory for PEFT, vLLM and others. vLLM reads no rank and alpha patterns and no
-DoRA: --profile vllm folds the former in and refuses the latter.
-hf: the base with the adapter merged in, for transformers, and a report on what the merge kept;
-export.min_merge_cosine and export.max_merge_kl refuse a bad one.
+peft  an adapter directory for PEFT, vLLM and others. vLLM reads neither rank nor alpha patterns,
+      nor DoRA: --profile vllm folds patterns into the weights, and refuses DoRA.
+hf    the base model with the adapter merged in, for transformers, with a report on what rounding
+      lost; export.min_merge_cosine and export.max_merge_kl refuse a merge that loses too much.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="DIR", help="the output directory of a run")
+    parser.add_argument("--run", required=True, metavar="DIR", help="output directory of the run")
     parser.add_argument(
-        "--format", required=True, choices=("peft", "hf"), help="adapter directory or merged model"
+        "--format",
+        required=True,
+        choices=("peft", "hf"),
+        help="peft writes an adapter directory, hf a merged model",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="where to write; must be empty or absent"
+        "--output", required=True, metavar="DIR", help="directory to write; must be empty or absent"
     )
     parser.add_argument(
-        "--profile", choices=("vllm",), help="write a PEFT directory that this program can load"
+        "--profile", choices=("vllm",), help="write a PEFT directory that this server can load"
     )
     parser.add_argument(
-        "--push-to-hub", metavar="ORG/NAME", help="upload what was written to the Hugging Face hub"
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload the result to this repository of the Hugging Face hub",
     )
     parser.add_argument(
         "--private",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="make a new repository private; one that exists stays as it is (default: yes)",
+        help="make a new repository private (default); one that exists is not changed",
     )
-    parser.add_argument("--commit-message", metavar="TEXT", help="the message of the upload")
+    parser.add_argument("--commit-message", metavar="TEXT", help="commit message of the upload")
     arguments.add_allow_change(parser)
     arguments.add_verbose(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="export.key=value", help="settings of export for this time"
+        "overrides",
+        nargs="*",
+        metavar="export.key=value",
+        help="settings of export that replace those of the run",
     )
     parser.set_defaults(function=run)
 

@@ -4,7 +4,7 @@ import argparse
 
 from lora_jax.cli import arguments
 
-HELP = "text from a model, with or without an adapter"
+HELP = "generate text with a model, with or without an adapter"
 EPILOG = """examples:
   lora-jax generate --model org/name --prompt "Hello"
   lora-jax generate --model demo:smollm2-135m-instruct --adapter runs/quickstart/adapter \\
@@ -13,38 +13,44 @@ EPILOG = """examples:
   head rows.jsonl | lora-jax generate --model org/name --prompts - > answers.jsonl
   lora-jax generate --model org/name --chat --temperature 0.7 --top-p 0.9
 
-Answers go to stdout, prompts to stderr. With --prompts, into a file or a pipe, answers are lines
-of JSON: prompt, answer, finish_reason (stop, or length: cut off at
---max-new-tokens) and tokens. A row is {"prompt": ..}, {"messages": [..]} or another form of a
-training row, whose answer is not read. In a --chat, /reset starts a new conversation,
-/quit or Ctrl-D ends it, and Ctrl-C stops an answer. An answer depends on --seed and the place of
-its prompt, not on the other prompts.
+Answers go to stdout, prompts to stderr. With --prompts, answers in a file or a pipe are lines of
+JSON: prompt, answer, finish_reason and tokens. finish_reason is stop, or length for an answer that
+was cut off at --max-new-tokens.
+
+A row of --prompts is {"prompt": ..}, {"messages": [..]} or another form of a training row, whose
+answer is not read. An answer depends on --seed and on the position of its prompt, not on the other
+prompts. In a --chat, /reset starts a new conversation, /quit or Ctrl-D ends it, and Ctrl-C stops an
+answer.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="a model directory, a .gguf file, org/name, or demo:NAME"
+        "--model",
+        required=True,
+        help="model directory, .gguf file, org/name on the hub, or demo:NAME",
     )
     parser.add_argument(
-        "--adapter", metavar="DIR", help="a PEFT adapter directory, such as OUTPUT_DIR/adapter"
+        "--adapter", metavar="DIR", help="PEFT adapter directory, such as OUTPUT_DIR/adapter"
     )
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", action="append", help="a user turn; may be given several times")
+    asked.add_argument(
+        "--prompt", action="append", help="prompt to answer; may be given several times"
+    )
     asked.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a .txt file with a prompt per line, a .jsonl, .csv or other file of rows, or - for "
-        "stdin",
+        help=".txt file with a prompt per line, .jsonl, .csv or other file of rows, or - for stdin",
     )
     asked.add_argument("--chat", action="store_true", help="chat on the terminal")
     parser.add_argument(
         "--prompt-format",
         metavar="TEXT",
-        help="the user turn from columns of --prompts, '{question}', as data.prompt in training",
+        help="user turn made from columns of --prompts, such as '{question}', like data.prompt in "
+        "training",
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="write answers there, as lines of JSON (.jsonl)"
+        "--output", metavar="FILE", help="write the answers to this file, as lines of JSON (.jsonl)"
     )
     parser.add_argument(
         "--batch-size",
@@ -53,47 +59,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts that are answered together (default: 16)",
     )
-    parser.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as in training")
+    _add_rendering(parser)
+    _add_sampling(parser)
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of activations (default: float32)",
+    )
+    parser.add_argument(
+        "--base-dtype",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+        help="dtype of the weights, like base_dtype in training (default: that of the files)",
+    )
+    arguments.add_ignore(parser)
+    arguments.add_allow_change(parser)
+    arguments.add_verbose(parser)
+    parser.set_defaults(function=run)
+
+
+def _add_rendering(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--system-prompt", metavar="TEXT", help="system turn; give the one of the training"
+    )
     parser.add_argument(
         "--chat-template",
         metavar="FILE|none",
-        help="as data.chat_template in training; the adapter's own comes first",
+        help="chat template, like data.chat_template in training (default: that of the adapter, or "
+        "else of the model)",
     )
     parser.add_argument(
         "--chat-template-kwargs",
         type=arguments.json_object,
         metavar="JSON",
-        help="as data.chat_template_kwargs in training (default: those of the adapter)",
+        help="arguments of the chat template, like data.chat_template_kwargs in training (default: "
+        "those of the adapter)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=arguments.positive,
+        default=200,
+        metavar="N",
+        help="most tokens of an answer (default: 200)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=arguments.positive, default=200, metavar="N", help="(default: 200)"
-    )
-    parser.add_argument(
-        "--temperature", type=arguments.not_negative, default=0.0, help="0 is greedy (default: 0)"
+        "--temperature",
+        type=arguments.not_negative,
+        default=0.0,
+        metavar="T",
+        help="divisor of the logits before sampling; 0 takes the likeliest token (default: 0)",
     )
     parser.add_argument(
         "--top-p",
         type=arguments.share,
         default=1.0,
         metavar="P",
-        help="draw from the fewest tokens whose probabilities reach P (default: 1, from all)",
+        help="sample from the fewest tokens whose probabilities reach P in sum (default: 1, all)",
     )
     parser.add_argument(
-        "--top-k", type=arguments.positive, metavar="K", help="draw from the K likeliest tokens"
+        "--top-k",
+        type=arguments.positive,
+        metavar="K",
+        help="sample from the K likeliest tokens (default: all)",
     )
     parser.add_argument(
-        "--seed", type=arguments.seed, default=0, help="of the sampling (default: 0)"
+        "--seed", type=arguments.seed, default=0, metavar="N", help="seed of sampling (default: 0)"
     )
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--base-dtype",
-        choices=("float32", "bfloat16", "int8", "nf4"),
-        help="of the frozen weights, as base_dtype in training (default: as in the files)",
-    )
-    arguments.add_ignore(parser)
-    arguments.add_allow_change(parser)
-    arguments.add_verbose(parser)
-    parser.set_defaults(function=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,15 +7,15 @@ from lora_jax import config as configs
 from lora_jax.cli import arguments
 from lora_jax.errors import UserError
 
-HELP = "what a run would train on, and how"
+HELP = "show the examples that a run would train on"
 EPILOG = """examples:
   lora-jax inspect --config configs/quickstart.yaml
   lora-jax inspect --config configs/quickstart.yaml data.max_length=256 --examples 1
   lora-jax inspect --config configs/e2e.yaml data.train=mine.jsonl --plot lengths.png
 
-What a run would train on: examples as the model sees them, lengths, drops, overlaps, packing.
-Supervised text is green, or between « and » where nothing can be coloured. No weights are loaded;
-of a stream only the first data.stream_rows records are read.
+Prints examples as the model sees them, their lengths, dropped rows, overlaps and packing.
+Supervised text is green, or between « and » where there are no colours. No weights are loaded. With
+data.streaming only the first data.stream_rows records are read.
 """
 
 
@@ -26,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="shown of every training source (default: 3)",
+        help="examples to show from each training source (default: 3)",
     )
-    parser.add_argument("--plot", metavar="FILE", help="write histograms of the lengths there")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="write histograms of the lengths to this image file"
+    )
     arguments.add_verbose(parser)
     parser.set_defaults(function=run)
 

@@ -8,39 +8,47 @@ from lora_jax import config as configs
 from lora_jax.cli import arguments
 from lora_jax.errors import UserError
 
-HELP = "whether a run fits its devices, and how fast"
+HELP = "estimate whether a run fits its devices, and how fast it is"
 EPILOG = """examples:
   lora-jax plan --config configs/quickstart.yaml
   lora-jax plan --config configs/quickstart.yaml --topology v5e:2x2 mesh.fsdp=4
   lora-jax plan --config configs/quickstart.yaml --topology v5e:4x4 --search
   lora-jax plan --parameters 70e9
 
-Does it fit? Memory from shapes, at once; then the train step compiled, for the devices here or for
-a TPU slice that need not be (pip install 'lora_jax[plan]'). No weights, no data. docs/plan.md
+First the memory is computed from shapes, at once. Then the train step is compiled, for the devices
+of this machine or for a TPU slice that it does not have (pip install 'lora_jax[plan]'). Neither
+weights nor data are loaded. docs/plan.md
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser, required=False)
     parser.add_argument(
-        "--topology", metavar="CHIP:SHAPE", help="a TPU slice, such as v5p:2x2x4; need not be here"
+        "--topology",
+        metavar="CHIP:SHAPE",
+        help="plan for a TPU slice, such as v5p:2x2x4, which this machine need not have",
     )
     parser.add_argument(
-        "--devices", type=int, metavar="N", help="so many devices that need not be here, as CPUs"
+        "--devices", type=int, metavar="N", help="plan for N devices, simulated on the CPU"
     )
     parser.add_argument(
-        "--parameters", type=float, metavar="N", help="the memory of N parameters, such as 70e9"
+        "--parameters",
+        type=float,
+        metavar="N",
+        help="print the memory that a model of N parameters takes, such as 70e9, without a config",
     )
     parser.add_argument(
         "--search", action="store_true", help="try meshes, micro-batches and remat policies"
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="print the memory from shapes, and stop"
+        "--no-compile", action="store_true", help="print the memory from shapes, and do not compile"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="let the compiler optimise less; sizes stay close"
+        "--quick",
+        action="store_true",
+        help="compile faster, with fewer optimisations; memory is almost the same",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, no text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments.add_verbose(parser)
     parser.set_defaults(function=run)
 

@@ -1,4 +1,4 @@
-"""`lora-jax train`, which `python train.py` is too."""
+"""`lora-jax train`, also available as `python train.py`."""
 
 import argparse
 import os
@@ -7,19 +7,22 @@ import sys
 from lora_jax import config as configs
 from lora_jax.cli import arguments
 
-HELP = "fine-tune as a YAML file says"
+HELP = "fine-tune a model with the settings of a YAML file"
 EPILOG = """examples:
   python train.py --config configs/quickstart.yaml
   python train.py --config configs/quickstart.yaml adapter.rank=8 output_dir=runs/r8
   python train.py --config configs/quickstart.yaml model=org/name data.train=rows.jsonl mesh.fsdp=4
   python train.py --config configs/quickstart.yaml --dry-run
-
   python train.py --config configs/quickstart.yaml resume=auto train.save_every=20
 
-Any setting of the YAML file can be overridden as key.sub=value; docs/configuration.md lists them
-all, and so does `python -m lora_jax.config.reference`. Rows are {"prompt": .., "completion": ..},
-{"messages": [..]} and others, in .jsonl, .csv, .parquet or on the hub. SIGTERM, SIGHUP and Ctrl-C
-end a run with a checkpoint, and resume=true goes on from it.
+Any setting of the YAML file can be replaced by key.sub=value. docs/configuration.md lists all
+settings, and so does `python -m lora_jax.config.reference`.
+
+Data are rows such as {"prompt": .., "completion": ..} or {"messages": [..]}, in .jsonl, .csv or
+.parquet files or on the Hugging Face hub: docs/data.md.
+
+SIGTERM, SIGHUP and Ctrl-C end a run with a checkpoint. resume=true goes on from the last one;
+resume=auto does so if there is one, and starts the run if not.
 """
 # Only the first process prints; to ask JAX which one that is takes seconds.
 _RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would be trained, look at the first rows of the data, and stop",
+        help="print what would be trained, check the files and the first rows, and stop",
     )
     arguments.add_verbose(parser)
     parser.set_defaults(function=run)

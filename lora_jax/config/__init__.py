@@ -6,12 +6,16 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 `UserError`.
 """
 
-from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
-from lora_jax.config.checks import LARGEST_SEED, check, merge_problem
+from lora_jax.config.adapter import DATA_INITS, VIRTUAL_TOKEN_METHODS, AdapterConfig
+from lora_jax.config.checks import check, merge_problem
 from lora_jax.config.files import dump, load, parse
+from lora_jax.config.options import options_of
 from lora_jax.config.settings import (
+    ENCODING_KEYS,
+    LARGEST_SEED,
     LOSSES,
     PRINTS,
+    TRACKERS,
     Config,
     DataConfig,
     EvalConfig,
@@ -22,16 +26,18 @@ from lora_jax.config.settings import (
     all_keys,
     virtual_tokens,
 )
-from lora_jax.config.text import expand, is_directory, is_file, read_json, read_text, shown
+from lora_jax.config.text import expand, is_directory, is_file, quoted, read_json, read_text, shown
 from lora_jax.config.types import is_finite
 from lora_jax.config.unused import find_unused
 
 __all__ = [
     "DATA_INITS",
+    "ENCODING_KEYS",
     "LARGEST_SEED",
     "LOSSES",
     "PRINTS",
-    "SOFT",
+    "TRACKERS",
+    "VIRTUAL_TOKEN_METHODS",
     "AdapterConfig",
     "Config",
     "DataConfig",
@@ -50,7 +56,9 @@ __all__ = [
     "is_finite",
     "load",
     "merge_problem",
+    "options_of",
     "parse",
+    "quoted",
     "read_json",
     "read_text",
     "shown",

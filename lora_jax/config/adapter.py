@@ -2,60 +2,138 @@
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lora_jax.config.elsewhere import find_hint
-from lora_jax.config.types import describe, fits, show
+from lora_jax.config.options import option, options_of, type_problems
 from lora_jax.errors import UnknownArgument, nearest, raise_all
 
-SOFT = ("prompt", "prefix")  # methods that train virtual tokens
+VIRTUAL_TOKEN_METHODS = ("prompt", "prefix")  # methods that train virtual tokens
 DATA_INITS = ("eva", "lora_ga")  # look at data
-CHOICES = {
-    "method": ("lora", "prompt", "prefix", "full"),
-    "init": ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"),
-    "bias": ("none", "lora_only", "all"),
-    "prompt_init": ("vocab", "text", "random"),
-}
+_LORA = ("lora",)
+_ADAPTERS = (*_LORA, *VIRTUAL_TOKEN_METHODS)
 _MOST = 10**6  # rank, scale and counts that are no slip of the hand
-# Settings that go with method=lora alone; rank, alpha and the like are read by no other.
-_OF_LORA = (
-    *("use_rslora", "use_dora", "init", "freeze_a", "lora_plus_ratio", "bias", "dropout"),
-    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
-    *("calibration_batches", "eva_rho", "loftq_iter"),
-)
-_OF_VIRTUAL = ("num_virtual_tokens", "prompt_init", "prompt_text", "prefix_gate")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    method: str = "lora"  # lora | prompt | prefix | full: every weight, the baseline
-    rank: int = 8  # r: inner size of the update a @ b (PEFT: r)
-    alpha: float = 16.0  # the update is scaled by alpha / rank (PEFT: lora_alpha)
-    target_modules: str | list[str] = "all-linear"  # all-linear | names | regex for whole paths
-    exclude_modules: str | list[str] | None = None  # as target_modules; wins over it
-    layers_to_transform: int | list[int] | None = None  # one index or several; null: all
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # name or regex -> rank
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # name or regex -> alpha
-    dropout: float = 0.0  # on the input of lora_a, in training only (PEFT: lora_dropout)
-    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (arXiv 2312.03732)
-    use_dora: bool = False  # train the size of every column on its own (arXiv 2402.09353)
-    init: str = "default"  # default | gaussian | orthogonal | pissa | olora | loftq | eva | lora_ga
-    calibration_batches: int = 1  # batches of data.train that init=eva and lora_ga look at
-    eva_rho: float = 1.0  # eva: a rank grows up to so many times; others shrink (PEFT's is 2)
-    loftq_iter: int = 1  # loftq: how often quantisation and factors are fitted to each other
-    freeze_a: bool = False  # train lora_b alone (LoRA-FA, arXiv 2308.03303)
-    lora_plus_ratio: float = 1.0  # rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354)
-    bias: str = "none"  # none | lora_only | all: biases that train, of adapted modules or of all
-    modules_to_save: list[str] | None = None  # modules that train whole, named as target_modules
-    trainable_token_indices: list[int] | None = None  # tokens whose embeddings train
-    ensure_weight_tying: bool | None = None  # tied models: embedding and head stay one or part
-    path: str | None = None  # a PEFT adapter directory to continue from; its settings apply
-    num_virtual_tokens: int | None = None  # prompt, prefix; null: 20, or as many as prompt_text has
-    prompt_init: str = "vocab"  # vocab | text | random: what virtual tokens start as
-    prompt_text: str | None = None  # for prompt_init=text; cut or repeated to num_virtual_tokens
-    prefix_gate: bool = False  # weigh the prefix of a layer, from zero on (arXiv 2303.16199)
+    # lora: low-rank updates of weights. prompt, prefix: train virtual tokens and no weight, for
+    # very small adapters. full: train every weight, as the baseline
+    method: str = option("lora", choices=("lora", "prompt", "prefix", "full"))
+    # r: inner size of the update a @ b (PEFT: r)
+    rank: int = option(8, at_least=1, at_most=_MOST)
+    # the update is scaled by alpha / rank (PEFT: lora_alpha)
+    alpha: float = option(16.0, above=0, at_most=_MOST)
+    # modules that get an adapter: all-linear (all but embeddings and the output head), names of
+    # modules, or a regex for whole paths
+    target_modules: str | list[str] = option("all-linear", methods=_LORA)
+    # modules that get none, written as target_modules, over which it wins
+    exclude_modules: str | list[str] | None = option(None, methods=_LORA)
+    # layers that get adapters: one index or several; null: all
+    layers_to_transform: int | list[int] | None = option(None, methods=_LORA)
+    # rank of some modules: {name or regex: rank}
+    rank_pattern: dict[str, int] = option({}, methods=_LORA)
+    # alpha of some modules: {name or regex: alpha}
+    alpha_pattern: dict[str, float] = option({}, methods=_LORA)
+    # dropout on the input of lora_a, in training only; try 0.05 to 0.1 where a small data set is
+    # learnt by heart (PEFT: lora_dropout)
+    dropout: float = option(0.0, at_least=0, below=1, methods=_LORA, with_path=True)
+    # scale by alpha / sqrt(rank) instead, so that large ranks keep their effect; use it from rank
+    # 64 or so (arXiv 2312.03732)
+    use_rslora: bool = option(False, methods=_LORA)
+    # DoRA: train the norm of every column on its own; may help at low ranks, and makes steps
+    # slower (arXiv 2402.09353)
+    use_dora: bool = option(False, methods=_LORA)
+    # start of lora_a and lora_b. default: as in PEFT. pissa, olora, lora_ga: from a part of the
+    # base, for faster progress. loftq: from the error of a quantised base. eva, lora_ga: look at
+    # data first. docs/methods.md
+    init: str = option(
+        "default",
+        choices=("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"),
+        methods=_LORA,
+    )
+    # batches of data.train that init=eva and lora_ga look at; more give a steadier start
+    calibration_batches: int = option(
+        1, at_least=1, at_most=_MOST, methods=_LORA, inits=DATA_INITS, resumable=True
+    )
+    # init=eva: a rank may grow to so many times its value while others shrink; 1: none changes
+    # (PEFT's default is 2)
+    eva_rho: float = option(1.0, at_least=1, at_most=1000, methods=_LORA, inits=("eva",))
+    # init=loftq: rounds in which quantisation and factors are fitted to each other; more than 1
+    # changes the base, and then only a merged model can be exported
+    loftq_iter: int = option(1, at_least=1, at_most=1000, methods=_LORA, inits=("loftq",))
+    # train lora_b alone, for a smaller optimizer state (LoRA-FA, arXiv 2308.03303)
+    freeze_a: bool = option(False, methods=_LORA, with_path=True)
+    # learning rate of lora_b over that of lora_a; the paper uses 16 (LoRA+, arXiv 2402.12354)
+    lora_plus_ratio: float = option(1.0, above=0, at_most=_MOST, methods=_LORA, with_path=True)
+    # biases that train: none, those of adapted modules (lora_only), or all of the model
+    bias: str = option("none", choices=("none", "lora_only", "all"), methods=_LORA)
+    # modules that train in full, named as in target_modules, such as a new classifier head
+    modules_to_save: list[str] | None = option(None, methods=_LORA)
+    # IDs of tokens whose embeddings train, such as tokens that are new to the model
+    trainable_token_indices: list[int] | None = option(None, methods=_LORA)
+    # for models with tied embeddings: true trains embedding and head as one, false makes them two
+    # weights; null: an error where it would matter
+    ensure_weight_tying: bool | None = option(None, methods=_LORA)
+    # a PEFT adapter directory whose adapter is trained further, with the settings stored there
+    path: str | None = option(None, is_path=True, methods=_ADAPTERS, resumable=True, with_path=True)
+    # virtual tokens of method=prompt and prefix; null: 20, or as many tokens as prompt_text has
+    num_virtual_tokens: int | None = option(
+        None, at_least=1, at_most=_MOST, methods=VIRTUAL_TOKEN_METHODS
+    )
+    # start of virtual tokens: random tokens of the vocabulary (vocab), prompt_text (text), or
+    # noise (random), which learns slowly
+    prompt_init: str = option(
+        "vocab", choices=("vocab", "text", "random"), methods=VIRTUAL_TOKEN_METHODS
+    )
+    # the text of prompt_init=text; cut or repeated to num_virtual_tokens
+    prompt_text: str | None = option(None, methods=VIRTUAL_TOKEN_METHODS)
+    # weigh the prefix of each layer by a trained gate that begins at zero, so that training starts
+    # from the model as it is (arXiv 2303.16199)
+    prefix_gate: bool = option(False, methods=VIRTUAL_TOKEN_METHODS)
+
+    @property
+    def trains_everything(self) -> bool:
+        """Every weight trains, and no adapter is written."""
+        return self.method == "full"
+
+    @property
+    def trains_virtual_tokens(self) -> bool:
+        """Virtual tokens train, which the forward takes as an argument; no weight changes."""
+        return self.method in VIRTUAL_TOKEN_METHODS
+
+    @property
+    def trains_prompt(self) -> bool:
+        """The virtual tokens are part of the input, and take positions of it."""
+        return self.method == "prompt"
+
+    @property
+    def trains_prefix(self) -> bool:
+        """The virtual tokens are keys and values of every layer, and take no positions."""
+        return self.method == "prefix"
+
+    @property
+    def is_mergeable(self) -> bool:
+        """The trained model can be written as plain weights."""
+        return not self.trains_virtual_tokens
+
+    @property
+    def needs_data(self) -> bool:
+        """The init looks at batches of data."""
+        return self.init in DATA_INITS
+
+    @property
+    def changes_base(self) -> bool:
+        """The init takes its part out of the base; loftq does from its second round on."""
+        if self.init == "loftq":
+            return self.loftq_iter > 1
+        return self.init in ("pissa", "olora", "lora_ga")
+
+    @property
+    def needs_float_base(self) -> bool:
+        """The init reads the weights before they are quantised."""
+        return self.init == "loftq" or self.changes_base
 
     def __new__(cls, *_: Any, **given: Any):
         names = [f.name for f in dataclasses.fields(cls)]
@@ -72,83 +150,53 @@ class AdapterConfig:
 
 def adapter_problems(adapter: AdapterConfig) -> list[str]:
     """Return the values that no model can take."""
-    wrong = [
-        f"{f.name}={show(getattr(adapter, f.name))} is not {describe(f.type)}"
-        for f in dataclasses.fields(AdapterConfig)
-        if not fits(getattr(adapter, f.name), f.type)
-    ]
-    if wrong:
+    if wrong := list(type_problems(adapter)):
         return wrong
-    ranks = {"rank": adapter.rank}
-    ranks |= {f"rank_pattern[{name!r}]": rank for name, rank in adapter.rank_pattern.items()}
-    alphas = {"alpha": adapter.alpha}
-    alphas |= {f"alpha_pattern[{name!r}]": alpha for name, alpha in adapter.alpha_pattern.items()}
     problems = []
-    for name, rank in ranks.items():
-        if not 1 <= rank <= _MOST:
-            bound = f"at most {_MOST:,}" if rank > _MOST else "at least 1"
-            problems.append(f"{name}={show(rank)} must be {bound}")
-    for name, alpha in alphas.items():
-        if not 0 < alpha <= _MOST:
-            bound = f"at most {_MOST:,}" if alpha > _MOST else "above 0"
-            problems.append(f"{name}={show(alpha)} must be {bound}")
-    if not 0 <= adapter.dropout < 1:
-        problems.append(f"dropout={adapter.dropout} must be at least 0 and below 1")
-    if not 0 < adapter.lora_plus_ratio <= _MOST:
-        problems.append(f"lora_plus_ratio={adapter.lora_plus_ratio} must be above 0")
-    for name, choices in CHOICES.items():
-        value = getattr(adapter, name)
-        if value not in choices:
-            hint = nearest(str(value), choices)
-            problems.append(f"{name}={value!r} is not one of: {', '.join(choices)}.{hint}")
-    for name, most in (("calibration_batches", _MOST), ("eva_rho", 1000), ("loftq_iter", 1000)):
-        value = getattr(adapter, name)
-        if not 1 <= value <= most:
-            bound = f"at most {most:,}" if value > most else "at least 1"
-            problems.append(f"{name}={show(value)} must be {bound}")
-    return problems + list(_method_problems(adapter))
+    for name, rule in _OPTIONS.items():
+        problems.append(rule.problem(name, getattr(adapter, name), spec=","))
+        for key, value in getattr(adapter, f"{name}_pattern", {}).items():
+            problems.append(rule.problem(f"{name}_pattern[{key!r}]", value, spec=","))
+    return [*filter(None, problems), *_method_problems(adapter)]
 
 
 def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
-    """Settings of other methods than the one that is chosen."""
-    method = adapter.method
-    given = {
-        f.name: getattr(adapter, f.name)
-        for f in dataclasses.fields(AdapterConfig)
-        if getattr(adapter, f.name) != _default(f)
-    }
-    if method == "full":
-        for name in (*_OF_LORA, "path", *_OF_VIRTUAL):
-            if name in given:
-                yield (
-                    f"method=full trains every weight, and {name}={given[name]!r} is a setting "
-                    "of adapters; leave one out"
-                )
-        return
-    for name in _OF_LORA if method in SOFT else _OF_VIRTUAL if method == "lora" else ():
-        if name in given:
-            other = "lora" if method in SOFT else "prompt or prefix"
+    """Yield the settings of other methods than the one that is chosen."""
+    method, default = adapter.method, _plain_fields()
+    for name, rule in _OPTIONS.items():
+        value = getattr(adapter, name)
+        if value == default[name] or not rule.methods or method in rule.methods:
+            continue
+        if adapter.trains_everything:
             yield (
-                f"{name}={given[name]!r} is for method={other}, and this is method={method}; leave "
-                "one out"
+                f"method=full trains every weight, and {name}={value!r} is a setting of adapters; "
+                "leave one out"
             )
-    if method not in SOFT:
+        else:
+            yield (
+                f"{name}={value!r} is for method={' or '.join(rule.methods)}, and this is "
+                f"method={method}; leave one out"
+            )
+    if not adapter.trains_virtual_tokens:
         return
-    count = adapter.num_virtual_tokens
-    if count is not None and not 1 <= count <= _MOST:
-        bound = f"at most {_MOST:,}" if count > _MOST else "at least 1"
-        yield f"num_virtual_tokens={show(count)} must be {bound}"
     if (adapter.prompt_init == "text") != bool(adapter.prompt_text):
         yield (
             f"prompt_init={adapter.prompt_init} and prompt_text={adapter.prompt_text!r}: "
             "prompt_init=text and prompt_text need each other"
         )
-    if adapter.prefix_gate and method == "prompt":
+    if adapter.prefix_gate and adapter.trains_prompt:
         yield (
             "prefix_gate=true is for method=prefix: virtual tokens of a prompt are ordinary "
             "tokens of the input, which no gate can weigh"
         )
 
 
-def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+def _plain_fields() -> dict[str, Any]:
+    """Return the defaults by name; `AdapterConfig()` would check itself again."""
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(AdapterConfig)
+    }
+
+
+_OPTIONS = options_of(AdapterConfig)

@@ -6,73 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
+from lora_jax.config.adapter import AdapterConfig
+from lora_jax.config.options import options_of, type_problems
 from lora_jax.config.settings import LOSSES, PRINTS, Config, DataConfig, all_keys
-from lora_jax.config.types import show
+from lora_jax.config.types import as_setting
 from lora_jax.errors import nearest, raise_all
 
-_CHOICES = {
-    "base_dtype": (None, "float32", "bfloat16", "int8", "nf4"),
-    "data.too_long": ("truncate", "drop", "error"),
-    "data.on_bad_row": ("error", "drop"),
-    "export.dtype": (None, "float32", "bfloat16", "float16"),
-    "export.quantized_base": (None, "original", "dequantized"),
-    "train.schedule": ("constant", "linear", "cosine"),
-    "train.compute_dtype": ("float32", "bfloat16"),
-    "train.optimizer_memory": ("device", "host"),
-    "train.attention": ("auto", "xla", "cudnn", "splash"),
-    "train.remat": ("none", "full", "dots", "offload"),
-}
-LARGEST_SEED = 2**63 - 1  # that JAX takes
-_ROWS, _STEPS, _SECONDS = 10**6, 10**9, 10**7  # more is a slip of the hand
-# The least and the most of a setting; None has no bound on that side.
-_RANGES: dict[str, tuple[float, float | None]] = {
-    "data.max_length": (2, 10**7),
-    "data.stream_rows": (1, 10**8),
-    "train.steps": (1, _STEPS),
-    "train.batch_size": (1, _ROWS),
-    "train.micro_batch_size": (1, _ROWS),
-    "train.warmup_steps": (0, _STEPS),
-    "train.eval_every": (1, _STEPS),
-    "train.save_every": (1, _STEPS),
-    "train.save_total_limit": (1, _STEPS),
-    "train.early_stopping_patience": (1, _STEPS),
-    "train.log_every": (1, _STEPS),
-    "train.loss_chunk": (1, 10**8),
-    "train.router_aux_loss_coef": (0, None),
-    "train.weight_decay": (0, None),
-    "train.epsilon": (0, None),
-    "train.final_rate": (0, 1),
-    "eval.batch_size": (1, _ROWS),
-    "eval.loss_examples": (1, 10**9),
-    "eval.generate_every": (1, _STEPS),
-    "eval.generate_examples": (1, 10**9),
-    "eval.generate_batch_size": (1, _ROWS),
-    "eval.max_new_tokens": (1, 10**7),
-    "eval.samples": (0, 10**9),
-    "export.probe_rows": (0, _ROWS),
-    "hosts.start_timeout": (1, _SECONDS),
-    "hosts.lost_after": (5, _SECONDS),
-    "mesh.data": (-1, _ROWS),
-    "mesh.fsdp": (-1, _ROWS),
-    "mesh.tensor": (-1, _ROWS),
-    "seed": (0, LARGEST_SEED),
-}
-_ABOVE_ZERO = (
-    *("train.learning_rate", "train.grad_clip", "train.epochs"),
-    *("data.eval_size", "export.max_merge_kl"),
-)
-_BELOW_ONE = ("train.beta1", "train.beta2")
-_MOST_EPOCHS = 10**6
-# Settings of some inits alone.
-_OF_INITS = {"calibration_batches": DATA_INITS, "eva_rho": ("eva",), "loftq_iter": ("loftq",)}
-_SINKS = ("tensorboard", "wandb", "trackio")
-# Settings that name files or directories, and what a file system takes at most, in bytes.
-_PATHS = (
-    *("model", "output_dir", "checkpoint_dir", "adapter.path"),
-    *("data.eval", "data.regression", "data.chat_template"),
-)
-_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+_OPTIONS = options_of(Config)
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes that file systems take
 
 
 def check(config: Config) -> None:
@@ -84,29 +25,14 @@ def check(config: Config) -> None:
 
 def find_problems(config: Config) -> list[str]:
     """Return every value that is out of range, one line each that begins with its key."""
+    if wrong := list(type_problems(config)):
+        return wrong
     values = _flatten(config)
     # Comparisons with these would only say the same again.
     if wrong := list(_not_finite(values)):
         return wrong
-    problems = []
-    for key, choices in _CHOICES.items():
-        if (value := values[key]) not in choices:
-            names = [str(choice) for choice in choices if choice is not None]
-            problems.append(
-                f"{key}={value!r} is not one of: {', '.join(names)}.{nearest(str(value), names)}"
-            )
-    for key, (least, most) in _RANGES.items():
-        value = values[key]
-        if value is not None and value < least:
-            problems.append(f"{key}={value} must be at least {least}")
-        if value is not None and most is not None and value > most:
-            problems.append(f"{key}={show(value)} must be at most {most}")
-    for key in _ABOVE_ZERO:
-        if values[key] is not None and not values[key] > 0:
-            problems.append(f"{key}={values[key]} must be above 0")
-    for key in _BELOW_ONE:
-        if not 0 <= values[key] < 1:
-            problems.append(f"{key}={values[key]} must be at least 0 and below 1")
+    rules = {key: rule for key, rule in _OPTIONS.items() if not key.startswith("adapter.")}
+    problems = [*filter(None, (rule.problem(key, values[key]) for key, rule in rules.items()))]
     micro = config.train.micro_batch_size
     if micro and config.train.batch_size % micro:
         problems.append(
@@ -153,16 +79,16 @@ def _not_finite(values: Mapping[str, Any]) -> Iterator[str]:
     for key, value in values.items():
         wrong = [one for one in floats(value) if not math.isfinite(one)]
         if wrong:
-            yield f"{key}={show(value)}: {wrong[0]} is not a finite number"
+            yield f"{key}={as_setting(value)}: {wrong[0]} is not a finite number"
 
 
 def _path_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    for key in _PATHS:
+    for key in (key for key, rule in _OPTIONS.items() if rule.is_path):
         text = (values[key] or "").encode("utf-8", "surrogateescape")
         names = [len(name) for name in text.split(b"/")]
         if max(names) > _LONGEST_NAME or len(text) > _LONGEST_PATH:
             yield (
-                f"{key}={show(values[key])} has {len(text)} bytes: a name can have up to "
+                f"{key}={as_setting(values[key])} has {len(text)} bytes: a name can have up to "
                 f"{_LONGEST_NAME} bytes, and a path up to {_LONGEST_PATH}"
             )
 
@@ -202,15 +128,11 @@ def _is_date(text: str) -> bool:
 
 def _run_problems(config: Config) -> Iterable[str]:
     train = config.train
-    if train.epochs is not None and train.epochs > _MOST_EPOCHS:
-        yield f"train.epochs={train.epochs:g} must be at most {_MOST_EPOCHS}"
     if train.epochs is not None and config.data.streaming:
         yield (
             f"train.epochs={train.epochs:g} needs the number of rows, which is not known with "
             "data.streaming; set train.steps"
         )
-    if not (isinstance(config.resume, bool) or config.resume == "auto"):
-        yield f"resume={config.resume!r} is not one of: false, true, auto."
     if "://" in config.output_dir:
         yield (
             f"output_dir={config.output_dir!r} is no directory: logs and exports go to one; "
@@ -222,12 +144,6 @@ def _run_problems(config: Config) -> Iterable[str]:
             f"checkpoint_dir={place!r}: checkpoints can be written to directories and to buckets "
             "of Google Cloud, gs://bucket/path, where they are committed at once or not at all"
         )
-    for name in train.report_to:
-        if name not in _SINKS:
-            yield (
-                f"train.report_to: {name!r} is not one of: {', '.join(_SINKS)}."
-                f"{nearest(name, _SINKS) or ' [] reports to none of them.' * (name == 'none')}"
-            )
     keys = [*all_keys(Config, ""), *PRINTS]
     sections = {key.partition(".")[0] for key in keys}
     for name in config.allow_change:
@@ -237,8 +153,6 @@ def _run_problems(config: Config) -> Iterable[str]:
                 f"{nearest(name, keys)}"
             )
     yield from _evaluation_problems(config)
-    if train.divergence is not None and not train.divergence > 1:
-        yield f"train.divergence={train.divergence} must be above 1; null never stops"
 
 
 def _evaluation_problems(config: Config) -> Iterable[str]:
@@ -289,14 +203,11 @@ def _evaluation_problems(config: Config) -> Iterable[str]:
 def _export_problems(config: Config) -> Iterable[str]:
     if config.export.merged and (problem := merge_problem(config)):
         yield problem
-    if config.export.merged and config.adapter.method in SOFT:
+    if config.export.merged and config.adapter.trains_virtual_tokens:
         yield (
             f"export.merged=true: adapter.method={config.adapter.method} trains virtual tokens, "
             "which cannot be merged into weights; export.peft writes them"
         )
-    cosine = config.export.min_merge_cosine
-    if cosine is not None and not 0 < cosine <= 1:
-        yield f"export.min_merge_cosine={cosine} must be above 0 and at most 1"
     if config.export.max_merge_kl is not None and config.export.probe_rows == 0:
         yield "export.max_merge_kl is measured on export.probe_rows, which is 0; leave one out"
 
@@ -309,9 +220,9 @@ def _base_problems(config: Config) -> Iterable[str]:
             f"base_dtype={config.base_dtype} keeps them in a form that cannot be trained; choose "
             "float32 or bfloat16"
         )
-    for name, inits in _OF_INITS.items():
-        value = getattr(config.adapter, name)
-        if value != getattr(AdapterConfig(), name) and config.adapter.init not in inits:
+    for name, rule in options_of(AdapterConfig).items():
+        value, inits = getattr(config.adapter, name), rule.inits
+        if inits and value != getattr(AdapterConfig(), name) and config.adapter.init not in inits:
             yield (
                 f"adapter.{name}={value} is for adapter.init={' and '.join(inits)}, and it is "
                 f"{config.adapter.init}"

@@ -14,14 +14,14 @@ from lora_jax.config import document
 from lora_jax.config.checks import find_problems
 from lora_jax.config.elsewhere import find_hint
 from lora_jax.config.settings import AdapterConfig, Config, all_keys
-from lora_jax.config.text import exists, read_text, shown
+from lora_jax.config.text import exists, quoted, read_text, shown
 from lora_jax.config.types import (
     Written,
+    as_setting,
     convert,
     describe,
     is_null,
     item_kind,
-    show,
     takes_structure,
     takes_text,
 )
@@ -54,7 +54,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if content is None or is_null(content):
         content = {}
     if not isinstance(content, Mapping):
-        kind = "a list" if isinstance(content, list) else f"the value {show(content)}"
+        kind = "a list" if isinstance(content, list) else f"the value {as_setting(content)}"
         raise UserError(f"{path} must be a mapping of settings, not {kind}")
     return parse(content, overrides, source=str(path))
 
@@ -73,8 +73,8 @@ def parse(content: Mapping, overrides: Sequence[str] = (), source: str = "config
         if None not in (values["train.steps"], values["train.epochs"]):
             steps, epochs = given["train.steps"], given["train.epochs"]
             problems.append(
-                f"{epochs.origin}: train.epochs={show(epochs.value)}, and {steps.origin}: "
-                f"train.steps={show(steps.value)}; set one of them (the other to null)"
+                f"{epochs.origin}: train.epochs={as_setting(epochs.value)}, and {steps.origin}: "
+                f"train.steps={as_setting(steps.value)}; set one of them (the other to null)"
             )
     config = _make(Config, values, "", problems)
     problems += find_problems(config)
@@ -111,7 +111,7 @@ def _settings(
             yield from _settings(value, inner, f"{prefix}{key}.", source, problems)
         else:
             problems.append(
-                f"{origin}: {prefix}{key}={show(value)} must be a mapping of settings"
+                f"{origin}: {prefix}{key}={as_setting(value)} must be a mapping of settings"
                 f"{'; leave it out' * is_null(value)}"
             )
 
@@ -119,16 +119,18 @@ def _settings(
 def _apply(override: str, given: dict[str, _Given], problems: list[str]) -> None:
     """Put the value of `key.sub=value` into `given`."""
     key, separator, text = override.partition("=")
-    shown = repr(override if len(override) <= 100 else f"{override[:97]}...")
+    given_as = quoted(override)
     if not separator or not key:
-        raise UserError(f"override {shown} is not of the form key.sub=value, as in train.steps=10")
+        raise UserError(
+            f"override {given_as} is not of the form key.sub=value, as in train.steps=10"
+        )
     try:
         override.encode()
     except UnicodeEncodeError:
-        raise UserError(f"override {shown} is not UTF-8") from None
+        raise UserError(f"override {given_as} is not UTF-8") from None
     if "\0" in override:
-        raise UserError(f"override {shown} has a null character")
-    origin = f"override {shown}"
+        raise UserError(f"override {given_as} has a null character")
+    origin = f"override {given_as}"
     kind, rest = _locate(key.split("."))
     name = key if not rest else key.removesuffix("." + ".".join(rest))
     if dataclasses.is_dataclass(kind):
@@ -202,7 +204,7 @@ def _convert(given: Mapping[str, _Given], problems: list[str]) -> dict[str, Any]
         try:
             values[key] = convert(one.value, kinds[key])
         except ValueError as error:
-            problems.append(f"{one.origin}: {key}={show(one.value)} {error}")
+            problems.append(f"{one.origin}: {key}={as_setting(one.value)} {error}")
     return values
 
 
@@ -254,6 +256,5 @@ def _unknown(prefix: str, key: str, kind: type) -> str:
     if not hint and (close := nearest(key, [path.rpartition(".")[2] for path in keys])):
         name = close.rpartition(" ")[2].strip("'?")
         hint = f" Did you mean {next(path for path in keys if path.endswith(name))!r}?"
-    shown = prefix + key if len(key) <= 80 else f"{prefix}{key[:77]}..."
     has = f"{section or 'the config'} has: {', '.join(names)}"
-    return f"unknown key {shown!r}; {has}.{hint}"
+    return f"unknown key {quoted(prefix + key)}; {has}.{hint}"

@@ -1,5 +1,5 @@
-"""docs/configuration.md, written from lora_jax/config/settings.py: keys, types, defaults and
-comments stand there only.
+"""docs/configuration.md, written from `settings.py` and `adapter.py`, where alone each setting has
+its type, default, rule and comment.
 
     python -m lora_jax.config.reference > docs/configuration.md
 """
@@ -7,26 +7,28 @@ comments stand there only.
 import ast
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
 
-from lora_jax.config import Config
+from lora_jax.config import Config, options_of
 
 Setting = tuple[str, str, str, str]  # key, type, default as in YAML, comment
 
 _HEAD = """# Configuration
 
-Every setting, from `lora_jax/config/settings.py`. Write it in the YAML file of a run, or give it
-on the command line, as in `train.steps=10`; `null` is nothing set. An unknown key is an error.
+Every setting, from `lora_jax/config/settings.py` and `adapter.py`. Write it in the YAML file of a
+run, or give it on the command line, as in `train.steps=10`; `null` is nothing set. An unknown key
+is an error.
 
 This page is generated: `python -m lora_jax.config.reference > docs/configuration.md`"""
+_COLUMNS = ("key", "type", "default", "values", "meaning")
 
 
 def describe_config() -> list[Setting]:
-    """Every setting in the order of the dataclasses. The comment is the one behind the field, empty
-    if there is none.
+    """Return every setting in the order of the dataclasses. The comment is that above the field,
+    empty if there is none.
     """
     return list(_describe(Config, ""))
 
@@ -43,35 +45,50 @@ def _describe(kind: type, prefix: str) -> Iterator[Setting]:
 
 
 def _fields_as_written(kind: type) -> dict[str, tuple[str, str]]:
-    """Name -> (annotation, comment on the line where the field ends)."""
+    """Return name -> (annotation, comment on the lines above the field)."""
     source = inspect.getsource(kind)
-    lines = source.encode().splitlines()  # ast counts columns in bytes
-    fields = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.AnnAssign)]
+    lines = source.splitlines()
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
     return {
         ast.unparse(node.target): (
             ast.unparse(node.annotation),
-            lines[(node.end_lineno or 0) - 1][node.end_col_offset :].decode().strip("# "),
+            _comment_above(lines[: node.lineno - 1]),
         )
         for node in fields
     }
 
 
+def _comment_above(lines: Sequence[str]) -> str:
+    """Return the comment that ends with the last of these lines, in one line."""
+    found: list[str] = []
+    for line in reversed(lines):
+        if not line.strip().startswith("#"):
+            break
+        found.insert(0, line.strip("# "))
+    return " ".join(found)
+
+
 def _as_yaml(value: Any) -> str:
-    """As the command line takes it: null, true, 1e-08, [exact_match]."""
+    """Return a default as the command line takes it: null, true, 1e-08, [exact_match]."""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def to_markdown(settings: list[Setting]) -> str:
-    """The page: one table per section; top-level keys come first."""
-    lines, section = [_HEAD], None
+    """Return the page: one table per section; top-level keys come first."""
+    lines, section, rules = [_HEAD], None, options_of(Config)
     for key, kind, default, comment in settings:
         here = key.rpartition(".")[0] or "Top level"
         if here != section:
             section = here
-            lines += [f"\n## {here}\n", "| key | type | default | |", "|---|---|---|---|"]
-        cells = (f"`{key}`", f"`{kind}`", f"`{default}`", comment)
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+            lines += [f"\n## {here}\n", _row(_COLUMNS), f"|{'---|' * len(_COLUMNS)}"]
+        values = rules[key].values()
+        lines.append(_row((f"`{key}`", f"`{kind}`", f"`{default}`", values, comment)))
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |".replace("|  |", "| |")
 
 
 if __name__ == "__main__":

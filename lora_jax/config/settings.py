@@ -3,76 +3,143 @@
 import dataclasses
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lora_jax.config.adapter import AdapterConfig
+from lora_jax.config.options import encoding_keys, option, section
 from lora_jax.errors import UserError
 
-# Parts of a fingerprint: what a run was made with.
-PRINTS = ("base", "tokenizer", "template", "data", "held_out")
-LOSSES = ("task_loss", "regression_loss")  # that an evaluation measures: less is better
+PRINTS = ("base", "tokenizer", "template", "data", "held_out")  # parts of a run's fingerprint
+LOSSES = ("task_loss", "regression_loss")  # metrics of an evaluation that are better if lower
+TRACKERS = ("tensorboard", "wandb", "trackio")
+LARGEST_SEED = 2**63 - 1  # that JAX takes
+_ROWS, _MANY_STEPS, _SECONDS = 10**6, 10**9, 10**7  # more is a slip of the hand
 _VIRTUAL_TOKENS = 20
 _STEPS = 100
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | dict[str, float] | None = None  # a source, or {source: weight, ..}: docs/data.md
-    eval: str | None = None  # held-out rows of the task: loss and metrics, before and after
-    eval_size: float | None = None  # without `eval`: rows held out of `train`; below 1 a share
-    regression: str | None = None  # general text that the task must not damage; no system prompt
-    drop_overlap: bool = False  # leave held-out rows out that stand in `train` too
-    prompt: str | None = None  # user turn from columns, "{question}"; null: as the row says
-    completion: str | None = None  # assistant turn from columns, "{answer}"; null: as the row says
-    text: list[str] | None = None  # to classify: columns of the text or pair; null: by their names
-    label: str = "label"  # to classify: column of the label
-    labels: list[str] | None = None  # to classify: all of them, in order; null: those of `train`
-    ignore_columns: list[str] = field(default_factory=list)  # keys of rows that are not used
-    system_prompt: str | None = None  # put before rows that have no system turn of their own
-    chat_template: str | None = None  # null: the tokenizer's | a Jinja file | none: plain text
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking: false
-    template_date: str | None = None  # YYYY-MM-DD, "today" of templates; null: when a run starts
-    max_length: int = 512  # tokens per row
-    too_long: str = "truncate"  # truncate | drop | error, for examples above max_length
-    packing: bool = True  # several examples per row; attention and positions stay inside each
-    shuffle: bool = True  # a new order every epoch, from `seed`
-    streaming: bool = False  # read `train` as it is needed, never whole
-    stream_rows: int = 4096  # rows that are shuffled and packed together when streaming
-    on_bad_row: str = "error"  # error | drop, for rows that cannot be used; drops are counted
-    cache: bool = True  # keep tokenised examples in LORA_JAX_CACHE, for the next run
+    # what is trained on: a source, or several with their weights, {source: weight, ..}. A source is
+    # a file, a directory, a pattern or org/name on the hub: docs/data.md
+    train: str | dict[str, float] | None = option(None, resumable=True, changes_encoding=False)
+    # held-out rows of the task; loss and metrics are measured on them before and after
+    eval: str | None = option(None, is_path=True, changes_encoding=False)
+    # instead of `eval`: rows held out of `train`, a share below 1 or a number of them
+    eval_size: float | None = option(None, above=0, changes_encoding=False)
+    # general text, without the system prompt; its loss shows what the task costs the model
+    regression: str | None = option(None, is_path=True, changes_encoding=False)
+    # leave out held-out rows that are in `train` too
+    drop_overlap: bool = option(False, changes_encoding=False)
+    # the user turn made from columns of a row, "{question}"; null: as the row says
+    prompt: str | None = option(None, changes_encoding=True)
+    # the assistant turn made from columns of a row, "{answer}"; null: as the row says
+    completion: str | None = option(None, changes_encoding=True)
+    # to classify: the columns with the text or the pair of texts; null: found by their names
+    text: list[str] | None = option(None, changes_encoding=True)
+    # to classify: the column with the label
+    label: str = option("label", changes_encoding=True)
+    # to classify: all labels in their order; null: those of `train`
+    labels: list[str] | None = option(None, changes_encoding=True)
+    # columns that are not used; a column that is neither known nor listed here is an error
+    ignore_columns: list[str] = option([], changes_encoding=True)
+    # system turn of rows that have none of their own; give the same one at inference
+    system_prompt: str | None = option(None, changes_encoding=True)
+    # null: the template of the tokenizer. A Jinja file. none: prompt and completion as plain text,
+    # for base models without a template
+    chat_template: str | None = option(None, is_path=True, resumable=True, changes_encoding=True)
+    # arguments of the chat template, such as {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = option({}, changes_encoding=True)
+    # date that templates are given as today's, YYYY-MM-DD; null: the day on which the run starts
+    template_date: str | None = option(None, changes_encoding=True)
+    # tokens of a row of the batch, and the most that one example can have
+    max_length: int = option(512, at_least=2, at_most=10**7, changes_encoding=True)
+    # examples above max_length: cut them, drop and count them, or fail
+    too_long: str = option("truncate", choices=("truncate", "drop", "error"), changes_encoding=True)
+    # put several examples into a row, each with its own attention and positions; false gives the
+    # same gradients, slower
+    packing: bool = option(True, changes_encoding=False)
+    # draw a new order for every epoch, from `seed`
+    shuffle: bool = option(True, changes_encoding=False)
+    # read `train` while it is needed, for data that do not fit into memory
+    streaming: bool = option(False, changes_encoding=False)
+    # streaming: rows that are shuffled and packed together
+    stream_rows: int = option(4096, at_least=1, at_most=10**8, changes_encoding=False)
+    # rows that cannot be used: fail at the first ones, or drop and count them
+    on_bad_row: str = option("error", choices=("error", "drop"), changes_encoding=True)
+    # keep tokenised examples in LORA_JAX_CACHE for the next run
+    cache: bool = option(True, resumable=True, changes_encoding=False)
+
+
+ENCODING_KEYS = encoding_keys(DataConfig)  # settings of `data` in the key of cached tokens
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int | None = None  # optimizer steps; null: as many as `epochs` take, or 100
-    epochs: float | None = None  # instead of `steps`: times through all rows, such as 0.5 or 3
-    batch_size: int = 8  # rows per step over all devices (packed rows when packing)
-    micro_batch_size: int | None = None  # rows per forward; null: all. Gradients are the same
-    learning_rate: float = 1e-3  # peak rate
-    schedule: str = "linear"  # constant | linear | cosine, after the warm-up
-    warmup_steps: int = 0  # steps of linear warm-up
-    final_rate: float = 0.0  # where linear and cosine end, as a fraction of learning_rate
-    weight_decay: float = 0.0  # AdamW's, on the adapters
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.999  # AdamW's
-    epsilon: float = 1e-8  # AdamW's
-    grad_clip: float | None = 1.0  # one global norm over all trainable leaves; null: none
-    eval_every: int | None = None  # steps between held-out losses; null: only before and after
-    save_every: int | None = None  # steps between checkpoints; null: a tenth of all steps
-    save_total_limit: int | None = 2  # latest checkpoints kept, beside the best; null: all
-    early_stopping_patience: int | None = None  # evaluations without a better metric; null: off
-    load_best_model_at_end: bool = False  # export the best adapters, not those of the last step
-    metric_for_best_model: str = "task_loss"  # | regression_loss | one of eval.metrics
-    divergence: float | None = 3.0  # stop where the loss is so many times its best; null: never
-    optimizer_memory: str = "device"  # device | host: where AdamW's moments lie between steps
-    log_every: int = 1  # steps between lines of metrics.jsonl, each a mean over its steps
-    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio
-    compute_dtype: str = "float32"  # float32 | bfloat16: activations; adapters stay float32
-    remat: str = "full"  # none | dots | full | offload (to the host): less memory, more work
-    attention: str = "auto"  # auto | xla | cudnn (NVIDIA GPUs) | splash (TPUs): docs/devices.md
-    loss_chunk: int = 1024  # tokens whose logits stand in memory at once
-    router_aux_loss_coef: float = 0.0  # weight of the loss by which experts are used alike
+    # optimizer steps; null: as many as `epochs` take, or 100
+    steps: int | None = option(None, at_least=1, at_most=_MANY_STEPS)
+    # instead of `steps`: passes over all rows, such as 0.5 or 3
+    epochs: float | None = option(None, above=0, at_most=10**6)
+    # rows of a step over all devices and micro-batches; with packing, packed rows
+    batch_size: int = option(8, at_least=1, at_most=_ROWS)
+    # rows of a forward pass; lower it if memory runs out. Gradients are the same; null: all rows
+    micro_batch_size: int | None = option(None, at_least=1, at_most=_ROWS)
+    # peak learning rate; about ten times that of full fine-tuning suits LoRA, and virtual tokens
+    # want 0.003 to 0.3
+    learning_rate: float = option(1e-3, above=0)
+    # learning rate after the warm-up: constant, or down to final_rate in a line or half a cosine
+    schedule: str = option("linear", choices=("constant", "linear", "cosine"))
+    # steps in which the learning rate rises from zero; raise it if the run diverges early
+    warmup_steps: int = option(0, at_least=0, at_most=_MANY_STEPS)
+    # last learning rate of linear and cosine, as a fraction of learning_rate
+    final_rate: float = option(0.0, at_least=0, at_most=1)
+    # AdamW's weight decay, on all that trains
+    weight_decay: float = option(0.0, at_least=0)
+    # AdamW's decay of the mean of gradients
+    beta1: float = option(0.9, at_least=0, below=1)
+    # AdamW's decay of the mean of squared gradients
+    beta2: float = option(0.999, at_least=0, below=1)
+    # AdamW's epsilon, added to the root of that mean
+    epsilon: float = option(1e-8, at_least=0)
+    # largest global norm of the gradients of all trainable leaves; null: no clipping
+    grad_clip: float | None = option(1.0, above=0)
+    # steps between held-out losses; null: only before and after the run
+    eval_every: int | None = option(None, at_least=1, at_most=_MANY_STEPS, resumable=True)
+    # steps between checkpoints; null: a tenth of all steps
+    save_every: int | None = option(None, at_least=1, at_most=_MANY_STEPS, resumable=True)
+    # latest checkpoints that are kept, in addition to the best one; null: all
+    save_total_limit: int | None = option(2, at_least=1, at_most=_MANY_STEPS, resumable=True)
+    # evaluations without a better metric after which the run ends; null: it never ends early
+    early_stopping_patience: int | None = option(
+        None, at_least=1, at_most=_MANY_STEPS, resumable=True
+    )
+    # export the adapters of the best evaluation instead of those of the last step
+    load_best_model_at_end: bool = option(False, resumable=True)
+    # the metric of the two settings above: task_loss, regression_loss or one of eval.metrics
+    metric_for_best_model: str = option("task_loss")
+    # end the run when its loss is so many times the lowest so far; null: never
+    divergence: float | None = option(3.0, above=1, hint="null never stops", resumable=True)
+    # memory that holds AdamW's moments between steps: host saves that of the device, and costs time
+    optimizer_memory: str = option("device", choices=("device", "host"))
+    # steps between lines of metrics.jsonl; each line is a mean over its steps
+    log_every: int = option(1, at_least=1, at_most=_MANY_STEPS, resumable=True)
+    # trackers that get the metrics too
+    report_to: list[str] = option(
+        [], choices=TRACKERS, hint="[] reports to none of them.", resumable=True
+    )
+    # dtype of activations; bfloat16 is faster on GPUs and TPUs. Adapters stay float32
+    compute_dtype: str = option("float32", choices=("float32", "bfloat16"))
+    # activations that are recomputed in the backward pass, from none of them to all (full).
+    # offload moves what is kept to the host. Each needs less memory and more time than the last
+    remat: str = option("full", choices=("none", "dots", "full", "offload"), resumable=True)
+    # how attention is computed; auto takes cudnn on NVIDIA GPUs and splash on TPUs where they can
+    # compute the model, and xla elsewhere: docs/devices.md
+    attention: str = option("auto", choices=("auto", "xla", "cudnn", "splash"), resumable=True)
+    # tokens whose logits are in memory at once; lower it for large vocabularies
+    loss_chunk: int = option(1024, at_least=1, at_most=10**8, resumable=True)
+    # weight of the load-balancing loss, for mixtures of experts
+    router_aux_loss_coef: float = option(0.0, at_least=0)
 
     def __post_init__(self):
         if self.steps is None and self.epochs is None:
@@ -88,69 +155,106 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    before: bool = True  # measure the base (or adapter.path) before the first step
-    cache: bool = True  # keep the base's scores in LORA_JAX_CACHE, for the next run
-    batch_size: int = 16  # rows per batch of held-out loss
-    loss_examples: int | None = None  # of each held-out set, spread over it; null: all
-    generate: bool = True  # answers to data.eval, greedy, scored by `metrics`
-    metrics: list[str] = field(default_factory=lambda: ["exact_match"])  # slot_f1, bleu, rouge_l
-    strip_thoughts: bool = True  # score answers without the thoughts in front of them
-    generate_examples: int | None = None  # how many rows of data.eval are generated; null: all
-    generate_every: int | None = None  # steps between answers, n * train.eval_every; null: none
-    generate_batch_size: int = 64  # prompts generated together
-    max_new_tokens: int = 200  # per generated answer
-    samples: int = 3  # answers shown at the end
+    # measure the base (or the adapter of adapter.path) before the first step
+    before: bool = option(True, resumable=True)
+    # keep the scores of the base in LORA_JAX_CACHE for the next run
+    cache: bool = option(True, resumable=True)
+    # rows of a batch of held-out losses
+    batch_size: int = option(16, at_least=1, at_most=_ROWS, resumable=True)
+    # examples of each held-out set whose loss is measured, spread over the set; null: all
+    loss_examples: int | None = option(None, at_least=1, at_most=10**9)
+    # generate answers to the prompts of data.eval, greedily, and score them by `metrics`
+    generate: bool = option(True)
+    # metrics of generated answers: exact_match, slot_f1, bleu, rouge_l
+    metrics: list[str] = option(["exact_match"])
+    # score answers without the thoughts before them
+    strip_thoughts: bool = option(True)
+    # rows of data.eval that are answered; null: all. Lower it if evaluation takes too long
+    generate_examples: int | None = option(None, at_least=1, at_most=10**9)
+    # steps between answers during training, a multiple of train.eval_every; null: only before and
+    # after
+    generate_every: int | None = option(None, at_least=1, at_most=_MANY_STEPS, resumable=True)
+    # prompts that are answered together
+    generate_batch_size: int = option(64, at_least=1, at_most=_ROWS, resumable=True)
+    # most tokens of an answer
+    max_new_tokens: int = option(200, at_least=1, at_most=10**7)
+    # answers that are printed at the end
+    samples: int = option(3, at_least=0, at_most=10**9, resumable=True)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = -1  # replicas of the model; -1: the devices that are left
-    fsdp: int = 1  # weights and batch split
-    tensor: int = 1  # heads and hidden features split
+    # copies of the model; -1: all devices that the other axes leave
+    data: int = option(-1, at_least=-1, at_most=_ROWS)
+    # devices that share the weights and the batch; raise it if the model does not fit
+    fsdp: int = option(1, at_least=-1, at_most=_ROWS)
+    # devices that share heads and hidden features; needs a fast network between them
+    tensor: int = option(1, at_least=-1, at_most=_ROWS)
 
 
 @dataclass(frozen=True)
 class HostsConfig:
-    start_timeout: int = 300  # seconds until all processes of the run must have met
-    lost_after: int = 30  # seconds without a sign of life after which a host is lost, and all end
+    # seconds in which all processes of a run must have met
+    start_timeout: int = option(300, at_least=1, at_most=_SECONDS)
+    # seconds without a message after which a host counts as lost, and all hosts end
+    lost_after: int = option(30, at_least=5, at_most=_SECONDS)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    peft: bool = True  # OUTPUT/adapter, a PEFT adapter directory
-    merged: bool = False  # OUTPUT/merged, a Hugging Face model directory; full: always
-    dtype: str | None = None  # float32 | bfloat16 | float16 of merged weights; null: as the base
-    quantized_base: str | None = None  # original | dequantized: what int8 and nf4 runs merge into
-    max_shard_size: str = "5GB"  # of the merged safetensors files
-    min_merge_cosine: float | None = None  # below it, in any module, an update does not merge
-    max_merge_kl: float | None = None  # above it, in nats per token, merging fails
-    probe_rows: int = 8  # held-out rows, or else training rows, for that KL; 0: it is not measured
+    # write OUTPUT/adapter, a PEFT adapter directory
+    peft: bool = option(True)
+    # write OUTPUT/merged, a Hugging Face model directory; adapter.method=full always does
+    merged: bool = option(False)
+    # dtype of merged weights; null: that of the base
+    dtype: str | None = option(None, choices=("float32", "bfloat16", "float16"))
+    # weights that int8 and nf4 runs merge into: those of the files (original), or the ones that
+    # were trained with (dequantized)
+    quantized_base: str | None = option(None, choices=("original", "dequantized"))
+    # size of each merged safetensors file
+    max_shard_size: str = option("5GB")
+    # refuse a merge in which the update of any module, as rounded, has a lower cosine to the
+    # trained one; try 0.99 for bfloat16
+    min_merge_cosine: float | None = option(None, above=0, at_most=1)
+    # refuse a merge that changes the model's predictions by more, in nats per token
+    max_merge_kl: float | None = option(None, above=0)
+    # held-out rows, or else training rows, for max_merge_kl; 0: it is not measured
+    probe_rows: int = option(8, at_least=0, at_most=_ROWS)
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = ""  # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
-    output_dir: str = "runs/default"  # must be empty or absent, unless resume is set
-    checkpoint_dir: str | None = None  # directory or gs://bucket/path; null: in output_dir
-    resume: bool | str = False  # false | true: go on from the last checkpoint | auto: if any
-    allow_change: list[str] = field(default_factory=list)  # what may differ from the checkpoint
-    seed: int = 0  # of the adapter's init, the data order and dropout
-    base_dtype: str | None = None  # float32 | bfloat16 | int8 | nf4 of the base; null: as in files
-    ignore_config_fields: list[str] = field(default_factory=list)  # harmless ones of config.json
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    hosts: HostsConfig = field(default_factory=HostsConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
+    model: str = option("", is_path=True, resumable=True)
+    # directory of the run; must be empty or absent, unless resume is set
+    output_dir: str = option("runs/default", is_path=True, resumable=True)
+    # directory of the checkpoints, or gs://bucket/path; null: in output_dir
+    checkpoint_dir: str | None = option(None, is_path=True, resumable=True)
+    # true: go on from the last checkpoint. auto: do so if there is one, for jobs that are restarted
+    resume: bool | str = option(False, choices=(False, True, "auto"), resumable=True)
+    # settings, or parts of the fingerprint (base, tokenizer, template, data, held_out), that may
+    # differ from the checkpoint or from adapter.path
+    allow_change: list[str] = option([], resumable=True)
+    # seed of the adapter's init, of the data order and of dropout
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
+    # dtype of the base in memory: bfloat16 halves float32, int8 and nf4 quantise; null: as in files
+    base_dtype: str | None = option(None, choices=("float32", "bfloat16", "int8", "nf4"))
+    # fields of config.json that are not understood, and known not to matter
+    ignore_config_fields: list[str] = option([])
+    adapter: AdapterConfig = section(AdapterConfig)
+    data: DataConfig = section(DataConfig)
+    train: TrainConfig = section(TrainConfig)
+    eval: EvalConfig = section(EvalConfig)
+    mesh: MeshConfig = section(MeshConfig, resumable=True)
+    hosts: HostsConfig = section(HostsConfig, resumable=True)
+    export: ExportConfig = section(ExportConfig, resumable=True)
 
 
 def virtual_tokens(adapter: AdapterConfig) -> int:
-    """How many virtual tokens a method has that trains them.
+    """Return the number of virtual tokens of a method that trains them.
 
     Raises:
-        UserError: as many as a text has, which is not known here.
+        UserError: the number is that of the tokens of `prompt_text`, which is not known here.
     """
     if adapter.num_virtual_tokens is not None:
         return adapter.num_virtual_tokens

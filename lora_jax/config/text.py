@@ -120,9 +120,20 @@ def unreadable(name: str | Path, error: OSError | ValueError) -> UserError:
 
 
 def shown(name: str | Path) -> str:
-    """A name as it can be printed: in one line, without what is no text, long ones cut."""
+    """Return a name as it can be printed: in one line, with escapes for what is no text, and with
+    its middle cut out if it is long.
+    """
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
     return text if len(text) <= 300 else f"{text[:200]}...{text[-80:]}"
+
+
+def quoted(value: Any) -> str:
+    """Return a value as Python writes it, for messages: in one line, a long one without its end."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_bytes(file: Path, name: str | None = None, limit: int = JSON_LIMIT) -> bytes:

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.config.text import quoted
+
 _NULLS = ("", "~", "null", "Null", "NULL")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")  # 010 is eight in YAML 1.1: it is none here
@@ -101,17 +103,11 @@ def describe(kind: Any) -> str:
     return " or ".join(names)
 
 
-def show(value: Any) -> str:
-    """Return a value as it is written in a file, cut to what fits into a message."""
+def as_setting(value: Any) -> str:
+    """Return a value as a file of settings has it, for messages: null, true, 'text'."""
     if is_null(value):
         return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    try:
-        text = repr(_plain_tree(value))
-    except ValueError:  # Python does not write integers of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return str(value).lower() if isinstance(value, bool) else quoted(_plain_tree(value))
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -189,7 +185,7 @@ def _inside(value: Any, kind: Any, place: str) -> Any:
     try:
         return convert(value, kind)
     except ValueError as error:
-        raise ValueError(f"has {place}={show(value)}, which {error}") from None
+        raise ValueError(f"has {place}={as_setting(value)}, which {error}") from None
 
 
 def _read_bool(value: Any) -> bool:

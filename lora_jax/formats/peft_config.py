@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.config import AdapterConfig, shown
+from lora_jax.config import AdapterConfig, quoted
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats.peft_tensors import adapted_modules, is_parameter, parameter_name
 from lora_jax.targets import HEAD, Trainable, find_trainable
@@ -223,23 +223,19 @@ def _mistyped(content: Mapping[str, Any]) -> Iterable[str]:
     for name, (kinds, words) in _TYPES.items():
         value = content.get(name)
         if value is not None and not _is_one_of(value, kinds):
-            yield f"{name}={_short(value)} is not {words}"
+            yield f"{name}={quoted(value)} is not {words}"
         elif name in _OF_PATTERNS:
             kinds, words = _TYPES[_OF_PATTERNS[name]]
             for pattern, one in (value or {}).items():
                 if not _is_one_of(one, kinds):
-                    yield f"{name}[{_short(pattern)}]={_short(one)} is not {words}"
+                    yield f"{name}[{quoted(pattern)}]={quoted(one)} is not {words}"
         elif isinstance(value, list) and name.endswith(("modules", "parameters", "save")):
             if wrong := [entry for entry in value if not isinstance(entry, str)]:
-                yield f"{name} has an entry that is not a string: {_short(wrong[0])}"
+                yield f"{name} has an entry that is not a string: {quoted(wrong[0])}"
 
 
 def _is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-
-
-def _short(value: Any) -> str:
-    return shown(repr(value))
 
 
 def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
@@ -253,9 +249,9 @@ def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
                 ", after which an adapter stands on a base without its first part; convert it in "
                 "PEFT by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
-        yield f"{name}={_short(value)}{hint}"
+        yield f"{name}={quoted(value)}{hint}"
     if content.get("layers_pattern"):
-        yield f"layers_pattern={_short(content['layers_pattern'])}"
+        yield f"layers_pattern={quoted(content['layers_pattern'])}"
 
 
 def _adapters(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:

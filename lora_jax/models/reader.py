@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from lora_jax.config import is_finite, shown
+from lora_jax.config import is_finite, quoted, shown
 from lora_jax.errors import raise_all
 from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
@@ -57,7 +57,7 @@ class ConfigReader:
         if nullable and value is None:
             return None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.refuse(f"{name}={_short(value)} is not {word}; absent means {default!r}")
+            self.refuse(f"{name}={quoted(value)} is not {word}; absent means {default!r}")
             return default
         return value
 
@@ -77,7 +77,7 @@ class ConfigReader:
     def integer(self, name: str, default: int, least: int = 1) -> int:
         value = self._get(name, default, int, "an integer")
         if value < least:
-            self.refuse(f"{name}={_short(value)} is below {least}")
+            self.refuse(f"{name}={quoted(value)} is below {least}")
             return least
         return least if self._is_too_large(name, value) else value
 
@@ -85,14 +85,14 @@ class ConfigReader:
         """Absent: the default. Null: None."""
         value = self._get(name, default, int, "an integer or null", nullable=True)
         if value is not None and value < 1:
-            self.refuse(f"{name}={_short(value)} is below 1")
+            self.refuse(f"{name}={quoted(value)} is below 1")
             return 1
         return 1 if value is not None and self._is_too_large(name, value) else value
 
     def _is_too_large(self, name: str, value: int) -> bool:
         most = _LARGEST_OF.get(name, _LARGEST)
         if value > most:
-            self.refuse(f"{name}={_short(value)} is above {most:,}, which no model has")
+            self.refuse(f"{name}={quoted(value)} is above {most:,}, which no model has")
         return value > most
 
     def number(
@@ -100,7 +100,7 @@ class ConfigReader:
     ) -> float:
         value = self._get(name, default, (int, float), "a number")
         if not is_finite(value):
-            self.refuse(f"{name}={_short(value)} is not a finite number")
+            self.refuse(f"{name}={quoted(value)} is not a finite number")
         elif above is not None and not value > above:
             self.refuse(f"{name}={value:g} is not above {above:g}")
         elif least is not None and value < least:
@@ -115,7 +115,7 @@ class ConfigReader:
         if value is None:
             return None
         if not is_finite(value):
-            self.refuse(f"{name}={_short(value)} is not a finite number; null turns it off")
+            self.refuse(f"{name}={quoted(value)} is not a finite number; null turns it off")
             return default
         if not value > 0:
             self.refuse(f"{name}={value!r} is not above 0; null turns it off")
@@ -145,7 +145,7 @@ class ConfigReader:
             named = {i: f"LABEL_{i}" for i in range(count)} if isinstance(count, int) else count
         numbers = {str(i) for i in range(len(named))} if isinstance(named, Mapping) else set()
         if not numbers or {*map(str, named)} != numbers:
-            self.refuse(f"id2label={_short(named)} does not number the labels")
+            self.refuse(f"id2label={quoted(named)} does not number the labels")
             return ("0", "1")
         names = {int(number): str(name) for number, name in named.items()}
         return tuple(names[i] for i in range(len(names)))
@@ -158,7 +158,7 @@ class ConfigReader:
             return
         usual = " or ".join("null" if value is None else str(value) for value in values)
         reason = f" ({why})" if why else ""
-        self.refuse(f"{name}={_short(given)} is not supported, only {usual}{reason}")
+        self.refuse(f"{name}={quoted(given)} is not supported, only {usual}{reason}")
 
     def inert(self, *names: str) -> None:
         """Note fields that do not change the numbers in this family."""
@@ -190,7 +190,7 @@ class ConfigReader:
         known = isinstance(given, list) and len(given) == layers
         if not known or (read and not all(kind in (FULL, SLIDING) for kind in given)):
             self.refuse(
-                f"layer_types={_short(given)} must name {FULL} or {SLIDING} for each of {layers} "
+                f"layer_types={quoted(given)} must name {FULL} or {SLIDING} for each of {layers} "
                 "layers"
             )
             return (FULL,) * layers
@@ -211,7 +211,7 @@ class ConfigReader:
                 continue
             if name in TRAINING:
                 if not (value is None or (is_finite(value) and 0 <= value <= 1)):
-                    self.refuse(f"{name}={_short(value)} is not a number from 0 to 1, or null")
+                    self.refuse(f"{name}={quoted(value)} is not a number from 0 to 1, or null")
                 left_out += [f"{name}={value!r}"] if value else []
             elif name in RESTRICTED:
                 values, why = RESTRICTED[name]
@@ -220,7 +220,7 @@ class ConfigReader:
                 self._refuse_quantized(name, value)
             elif value:
                 self.refuse(
-                    f"{name}={_short(value)} is not understood for model_type="
+                    f"{name}={quoted(value)} is not understood for model_type="
                     f"{self.model_type!r} and may change the numbers; if it does not, set "
                     f"ignore_config_fields=[{name}] (--ignore-config-fields {name} of generate and "
                     "combine)"
@@ -237,11 +237,6 @@ class ConfigReader:
             return
         method = value.get("quant_method") if isinstance(value, Mapping) else None
         self.refuse(
-            f"{name}={_short(method or value)}: the weights are quantised; give the model in 16 "
+            f"{name}={quoted(method or value)}: the weights are quantised; give the model in 16 "
             "bits that it was made from, and base_dtype=nf4 (or int8) to hold it in few bits"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

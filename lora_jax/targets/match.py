@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_jax.config import AdapterConfig, shown
+from lora_jax.config import AdapterConfig, quoted
 from lora_jax.errors import UserError, nearest
 from lora_jax.patterns import compiled
 from lora_jax.tree import layer_index
@@ -31,7 +31,7 @@ def matcher(spec: str | Sequence[str], field: str = "target_modules") -> Matcher
     if not isinstance(spec, str):
         entries = frozenset(spec)
         return lambda name: any(ending in entries for ending in endings(name))
-    return _named(spec, f"{field}={_short(spec)}")
+    return _named(spec, f"{field}={quoted(spec)}")
 
 
 def _named(pattern: str, setting: str) -> Matcher:
@@ -93,7 +93,7 @@ def pattern_values(
 
 def _ending(pattern: str, field: str) -> Matcher:
     if not _LITERAL.fullmatch(pattern):
-        return _named(rf"(.*\.)?({pattern})", f"{field}[{_short(pattern)}]")
+        return _named(rf"(.*\.)?({pattern})", f"{field}[{quoted(pattern)}]")
     last = pattern.rpartition(".")[2]
 
     def test(name: str) -> bool:
@@ -145,7 +145,7 @@ def unmatched(field: str, entries: Iterable[str], names: Iterable[str], listed: 
     known = {ending for name in names for ending in endings(name)}
     missing = [entry for entry in entries if entry not in known]
     problems = [
-        f"{field}=[{_short(entry)}] {listed}{nearest(entry, names if '.' in entry else short)}"
+        f"{field}=[{quoted(entry)}] {listed}{nearest(entry, names if '.' in entry else short)}"
         for entry in missing[:_SHOWN]
     ]
     if len(missing) > _SHOWN:
@@ -164,7 +164,7 @@ def _entry_problems(
                 short = sorted({name.rpartition(".")[2] for name in names})
                 hint = nearest(spec, short).replace("'", "['", 1).replace("'?", "']?")
                 yield (
-                    f"{field}={shown(repr(spec))} matches no weight. A string is a regex for the "
+                    f"{field}={quoted(spec)} matches no weight. A string is a regex for the "
                     "whole module path, such as "
                     f"{max(names, key=len)!r}; a list holds names; the model has: "
                     f"{listed}.{hint}"
@@ -178,7 +178,7 @@ def _entry_problems(
         or not all(isinstance(entry, str) for entry in spec)
     ):
         yield (
-            f"{field}={_short(spec)} must be a string or a non-empty list of strings; the model "
+            f"{field}={quoted(spec)} must be a string or a non-empty list of strings; the model "
             f"has: {listed}."
         )
         return
@@ -208,12 +208,12 @@ def selection_problems(
             or any(type(i) is not int for i in layers)
         ):
             yield (
-                f"layers_to_transform={_short(layers)} must be a layer index or a non-empty list "
+                f"layers_to_transform={quoted(layers)} must be a layer index or a non-empty list "
                 "of them"
             )
         elif missing := sorted(set(layers) - set(known)):
             has = f"layers {known[0]} to {known[-1]}" if known else "no numbered layers"
-            yield f"layers_to_transform={_short(missing)} does not exist; the model has {has}"
+            yield f"layers_to_transform={quoted(missing)} does not exist; the model has {has}"
 
 
 def pattern_problems(config: AdapterConfig, selected: set[str]) -> Iterable[str]:
@@ -224,9 +224,9 @@ def pattern_problems(config: AdapterConfig, selected: set[str]) -> Iterable[str]
     """
     if not selected:
         yield (
-            f"target_modules={_short(config.target_modules)} with "
-            f"exclude_modules={_short(config.exclude_modules)} and "
-            f"layers_to_transform={_short(config.layers_to_transform)} leaves no weight to adapt"
+            f"target_modules={quoted(config.target_modules)} with "
+            f"exclude_modules={quoted(config.exclude_modules)} and "
+            f"layers_to_transform={quoted(config.layers_to_transform)} leaves no weight to adapt"
         )
     short = sorted({name.rpartition(".")[2] for name in selected})
     for field, patterns in (
@@ -237,14 +237,9 @@ def pattern_problems(config: AdapterConfig, selected: set[str]) -> Iterable[str]
         missing = [p for p in patterns if not any(map(_ending(p, field), selected))]
         for pattern in missing[:_SHOWN]:
             yield (
-                f"{field}[{_short(pattern)}] matches no adapted module; they are: "
+                f"{field}[{quoted(pattern)}] matches no adapted module; they are: "
                 f"{', '.join(short)}."
                 f"{nearest(pattern, short)}"
             )
         if len(missing) > _SHOWN:
             yield f"{field}: {len(missing) - _SHOWN:,} more patterns match nothing"
-
-
-def _short(value: Any) -> str:
-    text = repr(value if not isinstance(value, list | tuple) else value[:50])
-    return text if len(text) <= 300 else f"{text[:200]}... ({len(value):,} in all)"

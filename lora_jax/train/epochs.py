@@ -15,8 +15,9 @@ from rich.console import Console
 
 from lora_jax import data
 from lora_jax.config import Config
+from lora_jax.data import sets
 from lora_jax.errors import UserError
-from lora_jax.train import resume, sets
+from lora_jax.train import resume
 
 
 def settle(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from lora_jax import adapters as methods
 from lora_jax import data
 from lora_jax.config import Config
+from lora_jax.data.sets import DataSet
 from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import placeholders
@@ -21,7 +22,6 @@ from lora_jax.report.progress import SILENT, Display, Phase
 from lora_jax.report.scores import Answer
 from lora_jax.sharding import place_batch, whole
 from lora_jax.train.model import find_stops
-from lora_jax.train.sets import DataSet
 from lora_jax.train.step import make_classify, make_eval_step
 
 

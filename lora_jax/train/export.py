@@ -16,7 +16,7 @@ from lora_jax import config as configs
 from lora_jax import formats, hosts, tree
 from lora_jax.adapters import bind, merge
 from lora_jax.config import Config, expand
-from lora_jax.data import Example, resolve_template, template_text
+from lora_jax.data import Example, resolve_template, sets, template_text
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
@@ -25,8 +25,8 @@ from lora_jax.report import card
 from lora_jax.report import merge as merge_report
 from lora_jax.sharding import make_mesh, whole
 from lora_jax.targets import find_trainable
-from lora_jax.train import base, checkpoint, probe, sets
-from lora_jax.train.model import describe, find_stops
+from lora_jax.train import base, checkpoint, probe
+from lora_jax.train.model import describe, find_stops, make_encoder
 from lora_jax.weights import materialize, widen
 
 
@@ -317,7 +317,7 @@ def export_run(
         raise UserError(f"--profile {profile} is for --format peft; a merged model needs none")
     if kind == "peft" and config.adapter.method == "full":
         raise UserError(f"{run} trained the whole model: it has no adapter; use --format hf")
-    if kind == "hf" and config.adapter.method in configs.SOFT:
+    if kind == "hf" and config.adapter.method in configs.VIRTUAL_TOKEN_METHODS:
         raise UserError(
             f"{run} trained virtual tokens (method={config.adapter.method}), which cannot be "
             "merged into weights; use --format peft"
@@ -340,7 +340,7 @@ def export_run(
         ()
         if kind == "peft"
         else _read_probe(
-            config, sets.make_encoder(config, model, tokenizer, found["tokenizer"], console)
+            config, make_encoder(config, model, tokenizer, found["tokenizer"], console)
         )
     )
     step = chosen_step(config, record)

@@ -7,8 +7,8 @@ from typing import Any
 
 from lora_jax import data, demo
 from lora_jax.config import Config
+from lora_jax.data import sets
 from lora_jax.errors import counted
-from lora_jax.train import sets
 
 _ROWS = 20
 _Parse = Callable[[Any, str], Sequence[data.AnyRow]]

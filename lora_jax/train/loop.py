@@ -18,6 +18,7 @@ from lora_jax import adapters as methods
 from lora_jax import config as configs
 from lora_jax import data, formats, hosts
 from lora_jax.config import Config
+from lora_jax.data import sets
 from lora_jax.report import card, journal, plots, scores
 from lora_jax.report.console import (
     describe_share,
@@ -42,7 +43,6 @@ from lora_jax.train import (
     outputs,
     predictions,
     session,
-    sets,
     setup,
     warn,
 )

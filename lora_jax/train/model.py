@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
-from lora_jax import data, formats
-from lora_jax.config import SOFT, AdapterConfig, Config, EvalConfig, virtual_tokens
+from lora_jax import data, formats, hosts
+from lora_jax.config import VIRTUAL_TOKEN_METHODS, AdapterConfig, Config, EvalConfig, virtual_tokens
+from lora_jax.data import sets
 from lora_jax.errors import UserError, raise_all
 from lora_jax.models import CLASSIFIERS
 from lora_jax.models.common import Model
@@ -69,7 +71,7 @@ def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
     Raises:
         UserError: a text without tokens.
     """
-    if adapter.method not in SOFT or adapter.prompt_init != "text":
+    if adapter.method not in VIRTUAL_TOKEN_METHODS or adapter.prompt_init != "text":
         return None
     tokens = list(tokenizer(adapter.prompt_text)["input_ids"])
     if not tokens:
@@ -79,7 +81,7 @@ def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
 
 def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
     adapter = config.adapter
-    if adapter.method not in SOFT or adapter.path is not None:
+    if adapter.method not in VIRTUAL_TOKEN_METHODS or adapter.path is not None:
         return config
     if adapter.prompt_init == "text":
         try:
@@ -124,7 +126,7 @@ def _check_text_settings(config: Config) -> None:
 
 def _check_settings(config: Config) -> None:
     default, method = Config(), config.adapter.method
-    if method in SOFT:
+    if method in VIRTUAL_TOKEN_METHODS:
         raise UserError(
             f"adapter.method={method} is for models that write text; {config.model} classifies"
         )
@@ -201,3 +203,29 @@ def find_stops(config: Config, model: Model, tokenizer: Any) -> frozenset[int]:
         return data.stop_tokens(tokenizer, template, own, config.data.chat_template_kwargs)
     except UserError:  # a template that refuses a plain question, though not the rows
         return data.stop_tokens(tokenizer, data.PLAIN, own)
+
+
+def settle_date(config: Config, tokenizer: Any, console: Console) -> Config:
+    """Return the config with the day that the chat template is given, where it reads one: all
+    that renders with this config renders alike, on every host and beyond midnight.
+
+    Raises:
+        UserError: the template cannot be read.
+    """
+    given = config.data.template_date
+    if not data.reads_date(data.template_text(tokenizer, config.data.chat_template)):
+        if given is not None:
+            console.print("note: data.template_date has no effect: the chat template reads no date")
+        return config
+    date = given or hosts.from_main(sets.today)
+    console.print(f"note: the chat template reads the date, and gets data.template_date={date}")
+    settings = dataclasses.replace(config.data, template_date=date)
+    return dataclasses.replace(config, data=settings)
+
+
+def make_encoder(
+    config: Config, model: Model, tokenizer: Any, tokenizer_digest: str, console: Console
+) -> sets.Encoder:
+    """Return the `Encoder` of a run with `model`."""
+    vocab_size, labels = model.config.vocab_size, model.labels or None
+    return sets.Encoder(config, tokenizer, tokenizer_digest, console, vocab_size, labels)

@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 
 from lora_jax import data
 from lora_jax.config import Config
+from lora_jax.data import sets
+from lora_jax.data.sets import DataSet, Encoder, TrainData
 from lora_jax.models.common import Model
 from lora_jax.report import scores
 from lora_jax.sharding import place_batch
-from lora_jax.train import sets
-from lora_jax.train.sets import DataSet, Encoder, TrainData
 
 
 def choose(

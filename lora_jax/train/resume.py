@@ -4,23 +4,14 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_jax.config import PRINTS, Config
+from lora_jax.config import PRINTS, Config, options_of
 from lora_jax.errors import UserError, raise_all
 
-# What may differ at any time: it does not change what the remaining steps compute, or the
-# fingerprint says whether it does (the model, the training data and the chat template by path).
-_FREE = (
-    *("output_dir", "checkpoint_dir", "resume", "allow_change", "model", "mesh", "hosts", "export"),
-    *("data.train", "data.chat_template", "data.cache", "adapter.path"),
-    "adapter.calibration_batches",
-    *("eval.batch_size", "eval.generate_batch_size", "eval.samples"),
-    *("eval.before", "eval.cache", "eval.generate_every"),
-    *("train.save_every", "train.save_total_limit", "train.eval_every", "train.log_every"),
-    *("train.report_to", "train.early_stopping_patience", "train.load_best_model_at_end"),
-    *("train.divergence", "train.remat", "train.loss_chunk", "train.attention"),
-)
+# Settings that may differ at any time: they do not change what the remaining steps compute, or the
+# fingerprint tells if they do (the model, the training data and the chat template by path).
+_RESUMABLE = frozenset(key for key, rule in options_of(Config).items() if rule.resumable)
 
-# What `adapters.redistribute` settles.
+# Settings that `adapters.redistribute` settles.
 _RANKS = (
     *("target_modules", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern"),
@@ -85,7 +76,7 @@ def differences(record: Mapping[str, Any], config: Config) -> dict[str, tuple[An
     return {
         key: (now.get(key), then.get(key))
         for key in sorted({*now, *then})
-        if now.get(key) != then.get(key) and not _covers(_FREE, key)
+        if now.get(key) != then.get(key) and key not in _RESUMABLE
     }
 
 

@@ -9,11 +9,12 @@ from jax.sharding import Mesh
 
 from lora_jax import data, formats, hosts, targets, tree
 from lora_jax.config import AdapterConfig, Config
+from lora_jax.data import sets
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.report.progress import Display
-from lora_jax.train import epochs, probe, resume, sets, setup
-from lora_jax.train.model import describe, find_stops
+from lora_jax.train import epochs, probe, resume, setup
+from lora_jax.train.model import describe, find_stops, make_encoder, settle_date
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def read(config: Config, mesh: Mesh, record: Mapping[str, Any] | None, display: 
     found = setup.find_trainable(config, model)
     setup.check_attention(config, model, mesh, console)
     tokenizer = formats.load_tokenizer(source)
-    config = sets.settle_date(config, tokenizer, console)
+    config = settle_date(config, tokenizer, console)
     with display.phase("checking the model's files"):
         prints = setup.take_fingerprint(config, base_digest, tokenizer, record)
     find_stops(config, model, tokenizer)  # refuses damaged files before anything slow
-    encoder = sets.make_encoder(config, model, tokenizer, prints["tokenizer"], console)
+    encoder = make_encoder(config, model, tokenizer, prints["tokenizer"], console)
     with display.phase("reading the data"):
         train_data, held_out = sets.read_sets(config, encoder)
     prints |= {"data": train_data.digest(), "held_out": sets.digest(held_out.values())}

@@ -14,7 +14,16 @@ from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, hosts, quantize, sharding, targets
-from lora_jax.config import LOSSES, SOFT, AdapterConfig, Config, expand, virtual_tokens
+from lora_jax.config import (
+    LOSSES,
+    VIRTUAL_TOKEN_METHODS,
+    AdapterConfig,
+    Config,
+    expand,
+    options_of,
+    virtual_tokens,
+)
+from lora_jax.data.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
@@ -24,7 +33,6 @@ from lora_jax.report.trackers import check_sinks
 from lora_jax.train import directory
 from lora_jax.train.evaluate import make_reader
 from lora_jax.train.outputs import Run
-from lora_jax.train.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.train.step import check_experts
 
 _SHARED = 15.0  # seconds until a file that one host wrote must be there on the others
@@ -108,7 +116,7 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
         adapters, found = formats.read_loralib(path, model.params, given)
     else:
         adapters, found = formats.read_adapter(path, model.params, model)
-    free = ("path", "dropout", "freeze_a", "lora_plus_ratio")  # of training, not of the adapter
+    free = [name for name, rule in options_of(AdapterConfig).items() if rule.with_path]
     problems, kept = [], {name: getattr(given, name) for name in free}
     for field in dataclasses.fields(AdapterConfig):
         mine, theirs = getattr(given, field.name), getattr(found, field.name)
@@ -241,7 +249,7 @@ def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: 
     positions = model.config.max_position_embeddings
     if (limit := model.learned_positions) is not None:
         adapter = config.adapter
-        virtual = virtual_tokens(adapter) if adapter.method in SOFT else 0
+        virtual = virtual_tokens(adapter) if adapter.method in VIRTUAL_TOKEN_METHODS else 0
         room = limit - (0 if adapter.prefix_gate else virtual)
         longest = limit if adapter.method == "prompt" else room  # data.max_length counts these
         beside = f", {virtual} of them for virtual tokens" if room < limit else ""

@@ -13,9 +13,9 @@ import numpy as np
 
 from lora_jax import data, formats
 from lora_jax.config import Config, TrainConfig, find_unused
+from lora_jax.data.sets import DataSet, TrainData
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
-from lora_jax.train.sets import DataSet, TrainData
 
 _FORGOTTEN = 0.3  # nats that a regression loss may rise without a warning
 _LITTLE = 0.01  # a supervised share below it is worth a warning

@@ -9,9 +9,10 @@ from transformers.utils import chat_template_utils
 
 from lora_jax import config as configs
 from lora_jax.cli import train_main
+from lora_jax.data import sets
 from lora_jax.errors import UserError
 from lora_jax.report.journal import read_lines
-from lora_jax.train import checkpoint, sets
+from lora_jax.train import checkpoint
 
 from .conftest import CHATML, ROWS, write_model, write_rows
 

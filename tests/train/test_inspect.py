@@ -21,8 +21,8 @@ from lora_jax import data, formats
 from lora_jax.audit import preview as reports
 from lora_jax.audit.data import Overlap, inspect, plot, print_report, show
 from lora_jax.cli import main
+from lora_jax.data import sets
 from lora_jax.errors import UserError
-from lora_jax.train import sets
 
 from .conftest import TINY, write_rows, write_tokenizer
 

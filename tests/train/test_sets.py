@@ -11,10 +11,11 @@ from rich.console import Console
 
 from lora_jax import data, formats
 from lora_jax.cli import main, train_main
+from lora_jax.data import sets
 from lora_jax.errors import UserError
 from lora_jax.formats.fingerprint import tokenizer_digest
 from lora_jax.report.journal import read_lines
-from lora_jax.train import sets, warn
+from lora_jax.train import warn
 
 from .conftest import make_config, write_rows, write_tokenizer
 

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from lora_jax import AdapterConfig, Config, UserError, data, formats
 from lora_jax import adapters as methods
 from lora_jax.cli import main, train_main
+from lora_jax.data.sets import DataSet
 from lora_jax.train import setup
-from lora_jax.train.sets import DataSet
 
 from ..families import describe
 from .conftest import write_model, write_rows

@@ -5,15 +5,16 @@ import datetime
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from lora_jax import data, hosts
+from lora_jax import data
 from lora_jax.cache import cache_directory
-from lora_jax.config import Config, virtual_tokens
+from lora_jax.config import ENCODING_KEYS, Config, virtual_tokens
 from lora_jax.errors import UserError, counted
-from lora_jax.models.common import Model, foreign_token
 
 
 @dataclass(frozen=True)
@@ -147,24 +148,7 @@ class Encoder:
             examples, counts = build()
             notes: Sequence[str] = ()
         else:
-            template = data.template_text(self.tokenizer, settings.chat_template)
-            dated = self.labels is None and data.reads_date(template)
-            key = {
-                "source": source,  # examples say where they came from
-                "data": data.digest_files(files),
-                "tokenizer": self.tokenizer_digest,
-                "template": template,
-                "date": (settings.template_date or today()) if dated else "",
-                "code": data.code_version(),
-                "settings": repr(
-                    (
-                        *(settings.system_prompt, self.max_length, settings.too_long),
-                        *(settings.prompt, settings.completion, settings.on_bad_row),
-                        *(settings.chat_template_kwargs, settings.ignore_columns),
-                        *(settings.text, settings.label, self.labels),
-                    )
-                ),
-            }
+            key = self._cache_key(source, files)
             cached = data.cached_examples(cache_directory() / "examples", key, build)
             examples, counts, notes = cached.examples, cached.counts, cached.notes
         for note in notes:
@@ -173,6 +157,23 @@ class Encoder:
         self.counts[what] = counts
         self.console.print(f"{what}: {describe(counts, self.max_length)}")
         return examples
+
+    def _cache_key(self, source: str, files: Sequence[Path]) -> dict[str, str]:
+        """Return everything that the examples of a source depend on."""
+        settings = self.config.data
+        template = data.template_text(self.tokenizer, settings.chat_template)
+        dated = self.labels is None and data.reads_date(template)
+        return {
+            "source": source,  # examples say where they came from
+            "data": data.digest_files(files),
+            "tokenizer": self.tokenizer_digest,
+            "template": template,
+            "date": (settings.template_date or today()) if dated else "",
+            "code": data.code_version(),
+            "settings": repr({name: getattr(settings, name) for name in ENCODING_KEYS}),
+            "room": repr(self.max_length),  # less where virtual tokens take some of it
+            "labels": repr(self.labels),
+        }
 
     def _check_vocabulary(self, examples: Sequence[data.Example]) -> None:
         if self.vocab_size is not None:
@@ -211,35 +212,9 @@ class Encoder:
         return examples
 
 
-def make_encoder(
-    config: Config, model: Model, tokenizer: Any, tokenizer_digest: str, console: Console
-) -> Encoder:
-    """The `Encoder` of a run with `model`."""
-    vocab_size, labels = model.config.vocab_size, model.labels or None
-    return Encoder(config, tokenizer, tokenizer_digest, console, vocab_size, labels)
-
-
 def today() -> str:
     """The day on this machine, as YYYY-MM-DD."""
     return datetime.date.today().isoformat()
-
-
-def settle_date(config: Config, tokenizer: Any, console: Console) -> Config:
-    """Return the config with the day that the chat template is given, where it reads one: all
-    that renders with this config renders alike, on every host and beyond midnight.
-
-    Raises:
-        UserError: the template cannot be read.
-    """
-    given = config.data.template_date
-    if not data.reads_date(data.template_text(tokenizer, config.data.chat_template)):
-        if given is not None:
-            console.print("note: data.template_date has no effect: the chat template reads no date")
-        return config
-    date = given or hosts.from_main(today)
-    console.print(f"note: the chat template reads the date, and gets data.template_date={date}")
-    settings = dataclasses.replace(config.data, template_date=date)
-    return dataclasses.replace(config, data=settings)
 
 
 def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: int) -> None:
@@ -248,7 +223,7 @@ def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: i
     Raises:
         UserError: tokens of `vocab_size` or above.
     """
-    found = ((example.where, foreign_token(example.tokens, vocab_size)) for example in examples)
+    found = ((example.where, _first_unknown(example.tokens, vocab_size)) for example in examples)
     data.raise_first(
         [
             f"{where}: token {token}, and the vocab_size of {model} is {vocab_size}: model and "
@@ -257,6 +232,12 @@ def check_vocabulary(examples: Iterable[data.Example], model: str, vocab_size: i
             if token is not None
         ]
     )
+
+
+def _first_unknown(tokens: np.ndarray, vocab_size: int) -> int | None:
+    """Return the first token that an embedding of `vocab_size` rows does not have."""
+    unknown = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    return int(unknown[0]) if unknown.size else None
 
 
 def describe(counts: data.Counts, limit: int) -> str:
