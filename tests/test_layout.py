@@ -20,8 +20,8 @@ LAYERS = (
     ("models", "adapters", "data"),
     ("formats",),
     ("report",),
+    ("objectives",),
     (
-        "train.loss",
         "train.optimizer",
         "train.step",
         "train.checkpoint",

@@ -102,6 +102,8 @@ class TrainConfig:
     beta2: float = option(0.999, at_least=0, below=1)
     # AdamW's epsilon, added to the root of that mean
     epsilon: float = option(1e-8, at_least=0)
+    # share of the target that all tokens get alike, in training only; 0.1 is usual
+    label_smoothing: float = option(0.0, at_least=0, below=1)
     # largest global norm of the gradients of all trainable leaves; null: no clipping
     grad_clip: float | None = option(1.0, above=0)
     # steps between held-out losses; null: only before and after the run

@@ -16,9 +16,10 @@ from rich.console import Console
 
 from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import data, formats, hosts
+from lora_jax import data, formats, hosts, objectives
 from lora_jax.config import Config
 from lora_jax.data import sets
+from lora_jax.objectives import Objective
 from lora_jax.report import card, journal, plots, scores
 from lora_jax.report.console import (
     describe_share,
@@ -54,8 +55,12 @@ from lora_jax.train.trainer import State, place_state, train
 from lora_jax.train.watch import Watch
 
 
-def run(config: Config, console: Console | None = None) -> dict[str, Any]:
+def run(
+    config: Config, console: Console | None = None, objective: Objective | None = None
+) -> dict[str, Any]:
     """Fine-tune as `config` says, write it all to `config.output_dir`, and return the summary.
+
+    `objective` is minimised in place of the config's cross-entropy (`lora_jax.objectives`).
 
     Raises:
         UserError: a mistake in config, model, data or adapter files, found before training starts;
@@ -70,7 +75,7 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
             interrupt.catch(agree, console.print, leave) as signals,
             contextlib.ExitStack() as held,
         ):
-            return _run(config, Display(console), signals, held)
+            return _run(config, Display(console), signals, held, objective)
 
 
 def _leave(console: Console, leave: Callable[[int], None], status: int) -> None:
@@ -80,9 +85,14 @@ def _leave(console: Console, leave: Callable[[int], None], status: int) -> None:
 
 
 def _run(
-    config: Config, display: Display, signals: interrupt.Signals, held: contextlib.ExitStack
+    config: Config,
+    display: Display,
+    signals: interrupt.Signals,
+    held: contextlib.ExitStack,
+    objective: Objective | None,
 ) -> dict[str, Any]:
     started, console = time.monotonic(), display.console
+    objectives.choose(config, objective)  # before anything slow
     run, mesh, record = setup.prepare(config, held)
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
@@ -131,6 +141,7 @@ def _run(
                 record=record,
                 sinks=sinks,
                 seconds=seconds,
+                objective=objective,
             )
         summary = conclude(run, judge, state, before, ready.prints, probed, sinks)
     summary |= {"tokens_per_second": speed, **_count(ready)}

@@ -17,6 +17,7 @@ from lora_jax import data, sharding
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
+from lora_jax.objectives import Objective
 from lora_jax.report.journal import Journal, append_line, append_samples
 from lora_jax.report.scores import spread
 from lora_jax.report.trackers import Sink
@@ -75,6 +76,7 @@ def train(
     record: Mapping[str, Any] | None,
     sinks: Sequence[Sink] = (),
     seconds: Callable[[], float] = lambda: 0.0,
+    objective: Objective | None = None,
 ) -> float:
     """All steps from `state.step` on; `state` is changed in place. Returns tokens per second.
 
@@ -108,7 +110,7 @@ def train(
             judge=judge,
             state=state,
             loader=loader,
-            step_fn=make_train_step(judge.model, config, optimizer, placement),
+            step_fn=make_train_step(judge.model, config, optimizer, placement, objective),
             schedule=make_schedule(settings),
             key=key,
             about=about,
