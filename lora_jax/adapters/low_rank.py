@@ -9,7 +9,7 @@ train: base and update are W - scale init_a init_b and scale lora_a lora_b.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -94,9 +94,9 @@ def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Train
     return changed
 
 
-def started(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """The weights that a changing init took its part out of, with that part bound to them: as they
-    were before the first step, whose magnitudes change nothing.
+def initial(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
+    """Return the weights that a changing init took its part out of, with that part bound to them:
+    as they were before the first step, whose magnitudes change nothing.
     """
     targets = tuple(t for t in found.targets if (*t.path, "init_a") in small)
     config = dataclasses.replace(found.config, use_dora=False, freeze_a=False)
@@ -106,35 +106,46 @@ def started(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Traina
         for name in ("lora_a", "lora_b")
     }
     changing = dataclasses.replace(found, config=config, targets=targets)
-    return bind(dict(leaves), first, changing, None)
+    return bind(dict(leaves), first, changing, factors, None)
+
+
+def factors(target: Target, small: Mapping[Path, Any], found: Trainable) -> Factors:
+    """Return `lora_a`, and `lora_b` with its scale."""
+    a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
+    a = jax.lax.stop_gradient(a) if found.config.freeze_a else a
+    return a, b * target.scales(found.config.use_rslora)
 
 
 def bind(
-    leaves: Leaves, small: Mapping[Path, Any], found: Trainable, key: jax.Array | None
+    leaves: Leaves,
+    small: Mapping[Path, Any],
+    found: Trainable,
+    make_factors: Callable[[Target, Mapping[Path, Any], Trainable], Factors],
+    key: jax.Array | None,
 ) -> Leaves:
-    """The targeted leaves as `LoraWeight`s; `key` turns dropout on."""
+    """Return the targeted leaves as `LoraWeight`s of the factors that `make_factors` gives; `key`
+    turns dropout on.
+    """
     config, bound = found.config, {}
     for index, target in enumerate(found.targets):
         weight = _weight(leaves, target, found)
-        a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
-        a = jax.lax.stop_gradient(a) if config.freeze_a else a
-        b = b * target.scales(config.use_rslora)
+        a, b = make_factors(target, small, found)
         gain = None
         if config.use_dora:
             gain = dora.gain(target, weight, a, b, small[(*target.path, "magnitude")])
-        # As in PEFT, what a token's embedding adds has no dropout.
+        # PEFT has no dropout in the update of an embedding.
         drops = config.dropout > 0 and target.leaf != "embedding"
         own = _dropout_keys(key, index, target) if drops else None
         b = inits.in_columns(target, b, weight.shape[-1])
         gain = None if gain is None else inits.in_columns(target, gain, weight.shape[-1], 1.0)
         leaf = LoraWeight(weight, a, b, gain, own, config.dropout)
         other = bound.get(target.weight)
-        bound[target.weight] = leaf if other is None else _side_by_side(other, leaf)
+        bound[target.weight] = leaf if other is None else _concatenate_ranks(other, leaf)
     return bound
 
 
-def _side_by_side(one: LoraWeight, other: LoraWeight) -> LoraWeight:
-    """The adapters of two parts of a fused projection as one, of the sum of their ranks."""
+def _concatenate_ranks(one: LoraWeight, other: LoraWeight) -> LoraWeight:
+    """Return the adapters of two parts of a fused projection as one, of the sum of their ranks."""
     return dataclasses.replace(
         one,
         a=jnp.concatenate([one.a, other.a], axis=-1),

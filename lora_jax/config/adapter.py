@@ -63,6 +63,11 @@ class AdapterConfig:
         return self.method == "full"
 
     @property
+    def trains_lora(self) -> bool:
+        """Updates of low rank train, with `lora_a` and `lora_b` of their own."""
+        return self.method == "lora"
+
+    @property
     def trains_virtual_tokens(self) -> bool:
         """Virtual tokens train, which the forward takes as an argument; no weight changes."""
         return self.method in VIRTUAL_TOKEN_METHODS

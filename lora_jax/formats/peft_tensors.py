@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.errors import UserError
-from lora_jax.targets import HEAD, Rows, Target, Trainable, Whole
+from lora_jax.targets import HEAD, FullWeight, Target, Trainable, TrainableTokens
 from lora_jax.tree import Path, dotted, has_experts, is_conv1d, stack_position, summarize
 
 PREFIX = "base_model.model."
@@ -243,7 +243,7 @@ def _of_experts(target: Target, index: int | None, rank: int, name: str) -> Iter
     )
 
 
-def _of_whole(whole: Whole, adapted: set[str], tied: bool) -> Iterable[Tensor]:
+def _of_whole(whole: FullWeight, adapted: set[str], tied: bool) -> Iterable[Tensor]:
     leaf, stacked = whole.path[-1], stack_position(whole.path) is not None
     shape = whole.shape[1:] if stacked else whole.shape
     suffix, turned = _WEIGHTS.get(leaf, (leaf, False))
@@ -263,7 +263,7 @@ def _of_whole(whole: Whole, adapted: set[str], tied: bool) -> Iterable[Tensor]:
             yield Tensor(head, shape, whole.trained, index, shape, axes, key)
 
 
-def _of_rows(rows: Rows) -> Tensor:
+def _of_rows(rows: TrainableTokens) -> Tensor:
     key = f"{PREFIX}{dotted(rows.path[:-1])}.token_adapter.trainable_tokens_delta"
     shape = (len(rows.indices), rows.features)
     return Tensor(key, shape, rows.trained, None, shape, (0, 1))
