@@ -4,7 +4,7 @@ params    model/layers/self_attn/q_proj/kernel            (layers, in, out)
 adapters  model/layers/self_attn/q_proj/{lora_a, lora_b}  (layers, in, rank), (layers, rank, out)
 bound     model/layers/self_attn/q_proj/kernel            LoraWeight(base, a, scale * b)
 
-An init that takes its part out of the base leaves `init_a` and `init_b` beside them, which never
+An init that takes its part out of the base adds the leaves `init_a` and `init_b`, which never
 train: base and update are W - scale init_a init_b and scale lora_a lora_b.
 """
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import dora, eva, inits, loftq, lora_ga
+from lora_jax.leaves import known_kind
 from lora_jax.quantize import quantize
 from lora_jax.targets import HEAD, Target, Trainable
 from lora_jax.tree import Path, unflatten
@@ -32,7 +33,7 @@ def init(
     calibrate: Any = None,
     scheme: str | None = None,
 ) -> tuple[Leaves, Leaves]:
-    """Fresh adapters in float32, and the weights that take the place of those in `leaves`."""
+    """Return the weights that replace those in `leaves`, and fresh adapters in float32."""
     config, changed, adapters = found.config, {}, {}
     starts = _starts(key, leaves, found, calibrate, scheme)
     for target in found.targets:
@@ -60,8 +61,8 @@ def _starts(
     calibrate: Any,
     scheme: str | None,
 ) -> dict[Path, tuple[Factors, Factors]]:
-    """By target the factors that its update starts from, and those that are taken out of the base,
-    if any are.
+    """Return, by target, the factors that its update starts from, and those that are taken out of
+    the base, if any are.
     """
     config, targets = found.config, found.targets
     match config.init:
@@ -81,7 +82,7 @@ def _starts(
 
 
 def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """The weights that the adapters of a changing init stand on: those of `leaves`, the original
+    """Return the base weights under adapters of a changing init: those of `leaves`, the original
     base, without the part that they started from.
     """
     changed = {}
@@ -155,7 +156,7 @@ def _concatenate_ranks(one: LoraWeight, other: LoraWeight) -> LoraWeight:
 
 
 def _weight(leaves: Mapping[Path, Any], target: Target, found: Trainable) -> Any:
-    """The frozen weight of a target; a tied head is the embedding the other way round."""
+    """Return the frozen weight of a target; a tied head is the embedding transposed."""
     path = target.weight
     if path == HEAD and found.untied is not None:
         embedding = leaves[found.untied]
@@ -173,8 +174,8 @@ def _dropout_keys(key: jax.Array | None, index: int, target: Target) -> jax.Arra
 
 
 def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Trainable]:
-    """Adapters of a changing init as those of a default one with twice the rank, over the original
-    base, and what they train: W - s a0 b0 + s a b = W + s [a, a0] [b; -b0].
+    """Return adapters of a changing init as those of a default one with twice the rank, over the
+    original base, and what they train: W - s a0 b0 + s a b = W + s [a, a0] [b; -b0].
 
     The scale stays what it was: alpha doubles with the rank, under rsLoRA it grows by sqrt(2).
     """
@@ -190,7 +191,8 @@ def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Train
         leaves[(*target.path, "lora_b")] = jnp.take_along_axis(joined_b, order[..., :, None], -2)
         ranks = tuple(2 * rank for rank in target.ranks)
         alphas = tuple(growth * alpha for alpha in target.alphas)
-        targets.append(dataclasses.replace(target, ranks=ranks, alphas=alphas))
+        kept = tuple(name for name in target.leaves if known_kind(name).file)
+        targets.append(dataclasses.replace(target, ranks=ranks, alphas=alphas, leaves=kept))
     config = dataclasses.replace(
         found.config,
         init="default",
@@ -203,7 +205,7 @@ def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Train
 
 
 def _by_slice(target: Target) -> jax.Array:
-    """The order that puts the real columns of both halves first, for every slice."""
+    """Return the order that puts the real columns of both halves first, for every slice."""
     real = jnp.tile(
         jnp.asarray(target.rank_mask()[..., 0, :] if target.stacked else target.rank_mask()[0]), 2
     )

@@ -185,7 +185,7 @@ def _find_lora(params: Mapping, config: AdapterConfig, saved: set[str]) -> list[
     problems = list(pattern_problems(config, selected))
     found = [one for one in candidates if set(one.names) & selected]
     targets = _as_targets(found, config, selected)
-    raise_all([*problems, *_rank_problems(targets, config.init)])
+    raise_all([*problems, *(_rank_problems(targets, config.init) if config.trains_lora else ())])
     return targets
 
 
@@ -198,15 +198,16 @@ def _as_targets(
     for one in candidates:
         path = (*one.path, one.leaf)
         ranks = (rank_of(name, config.rank) if name in selected else 0 for name in one.names)
-        alphas = (float(alpha_of(name, config.alpha)) for name in one.names)
+        ranks = tuple(ranks)
+        alphas = tuple(float(alpha_of(name, config.alpha)) for name in one.names)
         target = Target(
             one.path,
             one.leaf,
             shape=(one.shape[-2], one.shape[-1]),
             stacked=stack_position(path) is not None,
             names=one.names,
-            ranks=tuple(ranks),
-            alphas=tuple(alphas),
+            ranks=ranks,
+            alphas=alphas if config.trains_lora else tuple(map(float, ranks)),  # no scale: 1
             columns=one.columns,
             experts=one.shape[-3] if has_experts(path) else None,
             leaves=target_leaves(config),
