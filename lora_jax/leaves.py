@@ -40,6 +40,10 @@ _KINDS = {
     "magnitude": Kind("magnitude", ("out",), "lora_magnitude_vector"),
     "init_a": Kind(axes=("in", "rank")),  # what an init took out of the base
     "init_b": Kind(axes=("rank", "out")),
+    "lambda_d": Kind("magnitude", ("rank",), "vera_lambda_d", is_factor=True),
+    "lambda_b": Kind("magnitude", ("out",), "vera_lambda_b", is_factor=True),
+    "vera_a": Kind(axes=("in", "rank"), file="vera_A"),  # shared by all targets
+    "vera_b": Kind(axes=("rank", "out"), file="vera_B"),
     "trainable_tokens": Kind("full", ("tokens", "out"), "token_adapter.trainable_tokens_delta"),
     "prompt_embeddings": Kind("prompt", ("tokens", "features")),
     "prefix_keys": Kind("prompt", ("layers", "tokens", "tensor")),
@@ -80,6 +84,8 @@ def weight_name(trained: str) -> str:
 
 def target_leaves(config: AdapterConfig) -> tuple[str, ...]:
     """Return the names of the leaves that every target of a method has."""
+    if config.trains_vera:
+        return ("lambda_d", "lambda_b")
     names = ["lora_a", "lora_b"]
     if config.changes_base:
         names += ["init_a", "init_b"]
@@ -92,4 +98,4 @@ def shared_leaves(config: AdapterConfig) -> tuple[str, ...]:
     """Return the names of the leaves that all targets of a method share, at the root of the tree.
     Their axes are as wide as the widest target.
     """
-    return ()
+    return ("vera_a", "vera_b") if config.trains_vera else ()

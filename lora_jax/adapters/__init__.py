@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.adapters import eva, full, low_rank, prompt
+from lora_jax.adapters import eva, full, low_rank, prompt, vera
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
 from lora_jax.config import DATA_INITS, AdapterConfig
 from lora_jax.errors import UserError
@@ -115,6 +115,8 @@ def _init(
     if found.config.trains_everything:
         absent = {path: Absent(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
         return unflatten(absent), unflatten(adapters)
+    if found.config.trains_vera:
+        return params, unflatten(adapters | vera.init(found))
     changed, factors = low_rank.init(key, leaves, found, calibrate, scheme)
     base = unflatten(leaves | changed) if changed else params
     return base, unflatten(adapters | factors)
@@ -155,7 +157,8 @@ def factors(
     """Return `a` (..., in, rank) and `b` (..., rank, out) of the update of a target, every scale in
     `b`. `adapters` are flat.
     """
-    return low_rank.factors(target, adapters, found)
+    method = vera if found.config.trains_vera else low_rank
+    return method.factors(target, adapters, found)
 
 
 def bind(

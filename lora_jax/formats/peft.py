@@ -7,7 +7,8 @@
 (`peft_tensors`) are PEFT's; `lora_jax.json` holds what PEFT has no field for. It and the tensors
 carry a digest of the tensors (`peft_digest`). Adapters of an init that takes its part out of the
 base are written as those of twice the rank over the original base, and those of parts of a fused
-projection as one of the sum of their ranks over all of it. Virtual tokens are in `peft_virtual`.
+projection as one of the sum of their ranks over all of it. `peft_virtual` has virtual tokens, and
+`peft_vera` VeRA.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -22,7 +23,7 @@ from lora_jax.adapters.low_rank import as_plain
 from lora_jax.config import AdapterConfig, expand, read_json
 from lora_jax.config.text import exists
 from lora_jax.errors import UserError, raise_all
-from lora_jax.formats import digests, peft_virtual
+from lora_jax.formats import digests, peft_vera, peft_virtual
 from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import to_peft_config
 from lora_jax.formats.peft_config_reader import from_peft_config
@@ -85,6 +86,9 @@ def write_adapter(
     if config.trains_virtual_tokens:
         tensors = peft_virtual.pack(tree.unflatten(leaves))
         content = peft_virtual.to_peft_config(found, base_model, task_type)
+    elif config.trains_vera:
+        tensors = pack(leaves, found)
+        content = peft_vera.to_peft_config(found, params, base_model, task_type)
     else:
         if config.changes_base:
             leaves, found = as_plain(leaves, found)
@@ -116,6 +120,7 @@ def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
     if config.trains_virtual_tokens:
         return peft_virtual.problems(config)
     problems = [f"use_dora=true and {text}" for text in _dora_problems(found)]
+    problems += peft_vera.problems(found) if config.trains_vera else []
     if config.init == "loftq" and config.changes_base:
         problems.append(
             f"init=loftq and loftq_iter={config.loftq_iter}: the adapter stands on a quantised "
@@ -208,11 +213,12 @@ def read_config(directory: str | Path, params: Mapping) -> AdapterConfig:
         raise UserError(f"{directory} is no PEFT adapter directory: it has no adapter_config.json")
     content = read_json(file)
     kind = content.get("peft_type")
-    if kind not in (kinds := ("LORA", *peft_virtual.KINDS)):
+    if kind not in (kinds := ("LORA", *peft_virtual.KINDS, "VERA")):
         raise UserError(
             f"{file}: peft_type={kind!r} is not supported; these are: {', '.join(kinds)}"
         )
-    read = from_peft_config if kind == "LORA" else peft_virtual.from_peft_config
+    readers = {"LORA": from_peft_config, "VERA": peft_vera.from_peft_config}
+    read = readers.get(kind, peft_virtual.from_peft_config)
     try:
         return read(content, params)
     except UserError as error:
@@ -314,6 +320,8 @@ def _unpack(
         found = _expected(file.parent / "adapter_config.json", params, config)
     if config.trains_virtual_tokens:
         return place_adapters(peft_virtual.unpack(tensors, found, str(file)), params), config
+    if config.trains_vera:
+        tensors = peft_vera.with_projections(tensors, found)
     for key in copies(tensors, found):
         del tensors[key]
     check(tensors, found, f"{file} does not fit the model and its adapter_config.json")
