@@ -9,7 +9,7 @@ from lora_jax import adapters as methods
 from lora_jax import formats, sharding, tree
 from lora_jax.config import Config
 from lora_jax.report.console import share
-from lora_jax.targets import Target, Whole
+from lora_jax.targets import Target
 from lora_jax.train import directory, first_rows, warn
 from lora_jax.train.model import describe
 from lora_jax.train.setup import check_settings, continue_adapter, find_trainable
@@ -40,14 +40,15 @@ def print_preview(config: Config) -> None:
             "alpha",
             "scale",
             "parameters",
-            "partition of lora_a; lora_b",
+            f"partition of {'; '.join(found.targets[0].factors if found.targets else ())}",
         )
     ]
     for target in found.targets:
-        partition = "; ".join(str(specs[(*target.path, part)]) for part in ("lora_a", "lora_b"))
+        partition = "; ".join(str(specs[(*target.path, part)]) for part in target.factors)
         scales = target.scales(config.adapter.use_rslora).reshape(-1)
         for (rank, alpha), layers in group_slices(target).items():
-            count = rank * sum(target.shape) * len(layers) * (target.experts or 1)
+            ranks = (rank,) * len(layers)
+            count = sum(target.numbers(part, ranks) for part in target.factors)
             name = layer_range(target, layers)
             rows.append(
                 (
@@ -62,7 +63,7 @@ def print_preview(config: Config) -> None:
             )
     for part in (*found.whole, *found.rows):
         name = tree.dotted(part.path[:-1])
-        shape = part.shape[-2:] if isinstance(part, Whole) else (len(part.indices), part.features)
+        shape = part.shape[-2:]
         spec = str(specs[part.trained])
         rows.append((name, str(tuple(shape)), "", "", "", f"{part.parameters:,}", spec))
     for name, shape in found.virtual.items():

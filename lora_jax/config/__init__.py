@@ -9,10 +9,9 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 from lora_jax.config.adapter import DATA_INITS, VIRTUAL_TOKEN_METHODS, AdapterConfig
 from lora_jax.config.checks import check, merge_problem
 from lora_jax.config.files import dump, load, parse
-from lora_jax.config.options import options_of
+from lora_jax.config.options import LARGEST_SEED, options_of
 from lora_jax.config.settings import (
     ENCODING_KEYS,
-    LARGEST_SEED,
     LOSSES,
     PRINTS,
     TRACKERS,

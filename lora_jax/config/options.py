@@ -17,6 +17,7 @@ from typing import Any
 from lora_jax.config.types import as_setting, describe, fits
 from lora_jax.errors import nearest
 
+LARGEST_SEED = 2**63 - 1  # that JAX takes
 _METADATA = "option"
 _LARGE = 10**6  # bounds from here on are for slips of the hand, floats are written as 1e+06
 

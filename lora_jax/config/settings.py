@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_jax.config.adapter import AdapterConfig
-from lora_jax.config.options import encoding_keys, option, section
+from lora_jax.config.options import LARGEST_SEED, encoding_keys, option, section
 from lora_jax.errors import UserError
 
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")  # parts of a run's fingerprint
 LOSSES = ("task_loss", "regression_loss")  # metrics of an evaluation that are better if lower
 TRACKERS = ("tensorboard", "wandb", "trackio")
-LARGEST_SEED = 2**63 - 1  # that JAX takes
 _ROWS, _MANY_STEPS, _SECONDS = 10**6, 10**9, 10**7  # more is a slip of the hand
 _VIRTUAL_TOKENS = 20
 _STEPS = 100

@@ -20,7 +20,7 @@ from lora_jax.nn.virtual import placeholders
 from lora_jax.report import scores
 from lora_jax.report.progress import SILENT, Display, Phase
 from lora_jax.report.scores import Answer
-from lora_jax.sharding import place_batch, whole
+from lora_jax.sharding import gather_to_host, place_batch
 from lora_jax.train.model import find_stops
 from lora_jax.train.step import make_classify, make_eval_step
 
@@ -204,7 +204,7 @@ class Judge:
             texts = [[examples[i] for i in row] for row in chosen]
             batch = data.stack(texts + [[]] * (size - len(chosen)), length)
             placed = place_batch(batch, self.mesh)
-            found = whole(self.classify(adapters, self.model.params, placed))
+            found = gather_to_host(self.classify(adapters, self.model.params, placed))
             for logits, row in zip(found, chosen, strict=False):
                 start = 0
                 for i in row:

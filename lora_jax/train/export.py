@@ -23,7 +23,7 @@ from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES
 from lora_jax.report import card
 from lora_jax.report import merge as merge_report
-from lora_jax.sharding import make_mesh, whole
+from lora_jax.sharding import gather_to_host, make_mesh
 from lora_jax.targets import find_trainable
 from lora_jax.train import base, checkpoint, probe
 from lora_jax.train.model import describe, find_stops, make_encoder
@@ -56,7 +56,7 @@ def export_peft(
     answer.
     """
     target = expand(target)
-    adapters = jax.tree.map(whole, adapters)
+    adapters = jax.tree.map(gather_to_host, adapters)
     if not hosts.is_main():
         return
     found = find_trainable(model.params, config.adapter)
@@ -146,7 +146,7 @@ def export_merged(
                 "was trained; into the dequantised ones, it is that one"
             )
             if settings.quantized_base == "original":
-                bound, before = other, methods.started(own, adapters, config.adapter)
+                bound, before = other, methods.initial_params(own, adapters, config.adapter)
         merged = _merge(bound, model.params, settings.dtype)
         found = find_trainable(model.params, config.adapter)
         report = merge_report.Report(
@@ -180,7 +180,7 @@ def _start(config: Config, model: Model, adapters: Mapping, mesh: Mesh) -> Mappi
     """The model before the first step."""
     if config.adapter.method == "full":  # it holds the trained weights alone
         return formats.read_params(model.directory, model, mesh, config.base_dtype)
-    return methods.started(model.params, adapters, config.adapter)
+    return methods.initial_params(model.params, adapters, config.adapter)
 
 
 def _measure_kl(

@@ -110,7 +110,7 @@ def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | No
     """
     if config.adapter.path is None:
         return config, None
-    given, default = config.adapter, AdapterConfig()
+    given, default = config.adapter, AdapterConfig(method=config.adapter.method)
     path = expand(config.adapter.path, "adapter.path")
     if path.suffix == ".safetensors":
         adapters, found = formats.read_loralib(path, model.params, given)
