@@ -139,14 +139,14 @@ def _run_problems(config: Config) -> Iterable[str]:
         )
     if "://" in config.output_dir:
         yield (
-            f"output_dir={config.output_dir!r} is not a local directory, which logs and exports "
-            "need; only checkpoint_dir may be a bucket, such as gs://bucket/path"
+            f"output_dir={config.output_dir!r} is no directory: logs and exports need one; "
+            "only checkpoint_dir may be a bucket, such as gs://bucket/path"
         )
     place = config.checkpoint_dir or ""
     if "://" in place and not place.startswith("gs://"):
         yield (
-            f"checkpoint_dir={place!r} is neither a directory nor a bucket of Google Cloud, "
-            "gs://bucket/path; other stores cannot commit a checkpoint at once"
+            f"checkpoint_dir={place!r}: checkpoints can be written to directories and to buckets "
+            "of Google Cloud, gs://bucket/path; other stores cannot commit one in a single step"
         )
     keys = [*all_keys(Config, ""), *PRINTS]
     sections = {key.partition(".")[0] for key in keys}
