@@ -28,7 +28,9 @@ from lora_jax.tree import Path
 def init(found: Trainable) -> dict[Path, jax.Array]:
     """Return fresh adapters in float32."""
     matrices = projections(found.config.projection_prng_key, found.shared)
-    adapters = {(name,): jnp.asarray(matrix) for name, matrix in matrices.items()}
+    adapters: dict[Path, jax.Array] = {
+        (name,): jnp.asarray(matrix) for name, matrix in matrices.items()
+    }
     for target in found.targets:
         start = jnp.full((*target.lead, target.rank), found.config.d_initial, jnp.float32)
         adapters[(*target.path, "lambda_d")] = start * _chosen(target)[..., 0]

@@ -1,4 +1,4 @@
-"""Settings of the adapter, and the values that no model can take."""
+"""Settings of the adapter, and checks of them that need no model."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -21,6 +21,8 @@ _MOST = 10**6  # rank, scale and counts that are no slip of the hand
 
 @dataclass(frozen=True)
 class AdapterConfig:
+    """The adapter: its method, size, targets and start. docs/methods.md compares the methods."""
+
     # lora: low-rank updates of weights. vera: vectors that scale shared random matrices, for
     # adapters about ten times smaller. prompt, prefix: train virtual tokens and no weight, for
     # very small adapters. full: train every weight, as the baseline
@@ -41,7 +43,7 @@ class AdapterConfig:
     # alpha of some modules: {name or regex: alpha}
     alpha_pattern: dict[str, float] = option({}, methods=_LORA)
     # dropout on the input of lora_a, in training only; try 0.05 to 0.1 where a small data set is
-    # learnt by heart (PEFT: lora_dropout)
+    # overfitted (PEFT: lora_dropout)
     dropout: float = option(0.0, at_least=0, below=1, methods=_WEIGHTS, with_path=True)
     # scale by alpha / sqrt(rank) instead, so that large ranks keep their effect; use it from rank
     # 64 or so (arXiv 2312.03732)
@@ -173,7 +175,7 @@ class AdapterConfig:
 
 
 def adapter_problems(adapter: AdapterConfig) -> list[str]:
-    """Return the values that no model can take."""
+    """Return the problems that are known without a model, one line each."""
     if wrong := list(type_problems(adapter)):
         return wrong
     problems = []

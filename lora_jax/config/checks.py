@@ -1,4 +1,6 @@
-"""Checks of values, alone and together. What needs the model is checked with it."""
+"""Checks of a config: each value by the rule of its setting, and settings against each other.
+Checks that need the model are made when it is read.
+"""
 
 import dataclasses
 import datetime
@@ -17,14 +19,16 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes that file systems take
 
 
 def check(config: Config) -> None:
-    """Raise one `UserError` with every value that is out of range. What needs the model is checked
-    with the model.
+    """Raise one `UserError` with every problem that is known without the model.
+
+    Raises:
+        UserError: values of another type or out of range; settings that contradict each other.
     """
     raise_all(find_problems(config))
 
 
 def find_problems(config: Config) -> list[str]:
-    """Return every value that is out of range, one line each that begins with its key."""
+    """Return every problem of a config in one line, which begins with the key of a setting."""
     if wrong := list(type_problems(config)):
         return wrong
     values = _flatten(config)
@@ -112,7 +116,7 @@ def _data_problems(data: DataConfig) -> Iterable[str]:
         if isinstance(sources, dict) and len(sources) != 1:
             yield "data.streaming takes one source, and data.train names several"
         if data.eval_size is not None:
-            yield "data.eval_size cannot hold rows out of a stream; name them in data.eval"
+            yield "data.eval_size cannot hold rows out of a stream; give held-out rows in data.eval"
         if data.drop_overlap:
             yield "data.drop_overlap needs all of data.train, which data.streaming does not read"
     if data.labels is not None and len(data.labels) < 2:
@@ -135,14 +139,14 @@ def _run_problems(config: Config) -> Iterable[str]:
         )
     if "://" in config.output_dir:
         yield (
-            f"output_dir={config.output_dir!r} is no directory: logs and exports go to one; "
-            "checkpoint_dir may be a bucket, as in gs://bucket/path"
+            f"output_dir={config.output_dir!r} is no directory: logs and exports need one; "
+            "only checkpoint_dir may be a bucket, such as gs://bucket/path"
         )
     place = config.checkpoint_dir or ""
     if "://" in place and not place.startswith("gs://"):
         yield (
             f"checkpoint_dir={place!r}: checkpoints can be written to directories and to buckets "
-            "of Google Cloud, gs://bucket/path, where they are committed at once or not at all"
+            "of Google Cloud, gs://bucket/path; other stores cannot commit one in a single step"
         )
     keys = [*all_keys(Config, ""), *PRINTS]
     sections = {key.partition(".")[0] for key in keys}
@@ -156,7 +160,7 @@ def _run_problems(config: Config) -> Iterable[str]:
 
 
 def _evaluation_problems(config: Config) -> Iterable[str]:
-    """Yield what is asked of evaluations that do not measure it."""
+    """Yield settings that need a measurement which the evaluations do not make."""
     train, metric = config.train, config.train.metric_for_best_model
     held_out = config.data.eval is not None or config.data.eval_size is not None
     every = config.eval.generate_every
@@ -183,8 +187,8 @@ def _evaluation_problems(config: Config) -> Iterable[str]:
     known = (*LOSSES, *dict.fromkeys([*config.eval.metrics, "accuracy"]))
     if metric not in known:
         yield (
-            f"train.metric_for_best_model={metric!r} is not measured: it is one of {known[0]}, "
-            f"{known[1]} and what eval.metrics lists.{nearest(metric, known)}"
+            f"train.metric_for_best_model={metric!r} is not measured; choose {known[0]}, "
+            f"{known[1]} or one of eval.metrics.{nearest(metric, known)}"
         )
         return
     for name in users:
@@ -213,7 +217,7 @@ def _export_problems(config: Config) -> Iterable[str]:
 
 
 def _base_problems(config: Config) -> Iterable[str]:
-    """Yield what does not go with the dtype of the base, or with the init."""
+    """Yield settings that do not go with the dtype of the base or with the init."""
     if config.adapter.method == "full" and config.base_dtype in ("int8", "nf4"):
         yield (
             "adapter.method=full trains the weights themselves, and "
@@ -230,24 +234,25 @@ def _base_problems(config: Config) -> Iterable[str]:
     if config.adapter.init == "loftq" and config.base_dtype not in ("int8", "nf4"):
         yield (
             f"adapter.init=loftq corrects the error of a quantised base, and base_dtype="
-            f"{config.base_dtype} has none; set base_dtype to nf4 or int8"
+            f"{as_setting(config.base_dtype)} is not quantised; set base_dtype to nf4 or int8"
         )
 
 
 def merge_problem(config: Config) -> str | None:
-    """Return why this run cannot be merged without a decision, or None."""
+    """Return the reason why a merge needs a decision of the user first, or None."""
     chosen = config.export.quantized_base
     if config.base_dtype not in ("int8", "nf4"):
         return None
     if config.adapter.init == "loftq" and chosen != "dequantized":
         return (
-            f"export.quantized_base={chosen}: adapters of init=loftq start as a correction of the "
-            "quantised base, which has no place on the model's own weights; set it to dequantized"
+            f"export.quantized_base={as_setting(chosen)}: adapters of init=loftq start as a "
+            "correction of the quantised base, and would be wrong on the model's own weights; set "
+            "it to dequantized"
         )
     if chosen is not None:
         return None
     return (
-        f"base_dtype={config.base_dtype}: adapters train on dequantised weights, which are not "
-        "those of the model; set export.quantized_base=dequantized to merge into what it was "
-        "trained on, or original to merge into the model's own weights"
+        f"base_dtype={config.base_dtype}: adapters train on dequantised weights, which differ from "
+        "those of the model's files. Set export.quantized_base=dequantized to merge into the "
+        "weights of the training, or =original to merge into those of the files"
     )

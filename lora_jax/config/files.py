@@ -32,7 +32,7 @@ _SHOWN = 10  # unknown keys that are named
 
 @dataclass(frozen=True)
 class _Given:
-    """The value of a setting, and its origin, with which messages begin: a line or an override."""
+    """The value of a setting and its origin, a line or an override, which messages begin with."""
 
     value: Any
     origin: str
@@ -60,7 +60,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(content: Mapping, overrides: Sequence[str] = (), source: str = "config") -> Config:
-    """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win)."""
+    """Return a checked `Config` from a mapping and `key.sub=value` overrides (later ones win).
+
+    Raises:
+        UserError: as `load`.
+    """
     problems: list[str] = []
     given = dict(_settings(content, Config, "", source, problems))
     for override in overrides:
@@ -83,8 +87,8 @@ def parse(content: Mapping, overrides: Sequence[str] = (), source: str = "config
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML, readable by `load`. Steps that follow from epochs are left to
-    follow.
+    """Return the config as YAML that `load` reads. With `train.epochs` the steps are null, as they
+    follow from the data.
     """
     settings = dataclasses.asdict(config)
     if config.train.epochs is not None:
@@ -217,8 +221,8 @@ def _kinds(kind: type, prefix: str) -> Iterable[tuple[str, Any]]:
 
 
 def _make(kind: Any, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    """Build the dataclass of a section; problems of an adapter are added, and it is left as it is
-    by default.
+    """Build the dataclass of a section. Problems of an adapter are added to `problems`, and the
+    default adapter takes its place.
     """
     arguments = {}
     for f in dataclasses.fields(kind):

@@ -165,8 +165,9 @@ def type_problems(values: Any, prefix: str = "") -> Iterator[str]:
     for f in dataclasses.fields(values):
         value, name = getattr(values, f.name), f"{prefix}{f.name}"
         if dataclasses.is_dataclass(f.type):
-            if not isinstance(value, typing.cast(type, f.type)):
-                yield f"{name}={as_setting(value)} is not {f.type.__name__}(..)"
+            section = typing.cast(type, f.type)
+            if not isinstance(value, section):
+                yield f"{name}={as_setting(value)} is not {section.__name__}(..)"
             else:
                 yield from type_problems(value, f"{name}.")
         elif not fits(value, f.type):

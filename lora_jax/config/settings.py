@@ -1,4 +1,4 @@
-"""Every setting, its default and its meaning."""
+"""Every setting: type, default, rule and meaning. Those of the adapter are in `adapter.py`."""
 
 import dataclasses
 import typing
@@ -20,6 +20,8 @@ _STEPS = 100
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The rows that a run trains on and is measured on, and how they become tokens."""
+
     # what is trained on: a source, or several with their weights, {source: weight, ..}. A source is
     # a file, a directory, a pattern or org/name on the hub: docs/data.md
     train: str | dict[str, float] | None = option(None, resumable=True, changes_encoding=False)
@@ -76,13 +78,15 @@ ENCODING_KEYS = encoding_keys(DataConfig)  # settings of `data` in the key of ca
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The optimizer, the length of the run, its checkpoints and its memory."""
+
     # optimizer steps; null: as many as `epochs` take, or 100
     steps: int | None = option(None, at_least=1, at_most=_MANY_STEPS)
     # instead of `steps`: passes over all rows, such as 0.5 or 3
     epochs: float | None = option(None, above=0, at_most=10**6)
     # rows of a step over all devices and micro-batches; with packing, packed rows
     batch_size: int = option(8, at_least=1, at_most=_ROWS)
-    # rows of a forward pass; lower it if memory runs out. Gradients are the same; null: all rows
+    # rows of a forward pass; null: all rows. Lower it if memory runs out: gradients are the same
     micro_batch_size: int | None = option(None, at_least=1, at_most=_ROWS)
     # peak learning rate; about ten times that of full fine-tuning suits LoRA, and virtual tokens
     # want 0.003 to 0.3
@@ -148,7 +152,7 @@ class TrainConfig:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the run. Those of `epochs` are known when the data are read and packed."""
+        """Steps of the run; those of `epochs` are known once the data are read and packed."""
         if self.steps is None:
             raise RuntimeError(f"train.epochs={self.epochs} is not settled: read the data first")
         return self.steps
@@ -156,6 +160,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Measurements on held-out rows, before, during and after the run."""
+
     # measure the base (or the adapter of adapter.path) before the first step
     before: bool = option(True, resumable=True)
     # keep the scores of the base in LORA_JAX_CACHE for the next run
@@ -185,6 +191,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
     # copies of the model; -1: all devices that the other axes leave
     data: int = option(-1, at_least=-1, at_most=_ROWS)
     # devices that share the weights and the batch; raise it if the model does not fit
@@ -195,6 +203,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class HostsConfig:
+    """Time limits between the hosts of a run."""
+
     # seconds in which all processes of a run must have met
     start_timeout: int = option(300, at_least=1, at_most=_SECONDS)
     # seconds without a message after which a host counts as lost, and all hosts end
@@ -203,6 +213,8 @@ class HostsConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
+    """Files that a run writes at its end for other tools."""
+
     # write OUTPUT/adapter, a PEFT adapter directory
     peft: bool = option(True)
     # write OUTPUT/merged, a Hugging Face model directory; adapter.method=full always does
@@ -225,6 +237,8 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run."""
+
     # a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME
     model: str = option("", is_path=True, resumable=True)
     # directory of the run; must be empty or absent, unless resume is set
@@ -268,6 +282,7 @@ def virtual_tokens(adapter: AdapterConfig) -> int:
 
 
 def all_keys(kind: type, prefix: str) -> Iterable[str]:
+    """Yield the settings of a dataclass, and of sections in it, by dotted key."""
     for f in dataclasses.fields(kind):
         if dataclasses.is_dataclass(f.type):
             yield from all_keys(typing.cast(type, f.type), f"{prefix}{f.name}.")

@@ -1,4 +1,4 @@
-"""Text and JSON that come from outside, all read in one way and within limits.
+"""Text and JSON files of users, read in one way and within limits.
 
     read_text(Path("chat.jinja"))      # UTF-8, with or without a byte order mark
     read_json(Path("config.json"))     # the object in it
@@ -55,7 +55,7 @@ class BadJSON(ValueError):
 
 
 def expand(text: str | Path, name: str = "") -> Path:
-    """The path that a user gave, with `~` replaced; `name` is that of the setting in messages.
+    """Return the path that a user gave, with `~` replaced. `name` is the setting in messages.
 
     Raises:
         UserError: `~NAME` of no user.
@@ -96,7 +96,7 @@ def exists(path: str | Path, name: str | None = None) -> bool:
 
 
 def _mode(path: str | Path, name: str | None) -> int:
-    """The mode of a path; 0 where nothing is."""
+    """Return the mode of a path, or 0 if nothing is there."""
     path = Path(path)
     try:
         return path.stat().st_mode
@@ -112,7 +112,7 @@ def _mode(path: str | Path, name: str | None) -> int:
 
 
 def unreadable(name: str | Path, error: OSError | ValueError) -> UserError:
-    """The error of a file that the system does not read."""
+    """Return the error of a file that the system does not read."""
     reason = getattr(error, "strerror", None) or error
     if isinstance(error, UnicodeError):
         reason = "the name is not UTF-8"
@@ -137,7 +137,7 @@ def quoted(value: Any) -> str:
 
 
 def read_bytes(file: Path, name: str | None = None, limit: int = JSON_LIMIT) -> bytes:
-    """The bytes of a regular file of up to `limit`. `name` is that of the file in messages.
+    """Return the bytes of a regular file of up to `limit`. `name` is the file in messages.
 
     Raises:
         UserError: the file is missing, a directory, a device, a pipe, not readable or too large.
@@ -165,8 +165,8 @@ def read_bytes(file: Path, name: str | None = None, limit: int = JSON_LIMIT) -> 
 
 
 def read_text(file: str | Path, name: str | None = None, limit: int = TEXT_LIMIT) -> str:
-    """The text of a UTF-8 file without its byte order mark; line ends become newlines. `name` is
-    that of the file in messages.
+    """Return the text of a UTF-8 file without its byte order mark; line ends become newlines.
+    `name` is the file in messages.
 
     Raises:
         UserError: as `read_bytes`; the text is not UTF-8.
@@ -188,7 +188,7 @@ def read_text(file: str | Path, name: str | None = None, limit: int = TEXT_LIMIT
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
         UserError: as `read_text`; the text is not JSON as `parse_json` has it, or not an object.
@@ -206,7 +206,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of JSON text.
+    """Return the value of JSON text.
 
     Raises:
         BadJSON: it is not JSON; it has NaN, an infinity or a number as large as one, a key twice in
@@ -281,5 +281,5 @@ def _check_integers(value: Any) -> None:
 
 
 def other_encoding(data: bytes) -> str | None:
-    """The encoding that a byte order mark names, if it is not UTF-8."""
+    """Return the encoding that a byte order mark names, if it is not UTF-8."""
     return next((name for mark, name in _OTHER_BOMS.items() if data.startswith(mark)), None)

@@ -1,4 +1,4 @@
-"""Values of settings by their types: of text as it is written in a file, and of Python.
+"""Conversion of values to the types of their settings, from text in a file and from Python.
 
     convert(Written("1e-3"), float)          # 0.001
     convert(Written("no"), list[str])        # ["no"]: text is taken as written, one name is a list

@@ -1,7 +1,7 @@
-"""Settings that have a value of their own and no effect, since another setting turns them off.
+"""Settings that are set and have no effect, because another setting turns them off.
 
-These are warnings, not errors: an override such as eval.generate=false leaves the rest of a file as
-it is. A run, `inspect`, `plan` and the dry run warn of them, one line for every switch.
+They are warnings and not errors, so that an override such as eval.generate=false needs no other
+change of a file. A run, `inspect`, `plan` and the dry run print one line for each such switch.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def _switches(config: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     )
     yield data.eval is None, "data.eval is not set", ("data.drop_overlap",)
     yield not data.streaming, "data.streaming=false", ("data.stream_rows",)
-    yield data.streaming, "data.streaming=true keeps nothing", ("data.cache",)
+    yield data.streaming, "data.streaming=true caches no examples", ("data.cache",)
     yield (
         data.chat_template == "none",
         "data.chat_template=none is plain text",
@@ -55,7 +55,7 @@ def _switches(config: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     )
     yield (
         not (config.export.merged or full),
-        "export.merged=false (lora-jax export --format hf takes them)",
+        "export.merged=false (lora-jax export --format hf uses these settings)",
         (*(f"export.{name}" for name in _OF_MERGE), "export.probe_rows"),
     )
     yield full, "adapter.method=full has no adapter to write", ("export.peft",)
