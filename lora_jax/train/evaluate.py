@@ -20,8 +20,8 @@ from lora_jax.nn.virtual import placeholders
 from lora_jax.report import scores
 from lora_jax.report.progress import SILENT, Display, Phase
 from lora_jax.report.scores import Answer
+from lora_jax.settle import find_stops
 from lora_jax.sharding import place_batch, whole
-from lora_jax.train.model import find_stops
 from lora_jax.train.step import make_classify, make_eval_step
 
 
@@ -90,7 +90,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Everything that scoring needs but the adapters.
 
     took: seconds of the last losses, and per answer of the last answers
@@ -277,16 +277,16 @@ def make_reader(
     )
 
 
-def make_judge(
+def make_evaluator(
     config: Config,
     model: Model,
     tokenizer: Any,
     held_out: Mapping[str, DataSet],
     mesh: Mesh,
     display: Display = SILENT,
-) -> Judge:
-    """A `Judge` with its compiled functions over the held-out data."""
-    return Judge(
+) -> Evaluator:
+    """A `Evaluator` with its compiled functions over the held-out data."""
+    return Evaluator(
         config=config,
         model=model,
         held_out=held_out,
