@@ -23,7 +23,7 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_jax.combine import combine_directories
+from lora_jax.combine import Formula, combine_directories
 
 SIZE = dict(
     vocab_size=97,
@@ -100,7 +100,7 @@ def main() -> None:
             model.add_weighted_adapter(names, options.weights, f"peft_{kind}", kind)
         for kind, rank in (("sum", None), ("svd", options.rank)):
             output = home / f"ours_{kind}"
-            combine_directories(str(home / "base"), weighted, output, method=kind, rank=rank)
+            combine_directories(str(home / "base"), weighted, output, Formula(kind, rank))
             model.load_adapter(output, adapter_name=f"ours_{kind}")
         for name in ("peft_linear", "peft_svd", "peft_cat", "ours_svd", "ours_sum"):
             report[name] = {

@@ -1,7 +1,8 @@
-"""Adapters from adapters, or from a fine-tuned model, as files: what `lora-jax combine` does."""
+"""Adapters from adapters, or from a fine-tuned model, as files: the work of `lora-jax combine`."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,39 @@ from lora_jax.config import expand, is_directory, shown
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import card, fingerprint
 from lora_jax.models.common import Model
-from lora_jax.targets import find_trainable
 from lora_jax.tree import check_same_structure
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Arguments of `lora_jax.adapters.combine.combine`."""
+
+    method: str = "sum"
+    rank: int | None = None
+    density: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Facts about the training that a new adapter takes over from the directories it is made of."""
+
+    side_files: Path  # directory of the tokenizer
+    fingerprint: Mapping[str, str]
+    stops: Collection[int] = ()  # IDs that end an answer
+    prompt: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template, ..
 
 
 def combine_directories(
     spec: str,
     adapters: Sequence[tuple[str, float]],
     output: str | Path,
+    formula: Formula = Formula(),
     *,
-    method: str = "sum",
-    rank: int | None = None,
-    density: float | None = None,
-    seed: int = 0,
     allow_change: Collection[str] = (),
     ignore: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Write the combination of PEFT directories, each with its weight, as a PEFT directory; returns
+    """Write the combination of PEFT directories, each with its weight, as a PEFT directory; return
     a report of it (`_report`). `ignore` are fields of config.json known not to matter.
 
     Raises:
@@ -42,7 +59,29 @@ def combine_directories(
     _check_free(output)
     source = formats.resolve(spec)
     model = _describe(source, ignore)
-    directories = [expand(path, "adapter") for path, _ in adapters]
+    directories = _adapter_directories([path for path, _ in adapters])
+    prints = _check_fingerprints(source, directories, allow_change)
+    origin = _origin(source, directories, prints, allow_change)
+    parts = _read_parts(model, directories, adapters)
+    options: dict[str, Any] = {
+        "rank": formula.rank,
+        "density": formula.density,
+        "seed": formula.seed,
+    }
+    plan = methods.plan(model.params, parts, formula.method, **options)
+    raise_all(formats.peft_problems(plan.trainable, model))
+    with formats.open_matrices(source, model) as read:
+        made = methods.carry_out(plan, read)
+    options |= {"seed": formula.seed if formula.method.startswith("dare") else None}
+    report = _report(made, method=formula.method, **options) | {
+        "adapters": [{"path": path, "weight": weight} for path, weight in adapters]
+    }
+    _write(output, spec, model, made, origin, report)
+    return report
+
+
+def _adapter_directories(paths: Sequence[str]) -> list[Path]:
+    directories = [expand(path, "adapter") for path in paths]
     raise_all(
         [
             f"adapter {shown(repr(str(directory)))} does not exist, or is no directory; give a "
@@ -51,8 +90,12 @@ def combine_directories(
             if not is_directory(directory, f"adapter {str(directory)!r}")
         ]
     )
-    prints = _check_prints(source, directories, allow_change)
-    arguments = _template_kwargs(directories, allow_change)
+    return directories
+
+
+def _read_parts(
+    model: Model, directories: Sequence[Path], adapters: Sequence[tuple[str, float]]
+) -> list[methods.Part]:
     parts, problems = [], []
     for directory, (path, weight) in zip(directories, adapters, strict=True):
         try:
@@ -61,24 +104,23 @@ def combine_directories(
         except UserError as error:
             problems.append(str(error))
     raise_all(problems)
-    options: dict[str, Any] = {"rank": rank, "density": density, "seed": seed}
-    plan = methods.plan(model.params, parts, method, **options)
-    raise_all(formats.peft_problems(find_trainable(model.params, plan.config), model))
-    with formats.open_matrices(source, model) as read:
-        made = methods.carry_out(plan, read)
-    options |= {"seed": seed if method.startswith("dare") else None}
-    report = _report(made, model, method=method, **options) | {
-        "adapters": [{"path": path, "weight": weight} for path, weight in adapters]
+    return parts
+
+
+def _origin(
+    source: Path,
+    directories: Sequence[Path],
+    prints: Mapping[str, str],
+    allow_change: Collection[str],
+) -> _Origin:
+    systems = {formats.read_system_prompt(directory) for directory in directories}
+    prompt = {
+        "chat_template_kwargs": _template_kwargs(directories, allow_change),
+        "system_prompt": systems.pop() if len(systems) == 1 else None,
     }
     side = next((d for d in directories if (d / "tokenizer_config.json").is_file()), source)
     stops = {token for directory in directories for token in formats.read_stops(directory)}
-    systems = {formats.read_system_prompt(directory) for directory in directories}
-    prompt = {
-        "chat_template_kwargs": arguments,
-        "system_prompt": systems.pop() if len(systems) == 1 else None,
-    }
-    _write(output, spec, model, made, side, prints, report, stops, prompt)
-    return report
+    return _Origin(side, prints, stops, prompt)
 
 
 def extract_directory(
@@ -91,7 +133,7 @@ def extract_directory(
     uncovered: str = "refuse",
     ignore: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Write what a model directory has learnt beside its base as a PEFT directory; returns a report
+    """Write the difference of a fine-tuned model from its base as a PEFT directory; return a report
     of it (`_report`). `ignore` are fields of config.json known not to matter.
 
     Raises:
@@ -110,16 +152,18 @@ def extract_directory(
         read = stack.enter_context(formats.open_matrices(source, model))
         tuned = stack.enter_context(formats.open_matrices(other, tuned_model))
         changes = extraction.find_changes(model.params, read, tuned)
-        config = extraction.plan(
+        found = extraction.plan(
             model.params, changes, rank=rank, target_modules=target_modules, uncovered=uncovered
         )
-        raise_all(formats.peft_problems(find_trainable(model.params, config), model))
-        made = extraction.extract(model.params, config, read, tuned)
-    report = _report(made, model, method="extract", rank=rank) | {"finetuned": finetuned}
-    side = other if (other / "tokenizer_config.json").is_file() else source
-    prints = {"base": fingerprint.base_digest(source)}
-    stops = formats.generation_stops(other)
-    _write(output, spec, model, made, side, prints, report, stops)
+        raise_all(formats.peft_problems(found, model))
+        made = extraction.extract(model.params, found, read, tuned)
+    report = _report(made, method="extract", rank=rank) | {"finetuned": finetuned}
+    origin = _Origin(
+        side_files=other if (other / "tokenizer_config.json").is_file() else source,
+        fingerprint={"base": fingerprint.base_digest(source)},
+        stops=formats.generation_stops(other),
+    )
+    _write(output, spec, model, made, origin, report)
     return report
 
 
@@ -137,11 +181,11 @@ def _check_free(output: Path) -> None:
         )
 
 
-def _check_prints(
+def _check_fingerprints(
     source: Path, directories: Sequence[Path], allow_change: Collection[str]
 ) -> dict[str, str]:
-    """That all adapters were made on this base, and with one tokenizer and one template; returns
-    what they say of these.
+    """Check that all adapters were made on this base, and with one tokenizer and one template;
+    return their common fingerprint.
     """
     stored = {directory: formats.read_fingerprint(directory) for directory in directories}
     found: dict[str, str] = {}
@@ -159,8 +203,8 @@ def _check_prints(
 
 
 def _template_kwargs(directories: Sequence[Path], allow_change: Collection[str]) -> dict[str, Any]:
-    """The arguments for the chat template that all adapters of this project were trained with; of
-    different ones, where the template may change, those of the first.
+    """Return the arguments for the chat template that all adapters of this project were trained
+    with; those of the first, where the template may change.
     """
     known = [d for d in directories if formats.read_fingerprint(d)]
     given = [formats.read_template_kwargs(directory) for directory in known]
@@ -177,17 +221,16 @@ def _template_kwargs(directories: Sequence[Path], allow_change: Collection[str])
     return given[0] if given else {}
 
 
-def _report(made: Combined, model: Model, **settings: Any) -> dict[str, Any]:
-    """The settings, the ranks and parameters of the result, and its distance from what was meant,
-    |made - meant| / |meant|: over all modules, and of the worst.
+def _report(made: Combined, **settings: Any) -> dict[str, Any]:
+    """Return the settings, the ranks and parameters of the result, and its distance from what was
+    meant, |made - meant| / |meant|: over all modules, and of the worst.
     """
-    found = find_trainable(model.params, made.config)
-    ranks = [rank for target in found.targets for rank in target.ranks if rank]
+    ranks = [rank for target in made.trainable.targets for rank in target.ranks if rank]
     worst = max(made.errors, key=lambda name: made.errors[name]) if made.error else None
     return {
         **{name: value for name, value in settings.items() if value is not None},
         "ranks": [min(ranks), max(ranks)],
-        "parameters": found.exported,
+        "parameters": made.trainable.exported,
         "error": made.error,
         "worst_module": worst,
         "worst_error": made.errors[worst] if worst else 0.0,
@@ -199,41 +242,37 @@ def _write(
     spec: str,
     model: Model,
     made: Combined,
-    side: Path,
-    prints: Mapping[str, str],
+    origin: _Origin,
     report: Mapping[str, Any],
-    stops: Collection[int] = (),
-    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     task_type = "SEQ_CLS" if model.labels else "CAUSAL_LM"
-    found = find_trainable(model.params, made.config)
     text = card.adapter_card(
         card.Base(spec, model.directory),
         task_type,
         report["ranks"][1],
-        formats.serving_problems(found),
-        {"Made of": card.table(["setting", "value"], list(_origin(report)))},
+        formats.serving_problems(made.trainable),
+        {"Made of": card.table(["setting", "value"], list(_sources(report)))},
     )
     formats.write_adapter(
         output,
         made.adapters,
         model.params,
-        made.config,
+        made.trainable,
         base_model=formats.public_name(spec),
         task_type=task_type,
-        source=side,
+        source=origin.side_files,
         card=text,
         extra={
             "base_model": spec,
-            "fingerprint": dict(prints),
+            "fingerprint": dict(origin.fingerprint),
             "combined": dict(report),
-            **(prompt or {}),
-            **({"eos_token_id": sorted(stops)} if stops else {}),
+            **origin.prompt,
+            **({"eos_token_id": sorted(origin.stops)} if origin.stops else {}),
         },
     )
 
 
-def _origin(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _sources(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Return the source of the adapter for its card: no directory above the last two."""
     for one in report.get("adapters", ()):
         path = expand(one["path"]).absolute()

@@ -158,7 +158,7 @@ def continue_adapter(session: Session) -> Session:
     config, model = session.config, session.model
     if config.adapter.path is None:
         return session
-    given, default = config.adapter, AdapterConfig()
+    given, default = config.adapter, AdapterConfig(method=config.adapter.method)
     path = expand(config.adapter.path, "adapter.path")
     if path.suffix == ".safetensors":
         adapters, found = formats.read_loralib(path, model.params, given)

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.config import MeshConfig
 from lora_jax.errors import UserError, counted
+from lora_jax.leaves import known_kind, weight_name
 from lora_jax.tree import (
     Path,
     dotted,
@@ -127,7 +128,7 @@ def adapter_specs(
     rank is never split. A weight that trains itself lies as the frozen one does, and a prefix as
     keys and values do.
     """
-    return _specs_beside(adapters, params, flatten(param_specs(params, rules, mesh)), mesh)
+    return _adapter_specs(adapters, params, flatten(param_specs(params, rules, mesh)), mesh)
 
 
 def place_adapters(adapters: dict, params: Mapping) -> dict:
@@ -140,7 +141,7 @@ def place_adapters(adapters: dict, params: Mapping) -> dict:
         plain = any(isinstance(x, jax.Array) for x in arrays.values())
         return jax.tree.map(jnp.asarray, adapters) if plain else adapters
     weights = {path: x.sharding.spec if _is_placed(x) else P() for path, x in arrays.items()}
-    specs = flatten(_specs_beside(adapters, params, weights, mesh))
+    specs = flatten(_adapter_specs(adapters, params, weights, mesh))
     short = unflatten({path: _shortened(spec, mesh) for path, spec in specs.items()})
     return jax.tree.map(_put_or_constrain, adapters, shardings(short, mesh))
 
@@ -190,7 +191,7 @@ def _put_or_constrain(x: Any, sharding: NamedSharding) -> jax.Array:
     return _put(x, sharding)
 
 
-def _specs_beside(
+def _adapter_specs(
     adapters: Mapping, params: Mapping, weights: Mapping[Path, P], mesh: Mesh | AbstractMesh
 ) -> dict:
     """A PartitionSpec per trainable leaf, from those of the weights."""
@@ -201,31 +202,27 @@ def _specs_beside(
     }
     if (tied := tied_embedding(params)) is not None:
         axes[("lm_head", "kernel")] = axes[tied][::-1]
-    specs = {}
-    for path, leaf in flatten(adapters).items():
-        module, name = path[:-1], path[-1]
-        if not module:  # virtual tokens; keys and values as the projections that make them
-            spec = (None, None, "tensor") if len(leaf.shape) == 3 else (None,) * len(leaf.shape)
-        elif name.startswith("full_"):
-            spec = axes[(*module, name.removeprefix("full_"))]
-        else:
-            homes = (module, module[:-1])  # a part of a fused projection is below its weight
-            weight = next(
-                (*home, leaf)
-                for home in homes
-                for leaf in ("kernel", "embedding")
-                if (*home, leaf) in axes
-            )
-            *lead, rows, columns = axes[weight]
-            match name:
-                case "lora_a" | "init_a":
-                    spec = (*lead, rows, None)
-                case "magnitude":
-                    spec = (*lead, columns)
-                case _:
-                    spec = (*lead, None, columns)
-        specs[path] = _fit(P(*spec), leaf.shape, mesh)
+    specs = {
+        path: _fit(P(*_leaf_axes(path, axes)), leaf.shape, mesh)
+        for path, leaf in flatten(adapters).items()
+    }
     return unflatten(specs)
+
+
+def _leaf_axes(path: Path, axes: Mapping[Path, tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Mesh axes of a trainable leaf, where `axes` are those of the weights."""
+    module, kind = path[:-1], known_kind(path[-1])
+    if kind.axes is None:
+        return axes[(*module, weight_name(path[-1]))]
+    if not module:
+        return tuple(axis if axis in AXES else None for axis in kind.axes)
+    homes = (module, module[:-1])  # a part of a fused projection is below its weight
+    weight = next(
+        (*home, leaf) for home in homes for leaf in ("kernel", "embedding") if (*home, leaf) in axes
+    )
+    *lead, rows, columns = axes[weight]
+    of_base = {"in": rows, "out": columns}
+    return (*lead, *(of_base.get(axis) for axis in kind.axes))
 
 
 def _fit(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
@@ -264,9 +261,9 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def whole(x: Any) -> np.ndarray:
-    """All of an array in the memory of every host. Of one that lies on several hosts, all of them
-    must ask.
+def gather_to_host(x: Any) -> np.ndarray:
+    """Return all of an array, in the memory of every host. All hosts must call this together for an
+    array that is split over several of them.
     """
     if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
         return np.asarray(x)

@@ -17,6 +17,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.errors import UserError
+from lora_jax.leaves import kind_of
 
 Path = tuple[str, ...]
 
@@ -169,16 +170,10 @@ def check_same_structure(given: Mapping, expected: Mapping, what: str) -> None:
         raise UserError(f"{what}: " + summarize(problems))
 
 
-# Leaves of trees of adapters, next to `full_*`.
-_TRAINABLE = ("lora_a", "lora_b", "magnitude", "init_a", "init_b", "trainable_tokens")
-_VIRTUAL = ("prompt_embeddings", "prefix_keys", "prefix_values", "prefix_gate")
-
-
 def are_adapters(given: Any) -> bool:
     """Return True for a tree of trainable leaves alone, and at least one."""
     names = [path[-1] for path in flatten(given)] if isinstance(given, Mapping) else []
-    known = (*_TRAINABLE, *_VIRTUAL)
-    return bool(names) and all(n in known or n.startswith("full_") for n in names)
+    return bool(names) and all(kind_of(name) is not None for name in names)
 
 
 def check_parameters(given: Any, call: str) -> None:

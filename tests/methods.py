@@ -181,6 +181,28 @@ ROWS = {
     "DoRA, NF4": Row({"use_dora": True}, tied=True, scheme="nf4"),
     "DoRA, int8, rsLoRA": Row({"use_dora": True, "use_rslora": True}, scheme="int8"),
     "bias all, NF4": Row({"bias": "all"}, bias=True, scheme="nf4"),
+    "VeRA": Row({"method": "vera", "rank": 5, "target_modules": ["q_proj", "down_proj"]}),
+    "VeRA, layers, bias all, norm whole": Row(
+        {
+            "method": "vera",
+            "rank": 40,  # more than some sides have
+            "layers_to_transform": [0, 2],
+            "bias": "all",
+            "modules_to_save": ["model.norm"],
+            "projection_prng_key": 7,
+        },
+        bias=True,
+    ),
+    "VeRA, head, untied by it": Row(
+        {
+            "method": "vera",
+            "rank": 6,
+            "target_modules": ["lm_head", "v_proj"],
+            "ensure_weight_tying": False,
+        },
+        tied=True,
+    ),
+    "VeRA, NF4": Row({"method": "vera", "rank": 6, "d_initial": 0.5}, scheme="nf4"),
     "full": Row({"method": "full"}, bias=True),
     "full, tied": Row({"method": "full"}, tied=True),
 }
@@ -255,6 +277,9 @@ def trains(adapters: Any, found: Trainable) -> dict[tree.Path, np.ndarray]:
         masks[(*target.path, "lora_b")] = np.swapaxes(real, -1, -2)
         masks[(*target.path, "magnitude")] = chosen[:, None] if target.stacked else chosen
         masks |= {(*target.path, name): np.zeros(()) for name in ("init_a", "init_b")}
+        for name in ("lambda_d", "lambda_b"):
+            masks[(*target.path, name)] = masks[(*target.path, "magnitude")]
+    masks |= {(name,): np.zeros(()) for name in found.shared}
     masks |= {whole.trained: whole.mask() for whole in found.whole}
     masks |= {rows.trained: np.ones(()) for rows in found.rows}
     masks |= {(name,): np.ones(()) for name in found.virtual}

@@ -9,6 +9,7 @@ ROOT = Path(lora_jax.__file__).parent
 LAYERS = (
     ("errors",),
     ("config",),
+    ("leaves",),
     ("tree",),
     ("cache",),
     ("demo",),

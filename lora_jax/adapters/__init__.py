@@ -4,21 +4,21 @@ params, adapters = init(key, params, config)       # trainable tree: only what t
 bound            = bind(params, adapters, config)  # same tree as params, targeted leaves adapted
 merged           = merge(bound)                    # plain arrays again
 
-`params` comes back as it was, but for inits that take their part out of the base (pissa, olora,
-lora_ga, loftq of several rounds), and for `method: full`, where the trainable tree holds all of it.
-Virtual tokens (`prompt`, `prefix`) leave the parameters alone and go to the forward beside them:
+`config` is an `AdapterConfig`, or the `Trainable` that was found for it with these params
+(`find_trainable`): a run finds it once and hands it on. `params` comes back as it was, but for
+inits that take their part out of the base (pissa, olora, lora_ga, loftq of several rounds), and for
+`method: full`, where the trainable tree holds all of it. Virtual tokens (`prompt`, `prefix`) leave
+the parameters alone and are an argument of the forward:
 
 logits = model.apply(bound, tokens, prefix=prefix(adapters, config))       # None of other methods
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lora_jax.adapters import eva, full, low_rank, prompt
+from lora_jax.adapters import eva, full, low_rank, prompt, vera
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
 from lora_jax.config import DATA_INITS, AdapterConfig
 from lora_jax.errors import UserError
@@ -26,10 +26,11 @@ from lora_jax.nn.virtual import Virtual
 from lora_jax.quantize import SCHEMES, check_scheme
 from lora_jax.sharding import place_adapters as place_adapters
 from lora_jax.sharding import place_state as place_state
-from lora_jax.targets import HEAD, Trainable, check_init
+from lora_jax.targets import HEAD, Target, Trainable, as_trainable, check_init
 from lora_jax.targets import find_targets as find_targets
 from lora_jax.targets import find_trainable as find_trainable
 from lora_jax.tree import (
+    Path,
     are_adapters,
     check_adapters,
     check_parameters,
@@ -43,13 +44,12 @@ from lora_jax.weights import Absent, LoraWeight, Untied, materialize
 def init(
     key: jax.Array,
     params: Mapping,
-    config: AdapterConfig,
+    config: AdapterConfig | Trainable,
     calibrate: Callable | None = None,
     *,
     scheme: str | None = None,
 ) -> tuple[Mapping, dict]:
-    """Trainable adapters (float32) for `params`, placed as the weights that they adapt, and the
-    base that they belong to.
+    """Return the base and fresh adapters (float32) over it, placed as the weights that they adapt.
 
     `calibrate`, for init eva and lora_ga, is a differentiable function from parameters to the mean
     loss of some data; arrays that it needs are best the arguments of a `jax.tree_util.Partial`.
@@ -61,28 +61,29 @@ def init(
             out of a quantised weight; one without the data, the model or the scheme that it needs.
     """
     check_parameters(params, "init takes a key, params and a config, in this order")
-    found = find_trainable(params, config)
-    if config.trains_virtual_tokens:
+    found = as_trainable(params, config)
+    if found.config.trains_virtual_tokens:
         return params, place_adapters(prompt.init(key, params, found, calibrate), params)
     check_init(params, found)
-    _check_given(config, calibrate, scheme)
+    _check_given(found.config, calibrate, scheme)
     base, adapters = _init(key, params, found, _as_tree(calibrate), scheme)
     return base, place_adapters(adapters, params)
 
 
 def redistribute(
-    key: jax.Array, params: Mapping, config: AdapterConfig, calibrate: Callable
+    key: jax.Array, params: Mapping, config: AdapterConfig | Trainable, calibrate: Callable
 ) -> AdapterConfig:
-    """The config with the ranks that EVA gives every module, up to `eva_rho` times its own; as it
-    is, unless `init` is eva and `eva_rho` above 1. `init` takes ranks as they are.
+    """Return the config with the ranks that EVA gives every module, up to `eva_rho` times its own;
+    as it is, unless `init` is eva and `eva_rho` above 1. `init` takes ranks as they are.
 
     Raises:
         UserError: as `init`.
     """
-    if config.init != "eva" or config.eva_rho == 1:
-        return config
-    _check_given(config, calibrate, None)
-    return eva.redistribute(key, params, config, _as_tree(calibrate))
+    settings = config.config if isinstance(config, Trainable) else config
+    if settings.init != "eva" or settings.eva_rho == 1:
+        return settings
+    _check_given(settings, calibrate, None)
+    return eva.redistribute(key, params, as_trainable(params, config), _as_tree(calibrate))
 
 
 def _check_given(config: AdapterConfig, calibrate: Any, scheme: str | None) -> None:
@@ -101,7 +102,7 @@ def _check_given(config: AdapterConfig, calibrate: Any, scheme: str | None) -> N
 
 
 def _as_tree(function: Any) -> Any:
-    """A function as a pytree, that a compiled function can take."""
+    """Return a function as a pytree, which a compiled function can take."""
     known = function is None or isinstance(function, jax.tree_util.Partial)
     return function if known else jax.tree_util.Partial(function)
 
@@ -109,75 +110,76 @@ def _as_tree(function: Any) -> Any:
 def _init(
     key: jax.Array, params: Mapping, found: Trainable, calibrate: Any, scheme: str | None
 ) -> tuple[Mapping, dict]:
-    config, leaves = found.config, flatten(params)
+    leaves = flatten(params)
     adapters = full.init(leaves, found)
-    if config.trains_everything:
+    if found.config.trains_everything:
         absent = {path: Absent(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
         return unflatten(absent), unflatten(adapters)
+    if found.config.trains_vera:
+        return params, unflatten(adapters | vera.init(found))
     changed, factors = low_rank.init(key, leaves, found, calibrate, scheme)
     base = unflatten(leaves | changed) if changed else params
     return base, unflatten(adapters | factors)
 
 
-def shapes(params: Mapping, config: AdapterConfig) -> dict:
-    """The tree that `init` would give, as shapes; `params` may be shapes too.
+def shapes(params: Mapping, config: AdapterConfig | Trainable) -> dict:
+    """Return the tree of adapters that `init` would give, as shapes; `params` may be shapes too.
 
     Raises:
         UserError: as `find_trainable`.
     """
-    leaves = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Absent) else leaf
-        for path, leaf in flatten(params).items()
-    }
-    if config.trains_virtual_tokens:
-        found = find_trainable(params, config)
-        return {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in found.virtual.items()}
-    # Starts of all kinds have the same shapes; these need neither data nor a scheme.
-    kind = "pissa" if config.changes_base else "default"
-
-    def of(params: Mapping) -> dict:
-        found = find_trainable(params, config)
-        plain = dataclasses.replace(config, init=kind)
-        found = dataclasses.replace(found, config=plain)
-        return _init(jax.random.key(0), params, found, None, None)[1]
-
-    return jax.eval_shape(of, unflatten(leaves))
+    return as_trainable(params, config).shapes
 
 
-def residual(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mapping:
-    """The base that `adapters` stand on, of the original `params`: what `init` gave beside them."""
-    found, leaves = find_trainable(params, config), flatten(params)
-    if config.trains_everything:
-        return init(jax.random.key(0), params, config)[0]
+def residual(params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable) -> Mapping:
+    """Return the base of `adapters`, from the original `params`: the one that `init` gave."""
+    found, leaves = as_trainable(params, config), flatten(params)
+    if found.config.trains_everything:
+        return init(jax.random.key(0), params, found)[0]
     changed = low_rank.residual(leaves, flatten(adapters), found)
     return unflatten(leaves | changed) if changed else params
 
 
-def started(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mapping:
-    """The model before the first step, of the base that `adapters` stand on: that base, and what an
-    init took out of it put back. Not of `method: full`, whose start stands in the files alone.
+def initial_params(
+    params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable
+) -> Mapping:
+    """Return the model before the first step, from the base of `adapters`: that base, with the part
+    that an init took out of it put back. Of `method: full` only the files have it.
     """
-    found, leaves = find_trainable(params, config), flatten(params)
-    put_back = low_rank.started(leaves, flatten(adapters), found)
+    found, leaves = as_trainable(params, config), flatten(params)
+    put_back = low_rank.initial(leaves, flatten(adapters), found)
     return unflatten(leaves | put_back) if put_back else params
 
 
+def factors(
+    target: Target, adapters: Mapping[Path, Any], found: Trainable
+) -> tuple[jax.Array, jax.Array]:
+    """Return `a` (..., in, rank) and `b` (..., rank, out) of the update of a target, every scale in
+    `b`. `adapters` are flat.
+    """
+    method = vera if found.config.trains_vera else low_rank
+    return method.factors(target, adapters, found)
+
+
 def bind(
-    params: Mapping, adapters: Mapping, config: AdapterConfig, key: jax.Array | None = None
+    params: Mapping,
+    adapters: Mapping,
+    config: AdapterConfig | Trainable,
+    key: jax.Array | None = None,
 ) -> dict:
-    """The tree that the model runs on. With a key, dropout is on; without one it is off.
+    """Return the tree that the model runs on. With a key, dropout is on; without one it is off.
 
     Raises:
         UserError: adapters whose paths or shapes are not those that `config` gives for `params`.
     """
     _check_order(params, adapters, config)
-    expected = shapes(params, config)
-    check_same_structure(adapters, expected, "these adapters do not fit the model and config")
-    found, leaves, small = find_trainable(params, config), flatten(params), flatten(adapters)
-    whole = full.bind(leaves, small, found)
-    # Other slices of a stack that trains in part can have adapters; they stand on what it becomes.
-    own = {path: leaf for path, leaf in whole.items() if path != found.untied}
-    bound = whole | low_rank.bind(leaves | own, small, found, key)
+    found = as_trainable(params, config)
+    check_same_structure(adapters, found.shapes, "these adapters do not fit the model and config")
+    leaves, small = flatten(params), flatten(adapters)
+    full_weights = full.bind(leaves, small, found)
+    # Other slices of a stack that trains in part can have adapters, over what it becomes.
+    own = {path: leaf for path, leaf in full_weights.items() if path != found.untied}
+    bound = full_weights | low_rank.bind(leaves | own, small, found, factors, key)
     if found.untied is not None:
         bound |= {found.untied: _untie(leaves[found.untied], bound, found)}
         bound.pop(HEAD, None)
@@ -190,7 +192,7 @@ def _check_order(params: Any, adapters: Any, config: Any) -> None:
         raise UserError(f"{call}: got adapters first and parameters second; swap them")
     check_parameters(params, call)
     check_adapters(adapters, call)
-    if not isinstance(config, AdapterConfig):
+    if not isinstance(config, AdapterConfig | Trainable):
         raise UserError(f"{call}: the third is not an AdapterConfig but a {type(config).__name__}")
 
 
@@ -204,13 +206,13 @@ def _untie(embedding: jax.Array, bound: Mapping, found: Trainable) -> Untied:
     return Untied(bound.get(found.untied, embedding), embedding if head is None else head)
 
 
-def prefix(adapters: Mapping, config: AdapterConfig) -> Virtual | None:
-    """The virtual tokens for the forward; None of methods that change the parameters."""
-    return prompt.value(adapters, config)
+def prefix(adapters: Mapping, config: AdapterConfig | Trainable) -> Virtual | None:
+    """Return the virtual tokens for the forward; None for methods that change the parameters."""
+    return prompt.value(adapters, config.config if isinstance(config, Trainable) else config)
 
 
 def merge(bound: Mapping) -> dict:
-    """Plain arrays again: every adapted leaf becomes W + update, added in float32 and rounded
+    """Return plain arrays: every adapted leaf becomes W + update, added in float32 and rounded
     once. An embedding that is adapted in one of its two uses becomes an `Untied` of both arrays.
 
     Raises:

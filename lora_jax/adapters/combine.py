@@ -20,7 +20,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from lora_jax.adapters import shapes, svd
+from lora_jax.adapters import svd
 from lora_jax.adapters.updates import (
     Combined,
     Key,
@@ -37,8 +37,8 @@ from lora_jax.adapters.updates import (
 )
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import nearest, raise_all
-from lora_jax.targets import HEAD, find_trainable
-from lora_jax.tree import Path, check_same_structure, dotted, flatten, tied_embedding
+from lora_jax.targets import HEAD, Trainable, find_trainable
+from lora_jax.tree import check_same_structure, dotted, flatten, tied_embedding
 
 METHODS = ("sum", "svd", "ties", "dare_linear", "dare_ties")
 _SPARSE = ("ties", "dare_linear", "dare_ties")
@@ -56,15 +56,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a combination will be, and what it is made of."""
+    """A combination that was checked, and the parts that it is made of."""
 
-    config: AdapterConfig
+    trainable: Trainable
     params: Mapping
     parts: tuple[Part, ...]
     updates: tuple[Mapping[Key, Update], ...]  # of every part
     method: str
     density: float
     seed: int
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.trainable.config
 
 
 def combine(
@@ -77,7 +81,7 @@ def combine(
     seed: int = 0,
     read: Read | None = None,
 ) -> Combined:
-    """The adapters that `method` makes of `parts`, all of which stand on `params`.
+    """Return the adapters that `method` makes of `parts`, which are all adapters of `params`.
 
     Args:
         params: the base, or its shapes.
@@ -106,13 +110,17 @@ def plan(
     density: float | None = None,
     seed: int = 0,
 ) -> Plan:
-    """The first half of `combine`: all that can be refused, and no work on matrices."""
+    """Do the first half of `combine`: everything that can be refused, and no work on matrices."""
     raise_all(list(_setting_problems(parts, method, rank, density)))
-    for part in parts:
-        expected = shapes(params, part.config)
-        check_same_structure(part.adapters, expected, f"{part.name} does not fit model and config")
-    updates = [find_updates(params, part.adapters, part.config) for part in parts]
-    raise_all(list(_part_problems(params, parts, updates, method)))
+    found = [find_trainable(params, part.config) for part in parts]
+    for part, own in zip(parts, found, strict=True):
+        what = f"{part.name} does not fit model and config"
+        check_same_structure(part.adapters, own.shapes, what)
+    updates = [
+        find_updates(params, part.adapters, own) for part, own in zip(parts, found, strict=True)
+    ]
+    problems = _part_problems(params, parts, updates, method)
+    raise_all([*problems, *_token_problems(params, parts, found, updates)])
     updates, tie = _with_one_tie(params, parts, updates)
     whole = {key for own in updates for key, update in own.items() if isinstance(update, Trained)}
     usual, most = _ranks(updates, whole, method)
@@ -128,13 +136,13 @@ def plan(
         trainable_token_indices=sorted({i for part in parts for i in _tokens(part)}) or None,
         ensure_weight_tying=tie,
     )
-    find_trainable(params, config)
-    return Plan(config, params, tuple(parts), tuple(updates), method, density or 1.0, seed)
+    trainable = find_trainable(params, config)
+    return Plan(trainable, params, tuple(parts), tuple(updates), method, density or 1.0, seed)
 
 
 def carry_out(plan: Plan, read: Read) -> Combined:
-    """The second half of `combine`. A few matrices in float64 are in memory at a time, as many as
-    there are parts.
+    """Do the second half of `combine`. As many matrices in float64 as there are parts are in memory
+    at a time.
     """
 
     def base(key: Key) -> np.ndarray:
@@ -165,12 +173,12 @@ def carry_out(plan: Plan, read: Read) -> Combined:
             total = total + weight * (update.value if whole else update.dense(lambda: base(key)))
         return total
 
-    return build(plan.params, plan.config, factors, value, lambda: _rows(plan, base))
+    return build(plan.trainable, factors, value, lambda: _token_rows(plan, base))
 
 
 def trim(x: np.ndarray, density: float) -> np.ndarray:
-    """The share `density` of the numbers, those largest in size and at least one; zero in place of
-    the others.
+    """Keep the share `density` of the numbers, those largest in size and at least one; the others
+    become zero.
     """
     kept = max(1, int(density * x.size))
     if kept == x.size:
@@ -182,13 +190,13 @@ def trim(x: np.ndarray, density: float) -> np.ndarray:
 
 
 def drop(x: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:
-    """Each number with the chance `density`, divided by it; zero in place of the others."""
+    """Keep each number with the chance `density`, divided by it; zero in place of the others."""
     return np.where(rng.random(x.shape) < density, x / density, 0)
 
 
 def elect(changes: Sequence[np.ndarray]) -> np.ndarray:
-    """Number by number, the mean over those that have the sign of the sum of all; a sum of zero
-    counts as positive.
+    """Take, number by number, the mean over those that have the sign of the sum of all; a sum of
+    zero counts as positive.
     """
     stacked = np.stack(changes)
     sign = np.where(stacked.sum(axis=0) >= 0, 1, -1)
@@ -197,7 +205,7 @@ def elect(changes: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _mix(plan: Plan, key: Key, changes: Sequence[tuple[int, float, np.ndarray]]) -> np.ndarray:
-    """Of the updates of one matrix, each with its part and its weight."""
+    """Mix the updates of one matrix, each given with its part and its weight."""
     own = (zlib.crc32(dotted(key[0]).encode()), *key[1])
 
     def dropped(part: int, x: np.ndarray) -> np.ndarray:
@@ -215,7 +223,7 @@ def _mix(plan: Plan, key: Key, changes: Sequence[tuple[int, float, np.ndarray]])
 
 
 def _at(plan: Plan, key: Key) -> list[tuple[int, float, Update]]:
-    """What changes a matrix: part, weight and update of each."""
+    """List the updates of a matrix, each with its part and its weight."""
     return [
         (i, part.weight, updates[key])
         for i, (part, updates) in enumerate(zip(plan.parts, plan.updates, strict=True))
@@ -231,14 +239,11 @@ def _tokens(part: Part) -> Sequence[int]:
     return part.config.trainable_token_indices or ()
 
 
-def _embedding(params: Mapping, config: AdapterConfig) -> Path:
-    return find_trainable(params, config).rows[0].path
-
-
-def _rows(plan: Plan, base: Callable[[Key], np.ndarray]) -> np.ndarray:
-    """The rows of tokens that any part trains; ties and dare take them for one matrix."""
+def _token_rows(plan: Plan, base: Callable[[Key], np.ndarray]) -> np.ndarray:
+    """Return the rows of tokens that any part trains; ties and dare take them for one matrix."""
     tokens = list(plan.config.trainable_token_indices or ())
-    path = _embedding(plan.params, plan.config)
+    (rows,) = plan.trainable.rows
+    path = rows.path
     start = base((path, ()))[tokens]
     changes = []
     for i, part in enumerate(plan.parts):
@@ -247,7 +252,7 @@ def _rows(plan: Plan, base: Callable[[Key], np.ndarray]) -> np.ndarray:
             continue
         places = [tokens.index(token) for token in own]
         change = np.zeros_like(start)
-        trained = flatten(part.adapters)[(*path[:-1], "trainable_tokens")]
+        trained = flatten(part.adapters)[rows.trained]
         change[places] = np.asarray(trained, np.float64) - start[places]
         changes.append((i, part.weight, change))
     return start + _mix(plan, (path, ()), changes)
@@ -256,7 +261,7 @@ def _rows(plan: Plan, base: Callable[[Key], np.ndarray]) -> np.ndarray:
 def _ranks(
     updates: Sequence[Mapping[Key, Update]], whole: set[Key], method: str
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """The rank that modules get where none is asked for, and the most that they can use."""
+    """Return the rank that modules get where none is asked for, and the most that they can use."""
     sides: dict[Key, tuple[int, int]] = {}
     sums: dict[Key, int] = {}
     full: set[Key] = set()
@@ -281,8 +286,8 @@ def _ranks(
 def _with_one_tie(
     params: Mapping, parts: Sequence[Part], updates: Sequence[Mapping[Key, Update]]
 ) -> tuple[list[Mapping[Key, Update]], bool | None]:
-    """What a part does to a tied embedding in both its uses, as an update of each where another
-    part changes one of them alone; and whether all of them keep the two as one.
+    """Split updates of a tied embedding into one of each of its two uses, where another part
+    changes one of them alone. Also return `ensure_weight_tying` of the combination.
     """
     tied = tied_embedding(params)
     if tied is None:
@@ -311,10 +316,12 @@ def _setting_problems(
     for part in parts:
         if not np.isfinite(part.weight) or part.weight == 0:
             yield f"{part.name}: weight={part.weight} must be a number other than zero"
-        if part.config.method != "lora":
+        if not part.config.trains_lora:
+            virtual = part.config.trains_virtual_tokens
             yield (
-                f"{part.name}: method={part.config.method} has no updates of weights beside the "
-                "base; only adapters of method=lora (rsLoRA, DoRA, .. too) are combined"
+                f"{part.name}: method={part.config.method} "
+                f"{'has no updates of weights' if virtual else 'cannot be combined'}; only "
+                "adapters of method=lora (rsLoRA, DoRA, .. too) are combined"
             )
     if method == "sum" and rank is not None:
         yield f"method=sum is exact and has the sum of the ranks; for rank={rank} use method=svd"
@@ -347,15 +354,25 @@ def _part_problems(
                 f"{part.name}: use_dora=true and ensure_weight_tying=true: embedding and head have "
                 "sizes of their own in any adapter of both"
             )
-    trains = [part for part in parts if _tokens(part)]
+
+
+def _token_problems(
+    params: Mapping,
+    parts: Sequence[Part],
+    found: Sequence[Trainable],
+    updates: Sequence[Mapping[Key, Update]],
+) -> Iterable[str]:
+    """Yield parts that change the embedding of which another part trains tokens."""
+    trains = [(part, own.rows[0]) for part, own in zip(parts, found, strict=True) if own.rows]
     if not trains:
         return
-    path = _embedding(params, trains[0].config)
+    (first, rows), tied = trains[0], tied_embedding(params)
+    path = rows.path
     keys = {(path, ()), (HEAD, ())} if path == tied else {(path, ())}
     for part, own in zip(parts, updates, strict=True):
         if keys & set(own):
             yield (
-                f"{trains[0].name} trains tokens (trainable_token_indices) and {part.name} the "
+                f"{first.name} trains tokens (trainable_token_indices) and {part.name} the "
                 f"embedding {dotted(path[:-1])}: no adapter holds both; merge one of them into the "
                 "model"
             )

@@ -22,7 +22,7 @@ import numpy as np
 from lora_jax.adapters.inits import Factors
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError
-from lora_jax.targets import Target, find_trainable
+from lora_jax.targets import Target, Trainable
 from lora_jax.tree import Path, dotted, flatten, unflatten
 from lora_jax.weights import Probe
 
@@ -84,17 +84,18 @@ def measure(
 
 
 def redistribute(
-    key: jax.Array, params: Mapping, config: AdapterConfig, calibrate: Callable
+    key: jax.Array, params: Mapping, found: Trainable, calibrate: Callable
 ) -> AdapterConfig:
-    """The config with ranks that follow the variance which they explain: of all directions of all
-    modules, the best are kept, as many as the ranks add up to, up to `eva_rho` times the rank of
-    each module. alpha follows the rank, so that alpha / rank stays. Modules that get none are no
-    targets any more.
+    """Return the config with ranks that follow the variance which they explain.
+
+    Of all directions of all modules, the best are kept, as many as the ranks add up to, up to
+    `eva_rho` times the rank of each module. alpha follows the rank, so that alpha / rank stays.
+    Modules that get no rank are no targets any more.
 
     Raises:
-        UserError: as `find_trainable` and `measure`.
+        UserError: as `measure`.
     """
-    targets = find_trainable(params, config).targets
+    config, targets = found.config, found.targets
     most = {  # by module; PEFT rounds as Python does
         (target, i): min(round(rank * config.eva_rho), *target.shape)
         for target in targets

@@ -1,8 +1,8 @@
 """A LoRA from a model that was fine-tuned whole: the nearest product to every V - W.
 
 changes = find_changes(params, read, tuned)     which weights moved, and how far
-config  = plan(params, changes, rank=16)        what takes an adapter, what is stored whole
-made    = extract(params, config, read, tuned)
+found   = plan(params, changes, rank=16)        what takes an adapter, what is stored whole
+made    = extract(params, found, read, tuned)
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from lora_jax.adapters.updates import (
 )
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, raise_all
-from lora_jax.targets import HEAD, find_trainable
+from lora_jax.targets import HEAD, Trainable, find_trainable
 from lora_jax.targets.match import selector
 from lora_jax.tree import dotted, flatten, lead_axes, slice_names, summarize, tied_embedding
 
@@ -34,7 +34,7 @@ UNCOVERED = ("refuse", "save", "drop")
 
 @dataclass(frozen=True)
 class Change:
-    """How far one matrix or vector moved."""
+    """The distance that one matrix or vector moved."""
 
     name: str  # module path
     numbers: int
@@ -43,7 +43,7 @@ class Change:
 
 
 def find_changes(params: Mapping, read: Read, tuned: Read) -> dict[Key, Change]:
-    """The matrices and vectors of a model that differ in another one; one is read at a time.
+    """Find the matrices and vectors of a model that differ in another one; one is read at a time.
 
     Args:
         params: the model, or its shapes.
@@ -71,9 +71,9 @@ def plan(
     rank: int,
     target_modules: Any = "all-linear",
     uncovered: str = "refuse",
-) -> AdapterConfig:
-    """Adapters of at most `rank` for the targets that moved. What else did (norms, embeddings,
-    biases) is refused, stored whole ("save") or left as it was ("drop").
+) -> Trainable:
+    """Plan adapters of at most `rank` for the targets that moved. Other weights that moved (norms,
+    embeddings, biases) are refused, stored whole ("save") or left as they were ("drop").
 
     Raises:
         UserError: nothing moved, or nothing of the targets; a rank that no module can use; a part
@@ -93,7 +93,7 @@ def plan(
     if others and uncovered == "refuse":
         raise UserError(
             "besides the targets, the fine-tuned model differs in:\n  "
-            + summarize(_told(others, changes), most=24)
+            + summarize(_describe_changes(others, changes), most=24)
             + "\nStore them whole (uncovered=save), leave them as in the base (uncovered=drop), or "
             "name them in target_modules where they are matrices"
         )
@@ -109,12 +109,11 @@ def plan(
         bias="all" if biases else "none",
         ensure_weight_tying=as_one or None,
     )
-    find_trainable(params, config)
-    return config
+    return find_trainable(params, config)
 
 
 def _matrices(params: Mapping, target_modules: Any) -> dict[Key, tuple[str, int]]:
-    """Module path and largest rank of every matrix that the targets name; of a head and an
+    """Return module path and largest rank of every matrix that the targets name; of a head and an
     embedding that are tied, the embedding.
     """
     tied = tied_embedding(params)
@@ -138,8 +137,8 @@ def _matrices(params: Mapping, target_modules: Any) -> dict[Key, tuple[str, int]
     }
 
 
-def _told(keys: Sequence[Key], changes: Mapping[Key, Change]) -> list[str]:
-    """A line for every leaf."""
+def _describe_changes(keys: Sequence[Key], changes: Mapping[Key, Change]) -> list[str]:
+    """Return a line for every leaf."""
     lines = []
     for path in dict.fromkeys(path for path, _ in keys):
         own = [changes[key] for key in keys if key[0] == path]
@@ -150,11 +149,11 @@ def _told(keys: Sequence[Key], changes: Mapping[Key, Change]) -> list[str]:
     return lines
 
 
-def extract(params: Mapping, config: AdapterConfig, read: Read, tuned: Read) -> Combined:
-    """The adapters that `plan` planned. A few matrices in float64 are in memory at a time."""
+def extract(params: Mapping, found: Trainable, read: Read, tuned: Read) -> Combined:
+    """Build the adapters of a `plan`. A few matrices in float64 are in memory at a time."""
 
     def factors(key: Key, rank: int) -> svd.Factors:
         change = base_matrix(params, tuned, key) - base_matrix(params, read, key)
         return svd.nearest(change, rank)
 
-    return build(params, config, factors, lambda key: base_matrix(params, tuned, key))
+    return build(found, factors, lambda key: base_matrix(params, tuned, key))

@@ -4,18 +4,19 @@ params    model/layers/self_attn/q_proj/kernel            (layers, in, out)
 adapters  model/layers/self_attn/q_proj/{lora_a, lora_b}  (layers, in, rank), (layers, rank, out)
 bound     model/layers/self_attn/q_proj/kernel            LoraWeight(base, a, scale * b)
 
-An init that takes its part out of the base leaves `init_a` and `init_b` beside them, which never
+An init that takes its part out of the base adds the leaves `init_a` and `init_b`, which never
 train: base and update are W - scale init_a init_b and scale lora_a lora_b.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import dora, eva, inits, loftq, lora_ga
+from lora_jax.leaves import known_kind
 from lora_jax.quantize import quantize
 from lora_jax.targets import HEAD, Target, Trainable
 from lora_jax.tree import Path, unflatten
@@ -32,7 +33,7 @@ def init(
     calibrate: Any = None,
     scheme: str | None = None,
 ) -> tuple[Leaves, Leaves]:
-    """Fresh adapters in float32, and the weights that take the place of those in `leaves`."""
+    """Return the weights that replace those in `leaves`, and fresh adapters in float32."""
     config, changed, adapters = found.config, {}, {}
     starts = _starts(key, leaves, found, calibrate, scheme)
     for target in found.targets:
@@ -60,8 +61,8 @@ def _starts(
     calibrate: Any,
     scheme: str | None,
 ) -> dict[Path, tuple[Factors, Factors]]:
-    """By target the factors that its update starts from, and those that are taken out of the base,
-    if any are.
+    """Return, by target, the factors that its update starts from, and those that are taken out of
+    the base, if any are.
     """
     config, targets = found.config, found.targets
     match config.init:
@@ -81,7 +82,7 @@ def _starts(
 
 
 def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """The weights that the adapters of a changing init stand on: those of `leaves`, the original
+    """Return the base weights under adapters of a changing init: those of `leaves`, the original
     base, without the part that they started from.
     """
     changed = {}
@@ -94,9 +95,9 @@ def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Train
     return changed
 
 
-def started(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """The weights that a changing init took its part out of, with that part bound to them: as they
-    were before the first step, whose magnitudes change nothing.
+def initial(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
+    """Return the weights that a changing init took its part out of, with that part bound to them:
+    as they were before the first step, whose magnitudes change nothing.
     """
     targets = tuple(t for t in found.targets if (*t.path, "init_a") in small)
     config = dataclasses.replace(found.config, use_dora=False, freeze_a=False)
@@ -106,35 +107,46 @@ def started(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Traina
         for name in ("lora_a", "lora_b")
     }
     changing = dataclasses.replace(found, config=config, targets=targets)
-    return bind(dict(leaves), first, changing, None)
+    return bind(dict(leaves), first, changing, factors, None)
+
+
+def factors(target: Target, small: Mapping[Path, Any], found: Trainable) -> Factors:
+    """Return `lora_a`, and `lora_b` with its scale."""
+    a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
+    a = jax.lax.stop_gradient(a) if found.config.freeze_a else a
+    return a, b * target.scales(found.config.use_rslora)
 
 
 def bind(
-    leaves: Leaves, small: Mapping[Path, Any], found: Trainable, key: jax.Array | None
+    leaves: Leaves,
+    small: Mapping[Path, Any],
+    found: Trainable,
+    make_factors: Callable[[Target, Mapping[Path, Any], Trainable], Factors],
+    key: jax.Array | None,
 ) -> Leaves:
-    """The targeted leaves as `LoraWeight`s; `key` turns dropout on."""
+    """Return the targeted leaves as `LoraWeight`s of the factors that `make_factors` gives; `key`
+    turns dropout on.
+    """
     config, bound = found.config, {}
     for index, target in enumerate(found.targets):
         weight = _weight(leaves, target, found)
-        a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
-        a = jax.lax.stop_gradient(a) if config.freeze_a else a
-        b = b * target.scales(config.use_rslora)
+        a, b = make_factors(target, small, found)
         gain = None
         if config.use_dora:
             gain = dora.gain(target, weight, a, b, small[(*target.path, "magnitude")])
-        # As in PEFT, what a token's embedding adds has no dropout.
+        # PEFT has no dropout in the update of an embedding.
         drops = config.dropout > 0 and target.leaf != "embedding"
         own = _dropout_keys(key, index, target) if drops else None
         b = inits.in_columns(target, b, weight.shape[-1])
         gain = None if gain is None else inits.in_columns(target, gain, weight.shape[-1], 1.0)
         leaf = LoraWeight(weight, a, b, gain, own, config.dropout)
         other = bound.get(target.weight)
-        bound[target.weight] = leaf if other is None else _side_by_side(other, leaf)
+        bound[target.weight] = leaf if other is None else _concatenate_ranks(other, leaf)
     return bound
 
 
-def _side_by_side(one: LoraWeight, other: LoraWeight) -> LoraWeight:
-    """The adapters of two parts of a fused projection as one, of the sum of their ranks."""
+def _concatenate_ranks(one: LoraWeight, other: LoraWeight) -> LoraWeight:
+    """Return the adapters of two parts of a fused projection as one, of the sum of their ranks."""
     return dataclasses.replace(
         one,
         a=jnp.concatenate([one.a, other.a], axis=-1),
@@ -144,7 +156,7 @@ def _side_by_side(one: LoraWeight, other: LoraWeight) -> LoraWeight:
 
 
 def _weight(leaves: Mapping[Path, Any], target: Target, found: Trainable) -> Any:
-    """The frozen weight of a target; a tied head is the embedding the other way round."""
+    """Return the frozen weight of a target; a tied head is the embedding transposed."""
     path = target.weight
     if path == HEAD and found.untied is not None:
         embedding = leaves[found.untied]
@@ -162,8 +174,8 @@ def _dropout_keys(key: jax.Array | None, index: int, target: Target) -> jax.Arra
 
 
 def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Trainable]:
-    """Adapters of a changing init as those of a default one with twice the rank, over the original
-    base, and what they train: W - s a0 b0 + s a b = W + s [a, a0] [b; -b0].
+    """Return adapters of a changing init as those of a default one with twice the rank, over the
+    original base, and what they train: W - s a0 b0 + s a b = W + s [a, a0] [b; -b0].
 
     The scale stays what it was: alpha doubles with the rank, under rsLoRA it grows by sqrt(2).
     """
@@ -179,7 +191,8 @@ def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Train
         leaves[(*target.path, "lora_b")] = jnp.take_along_axis(joined_b, order[..., :, None], -2)
         ranks = tuple(2 * rank for rank in target.ranks)
         alphas = tuple(growth * alpha for alpha in target.alphas)
-        targets.append(dataclasses.replace(target, ranks=ranks, alphas=alphas))
+        kept = tuple(name for name in target.leaves if known_kind(name).file)
+        targets.append(dataclasses.replace(target, ranks=ranks, alphas=alphas, leaves=kept))
     config = dataclasses.replace(
         found.config,
         init="default",
@@ -192,7 +205,7 @@ def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Train
 
 
 def _by_slice(target: Target) -> jax.Array:
-    """The order that puts the real columns of both halves first, for every slice."""
+    """Return the order that puts the real columns of both halves first, for every slice."""
     real = jnp.tile(
         jnp.asarray(target.rank_mask()[..., 0, :] if target.stacked else target.rank_mask()[0]), 2
     )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError
 from lora_jax.nn.virtual import Prefix, Prompt, Virtual
-from lora_jax.targets import Trainable, find_trainable
+from lora_jax.targets import Trainable, as_trainable
 
 Leaves = dict[str, jax.Array]
 
@@ -49,13 +49,16 @@ def init(key: jax.Array, params: Mapping, found: Trainable, calibrate: Callable 
 
 
 def as_model_sees(
-    model: Any, config: AdapterConfig, tokens: Sequence[int] | None = None
+    model: Any, config: AdapterConfig | Trainable, tokens: Sequence[int] | None = None
 ) -> Callable[[Mapping, jax.Array], Leaves]:
-    """A function (params, key) -> what the method stores of `tokens`, cut or repeated to the number
-    of virtual tokens; without any, of random ones of the vocabulary. For a prompt these are their
-    embeddings, for a prefix their keys and values in every layer, as a text at position 0.
+    """Return a function (params, key) -> the leaves of the method, computed from tokens.
+
+    `tokens` are cut or repeated to the number of virtual tokens; without any, random ones of the
+    vocabulary are drawn. A prompt takes their embeddings, a prefix their keys and values in every
+    layer, as of a text at position 0.
     """
-    shape = next(iter(find_trainable(model.params, config).virtual.values()))
+    found = as_trainable(model.params, config)
+    shape = next(iter(found.virtual.values()))
     count = shape[-2]
 
     @jax.jit
@@ -65,7 +68,7 @@ def as_model_sees(
         else:
             ids = jnp.resize(jnp.asarray(tokens, jnp.int32), (1, count))
         module = model.module(params)
-        if config.method == "prompt":
+        if found.config.trains_prompt:
             return {"prompt_embeddings": module.embed(ids, jnp.float32)[0]}
         _, cache = module.hidden(
             ids,

@@ -1,4 +1,4 @@
-"""What an adapter does to every single matrix of a model, on the host.
+"""Updates of a model, matrix by matrix, on the host.
 
     LoRA              W + a b                                     a b of low rank, scale in b
     DoRA              magnitude * (W + a b) / |(W + a b)|_column  of full rank
@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax.adapters.low_rank import as_plain
 from lora_jax.adapters.svd import Factors
 from lora_jax.config import AdapterConfig
-from lora_jax.targets import HEAD, Target, Trainable, Whole, find_trainable
+from lora_jax.targets import HEAD, FullWeight, Target, Trainable, as_trainable
 from lora_jax.tree import Path, flatten, lead_axes, stack_position, tied_embedding, unflatten
 from lora_jax.weights import materialize
 
@@ -36,7 +36,7 @@ class Product:
     magnitude: np.ndarray | None = None  # DoRA's (out,); nan where a column has none
 
     def dense(self, base: Callable[[], np.ndarray]) -> np.ndarray:
-        """What is added to the weight; `base` gives that where it is needed."""
+        """Return what is added to the weight; `base` gives that where it is needed."""
         if self.magnitude is None:
             return self.a @ self.b
         weight = base()
@@ -46,7 +46,7 @@ class Product:
         return moved * np.where(sound, self.magnitude / np.where(sound, norms, 1), 1) - weight
 
     def transposed(self) -> "Product":
-        """Of the output head, where this is LoRA of the embedding that is tied to it."""
+        """Return the update of the output head, from that of the embedding that is tied to it."""
         return Product(HEAD[0], self.b.T, self.a.T)
 
 
@@ -58,11 +58,11 @@ class Trained:
     value: np.ndarray
 
     def dense(self, base: Callable[[], np.ndarray]) -> np.ndarray:
-        """What is added to the weight that `base` gives."""
+        """Return what is added to the weight that `base` gives."""
         return self.value - base()
 
     def transposed(self) -> "Trained":
-        """Of the output head, where this is of the embedding that is tied to it."""
+        """Return the trained output head, from the embedding that is tied to it."""
         return Trained(HEAD[0], self.value.T)
 
 
@@ -74,35 +74,41 @@ class Combined:
     """Adapters that were computed from others, or from weights, and how near they came."""
 
     adapters: dict
-    config: AdapterConfig
+    trainable: Trainable
     errors: Mapping[str, float]  # by module: |made - meant| / |meant|; empty where it is exact
     error: float  # the same over all modules
 
+    @property
+    def config(self) -> AdapterConfig:
+        return self.trainable.config
+
 
 def reader(params: Mapping) -> Read:
-    """`read` of a tree of arrays."""
+    """Return the function `read` of a tree of arrays."""
     leaves = flatten(params)
     return lambda path, index: np.asarray(materialize(leaves[path])[index], np.float64)
 
 
 def base_matrix(params: Mapping, read: Read, key: Key) -> np.ndarray:
-    """A weight in float64; a tied head is the embedding the other way round."""
+    """Return a weight in float64; a tied head is the embedding transposed."""
     tied = tied_embedding(params)
     if key[0] == HEAD and tied is not None:
         return np.asarray(read(tied, ()), np.float64).T
     return np.asarray(read(*key), np.float64)
 
 
-def find_updates(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[Key, Update]:
-    """The updates of all matrices and vectors that an adapter changes, but for rows of tokens.
-    `params` may be shapes. Parts of a fused projection are one update of all of it.
+def find_updates(
+    params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable
+) -> dict[Key, Update]:
+    """Return the updates of all matrices and vectors that an adapter changes, but for rows of
+    tokens. `params` may be shapes. Parts of a fused projection are one update of all of it.
 
     Raises:
         UserError: as `find_trainable`.
     """
-    found = find_trainable(params, config)
+    found = as_trainable(params, config)
     small: Any = {path: np.asarray(leaf) for path, leaf in flatten(adapters).items()}
-    if config.changes_base:
+    if found.config.changes_base:
         small, found = as_plain(small, found)
     updates: dict[Key, Update] = {}
     for target in found.targets:
@@ -133,11 +139,11 @@ def _add_target(
         update = Product(name, a[index][:, :rank], wide, magnitude)
         key = target.weight, index
         other = updates.get(key)
-        updates[key] = _side_by_side(other, update) if isinstance(other, Product) else update
+        updates[key] = _join_parts(other, update) if isinstance(other, Product) else update
 
 
-def _side_by_side(one: Product, other: Product) -> Product:
-    """Of two parts of a fused projection."""
+def _join_parts(one: Product, other: Product) -> Product:
+    """Return the updates of two parts of a fused projection as one."""
     magnitude = None
     if one.magnitude is not None and other.magnitude is not None:
         magnitude = np.where(np.isnan(one.magnitude), other.magnitude, one.magnitude)
@@ -146,7 +152,7 @@ def _side_by_side(one: Product, other: Product) -> Product:
 
 
 def places(target: Target) -> list[tuple[tuple[int, ...], str, int]]:
-    """Place, module path and rank of every matrix that a target adapts."""
+    """Return place, module path and rank of every matrix that a target adapts."""
     found = []
     for index in np.ndindex(*target.lead):
         layer = index[0] if target.stacked else 0
@@ -155,8 +161,8 @@ def places(target: Target) -> list[tuple[tuple[int, ...], str, int]]:
     return found
 
 
-def slices(whole: Whole) -> list[tuple[Key, str]]:
-    """Every matrix or vector of a leaf that trains, and its module path."""
+def slices(whole: FullWeight) -> list[tuple[Key, str]]:
+    """Return every matrix or vector of a leaf that trains, and its module path."""
     found = []
     stacked = stack_position(whole.path) is not None
     for index in np.ndindex(*whole.shape[: lead_axes(whole.path)]):
@@ -167,7 +173,7 @@ def slices(whole: Whole) -> list[tuple[Key, str]]:
 
 
 def plain_config(ranks: Mapping[str, int], **fields: Any) -> AdapterConfig:
-    """Adapters of these ranks, by module path, whose scale is one."""
+    """Return the config of adapters of these ranks, by module path, whose scale is one."""
     counts = sorted(ranks.values())
     rank = max(set(counts), key=counts.count) if counts else 1
     patterns = {name: own for name, own in sorted(ranks.items()) if own != rank}
@@ -182,20 +188,18 @@ def plain_config(ranks: Mapping[str, int], **fields: Any) -> AdapterConfig:
 
 
 def build(
-    params: Mapping,
-    config: AdapterConfig,
+    found: Trainable,
     factors: Callable[[Key, int], Factors],
     value: Callable[[Key], np.ndarray],
     rows: Callable[[], np.ndarray] | None = None,
 ) -> Combined:
-    """The adapters of a `plain_config`, matrix by matrix.
+    """Build the adapters of a `plain_config`, matrix by matrix.
 
     Args:
         factors: of a matrix and its rank, with their distance from what is meant.
         value: of what is trained whole.
         rows: of tokens, in the order of the config.
     """
-    found = find_trainable(params, config)
     leaves: dict[Path, np.ndarray] = {}
     sums: dict[str, np.ndarray] = {}
     for target in found.targets:
@@ -214,7 +218,7 @@ def build(
         leaves[tokens.trained] = rows().astype(np.float32)
     errors = {name: _ratio(*pair) for name, pair in sums.items()}
     total = _ratio(*np.sum(list(sums.values()), axis=0)) if sums else 0.0
-    return Combined(unflatten(leaves), config, errors, total)
+    return Combined(unflatten(leaves), found, errors, total)
 
 
 def _ratio(lost: float, whole: float) -> float:
@@ -222,7 +226,7 @@ def _ratio(lost: float, whole: float) -> float:
 
 
 def rank_problems(most: Mapping[str, int], rank: int | None) -> list[str]:
-    """Why `rank` is no rank, where `most` is what every module can use, by its path."""
+    """List the problems of `rank`, where `most` is what every module can use, by its path."""
     if rank is None or not most:
         return []
     if rank < 1:

@@ -11,15 +11,12 @@ from lora_jax import sharding, tree
 from lora_jax.config import Config
 from lora_jax.report.console import share
 from lora_jax.session import Session, continue_adapter, open_session
-from lora_jax.targets import Target, Whole
+from lora_jax.targets import Target
 from lora_jax.train import directory, first_rows, warn
 from lora_jax.train.setup import check_settings, check_training
 
 _Row = tuple[str, ...]
-_HEADER = (
-    *("module", "shape (in, out)", "rank", "alpha", "scale", "parameters"),
-    "partition of lora_a; lora_b",
-)
+_HEADER = ("module", "shape (in, out)", "rank", "alpha", "scale", "parameters")
 
 
 def print_preview(config: Config) -> None:
@@ -38,9 +35,12 @@ def print_preview(config: Config) -> None:
     session = continue_adapter(session)
     check_training(session)
     model, config = session.model, session.config
-    shapes = methods.shapes(model.params, config.adapter)  # trainable
+    shapes = methods.shapes(model.params, session.trainable)
     specs = tree.flatten(sharding.adapter_specs(shapes, model.params, model.rules, mesh))
-    rows = [_HEADER, *_target_rows(session, specs), *_other_rows(session, specs)]
+    targets = session.trainable.targets
+    factors = "; ".join(targets[0].factors if targets else ())
+    header = (*_HEADER, f"partition of {factors}")
+    rows = [header, *_target_rows(session, specs), *_other_rows(session, specs)]
     _print_table([row[:-1] for row in rows] if mesh.size == 1 else rows)
     trainable, frozen = session.trainable, session.frozen
     print(
@@ -60,10 +60,11 @@ def print_preview(config: Config) -> None:
 def _target_rows(session: Session, specs: Mapping[tree.Path, Any]) -> Iterator[_Row]:
     """Yield a row per target and group of layers with the same rank and alpha."""
     for target in session.trainable.targets:
-        partition = "; ".join(str(specs[(*target.path, part)]) for part in ("lora_a", "lora_b"))
+        partition = "; ".join(str(specs[(*target.path, part)]) for part in target.factors)
         scales = target.scales(session.config.adapter.use_rslora).reshape(-1)
         for (rank, alpha), layers in group_slices(target).items():
-            count = rank * sum(target.shape) * len(layers) * (target.experts or 1)
+            ranks = (rank,) * len(layers)
+            count = sum(target.numbers(part, ranks) for part in target.factors)
             yield (
                 layer_range(target, layers),
                 str(target.shape),
@@ -80,7 +81,7 @@ def _other_rows(session: Session, specs: Mapping[tree.Path, Any]) -> Iterator[_R
     trainable = session.trainable
     for part in (*trainable.whole, *trainable.rows):
         name = tree.dotted(part.path[:-1])
-        shape = part.shape[-2:] if isinstance(part, Whole) else (len(part.indices), part.features)
+        shape = part.shape[-2:]
         spec = str(specs[part.trained])
         yield (name, str(tuple(shape)), "", "", "", f"{part.parameters:,}", spec)
     for name, shape in trainable.virtual.items():

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.finetuned and options.rank is None:
         raise UserError("--finetuned needs --rank: the difference of two models has full rank")
-    from lora_jax.combine import combine_directories, extract_directory
+    from lora_jax.combine import Formula, combine_directories, extract_directory
 
     if options.finetuned:
         report = extract_directory(
@@ -101,10 +101,12 @@ def run(options: argparse.Namespace) -> None:
             options.model,
             options.adapter,
             Path(options.output),
-            method=options.method or ("sum" if options.rank is None else "svd"),
-            rank=options.rank,
-            density=options.density,
-            seed=options.seed,
+            Formula(
+                method=options.method or ("sum" if options.rank is None else "svd"),
+                rank=options.rank,
+                density=options.density,
+                seed=options.seed,
+            ),
             allow_change=options.allow_change,
             ignore=options.ignore_config_fields,
         )

@@ -1,7 +1,7 @@
 """Settings of the adapter, and the values that no model can take."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from lora_jax.errors import UnknownArgument, nearest, raise_all
 VIRTUAL_TOKEN_METHODS = ("prompt", "prefix")  # methods that train virtual tokens
 DATA_INITS = ("eva", "lora_ga")  # look at data
 CHOICES = {
-    "method": ("lora", "prompt", "prefix", "full"),
+    "method": ("lora", "prompt", "prefix", "full", "vera"),
     "init": ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"),
     "bias": ("none", "lora_only", "all"),
     "prompt_init": ("vocab", "text", "random"),
@@ -25,13 +25,20 @@ _OF_LORA = (
     *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
     *("calibration_batches", "eva_rho", "loftq_iter"),
 )
+# Those of them that go with method=vera too.
+_OF_VERA_TOO = (
+    *("bias", "dropout", "modules_to_save", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "ensure_weight_tying"),
+)
+_OF_VERA = ("d_initial", "projection_prng_key")
+_VERA_RANK = 256  # by default
 _OF_VIRTUAL = ("num_virtual_tokens", "prompt_init", "prompt_text", "prefix_gate")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    method: str = "lora"  # lora | prompt | prefix | full: every weight, the baseline
-    rank: int = 8  # r: inner size of the update a @ b (PEFT: r)
+    method: str = "lora"  # lora | prompt | prefix | vera | full: every weight, the baseline
+    rank: int = 8  # r: inner size of the update a @ b (PEFT: r); of vera 256 by default
     alpha: float = 16.0  # the update is scaled by alpha / rank (PEFT: lora_alpha)
     target_modules: str | list[str] = "all-linear"  # all-linear | names | regex for whole paths
     exclude_modules: str | list[str] | None = None  # as target_modules; wins over it
@@ -56,11 +63,23 @@ class AdapterConfig:
     prompt_init: str = "vocab"  # vocab | text | random: what virtual tokens start as
     prompt_text: str | None = None  # for prompt_init=text; cut or repeated to num_virtual_tokens
     prefix_gate: bool = False  # weigh the prefix of a layer, from zero on (arXiv 2303.16199)
+    d_initial: float = 0.1  # vera: start of lambda_d; 0.1 or less is best (arXiv 2310.11454)
+    projection_prng_key: int = 0  # vera: seed of the frozen matrices, the same in PEFT
 
     @property
     def trains_everything(self) -> bool:
         """Every weight trains, and no adapter is written."""
         return self.method == "full"
+
+    @property
+    def trains_lora(self) -> bool:
+        """Updates of low rank train, with `lora_a` and `lora_b` of their own."""
+        return self.method == "lora"
+
+    @property
+    def trains_vera(self) -> bool:
+        """Vectors train that scale shared random matrices."""
+        return self.method == "vera"
 
     @property
     def trains_virtual_tokens(self) -> bool:
@@ -99,16 +118,22 @@ class AdapterConfig:
         """The init reads the weights before they are quantised."""
         return self.init == "loftq" or self.changes_base
 
-    def __new__(cls, *_: Any, **given: Any):
+    def __new__(cls, *positional: Any, **given: Any):
         names = [f.name for f in dataclasses.fields(cls)]
         if unknown := [name for name in given if name not in names]:
             hints = "".join(find_hint(name) or nearest(name, names) for name in unknown)
             raise UnknownArgument(
                 f"AdapterConfig has no {', '.join(unknown)}; it has: {', '.join(names)}.{hints}"
             )
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        method = positional[0] if positional else given.get("method")
+        if method == "vera" and len(positional) < 2 and "rank" not in given:
+            object.__setattr__(made, "_takes_vera_rank", True)
+        return made
 
     def __post_init__(self):
+        if self.__dict__.pop("_takes_vera_rank", False):
+            object.__setattr__(self, "rank", _VERA_RANK)
         raise_all(adapter_problems(self))
 
 
@@ -136,6 +161,12 @@ def adapter_problems(adapter: AdapterConfig) -> list[str]:
             problems.append(f"{name}={show(alpha)} must be {bound}")
     if not 0 <= adapter.dropout < 1:
         problems.append(f"dropout={adapter.dropout} must be at least 0 and below 1")
+    if not 0 < adapter.d_initial <= _MOST:
+        problems.append(f"d_initial={adapter.d_initial} must be above 0")
+    if not 0 <= adapter.projection_prng_key < 2**63:
+        problems.append(
+            f"projection_prng_key={adapter.projection_prng_key} must be at least 0 and below 2**63"
+        )
     if not 0 < adapter.lora_plus_ratio <= _MOST:
         problems.append(f"lora_plus_ratio={adapter.lora_plus_ratio} must be above 0")
     for name, choices in CHOICES.items():
@@ -160,13 +191,22 @@ def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
         if getattr(adapter, f.name) != _default(f)
     }
     if method == "full":
-        for name in (*_OF_LORA, "path", *_OF_VIRTUAL):
+        for name in (*_OF_LORA, "path", *_OF_VIRTUAL, *_OF_VERA):
             if name in given:
                 yield (
                     f"method=full trains every weight, and {name}={given[name]!r} is a setting "
                     "of adapters; leave one out"
                 )
         return
+    if method == "vera":
+        yield from _vera_problems(given)
+        return
+    for name in _OF_VERA:
+        if name in given:
+            yield (
+                f"{name}={given[name]!r} is for method=vera, and this is method={method}; leave "
+                "one out"
+            )
     virtual = adapter.trains_virtual_tokens
     for name in _OF_LORA if virtual else _OF_VIRTUAL if method == "lora" else ():
         if name in given:
@@ -190,6 +230,23 @@ def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
         yield (
             "prefix_gate=true is for method=prefix: virtual tokens of a prompt are ordinary "
             "tokens of the input, which no gate can weigh"
+        )
+
+
+def _vera_problems(given: Mapping[str, Any]) -> Iterable[str]:
+    """Yield settings that VeRA does not have; `given` are those that are not the defaults."""
+    of_lora = (name for name in ("alpha", *_OF_LORA) if name not in _OF_VERA_TOO)
+    for name in (*of_lora, *_OF_VIRTUAL):
+        if name in given:
+            other = "prompt or prefix" if name in _OF_VIRTUAL else "lora"
+            yield (
+                f"{name}={given[name]!r} is for method={other}, and this is method=vera; leave "
+                "one out"
+            )
+    if given.get("ensure_weight_tying"):
+        yield (
+            "ensure_weight_tying=true is for method=lora: vera adapts the output head and not an "
+            "embedding that is tied to it; set it to false"
         )
 
 

@@ -23,13 +23,13 @@ from lora_jax.formats.peft import read_fingerprint as read_fingerprint
 from lora_jax.formats.peft import read_stops as read_stops
 from lora_jax.formats.peft import read_system_prompt as read_system_prompt
 from lora_jax.formats.peft import read_template_kwargs as read_template_kwargs
-from lora_jax.formats.peft import serving_problems as serving_problems
 from lora_jax.formats.peft import write_adapter as write_adapter
 from lora_jax.formats.safetensors import has_own_head
 from lora_jax.formats.safetensors import missing_heads as missing_heads
 from lora_jax.formats.safetensors import parse_size as parse_size
 from lora_jax.formats.safetensors import read_params as read_params
 from lora_jax.formats.safetensors import write_model as write_model
+from lora_jax.formats.serving import serving_problems as serving_problems
 from lora_jax.formats.side_files import generation_stops as generation_stops
 from lora_jax.formats.side_files import load_tokenizer as load_tokenizer
 from lora_jax.formats.side_files import stop_tokens as stop_tokens

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax import adapters as methods
 from lora_jax import tree
 from lora_jax.config import AdapterConfig, expand
 from lora_jax.errors import UserError, nearest, raise_all
@@ -32,7 +31,8 @@ Modules = dict[str, dict[str, np.ndarray]]  # by module path: lora_A, lora_B, bi
 def read_loralib(
     file: str | Path, params: Mapping, config: AdapterConfig
 ) -> tuple[dict, AdapterConfig]:
-    """Adapters (float32) and their config from a state dict of loralib. The update of a module is
+    """Read adapters (float32) and their config from a state dict of loralib. The update of a module
+    is
     scaled by alpha / r: alpha (and alpha_pattern) come from `config`, every r from the file, and so
     do target_modules, rank, rank_pattern and bias.
 
@@ -73,13 +73,12 @@ def read_loralib(
     if problems:
         raise UserError(f"{file} does not fit the model:\n  " + tree.summarize(problems))
     config = _config(modules, params, config, kind)
-    shapes = tree.flatten(methods.shapes(params, config))
-    leaves = unpack(_as_peft(modules, params), find_trainable(params, config), shapes)
+    leaves = unpack(_as_peft(modules, params), find_trainable(params, config))
     return place_adapters(tree.unflatten(leaves), params), config
 
 
 def _weights(params: Mapping) -> dict[str, tuple[int, ...]]:
-    """Shapes (in, out) or (vocab, d) of what can have an adapter, by module path."""
+    """Return the shapes (in, out) or (vocab, d) of what can have an adapter, by module path."""
     found = {
         name: tuple(leaf.shape[-2:])
         for path, leaf in tree.flatten(params).items()
@@ -103,8 +102,9 @@ def _biases(params: Mapping) -> dict[str, tuple[int, ...]]:
 def _by_module(
     tensors: Mapping[str, np.ndarray], places: Mapping[str, Collection[str]]
 ) -> tuple[Modules, list[str]]:
-    """The tensors by the model's module paths, and the keys for which there is none. `places` says
-    which modules can have which part.
+    """Return the tensors by the model's module paths, and the keys for which there is none.
+    `places`
+    has the modules that can have each part.
     """
     modules: Modules = {}
     problems = []
@@ -135,7 +135,7 @@ def _ends_alike(one: str, other: str) -> bool:
 def _problems(
     name: str, parts: Mapping[str, np.ndarray], weights: Mapping[str, tuple[int, ...]]
 ) -> Iterable[str]:
-    """Of the pair of one module."""
+    """Yield problems of the pair of one module."""
     pair = {part: parts[part].shape for part in ("lora_A", "lora_B") if part in parts}
     if len(pair) == 1:
         (there,) = pair
@@ -155,7 +155,9 @@ def _problems(
 
 
 def _bias(modules: Modules, biases: Mapping[str, tuple[int, ...]]) -> tuple[str, list[str]]:
-    """Which kind of `bias` the file was saved with, and whose biases it must hold then."""
+    """Return the kind of `bias` that the file was saved with, and the modules whose biases it must
+    hold then.
+    """
     given = {name for name, parts in modules.items() if "bias" in parts}
     adapted = {name for name, parts in modules.items() if "lora_A" in parts}
     if not given:
@@ -187,7 +189,7 @@ def _config(modules: Modules, params: Mapping, config: AdapterConfig, bias: str)
 
 
 def _as_peft(modules: Modules, params: Mapping) -> dict[str, np.ndarray]:
-    """The same tensors under PEFT's names."""
+    """Return the same tensors under PEFT's names."""
     embeddings = {tree.dotted(p[:-1]) for p in tree.flatten(params) if p[-1] == "embedding"}
     tensors = {}
     for name, parts in modules.items():

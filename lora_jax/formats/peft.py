@@ -3,14 +3,14 @@
     tree   model/layers/self_attn/q_proj/lora_a                              (layers, in, rank)
     file   base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight    (rank, in)
 
-`adapter_config.json` (`peft_config`) and `adapter_model.safetensors` (`peft_tensors`) are PEFT's;
-`lora_jax.json` holds what PEFT has no field for. It and the tensors carry a digest of the tensors
-(`peft_digest`). Adapters of an init that takes its part out of the base are written as those of
-twice the rank over the original base, and those of parts of a fused projection as one of the sum of
-their ranks over all of it. Virtual tokens are in `peft_virtual`.
+`adapter_config.json` (`peft_config`, `peft_config_reader`) and `adapter_model.safetensors`
+(`peft_tensors`) are PEFT's; `lora_jax.json` holds what PEFT has no field for. It and the tensors
+carry a digest of the tensors (`peft_digest`). Adapters of an init that takes its part out of the
+base are written as those of twice the rank over the original base, and those of parts of a fused
+projection as one of the sum of their ranks over all of it. `peft_virtual` has virtual tokens, and
+`peft_vera` VeRA.
 """
 
-import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,37 +18,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import adapters as methods
 from lora_jax import models, tree
 from lora_jax.adapters.low_rank import as_plain
 from lora_jax.config import AdapterConfig, expand, read_json
 from lora_jax.config.text import exists
 from lora_jax.errors import UserError, raise_all
-from lora_jax.formats import digests, peft_virtual
+from lora_jax.formats import digests, peft_vera, peft_virtual
 from lora_jax.formats.names import unwrap
-from lora_jax.formats.peft_config import from_peft_config, to_peft_config
+from lora_jax.formats.peft_config import to_peft_config
+from lora_jax.formats.peft_config_reader import from_peft_config
 from lora_jax.formats.peft_digest import FIELD, METADATA, WEIGHTS, checked
-from lora_jax.formats.peft_saved import with_saved_modules
-from lora_jax.formats.peft_tensors import (
+from lora_jax.formats.peft_forms import (
     EXPERTS,
-    PREFIX,
-    adapted_modules,
-    check,
-    copies,
     is_parameter,
-    layout,
-    pack,
-    unpack,
     with_one_scale,
     with_whole_matrices,
     within_limits,
 )
+from lora_jax.formats.peft_saved import with_saved_modules
+from lora_jax.formats.peft_tensors import PREFIX, check, copies, layout, pack, unpack
 from lora_jax.formats.safetensors import new_directory
+from lora_jax.formats.serving import unservable
 from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.formats.tensors import read_floats, write_tensors
 from lora_jax.models.common import Model
 from lora_jax.sharding import place_adapters
-from lora_jax.targets import Trainable, find_trainable
+from lora_jax.targets import Trainable, as_trainable, find_trainable
 
 _PROFILES = ("vllm",)
 
@@ -57,7 +52,7 @@ def write_adapter(
     target: str | Path,
     adapters: Mapping,
     params: Mapping,
-    config: AdapterConfig,
+    config: AdapterConfig | Trainable,
     *,
     base_model: str,
     task_type: str = "CAUSAL_LM",
@@ -82,14 +77,18 @@ def write_adapter(
     """
     source = None if source is None else expand(source)
     target = expand(target)
-    found = find_trainable(params, config)
+    found = as_trainable(params, config)
+    config = found.config
     if profile is not None and profile not in _PROFILES:
         raise UserError(f"profile={profile!r} is not one of: {', '.join(_PROFILES)}")
-    raise_all(peft_problems(found) + (_unservable(found) if profile else []))
+    raise_all(peft_problems(found) + (unservable(found) if profile else []))
     leaves: Any = tree.flatten(jax.device_get(adapters))
     if config.trains_virtual_tokens:
         tensors = peft_virtual.pack(tree.unflatten(leaves))
         content = peft_virtual.to_peft_config(found, base_model, task_type)
+    elif config.trains_vera:
+        tensors = pack(leaves, found)
+        content = peft_vera.to_peft_config(found, params, base_model, task_type)
     else:
         if config.changes_base:
             leaves, found = as_plain(leaves, found)
@@ -121,6 +120,7 @@ def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
     if config.trains_virtual_tokens:
         return peft_virtual.problems(config)
     problems = [f"use_dora=true and {text}" for text in _dora_problems(found)]
+    problems += peft_vera.problems(found) if config.trains_vera else []
     if config.init == "loftq" and config.changes_base:
         problems.append(
             f"init=loftq and loftq_iter={config.loftq_iter}: the adapter stands on a quantised "
@@ -200,56 +200,8 @@ def _dora_problems(found: Trainable) -> Iterable[str]:
             break
 
 
-def serving_problems(found: Trainable) -> list[str]:
-    """Why vLLM cannot load the PEFT directory of these adapters, or would get other numbers, each
-    with what to do, and what else is to know of its base; empty if it serves them rightly.
-    """
-    config, problems = found.config, _unservable(found)
-    power = 0.5 if config.use_rslora else 1.0
-    usual = config.alpha / config.rank**power
-    if config.init == "loftq":
-        problems.append(
-            "init=loftq made up for the error of the quantised base: load the model quantised as "
-            "base_dtype said (nf4: bitsandbytes' 4 bits with double quantisation); over the "
-            "model's own weights the adapter is off by that error"
-        )
-    if any(
-        rank > config.rank or not math.isclose(alpha / rank**power, usual)
-        for rank, alpha in adapted_modules(found).values()
-    ):
-        problems.append(
-            "vLLM does not read rank_pattern and alpha_pattern and would scale wrongly; export "
-            "with --profile vllm, which folds them in"
-        )
-    return problems
-
-
-def _unservable(found: Trainable) -> list[str]:
-    config = found.config
-    if config.trains_virtual_tokens:
-        return [f"vLLM has no virtual tokens (method={config.method}); transformers and PEFT do"]
-    given = {
-        "use_dora": config.use_dora,
-        "bias": None if config.bias == "none" else config.bias,
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
-    problems = [
-        f"vLLM cannot load adapters with {name}={value!r}; export a merged model with --format hf"
-        for name, value in given.items()
-        if value
-    ]
-    if any(target.experts is not None for target in found.targets):
-        problems.append(
-            f"vLLM cannot load adapters of experts (target_modules={config.target_modules!r}): for "
-            "these models it reads one for every single expert, and PEFT's files hold stacks; "
-            "export a merged model with --format hf"
-        )
-    return problems
-
-
 def read_config(directory: str | Path, params: Mapping) -> AdapterConfig:
-    """The `AdapterConfig` of a PEFT directory, by PEFT's rules.
+    """Read the `AdapterConfig` of a PEFT directory, by PEFT's rules.
 
     Raises:
         UserError: missing or damaged files, an adapter that is not LoRA, active fields that are not
@@ -261,11 +213,12 @@ def read_config(directory: str | Path, params: Mapping) -> AdapterConfig:
         raise UserError(f"{directory} is no PEFT adapter directory: it has no adapter_config.json")
     content = read_json(file)
     kind = content.get("peft_type")
-    if kind not in (kinds := ("LORA", *peft_virtual.KINDS)):
+    if kind not in (kinds := ("LORA", *peft_virtual.KINDS, "VERA")):
         raise UserError(
             f"{file}: peft_type={kind!r} is not supported; these are: {', '.join(kinds)}"
         )
-    read = from_peft_config if kind == "LORA" else peft_virtual.from_peft_config
+    readers = {"LORA": from_peft_config, "VERA": peft_vera.from_peft_config}
+    read = readers.get(kind, peft_virtual.from_peft_config)
     try:
         return read(content, params)
     except UserError as error:
@@ -319,7 +272,8 @@ def _recorded(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_stops(directory: str | Path) -> list[int]:
-    """The ids that ended the answers of the adapter's training; none for adapters of other tools.
+    """Read the IDs that ended the answers in the adapter's training; none for adapters of other
+    tools.
 
     Raises:
         UserError: lora_jax.json is damaged.
@@ -332,10 +286,10 @@ def read_stops(directory: str | Path) -> list[int]:
 def read_adapter(
     directory: str | Path, params: Mapping, base: Model | None = None
 ) -> tuple[dict, AdapterConfig]:
-    """Adapters (float32) and their config from a PEFT directory, checked against the model that
-    they shall adapt, and placed as its weights are (`sharding.place_adapters`); `params` may hold
-    arrays or shapes. With shapes, `base` is the model whose
-    files have the weights that whole embeddings and heads are compared with.
+    """Read adapters (float32) and their config from a PEFT directory, checked against the model
+    that they are for, and placed as its weights are (`sharding.place_adapters`). `params` may hold
+    arrays or shapes. With shapes, `base` is the model whose files have the weights that saved
+    embeddings and heads are compared with.
 
     Raises:
         UserError: as `read_config`; and tensors that are missing, unexpected, mis-shaped, not
@@ -344,41 +298,40 @@ def read_adapter(
     """
     directory = expand(directory)
     config, file = read_config(directory, params), directory / WEIGHTS
-    found, shapes = _expected(directory / "adapter_config.json", params, config)
+    found = _expected(directory / "adapter_config.json", params, config)
     tensors, metadata = read_floats(file)
     with checked(file, tensors, metadata):
-        return _unpack(file, tensors, config, found, shapes, params, base)
+        return _unpack(file, tensors, found, params, base)
 
 
 def _unpack(
     file: Path,
     tensors: dict[str, np.ndarray],
-    config: AdapterConfig,
     found: Trainable,
-    shapes: dict[tree.Path, Any],
     params: Mapping,
     base: Model | None,
 ) -> tuple[dict, AdapterConfig]:
+    config = found.config
     known = set() if config.trains_virtual_tokens else {tensor.key for tensor in layout(found)}
     tensors = _with_usual_names(file, tensors, known, params)
     tensors, whole = with_saved_modules(file, tensors, known, config, params, base)
     if whole != config:
         config = whole
-        found, shapes = _expected(file.parent / "adapter_config.json", params, config)
+        found = _expected(file.parent / "adapter_config.json", params, config)
     if config.trains_virtual_tokens:
         return place_adapters(peft_virtual.unpack(tensors, found, str(file)), params), config
+    if config.trains_vera:
+        tensors = peft_vera.with_projections(tensors, found)
     for key in copies(tensors, found):
         del tensors[key]
     check(tensors, found, f"{file} does not fit the model and its adapter_config.json")
-    return place_adapters(tree.unflatten(unpack(tensors, found, shapes)), params), config
+    return place_adapters(tree.unflatten(unpack(tensors, found)), params), config
 
 
-def _expected(
-    settings: Path, params: Mapping, config: AdapterConfig
-) -> tuple[Trainable, dict[tree.Path, Any]]:
-    """The trainable weights of an adapter, and their shapes."""
+def _expected(settings: Path, params: Mapping, config: AdapterConfig) -> Trainable:
+    """Return the trainable weights of an adapter; errors name the file of its settings."""
     try:
-        return find_trainable(params, config), tree.flatten(methods.shapes(params, config))
+        return find_trainable(params, config)
     except UserError as error:
         raise UserError(f"{settings}: {error}") from error
 
@@ -386,8 +339,8 @@ def _expected(
 def _with_usual_names(
     file: Path, tensors: dict[str, np.ndarray], known: Collection[str], params: Mapping
 ) -> dict[str, np.ndarray]:
-    """The tensors under the names of modules that PEFT gives them, where all have one other prefix:
-    that of a wrapper, or of the bare model.
+    """Return the tensors under PEFT's names of modules, where all have one other prefix: that of a
+    wrapper, or of the bare model.
     """
     found = {}
     for name, new in unwrap(tensors, params).items():

@@ -37,7 +37,7 @@ from lora_jax.formats.tensors import (
 )
 from lora_jax.models import Model
 from lora_jax.quantize import SCHEMES, QuantizedWeight, quantize, quantizes
-from lora_jax.sharding import _fit, param_specs, whole
+from lora_jax.sharding import _fit, gather_to_host, param_specs
 from lora_jax.targets import HEAD
 from lora_jax.weights import Untied
 
@@ -487,7 +487,7 @@ def write_model(
             content = {}
             for name in names:
                 path, piece = places[name]
-                array = whole(leaves[path][piece.place()])
+                array = gather_to_host(leaves[path][piece.place()])
                 if temporary is not None:
                     content[name] = np.ascontiguousarray(array.T if piece.transposed else array)
                 weight_map[name] = file

@@ -25,7 +25,7 @@ from lora_jax.models.common import Model
 from lora_jax.nn.modules import Cache
 from lora_jax.nn.rope import changed
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
-from lora_jax.sharding import whole
+from lora_jax.sharding import gather_to_host
 
 # Prompt lengths and answer lengths are rounded up to it, so that few shapes are compiled.
 _BUCKET = 32
@@ -204,7 +204,7 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         numbers = range(len(prompts)) if numbers is None else numbers
         batch = _batch(prompts, stop_tokens, prefix, sampling, numbers, length)
         slots = _round_up(max_new_tokens)
-        answers = whole(decode(bound, prefix, batch, max_new_tokens, slots))
+        answers = gather_to_host(decode(bound, prefix, batch, max_new_tokens, slots))
         return [_until_stop(answer[:max_new_tokens].tolist(), stop_tokens) for answer in answers]
 
     return generate
@@ -235,7 +235,7 @@ def make_stream(model: Model, compute_dtype: Any = jnp.float32) -> Callable[...,
         batch = _batch([prompt], stop_tokens, prefix, sampling, [number], length)
         state, done = begin(bound, prefix, batch, slots=_round_up(max_new_tokens)), 0
         while True:
-            new = whole(state.answers)[0, done : int(state.step)].tolist()
+            new = gather_to_host(state.answers)[0, done : int(state.step)].tolist()
             for token in new:
                 if token in stop_tokens:
                     return

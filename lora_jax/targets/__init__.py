@@ -1,10 +1,10 @@
-"""What a config trains: weights that take an adapter, weights that train whole, rows of tokens.
+"""Finding what a config trains: weights with an adapter, weights that train whole, rows of tokens.
 
 Users name modules by their Hugging Face path, with the rules of PEFT; `find_trainable` is the only
-place that translates. The trainable tree has its leaves beside the weights they belong to:
+place that translates. The trainable tree has its leaves next to the weights that they belong to:
 
     model/layers/self_attn/q_proj/{lora_a, lora_b}     an update of low rank
-    model/layers/self_attn/q_proj/magnitude            DoRA's size of every column
+    model/layers/self_attn/q_proj/magnitude            DoRA's norm of every column
     model/norm/full_scale, lm_head/full_kernel         the weight itself, trained
     model/embed_tokens/trainable_tokens                rows of an embedding
     prompt_embeddings                                  virtual tokens (p, d)
@@ -15,21 +15,24 @@ named, and then has leaves of its own.
 """
 
 from lora_jax.targets.checks import check_init
-from lora_jax.targets.find import find_targets, find_trainable
+from lora_jax.targets.find import as_trainable, find_targets, find_trainable
 from lora_jax.targets.kinds import (
     HEAD,
-    Rows,
+    FullWeight,
+    Leaf,
     Target,
     Trainable,
-    Whole,
+    TrainableTokens,
 )
 
 __all__ = [
     "HEAD",
-    "Rows",
+    "Leaf",
+    "TrainableTokens",
     "Target",
     "Trainable",
-    "Whole",
+    "FullWeight",
+    "as_trainable",
     "check_init",
     "find_targets",
     "find_trainable",

@@ -8,8 +8,9 @@ from typing import Any
 
 from lora_jax.config import AdapterConfig, virtual_tokens
 from lora_jax.errors import UserError, raise_all
+from lora_jax.leaves import target_leaves
 from lora_jax.targets.checks import combination_problems, dense_problems
-from lora_jax.targets.kinds import HEAD, Rows, Target, Trainable, Whole
+from lora_jax.targets.kinds import HEAD, FullWeight, Target, Trainable, TrainableTokens
 from lora_jax.targets.match import (
     matcher,
     pattern_problems,
@@ -35,9 +36,18 @@ from lora_jax.tree import (
 )
 
 
+def as_trainable(params: Mapping, config: AdapterConfig | Trainable) -> Trainable:
+    """Return what `config` trains of `params`; a `Trainable` that was found for them as it is.
+
+    Raises:
+        UserError: as `find_trainable`.
+    """
+    return config if isinstance(config, Trainable) else find_trainable(params, config)
+
+
 def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
-    """What `config` trains of `params`, which may hold arrays or only shapes; in the order of the
-    tree.
+    """Return what `config` trains of `params`, which may hold arrays or only shapes; in the order
+    of the tree.
 
     Raises:
         UserError: an entry of target_modules, exclude_modules, modules_to_save, rank_pattern or
@@ -95,13 +105,13 @@ def _token_embedding(leaves: Mapping[Path, Any]) -> Path | None:
     return next((p for p in leaves if p[-1] == "embedding" and p[-2] in TIED_EMBEDDINGS), None)
 
 
-def find_targets(params: Mapping, config: AdapterConfig) -> list[Target]:
-    """The weights that take an adapter.
+def find_targets(params: Mapping, config: AdapterConfig | Trainable) -> list[Target]:
+    """Return the weights that take an adapter.
 
     Raises:
         UserError: as `find_trainable`.
     """
-    return list(find_trainable(params, config).targets)
+    return list(as_trainable(params, config).targets)
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ def _find_lora(params: Mapping, config: AdapterConfig, saved: set[str]) -> list[
     problems = list(pattern_problems(config, selected))
     found = [one for one in candidates if set(one.names) & selected]
     targets = _as_targets(found, config, selected)
-    raise_all([*problems, *_rank_problems(targets, config.init)])
+    raise_all([*problems, *(_rank_problems(targets, config.init) if config.trains_lora else ())])
     return targets
 
 
@@ -188,17 +198,19 @@ def _as_targets(
     for one in candidates:
         path = (*one.path, one.leaf)
         ranks = (rank_of(name, config.rank) if name in selected else 0 for name in one.names)
-        alphas = (float(alpha_of(name, config.alpha)) for name in one.names)
+        ranks = tuple(ranks)
+        alphas = tuple(float(alpha_of(name, config.alpha)) for name in one.names)
         target = Target(
             one.path,
             one.leaf,
             shape=(one.shape[-2], one.shape[-1]),
             stacked=stack_position(path) is not None,
             names=one.names,
-            ranks=tuple(ranks),
-            alphas=tuple(alphas),
+            ranks=ranks,
+            alphas=alphas if config.trains_lora else tuple(map(float, ranks)),  # no scale: 1
             columns=one.columns,
             experts=one.shape[-3] if has_experts(path) else None,
+            leaves=target_leaves(config),
         )
         targets.append(target)
     return targets
@@ -232,12 +244,12 @@ def _named_parts(parts: set[str], config: AdapterConfig, selected: set[str]) -> 
     return {*filter(selector(dataclasses.replace(config, target_modules=named)), parts)}
 
 
-def _whole(params: Mapping, choose: Any) -> Iterable[Whole]:
+def _whole(params: Mapping, choose: Any) -> Iterable[FullWeight]:
     for path, leaf in flatten(params).items():
         names = slice_names(path[:-1], leaf.shape)
         chosen = tuple(choose(name, path) for name in names)
         if any(chosen):
-            yield Whole(path, tuple(leaf.shape), names, chosen)
+            yield FullWeight(path, tuple(leaf.shape), names, chosen)
 
 
 def _ancestors(name: str) -> Iterable[str]:
@@ -246,7 +258,7 @@ def _ancestors(name: str) -> Iterable[str]:
     return (".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
-def _find_saved(params: Mapping, config: AdapterConfig) -> list[Whole]:
+def _find_saved(params: Mapping, config: AdapterConfig) -> list[FullWeight]:
     """The weights of modules_to_save."""
     entries = config.modules_to_save or []
     known = {
@@ -269,13 +281,13 @@ def _find_saved(params: Mapping, config: AdapterConfig) -> list[Whole]:
     found = list(_whole(params, lambda name, path: is_saved(name))) if entries else []
     if tied is not None and is_saved(HEAD[0]):
         shape = flatten(params)[tied].shape
-        found.append(Whole(HEAD, (shape[1], shape[0]), (HEAD[0],), (True,)))
+        found.append(FullWeight(HEAD, (shape[1], shape[0]), (HEAD[0],), (True,)))
     return found
 
 
-def _joined(parts: Sequence[Whole]) -> tuple[Whole, ...]:
+def _joined(parts: Sequence[FullWeight]) -> tuple[FullWeight, ...]:
     """One entry for a weight of which some slices train for one reason and some for another."""
-    joined: dict[Path, Whole] = {}
+    joined: dict[Path, FullWeight] = {}
     for part in parts:
         other = joined.get(part.path, part)
         chosen = tuple(a or b for a, b in zip(part.chosen, other.chosen, strict=True))
@@ -283,7 +295,7 @@ def _joined(parts: Sequence[Whole]) -> tuple[Whole, ...]:
     return tuple(joined.values())
 
 
-def _find_biases(params: Mapping, config: AdapterConfig, adapted: set[str]) -> list[Whole]:
+def _find_biases(params: Mapping, config: AdapterConfig, adapted: set[str]) -> list[FullWeight]:
     if config.bias == "none":
         return []
 
@@ -297,7 +309,7 @@ def _find_biases(params: Mapping, config: AdapterConfig, adapted: set[str]) -> l
     return found
 
 
-def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[Rows, ...]:
+def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[TrainableTokens, ...]:
     if config.trainable_token_indices is None:
         return ()
     indices = config.trainable_token_indices
@@ -318,7 +330,7 @@ def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[Rows, ...]:
                 else "every token once, and at least one"
             )
         )
-    return (Rows(path, tuple(indices), features),)
+    return (TrainableTokens(path, tuple(indices), features),)
 
 
 def _tie(params: Mapping, found: Trainable) -> Trainable:
@@ -342,5 +354,5 @@ def _tie(params: Mapping, found: Trainable) -> Trainable:
         heads = (target for target in found.targets if target.weight == HEAD)
         targets += [as_embedding(target) for target in heads]
         heads = (weight for weight in found.whole if weight.path == HEAD)
-        whole += [Whole(tied, weight.shape[::-1], names, (True,)) for weight in heads]
+        whole += [FullWeight(tied, weight.shape[::-1], names, (True,)) for weight in heads]
     return dataclasses.replace(found, targets=tuple(targets), whole=tuple(whole))

@@ -16,7 +16,7 @@ from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.report.progress import SILENT, Display
 
 
-def initial_params(
+def load_base(
     config: Config,
     source: Path,
     model: Model,
@@ -53,7 +53,7 @@ def reload_base(
     adapters: Mapping,
     display: Display = SILENT,
 ) -> Mapping:
-    """Return the base under `adapters`: the one that `initial_params` returned with them.
+    """Return the base under `adapters`: the one that `load_base` returned with them.
 
     Raises:
         UserError: what `formats.read_params` refuses.

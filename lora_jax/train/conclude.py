@@ -30,7 +30,7 @@ def conclude(
         after = _score_exported(evaluator, adapters, step, curves)
     predictions.put(run.output / "predictions.jsonl", step, after.answers, config.eval.metrics)
     journal.send(trackers, state.step, after.metrics)
-    sizes = norms.measure(evaluator.model.params, adapters, config.adapter)  # trainable
+    sizes = norms.measure(evaluator.model.params, adapters, start.session.trainable)
     results = {name: score_pair(name, start.before, after) for name in ("task", "regression")}
     facts = Facts(evaluator.reader.stop_tokens, results)
     run.remove_exports()

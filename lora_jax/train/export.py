@@ -18,7 +18,7 @@ from lora_jax.formats import fingerprint
 from lora_jax.report import card
 from lora_jax.report.console import print_notes
 from lora_jax.session import Session, open_session
-from lora_jax.sharding import make_mesh, whole
+from lora_jax.sharding import gather_to_host, make_mesh
 from lora_jax.train import base, checkpoint, probe
 from lora_jax.train.facts import NO_FACTS, Facts, own_template, versions
 from lora_jax.train.merged import export_merged
@@ -37,7 +37,7 @@ class Saved:
         Raises:
             UserError: a damaged checkpoint.
         """
-        shapes = methods.shapes(session.model.params, session.config.adapter)  # trainable
+        shapes = methods.shapes(session.model.params, session.trainable)
         step = chosen_step(session.config, self.record)
         return checkpoint.restore(self.place, shapes, step=step)[0]
 
@@ -55,7 +55,7 @@ def export_peft(
     """
     config, model, trainable = session.config, session.model, session.trainable
     target = expand(target)
-    adapters = jax.tree.map(whole, adapters)
+    adapters = jax.tree.map(gather_to_host, adapters)
     if not hosts.is_main():
         return
     ranks = [rank for one in trainable.targets for rank in one.ranks]

@@ -21,7 +21,7 @@ from lora_jax.quantize import SCHEMES
 from lora_jax.report import card
 from lora_jax.report import merge as merge_report
 from lora_jax.sharding import make_mesh
-from lora_jax.targets import find_trainable
+from lora_jax.targets import Trainable, find_trainable
 from lora_jax.train import probe
 from lora_jax.train.facts import NO_FACTS, Facts, own_template, versions
 from lora_jax.weights import materialize, widen
@@ -58,24 +58,23 @@ def export_merged(
             "data.train, and there are none; leave it out"
         )
     summary: dict[str, Any] = {}
+    trainable = find_trainable(model.params, config.adapter)
     with jax.set_mesh(mesh):
-        live = bind(model.params, adapters, config.adapter)
-        start = _start(config, model, adapters, mesh)
+        live = bind(model.params, adapters, trainable)
+        start = _start(config, model, adapters, trainable, mesh)
         bound, before = live, start  # what is merged, and the same before the first step
         if config.base_dtype in SCHEMES and config.adapter.init != "loftq":
             own = methods.residual(
-                formats.read_params(model.directory, model, mesh), adapters, config.adapter
+                formats.read_params(model.directory, model, mesh), adapters, trainable
             )
-            other = bind(own, adapters, config.adapter)
+            other = bind(own, adapters, trainable)
             summary["merged_distance"] = _compare_bases(other, live, console)
             if settings.quantized_base == "original":
-                bound, before = other, methods.started(own, adapters, config.adapter)
+                bound, before = other, methods.initial_params(own, adapters, trainable)
         merged = _merge(bound, model.params, settings.dtype)
         report = merge_report.Report(
             dtype=_dtypes(merged),
-            modules=merge_report.measure(
-                find_trainable(model.params, config.adapter), bound, before, merged
-            ),
+            modules=merge_report.measure(trainable, bound, before, merged),
             kl=_measure_kl(config, model, live, merged, start, examples, mesh),
             probe_rows=len(examples),
         )
@@ -122,11 +121,13 @@ def _compare_bases(original: Mapping, live: Mapping, console: Console) -> dict[s
     return {"original": far, "dequantized": 0.0}
 
 
-def _start(config: Config, model: Model, adapters: Mapping, mesh: Mesh) -> Mapping:
-    """The model before the first step."""
+def _start(
+    config: Config, model: Model, adapters: Mapping, trainable: Trainable, mesh: Mesh
+) -> Mapping:
+    """Return the parameters of the model before the first step."""
     if config.adapter.trains_everything:  # it holds the trained weights alone
         return formats.read_params(model.directory, model, mesh, config.base_dtype)
-    return methods.started(model.params, adapters, config.adapter)
+    return methods.initial_params(model.params, adapters, trainable)
 
 
 def _measure_kl(

@@ -1,4 +1,4 @@
-"""Sizes of adapters and of the update they make, per module and layer, without building it."""
+"""Norms of adapters and of their updates, per module and layer, without building it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import adapters as methods
 from lora_jax import tree
 from lora_jax.adapters.inits import over_slices
 from lora_jax.config import AdapterConfig
-from lora_jax.sharding import whole
-from lora_jax.targets import HEAD, Target, find_trainable
+from lora_jax.sharding import gather_to_host
+from lora_jax.targets import HEAD, Target, Trainable, as_trainable
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    """Frobenius norm over the last two axes."""
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)))
+def _norm(x: jax.Array, lead: int = 0) -> jax.Array:
+    """Return the Frobenius norm over all axes behind the first `lead`."""
+    axes = tuple(range(lead, x.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes))
 
 
 @jax.jit
@@ -27,13 +29,15 @@ def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(inner.sum(axis=(-2, -1)), 0))
 
 
-def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[str, dict]:
-    """Per adapted module the Frobenius norms of `lora_a`, `lora_b`, of the `update` with its scale
-    (of what was added since the start, for an init that takes its part out of the base), and the
-    update `relative` to the weight: lists with a number per layer, null where the layer is not
-    adapted (and for `relative`, where the weight is zero).
+def measure(
+    params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable
+) -> dict[str, dict]:
+    """Return per adapted module the Frobenius norms of its factors (`lora_a`, `lora_b`), of the
+    `update` with its scale (of what was added since the start, for an init that takes its part out
+    of the base), and the update `relative` to the weight: lists with a number per layer, null where
+    the layer is not adapted (and for `relative`, where the weight is zero).
     """
-    found, leaves = find_trainable(params, config), tree.flatten(params)
+    found, leaves = as_trainable(params, config), tree.flatten(params)
     small = tree.flatten(adapters)
     sizes = {}
     for target in found.targets:
@@ -43,12 +47,16 @@ def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[s
         def in_layer(norms: jax.Array, experts: int | None = target.experts) -> jax.Array:
             return norms if experts is None else jnp.sqrt(jnp.square(norms).sum(axis=-1))
 
-        a, b = (small[(*target.path, part)] for part in ("lora_a", "lora_b"))
-        values = {"lora_a": in_layer(_norm(a)), "lora_b": in_layer(_norm(b))}
-        if (*target.path, "init_a") in small:
+        values = {
+            name: in_layer(_norm(small[(*target.path, name)], len(target.lead)))
+            for name in target.factors
+        }
+        a, b = methods.factors(target, small, found)
+        if "init_a" in target.leaves:
             a0, b0 = (small[(*target.path, part)] for part in ("init_a", "init_b"))
+            b0 = b0 * target.scales(found.config.use_rslora)
             a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=-2)
-        values["update"] = in_layer(_update_norm(a, b * target.scales(config.use_rslora)))
+        values["update"] = in_layer(_update_norm(a, b))
         values["relative"] = values["update"] / in_layer(over_slices(_norm, target, weight))
         sizes[tree.dotted(target.path)] = {
             name: _by_layer(numbers, target) for name, numbers in values.items()
@@ -59,18 +67,18 @@ def measure(params: Mapping, adapters: Mapping, config: AdapterConfig) -> dict[s
 def _by_layer(numbers: jax.Array, target: Target) -> list[float | None]:
     return [
         float(x) if rank and np.isfinite(x) else None
-        for x, rank in zip(np.atleast_1d(whole(numbers)), target.ranks, strict=True)
+        for x, rank in zip(np.atleast_1d(gather_to_host(numbers)), target.ranks, strict=True)
     ]
 
 
 def summarize(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The root mean square over modules and layers of each norm: one number for a log line. Nothing
-    where no module has an adapter.
+    """Return the root mean square over modules and layers of each norm: one number for a log line.
+    Nothing where no module has an adapter.
     """
-    kinds = {
-        name: [x for module in norms.values() for x in module[name] if x is not None]
-        for name in ("lora_a", "lora_b", "update", "relative")
-    }
+    kinds: dict[str, list[float]] = {}
+    for module in norms.values():
+        for name, numbers in module.items():
+            kinds.setdefault(name, []).extend(x for x in numbers if x is not None)
     return {
         f"norm_{name}": float(np.sqrt(np.mean(np.square(values))))
         for name, values in kinds.items()

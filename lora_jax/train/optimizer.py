@@ -21,10 +21,11 @@ import optax
 
 from lora_jax import tree
 from lora_jax.config import AdapterConfig, TrainConfig
+from lora_jax.leaves import FROZEN, LABELS, label_of
+from lora_jax.targets import Trainable
 
 # With epsilon 0, 0 / 0 is read as 0, and gradients whose squares are no float32 move little.
 _LEAST_EPSILON = 1e-18
-TRAINABLE = ("lora_a", "lora_b", "magnitude", "full", "prompt")
 
 
 def join(params: Mapping, adapters: Mapping) -> dict:
@@ -33,17 +34,8 @@ def join(params: Mapping, adapters: Mapping) -> dict:
 
 
 def label_tree(parameters: Mapping, freeze_a: bool = False) -> dict:
-    """The label of every leaf, by its name alone: one of TRAINABLE, or `frozen`."""
-
-    def label(name: str) -> str:
-        if name.startswith("full_") or name == "trainable_tokens":
-            return "full"
-        if name.startswith(("prompt_", "prefix_")):
-            return "prompt"
-        trains = name in TRAINABLE and not (freeze_a and name == "lora_a")
-        return name if trains else "frozen"
-
-    return tree.unflatten({path: label(path[-1]) for path in tree.flatten(parameters)})
+    """Return the label of every leaf, by its name alone (`lora_jax.leaves`)."""
+    return tree.unflatten({path: label_of(path[-1], freeze_a) for path in tree.flatten(parameters)})
 
 
 def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
@@ -73,13 +65,13 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
 
 
 def make_optimizer(
-    config: TrainConfig, adapter: AdapterConfig | None = None
+    config: TrainConfig, adapter: AdapterConfig | Trainable | None = None
 ) -> optax.GradientTransformation:
     """AdamW on the trainable labels, nothing on frozen leaves, one global clip over all trainable
     leaves before it. `lora_plus_ratio` of `adapter` is the rate of `lora_b` over that of the
     others; with its `freeze_a`, `lora_a` is frozen.
     """
-    adapter = adapter or AdapterConfig()
+    adapter = adapter.config if isinstance(adapter, Trainable) else adapter or AdapterConfig()
     schedule = make_schedule(config)
 
     epsilon = max(config.epsilon, _LEAST_EPSILON)
@@ -94,14 +86,14 @@ def make_optimizer(
         return label_tree(parameters, adapter.freeze_a)
 
     by_label: dict[Any, Any] = {
-        name: adamw(adapter.lora_plus_ratio if name == "lora_b" else 1.0) for name in TRAINABLE
+        name: adamw(adapter.lora_plus_ratio if name == "lora_b" else 1.0) for name in LABELS
     }
-    by_label["frozen"] = optax.set_to_zero()
+    by_label[FROZEN] = optax.set_to_zero()
     update = optax.multi_transform(by_label, labels)
     if config.grad_clip is None:
         return update
 
     def trains(parameters: Mapping) -> dict:
-        return jax.tree.map(lambda label: label != "frozen", labels(parameters))
+        return jax.tree.map(lambda label: label != FROZEN, labels(parameters))
 
     return optax.chain(optax.masked(optax.clip_by_global_norm(config.grad_clip), trains), update)

@@ -56,15 +56,15 @@ def fresh_start(ready: Ready, mesh: Mesh, display: Display) -> Start:
     """Load the base, initialise the adapters, and measure them.
 
     Raises:
-        UserError: as `base.initial_params` and `setup.check_training`.
+        UserError: as `base.load_base` and `setup.check_training`.
     """
     session = ready.session
-    optimizer = make_optimizer(session.config.train, session.config.adapter)  # trainable
+    optimizer = make_optimizer(session.config.train, session.config.adapter)
     init_key, dropout_key = jax.random.split(jax.random.key(session.config.seed))
     calibrate = calibration.make_calibrate(
         session.config, session.model, ready.train_data, ready.encoder, mesh
     )
-    config, params, adapters = base.initial_params(
+    config, params, adapters = base.load_base(
         session.config, session.source, session.model, mesh, init_key, calibrate, display
     )
     session = session.with_config(config)
@@ -91,7 +91,7 @@ def resumed_start(
     """
     session = ready.session
     config, model = session.config, session.model
-    optimizer = make_optimizer(config.train, config.adapter)  # trainable
+    optimizer = make_optimizer(config.train, config.adapter)
     dropout_key = jax.random.split(jax.random.key(config.seed))[1]
     state = _restore(session, mesh, optimizer, run, record)
     # The line of a step whose evaluation was interrupted is written when it is made up for.
@@ -117,7 +117,7 @@ def _restore(
 ) -> State:
     """Read the state of a checkpoint."""
     config, model = session.config, session.model
-    shapes = methods.shapes(model.params, config.adapter)  # trainable
+    shapes = methods.shapes(model.params, session.trainable)
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     state = place_state(config, model, mesh, optimizer, empty)
     state.adapters, state.opt_state, _ = checkpoint.restore(
@@ -141,7 +141,8 @@ def _prepare(
     examples = ready.choose_probe()
     model = session.model.replace(params=params)
     evaluator = make_evaluator(
-        session.config, model, session.tokenizer, ready.held_out, mesh, display
+        *(session.config, model, session.tokenizer, ready.held_out, mesh, display),
+        trainable=session.trainable,
     )
     return evaluator, examples
 

@@ -298,7 +298,7 @@ class _Trainer:
             if not self.over:  # those of the last step are shown at the end
                 samples = spread(measured.answers, config.eval.samples)
                 append_samples(self.output / "samples.jsonl", state.step, samples)
-        sizes = norms.measure(evaluator.model.params, state.adapters, config.adapter)
+        sizes = norms.measure(evaluator.model.params, state.adapters, evaluator.adapter)
         append_line(self.output / "norms.jsonl", {"step": state.step, "modules": sizes})
         return measured.numbers() | norms.summarize(sizes)
 

@@ -29,7 +29,7 @@ def measure(model, base, adapters, config, mesh):
     def trees(base, adapters):
         bound = lora.bind(base, adapters, config)
         merged = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.merge(bound))
-        return bound, lora.started(base, adapters, config), merged
+        return bound, lora.initial_params(base, adapters, config), merged
 
     rng = np.random.default_rng(0)
     rows = [

@@ -92,7 +92,7 @@ def fits_of(model, config, dtype, seed, size):
     exact = lora.merge(bound)
     written = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), exact)
     is_full = config.method == "full"
-    start = model.params if is_full else lora.started(params, adapters, config)
+    start = model.params if is_full else lora.initial_params(params, adapters, config)
     fits = merge_report.measure(found, bound, start, written)
     return fits, expected_fits(found, original, tree.flatten(exact), DTYPES[dtype])
 
