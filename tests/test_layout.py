@@ -23,8 +23,8 @@ LAYERS = (
     ("settle",),
     ("session",),
     ("report",),
+    ("objectives",),
     (
-        "train.loss",
         "train.optimizer",
         "train.step",
         "train.checkpoint",

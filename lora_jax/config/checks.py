@@ -62,7 +62,7 @@ _ABOVE_ZERO = (
     *("train.learning_rate", "train.grad_clip", "train.epochs"),
     *("data.eval_size", "export.max_merge_kl"),
 )
-_BELOW_ONE = ("train.beta1", "train.beta2")
+_BELOW_ONE = ("train.beta1", "train.beta2", "train.label_smoothing")
 _MOST_EPOCHS = 10**6
 # Settings of some inits alone.
 _OF_INITS = {"calibration_batches": DATA_INITS, "eva_rho": ("eva",), "loftq_iter": ("loftq",)}

@@ -67,6 +67,7 @@ TABLE = (
     Elsewhere(
         ("optim", "optimizer"), remark="the optimizer is AdamW; train.optimizer_memory places it"
     ),
+    Elsewhere(("label_smoothing_factor",), ("train.label_smoothing",)),
     Elsewhere(("adam_beta1",), ("train.beta1",)),
     Elsewhere(("adam_beta2",), ("train.beta2",)),
     Elsewhere(("adam_epsilon", "eps"), ("train.epsilon",)),

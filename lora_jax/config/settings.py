@@ -57,6 +57,7 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.999  # AdamW's
     epsilon: float = 1e-8  # AdamW's
+    label_smoothing: float = 0.0  # share of the target that all tokens get alike, in training only
     grad_clip: float | None = 1.0  # one global norm over all trainable leaves; null: none
     eval_every: int | None = None  # steps between held-out losses; null: only before and after
     save_every: int | None = None  # steps between checkpoints; null: a tenth of all steps

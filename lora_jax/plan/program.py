@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import adapters as methods
-from lora_jax import sharding, tree
+from lora_jax import objectives, sharding, tree
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
@@ -62,7 +62,7 @@ class Program:
     @property
     def metrics_bytes(self) -> int:
         """Of the scalars that come out."""
-        return 4 * (len(_METRICS) + (self.config.train.router_aux_loss_coef != 0))
+        return 4 * (len(_METRICS) + len(objectives.metric_names(self.config.train)))
 
     def lower(self) -> Any:
         """The step, traced for the devices of the mesh, which must be a real one."""

@@ -14,9 +14,10 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax import config as configs
-from lora_jax import hosts
+from lora_jax import hosts, objectives
 from lora_jax.config import Config
 from lora_jax.data import sets
+from lora_jax.objectives import Objective
 from lora_jax.report import journal
 from lora_jax.report.console import make_console, print_summary, share
 from lora_jax.report.progress import Display
@@ -31,8 +32,12 @@ from lora_jax.train.start import Start, fresh_start, resumed_start
 from lora_jax.train.trainer import Training, train
 
 
-def run(config: Config, console: Console | None = None) -> dict[str, Any]:
+def run(
+    config: Config, console: Console | None = None, objective: Objective | None = None
+) -> dict[str, Any]:
     """Fine-tune as `config` says, write it all to `config.output_dir`, and return the summary.
+
+    `objective` is minimised in place of the config's cross-entropy (`lora_jax.objectives`).
 
     Raises:
         UserError: a mistake in config, model, data or adapter files, found before training starts;
@@ -47,7 +52,7 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
             interrupt.catch(agree, console.print, leave) as signals,
             contextlib.ExitStack() as held,
         ):
-            return _run(config, Display(console), signals, held)
+            return _run(config, Display(console), signals, held, objective)
 
 
 def _leave(console: Console, leave: Callable[[int], None], status: int) -> None:
@@ -57,9 +62,14 @@ def _leave(console: Console, leave: Callable[[int], None], status: int) -> None:
 
 
 def _run(
-    config: Config, display: Display, signals: interrupt.Signals, held: contextlib.ExitStack
+    config: Config,
+    display: Display,
+    signals: interrupt.Signals,
+    held: contextlib.ExitStack,
+    objective: Objective | None,
 ) -> dict[str, Any]:
     began, console = time.monotonic(), display.console
+    objectives.choose(config, objective)  # before anything slow
     run, mesh, record = setup.prepare(config, held)
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
@@ -97,6 +107,7 @@ def _run(
                 signals=signals,
                 trackers=trackers,
                 seconds=seconds,
+                objective=objective,
             )
             speed = train(training=training, state=start.state, pending=start.pending)
         summary = conclude(run, start, ready.fingerprint, trackers)

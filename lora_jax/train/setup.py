@@ -18,6 +18,7 @@ from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.nn import kernels
+from lora_jax.objectives.router import check_experts
 from lora_jax.report import scores
 from lora_jax.report.console import print_notes
 from lora_jax.report.trackers import check_trackers
@@ -25,7 +26,6 @@ from lora_jax.session import Session
 from lora_jax.train import directory
 from lora_jax.train.evaluate import make_reader
 from lora_jax.train.outputs import Run
-from lora_jax.train.step import check_experts
 
 _SHARED = 15.0  # seconds until a file that one host wrote must be there on the others
 

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import tree
+from lora_jax import objectives
 from lora_jax.adapters import bind, prefix
 from lora_jax.config import Config
-from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.nn import kernels
 from lora_jax.nn.virtual import Virtual
-from lora_jax.train.loss import load_balancing_loss, next_token_sums
+from lora_jax.objectives import Bound, Compute, Forward, Objective, cross_entropy, router, run_model
+from lora_jax.targets import changes_base
 
 Batch = dict[
     str, jax.Array
@@ -35,135 +35,115 @@ def batch_sums(
     kernel: str = "xla",
     virtual: Virtual | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted negative log-likelihood (nats) and weights of a batch, summed. `kernel`: one of
-    `kernels.NAMES`.
+    """Return the weighted negative log-likelihood (nats) and the weights of a batch, summed.
+    `kernel` is one of `kernels.NAMES`.
     """
-    module = model.module(bound)
-    hidden = _run(module.hidden, batch, config, remat, kernel, virtual)[0]
-    return next_token_sums(module, hidden, batch, config.train.loss_chunk)
+    compute = _compute(config, kernel, remat)
+    return cross_entropy.plain_sums(run_model(model, bound, batch, compute, virtual))[:2]
+
+
+def _compute(config: Config, kernel: str, remat: str = "none") -> Compute:
+    settings = config.train
+    return Compute(settings.compute_dtype, settings.loss_chunk, remat, kernel)
 
 
 def _kernel(model: Model, config: Config, placement: Any = None) -> str:
-    """What `train.attention` means on the devices of `placement`, or of this process."""
+    """Choose the kernel of `train.attention` for the devices of `placement`, or of this process."""
     shardings = jax.tree.leaves(placement)
     device = next(iter(shardings[0].device_set)) if shardings else jax.devices()[0]
     settings = config.train
     return kernels.choose(settings.attention, model.config, settings.compute_dtype, device)
 
 
-def _run(
-    method: Callable,
-    batch: Batch,
-    config: Config,
-    remat: str,
-    kernel: str,
-    virtual: Virtual | None = None,
-) -> Any:
-    """Of `module.hidden` and its like, in training and where its results are measured."""
-    beside = {name: batch[name] for name in ("token_types",) if name in batch}
-    return method(
-        batch["tokens"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        compute_dtype=jnp.dtype(config.train.compute_dtype),
-        remat=remat,
-        kernel=kernel,
-        **(beside if virtual is None else beside | {"prefix": virtual}),
-    )
-
-
-def check_experts(model: Model, config: Config) -> None:
-    """Raise a UserError for a router_aux_loss_coef where the model has no experts."""
-    coefficient, leaves = config.train.router_aux_loss_coef, tree.flatten(model.params)
-    if coefficient and not any(tree.is_router(path, leaves) for path in leaves):
-        raise UserError(
-            f"train.router_aux_loss_coef={coefficient} is for experts, and the model has none; "
-            "leave it at 0"
-        )
-
-
 def make_train_step(
-    model: Model, config: Config, optimizer: optax.GradientTransformation, placement: Any = None
+    model: Model,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    placement: Any = None,
+    objective: Objective | None = None,
 ) -> Callable:
-    """The jitted step. Metrics are float32 scalars: loss (nats per supervised token), grad_norm
-    (before clipping), supervised_tokens (sum of the weights). A step whose loss or gradient is not
+    """Make the jitted step.
+
+    `objective` is what it minimises (`lora_jax.objectives`); without one, what `config` asks for.
+    Metrics are float32 scalars: loss and the objective's other sums, divided by its weight;
+    grad_norm before clipping; supervised_tokens, the weight. A step whose loss or gradient is not
     finite changes nothing: the state that came in goes out.
 
-    With `train.router_aux_loss_coef` the gradient is that of loss + coefficient * router_aux_loss,
-    a further metric: `load_balancing_loss` over the real tokens of a micro-batch, and of these the
-    mean. Unlike everything else it depends on how the batch is split.
-
-    `placement` holds the shardings of (adapters, opt_state): they come out as they went in, and the
-    second step runs the program of the first. Without it the compiler chooses. Optimizer state in
+    `placement` holds the shardings of (adapters, opt_state), which are reused for the outputs, so
+    that the second step does not recompile. Without it the compiler chooses. Optimizer state in
     host memory comes to the device for the update alone.
 
     Raises:
-        UserError: a router_aux_loss_coef, and the model has no experts; as `kernels.choose`.
+        UserError: a router_aux_loss_coef, and the model has no experts; settings that another
+            objective does not read; as `kernels.choose`. When it is traced: an objective that
+            returns something else than scalars.
     """
     rows = config.train.batch_size
     pieces = rows // (config.train.micro_batch_size or rows)
-    coefficient = config.train.router_aux_loss_coef
-    check_experts(model, config)
-    kernel = _kernel(model, config, placement)
+    router.check_experts(model, config)
+    objective = objectives.choose(config, objective)
+    compute = _compute(config, _kernel(model, config, placement), config.train.remat)
+    init = config.adapter.init if changes_base(config.adapter) else None
 
-    def micro_loss(adapters, params, micro, key, total):
-        """What is differentiated, nats, and the sums for the metrics."""
+    def micro_loss(adapters, params, micro, key, batch):
+        """Return what is differentiated, and the weight and sums for the metrics."""
         bound = bind(params, adapters, config.adapter, key)
-        virtual, remat = prefix(adapters, config.adapter), config.train.remat
-        if not coefficient:
-            nll, weight = batch_sums(model, bound, micro, config, remat, kernel, virtual)
-            return nll, {"nll": nll, "weight": weight}
-        module = model.module(bound)
-        run = module.hidden_and_routing
-        hidden, _, routing = _run(run, micro, config, remat, kernel, virtual)
-        nll, weight = next_token_sums(module, hidden, micro, config.train.loss_chunk)
-        balance = load_balancing_loss(routing)
-        share = total / pieces  # the sum is divided by `total` in the end
-        sums = {"nll": nll, "weight": weight, "balance": balance}
-        return nll + coefficient * share * balance, sums
+        bound = Bound(bound, prefix(adapters, config.adapter))
+        forward = Forward(model, compute, bound, params, init, batch)
+        own_key = jax.random.fold_in(key, 1)  # dropout has `key` itself
+        total, weight, sums = objectives.checked(objective, forward, micro, own_key)
+        return total, (weight, sums)
 
     def train_step(adapters, opt_state, params, batch, step_key):
         value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-        total = batch["loss_weights"][:, 1:].sum()
-        if pieces == 1:
-            (_, sums), grads = value_and_grad(adapters, params, batch, step_key, total)
-        else:
-            # Every micro-batch takes rows from all over the batch, so that each device keeps its
-            # own.
-            micros = jax.tree.map(
-                lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch
-            )
-
-            def accumulate(sums, micro_and_key):
-                micro, key = micro_and_key
-                (_, own), grads = value_and_grad(adapters, params, micro, key, total)
-                return jax.tree.map(jnp.add, sums, (own, grads)), None
-
-            names = ("nll", "weight", "balance") if coefficient else ("nll", "weight")
-            zeros = (dict.fromkeys(names, jnp.float32(0)), jax.tree.map(jnp.zeros_like, adapters))
-            keys = jax.random.split(step_key, pieces)
-            (sums, grads), _ = jax.lax.scan(accumulate, zeros, (micros, keys))
-        weight = sums["weight"]
+        grads, (weight, sums) = _accumulate(
+            value_and_grad, adapters, params, batch, step_key, pieces
+        )
         grads = jax.tree.map(lambda g: g / weight, grads)
         if placement is not None:
             opt_state = jax.tree.map(_on_device, opt_state, placement[1])
-        updates, moved = optimizer.update(grads, opt_state, adapters)
-        metrics = {
-            "loss": sums["nll"] / weight,
-            "grad_norm": optax.tree.norm(grads),
-            "supervised_tokens": weight,
-        }
-        if coefficient:
-            metrics["router_aux_loss"] = sums["balance"] / pieces
-        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        state = (optax.apply_updates(adapters, updates), moved)
-        adapters, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), state, (adapters, opt_state)
-        )
-        return adapters, opt_state, metrics
+        metrics = {name: value / weight for name, value in sums.items()}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "supervised_tokens": weight}
+        state = _update(optimizer, grads, metrics, adapters, opt_state)
+        return *state, metrics
 
     out_shardings = None if placement is None else (*placement, None)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def _accumulate(
+    value_and_grad: Callable, adapters: Any, params: Any, batch: Batch, key: jax.Array, pieces: int
+) -> tuple[Any, Any]:
+    """Return gradients and auxiliary sums of a batch, added up over micro-batches."""
+    if pieces == 1:
+        (_, sums), grads = value_and_grad(adapters, params, batch, key, batch)
+        return grads, sums
+    # Every micro-batch takes rows from all over the batch, so that each device keeps its own.
+    micros = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(grads, micro_and_key):
+        (_, sums), more = value_and_grad(adapters, params, *micro_and_key, batch)
+        return jax.tree.map(jnp.add, grads, more), sums
+
+    keys = jax.random.split(key, pieces)
+    grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, adapters), (micros, keys))
+    return grads, jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    metrics: dict[str, jax.Array],
+    adapters: Any,
+    opt_state: Any,
+) -> tuple[Any, Any]:
+    """Return adapters and state after the optimizer's step, or unchanged where loss or gradient is
+    not finite.
+    """
+    updates, moved = optimizer.update(grads, opt_state, adapters)
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    state = (optax.apply_updates(adapters, updates), moved)
+    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), state, (adapters, opt_state))
 
 
 def _on_device(x: jax.Array, sharding: Any) -> jax.Array:
@@ -173,25 +153,22 @@ def _on_device(x: jax.Array, sharding: Any) -> jax.Array:
 
 
 def make_classify(model: Model, config: Config) -> Callable:
-    """Make `classify(adapters, params, batch)` -> logits (b, t, labels) in float32, at every token
+    """Make `classify(adapters, params, batch)`: logits (b, t, labels) in float32, at every token
     those of its text, dropout off.
     """
-
-    kernel = _kernel(model, config)
+    compute = _compute(config, _kernel(model, config))
 
     def classify(adapters, params, batch):
-        module = model.module(bind(params, adapters, config.adapter))
-        hidden = _run(module.hidden, batch, config, "none", kernel)[0]
-        return module.logits(hidden).astype(jnp.float32)
+        outputs = run_model(model, bind(params, adapters, config.adapter), batch, compute)
+        return outputs.module.logits(outputs.hidden).astype(jnp.float32)
 
     return jax.jit(classify)
 
 
 def make_eval_step(model: Model, config: Config) -> Callable:
-    """`eval_step(adapters, params, batch)` -> summed negative log-likelihood and weights, dropout
-    off.
+    """Make `eval_step(adapters, params, batch)`: summed negative log-likelihood and weights,
+    dropout off. Labels are not smoothed, and nothing is added for the balance of experts.
     """
-
     kernel = _kernel(model, config)
 
     def eval_step(adapters, params, batch):

@@ -17,6 +17,7 @@ from lora_jax import data, sharding
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
+from lora_jax.objectives import Objective
 from lora_jax.report.journal import Journal, append_line, append_samples
 from lora_jax.report.scores import spread
 from lora_jax.report.trackers import Tracker
@@ -68,6 +69,7 @@ class Training:
 
     metadata: part of a checkpoint's record that is the same at every step
     seconds: time that the run has taken, in earlier sessions too
+    objective: minimised in place of the config's
     """
 
     run: Run
@@ -79,6 +81,7 @@ class Training:
     signals: Signals
     trackers: Sequence[Tracker] = ()
     seconds: Callable[[], float] = lambda: 0.0
+    objective: Objective | None = None
 
 
 def train(training: Training, state: State, pending: Line | None = None) -> float:
@@ -135,8 +138,8 @@ def train(training: Training, state: State, pending: Line | None = None) -> floa
 def _make_step(training: Training, state: State) -> Callable:
     """Return the compiled train step, whose outputs are placed as the state is."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
-    evaluator = training.evaluator
-    return make_train_step(evaluator.model, evaluator.config, training.optimizer, placement)
+    model, config = training.evaluator.model, training.evaluator.config
+    return make_train_step(model, config, training.optimizer, placement, training.objective)
 
 
 def _is_due(step: int, every: int | None) -> bool:

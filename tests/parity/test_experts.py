@@ -17,9 +17,9 @@ from lora_jax import AdapterConfig, Config, UserError, formats, lora, tree
 from lora_jax import config as configs
 from lora_jax.config import TrainConfig
 from lora_jax.formats import peft_tensors
+from lora_jax.objectives.router import load_balancing_loss
 from lora_jax.quantize import dequantize, quantize, quantize_tree
 from lora_jax.targets import find_trainable
-from lora_jax.train.loss import load_balancing_loss
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
 from lora_jax.weights import LoraWeight, expert_linear
