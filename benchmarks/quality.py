@@ -26,10 +26,9 @@ from lora_jax import config as configs
 from lora_jax import data, formats
 from lora_jax.config import Config
 from lora_jax.data import sets
-from lora_jax.formats import fingerprint
 from lora_jax.report import scores
+from lora_jax.session import open_session, settle_date
 from lora_jax.train.evaluate import find_questions, make_reader, to_answer
-from lora_jax.train.model import describe, make_encoder, settle_date
 from lora_jax.train.optimizer import make_schedule
 
 
@@ -164,12 +163,10 @@ def main() -> None:
     options = parser.parse_args()
     config = configs.load(options.config, options.overrides)
     scores.check(config.eval.metrics)
-    source, console = formats.resolve(config.model), Console(stderr=True)
-    config, described = describe(config, source)
-    tokenizer = formats.load_tokenizer(source)
-    config = settle_date(config, tokenizer, console)
-    digest = fingerprint.tokenizer_digest(tokenizer)
-    encoder = make_encoder(config, described, tokenizer, digest, console)
+    console = Console(stderr=True)
+    session = settle_date(open_session(config), console)
+    config, source, tokenizer = session.config, session.source, session.tokenizer
+    encoder = session.make_encoder(console)
     train_data, held_out = sets.read_sets(config, encoder)
     loader = sets.make_loader(config, train_data, encoder, None, console)
     size = config.train.batch_size

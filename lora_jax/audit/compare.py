@@ -1,34 +1,39 @@
-"""Several adapters on the same held-out data, beside the base they adapt."""
+"""Several adapters and their base, measured on the same held-out data."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from lora_jax import adapters as methods
-from lora_jax import data, formats, sharding
+from lora_jax import formats, sharding
 from lora_jax.config import AdapterConfig, Config, expand, is_directory, shown
 from lora_jax.data import sets
 from lora_jax.errors import raise_all
 from lora_jax.formats import fingerprint
+from lora_jax.models.common import Model
 from lora_jax.report import scores
+from lora_jax.report.console import print_notes
 from lora_jax.report.progress import Display
+from lora_jax.session import Session, open_session, settle_date
 from lora_jax.train import base, base_scores, predictions, setup
-from lora_jax.train.evaluate import make_judge
-from lora_jax.train.model import describe, make_encoder, settle_date
+from lora_jax.train.evaluate import Scores, make_evaluator
 
 
 def compare(
     config: Config, paths: Sequence[str], console: Console, allow_change: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Losses and metrics of the base and of every PEFT adapter directory in `paths`, a mapping
-    each, with its name under `adapter`; and a mapping per answer, as `predictions` has it.
+    """Measure the base and every PEFT adapter directory in `paths` on the same held-out data.
+    Return a mapping of losses and metrics for each, with its name under `adapter`, and a mapping
+    per answer, as in `predictions`.
 
-    `config` gives the model, the held-out data and how they are measured.
+    `config` gives the model, the held-out data and the settings of the evaluation.
 
     Raises:
         UserError: no held-out data; adapters that do not exist or fit, or were made with another
@@ -37,16 +42,82 @@ def compare(
     scores.check(config.eval.metrics)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
-    source = formats.resolve(config.model)
-    config, model = describe(config, source)
-    for note in model.notes:
-        console.print(f"note: {note}")
-    tokenizer = formats.load_tokenizer(source)
-    config = settle_date(config, tokenizer, console)
-    template = data.template_text(tokenizer, config.data.chat_template)
+    session = open_session(config)
+    print_notes(console, session.model.notes)
+    session = settle_date(session, console)
     display = Display(console)
     with display.phase("checking the model's files"):
-        prints = fingerprint.take(source, tokenizer, template)
+        found = session.fingerprint
+    adapters = _read_adapters(session, paths, found, console, allow_change)
+    encoder = session.make_encoder(console)
+    with display.phase("reading the data"):
+        held_out = sets.read_held_out(session.config, encoder)
+    setup.check_metrics(session, held_out)
+    console.print(f"loading {config.model}")
+    base_dtype = session.config.base_dtype
+    params = base.read_params(session.source, session.model, mesh, base_dtype, display)
+    loaded = Loaded(session, session.model.replace(params=params), held_out, mesh, display, found)
+    # Fresh adapters of plain LoRA change nothing: they are the base.
+    plain = AdapterConfig(rank=1)
+    fresh = methods.init(jax.random.key(0), params, plain)[1]
+    results = [("base", loaded.measure("base", fresh, plain, is_base=True))]
+    for path, (weights, settings) in adapters.items():
+        results.append((path, loaded.measure(path, weights, settings)))
+    names = session.config.eval.metrics
+    rows = [{"adapter": name} | result.numbers() for name, result in results]
+    lines = [
+        line
+        for name, result in results
+        for line in predictions.to_lines({"adapter": name}, result.answers, names)
+    ]
+    return rows, lines
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base and held-out data that adapters are measured on.
+
+    model: with its weights
+    fingerprint: digests of base, tokenizer and template
+    """
+
+    session: Session
+    model: Model
+    held_out: Mapping[str, sets.DataSet]
+    mesh: Mesh
+    display: Display
+    fingerprint: Mapping[str, str]
+
+    def measure(
+        self, name: str, adapters: Any, settings: AdapterConfig, is_base: bool = False
+    ) -> Scores:
+        """Measure adapters and print their scores. Those of the base may be known already."""
+        config = dataclasses.replace(self.session.config, adapter=settings)
+        tokenizer, console = self.session.tokenizer, self.display.console
+        evaluator = make_evaluator(
+            config, self.model, tokenizer, self.held_out, self.mesh, self.display
+        )
+        params, rules = self.model.params, self.model.rules
+        specs = sharding.adapter_specs(adapters, params, rules, self.mesh)
+        with jax.set_mesh(self.mesh):
+            placed = sharding.place(adapters, specs, self.mesh)
+            if is_base:
+                result = base_scores.measure(evaluator, placed, self.fingerprint, console.print)
+            else:
+                with self.display.about(name):
+                    result = evaluator.score(placed)
+        console.print(f"{name}: {result.describe()}")
+        return result
+
+
+def _read_adapters(
+    session: Session,
+    paths: Sequence[str],
+    found: Mapping[str, str],
+    console: Console,
+    allow_change: Collection[str],
+) -> dict[str, tuple[Any, AdapterConfig]]:
+    """Return weights and settings of adapters by path. `found` is the fingerprint of the base."""
     directories = {path: expand(path, "adapter") for path in paths}
     raise_all(
         [
@@ -56,44 +127,18 @@ def compare(
             if not is_directory(directory, f"adapter {path!r}")
         ]
     )
-    found = {}
+    adapters = {}
     for path, directory in directories.items():
-        found[path] = formats.read_adapter(directory, model.params, model)
+        adapters[path] = formats.read_adapter(directory, session.model.params, session.model)
         stored = formats.read_fingerprint(directory)
-        fingerprint.check(stored, prints, path, allow_change)
+        fingerprint.check(stored, found, path, allow_change)
         if stored:  # else it is another tool's, which records neither
-            _note_prompt(console, path, directory, config)
-    encoder = make_encoder(config, model, tokenizer, prints["tokenizer"], console)
-    with display.phase("reading the data"):
-        held_out = sets.read_held_out(config, encoder)
-    setup.check_metrics(config, model, tokenizer, held_out)
-    console.print(f"loading {config.model}")
-    params = base.read_params(source, model, mesh, config.base_dtype, display)
-    model = model.replace(params=params)
-    # Fresh adapters of plain LoRA change nothing: they are the base.
-    plain = AdapterConfig(rank=1)
-    fresh = methods.init(jax.random.key(0), model.params, plain)[1]
-    rows, lines = [], []
-    for name, (adapters, settings) in [("base", (fresh, plain)), *found.items()]:
-        specs = sharding.adapter_specs(adapters, model.params, model.rules, mesh)
-        own = dataclasses.replace(config, adapter=settings)
-        judge = make_judge(own, model, tokenizer, held_out, mesh, display)
-        with jax.set_mesh(mesh):
-            placed = sharding.place(adapters, specs, mesh)
-            if adapters is fresh:
-                result = base_scores.measure(judge, placed, prints, console.print)
-            else:
-                with display.about(name):
-                    result = judge.score(placed)
-        console.print(f"{name}: {result.describe()}")
-        about = {"adapter": name}
-        rows.append(about | result.numbers())
-        lines += predictions.to_lines(about, result.answers, own.eval.metrics)
-    return rows, lines
+            _note_prompt(console, path, directory, session.config)
+    return adapters
 
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """One line per adapter, one column per number."""
+    """Print a line per adapter with a column per loss and metric."""
     table = Table()
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if name == "adapter" else "right")
@@ -103,7 +148,7 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def _note_prompt(console: Console, path: str, directory: Path, config: Config) -> None:
-    """Say so if the adapter was trained with another prompt than it is measured with."""
+    """Print a note if an adapter was trained with another prompt than it is measured with."""
     pairs: dict[str, Any] = {"chat_template_kwargs": formats.read_template_kwargs(directory)}
     if (system := formats.read_system_prompt(directory)) is not None:
         pairs["system_prompt"] = system

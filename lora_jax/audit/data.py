@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax import data, formats
+from lora_jax import data
 from lora_jax.audit.preview import Overlap, Packing, Pair, Report, Shown
 from lora_jax.audit.preview import plot as plot
 from lora_jax.audit.preview import print_report as print_report
@@ -22,9 +22,8 @@ from lora_jax.config import Config
 from lora_jax.data import sets
 from lora_jax.data.sets import DataSet, TrainData
 from lora_jax.errors import UserError
-from lora_jax.formats import fingerprint
+from lora_jax.session import open_session, settle_date
 from lora_jax.train import epochs, setup, warn
-from lora_jax.train.model import describe, make_encoder, settle_date
 
 
 def inspect(config: Config, console: Console, examples: int = 3) -> Report:
@@ -37,16 +36,11 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     if examples < 0:
         raise UserError(f"the number of examples to show must be at least 0, not {examples}")
     sets.training_sources(config)
-    source = formats.resolve(config.model, weights=False)
-    config, model = describe(config, source)
-    tokenizer = formats.load_tokenizer(source)
-    config = settle_date(config, tokenizer, console)
-    digest = fingerprint.tokenizer_digest(tokenizer)
-    encoder = dataclasses.replace(
-        make_encoder(config, model, tokenizer, digest, console), vocab_size=None
-    )
-    train, held_out = sets.read_sets(config, encoder)
-    config = epochs.settle(config, train, encoder)
+    session = settle_date(open_session(config, weights=False), console)
+    encoder = dataclasses.replace(session.make_encoder(console), vocab_size=None)
+    train, held_out = sets.read_sets(session.config, encoder)
+    session = session.with_config(epochs.settle(session.config, train, encoder))
+    config, model = session.config, session.model
     counts, records = dict(encoder.counts), None
     if train.stream is not None:
         records, train = _first_block(train.stream, encoder)
@@ -55,7 +49,7 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
     training = [example for one in train.sets.values() for example in one.examples]
     everything = warn.name_training(train) | tests
     measured = warn.measure(everything, counts)
-    warnings = warn.find(config, model, tokenizer, train, held_out, measured)
+    warnings = warn.find(session, train, held_out, measured)
     try:
         setup.check_sizes(config, model, list(everything.values()), console)
     except UserError as error:  # where a run would stop, the report says what it knows
@@ -64,7 +58,7 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
         config=config,
         records=records,
         shown=[
-            show(example, tokenizer, model.labels)
+            show(example, session.tokenizer, model.labels)
             for one in train.sets.values()
             for example in one.examples[:examples]
         ],

@@ -80,7 +80,7 @@ class Encoder:
     def places(self) -> int:
         """Tokens at the start of every text that a batch keeps free for virtual ones."""
         adapter = self.config.adapter
-        return virtual_tokens(adapter) if adapter.method == "prompt" else 0
+        return virtual_tokens(adapter) if adapter.trains_prompt else 0
 
     @property
     def max_length(self) -> int:

@@ -23,7 +23,7 @@ from lora_jax.plan import report
 from lora_jax.plan.analytic import estimate, full_fine_tuning, worked
 from lora_jax.plan.chips import Topology, parse_topology
 from lora_jax.plan.compiled import Compiled, Shortfall, compile_for, compile_here
-from lora_jax.plan.program import Program, build, describe
+from lora_jax.plan.program import Program, build, open_shapes
 from lora_jax.plan.roofline import count, find_bounds
 from lora_jax.plan.search import Candidate, find_best, remedies
 from lora_jax.train import warn
@@ -106,7 +106,7 @@ def plan(
         UserError: as a run would; an unknown topology; a mesh that does not fit it; libtpu missing.
     """
     target = find_target(topology, devices)
-    settled, model = describe(config)
+    settled, model = open_shapes(config)
     mesh = sharding.abstract_mesh(config.mesh, target.devices)
     program = build(settled, model, mesh)
     found = estimate(program, target.platform)

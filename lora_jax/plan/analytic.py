@@ -144,7 +144,7 @@ def _widens(platform: str) -> bool:
 def _is_fused(program: Program, platform: str) -> bool:
     """Whether attention never holds the scores of all pairs."""
     settings = program.config.train
-    if platform == "cpu" or program.config.adapter.method == "prefix":
+    if platform == "cpu" or program.config.adapter.trains_prefix:
         return False
     if platform == "tpu":
         return settings.attention != "xla"

@@ -81,7 +81,7 @@ def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Co
     from lora_jax import sharding
     from lora_jax.plan import program
 
-    config, model = program.describe(config)
+    config, model = program.open_shapes(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     built = program.build(config, model, mesh)
     unread = program.device_bytes(built.unread)

@@ -1,6 +1,6 @@
 """The train step of a config as shapes, each with its place on a mesh: no weights and no data.
 
-model   = describe(config)               # config.json alone
+model   = open_shapes(config)            # config.json alone
 program = build(config, model, mesh)     # a mesh of devices, or an abstract one
 program.compile()                        # of devices that need not be here
 """
@@ -16,15 +16,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import adapters as methods
-from lora_jax import formats, objectives, sharding, tree
+from lora_jax import objectives, sharding, tree
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES, quantize_tree
-from lora_jax.targets import find_trainable as find_targets
-from lora_jax.train import model as models
+from lora_jax.session import continue_adapter, open_session
+from lora_jax.targets import find_trainable
 from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.setup import continue_adapter, find_trainable
+from lora_jax.train.setup import check_training
 from lora_jax.train.step import make_train_step
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -54,7 +54,7 @@ class Program:
         """Frozen weights whose trained copies take their place whole: the compiler leaves them out
         of the arguments.
         """
-        found = find_targets(self.model.params, self.config.adapter)
+        found = find_trainable(self.model.params, self.config.adapter)
         leaves = tree.flatten(self.base)
         whole = {part.path for part in found.whole if all(part.chosen)} & leaves.keys()
         return [leaves[path] for path in whole if isinstance(leaves[path], jax.ShapeDtypeStruct)]
@@ -74,18 +74,15 @@ class Program:
             return step.lower(self.adapters, self.optimizer, self.base, self.batch, self.key)
 
 
-def describe(config: Config) -> tuple[Config, Model]:
-    """The model of a config as shapes, in the dtypes that a run would hold it in, and the config
-    with what depends on the model settled.
+def open_shapes(config: Config) -> tuple[Config, Model]:
+    """Return the settled config, and its model as shapes in the dtypes that a run would hold.
 
     Raises:
         UserError: as a run would, of model and adapters.
     """
-    config, model = models.describe(config, formats.resolve(config.model, weights=False))
-    if config.adapter.path is not None:
-        config, _ = continue_adapter(config, model)
-    find_trainable(config, model)
-    return config, stored(config, model)
+    session = continue_adapter(open_session(config, weights=False))
+    check_training(session)
+    return session.config, stored(session.config, session.model)
 
 
 def stored_dtype(config: Config, model: Model) -> str:
@@ -118,7 +115,7 @@ def _is_fresh(path: tree.Path, model: Model) -> bool:
 
 
 def build(config: Config, model: Model, mesh: Mesh | AbstractMesh) -> Program:
-    """The step of `config` on `mesh`; `model` is that of `describe`.
+    """The step of `config` on `mesh`; `model` is that of `open_shapes`.
 
     Raises:
         UserError: a batch that the mesh does not divide; parameters that no rule covers.
@@ -128,7 +125,7 @@ def build(config: Config, model: Model, mesh: Mesh | AbstractMesh) -> Program:
         micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
     )
     sharding.check_length(config.data.max_length, mesh, "data.max_length")
-    whole, full = model.params, config.adapter.method == "full"
+    whole, full = model.params, config.adapter.trains_everything
     params = whole
     if config.base_dtype in SCHEMES:
         params = jax.eval_shape(lambda tree: quantize_tree(tree, str(config.base_dtype)), whole)

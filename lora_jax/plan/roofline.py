@@ -104,7 +104,7 @@ def _gathered(program: Program) -> int:
     not stacked (embedding, head) once in each direction too.
     """
     parts = program.mesh.shape["fsdp"]
-    weights = program.adapters if program.config.adapter.method == "full" else program.base
+    weights = program.adapters if program.config.adapter.trains_everything else program.base
     stored = device_bytes(weights)
     return _pieces(program) * 2 * stored * (parts - 1)
 

@@ -1,6 +1,6 @@
-"""Tables that a run prints."""
+"""Notes and tables that a run prints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,12 @@ def make_console(quiet: bool = False) -> Console:
     return Console(
         stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet
     )
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """Print one line per note."""
+    for note in notes:
+        console.print(f"note: {note}")
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_jax import hosts
 from lora_jax.report.progress import Display, Phase, format_seconds
 from lora_jax.report.scores import Answer
-from lora_jax.report.trackers import Sink
+from lora_jax.report.trackers import Tracker
 from lora_jax.report.usage import Clock
 
 LOGS = ("metrics.jsonl", "norms.jsonl", "samples.jsonl", "predictions.jsonl")
@@ -99,12 +99,12 @@ class Journal:
         file: Path,
         steps: int,
         display: Display,
-        sinks: Sequence[Sink],
+        trackers: Sequence[Tracker],
         first: int,
         remaining: Callable[[int], tuple[float, bool]],
     ) -> None:
         self._file = (file if hosts.is_main() else Path(os.devnull)).open("a", encoding="utf-8")
-        self._sinks, self._display, self._remaining = sinks, display, remaining
+        self._trackers, self._display, self._remaining = trackers, display, remaining
         self._steps, self._first = steps, first
         self._text, self._end, self._known = "running the first step", 0.0, True
         self._stack = contextlib.ExitStack()
@@ -122,10 +122,10 @@ class Journal:
         self._file.close()
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same numbers to the sinks."""
+        """One line of metrics.jsonl, and the same numbers to the trackers."""
         self._file.write(json.dumps(content) + "\n")
         self._file.flush()
-        send(self._sinks, content["step"], content)
+        send(self._trackers, content["step"], content)
 
     def show(self, step: int, loss: float, rate: float, clock: Clock) -> None:
         """Show a finished step."""
@@ -146,10 +146,10 @@ class Journal:
         return f"{self._text}  ETA {format_seconds(left)}{more}"
 
 
-def send(sinks: Sequence[Sink], step: int, content: Mapping[str, Any]) -> None:
-    """Give the numbers of a step to all sinks."""
+def send(trackers: Sequence[Tracker], step: int, content: Mapping[str, Any]) -> None:
+    """Give the numbers of a step to all trackers."""
     numbers = {name: value for name, value in content.items() if name != "step"}
-    for one in sinks if numbers else ():
+    for one in trackers if numbers else ():
         one(step, numbers)
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio."""
+"""Trackers of metrics: TensorBoard, Weights & Biases, Trackio."""
 
 import contextlib
 import dataclasses
@@ -16,10 +16,10 @@ from lora_jax.errors import UserError
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _FLUSH = 5  # seconds after which TensorBoard sees a number at the latest
-Sink = Callable[[int, Mapping[str, float]], None]  # step, numbers by name
+Tracker = Callable[[int, Mapping[str, float]], None]  # step, numbers by name
 
 
-def check_sinks(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raise if a package that `train.report_to` needs is not installed."""
     missing = [name for name in names if importlib.util.find_spec(_PACKAGES[name]) is None]
     if missing:
@@ -30,31 +30,32 @@ def check_sinks(names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def open_sinks(config: Config, output: Path, first_step: int) -> Iterator[list[Sink]]:
-    """One function per name of `train.report_to`, on the main host. `first_step` is the first that
-    will be sent: a run that goes on is the same run to every sink, and what it sent from there on
-    before is dropped by those that can do so (not by Trackio).
+def open_trackers(config: Config, output: Path, first_step: int) -> Iterator[list[Tracker]]:
+    """Open one function per name of `train.report_to`, on the main host.
+
+    A resumed run is the same run to every tracker. TensorBoard and W&B replace the values from
+    `first_step` on, the first step that will be sent; Trackio keeps both.
 
     Raises:
-        UserError: a sink that cannot be started, such as for want of a login.
+        UserError: a tracker that cannot be started, such as for want of a login.
     """
     names, own = config.train.report_to if hosts.is_main() else [], ""
     if any(name != "tensorboard" for name in names):
         own = _run_id(output, first_step)
     with contextlib.ExitStack() as stack:
-        sinks: list[Sink] = []
+        trackers: list[Tracker] = []
         for name in names:
             package = importlib.import_module(_PACKAGES[name])
             if name == "tensorboard":
-                sinks.append(_open_tensorboard(package, stack, output, first_step))
+                trackers.append(_open_tensorboard(package, stack, output, first_step))
             else:
-                sinks.append(_open_tracker(name, package, stack, config, output, own))
-        yield sinks
+                trackers.append(_open_tracker(name, package, stack, config, output, own))
+        yield trackers
 
 
 def _open_tensorboard(
     package: Any, stack: contextlib.ExitStack, output: Path, first_step: int
-) -> Sink:
+) -> Tracker:
     writer = package.SummaryWriter(
         str(output / "tensorboard"), purge_step=first_step, flush_secs=_FLUSH
     )
@@ -69,13 +70,13 @@ def _open_tensorboard(
 
 def _open_tracker(
     name: str, package: Any, stack: contextlib.ExitStack, config: Config, output: Path, own: str
-) -> Sink:
+) -> Tracker:
     options = {"project": "lora_jax", "config": dataclasses.asdict(config), "resume": "allow"}
     title = output.resolve().name
     try:
         if name == "wandb":
             run = stack.enter_context(package.init(id=own, name=title, dir=output, **options))
-        else:  # it knows a run by its name alone
+        else:  # Trackio identifies a run by its name
             run = package.init(name=own, **options)
             stack.callback(package.finish)
     except Exception as error:  # no login, no network: these packages raise many kinds
@@ -86,7 +87,9 @@ def _open_tracker(
 
 
 def _run_id(output: Path, first_step: int) -> str:
-    """A name for the run in this directory that no other one has; the same when it goes on."""
+    """Return the ID in run_id.txt, by which W&B and Trackio identify the run; a new run gets a new
+    one.
+    """
     file = output / "run_id.txt"
     if first_step <= 1 or not file.is_file():
         title = re.sub(r"[^\w.-]+", "_", output.resolve().name)

@@ -1,4 +1,4 @@
-"""The frozen base of a run, as its adapters stand on it."""
+"""The frozen base of a run: fresh adapters may take their part out of it."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.report.progress import SILENT, Display
 
 
-def load(
+def load_base(
     config: Config,
     source: Path,
     model: Model,
@@ -25,12 +25,12 @@ def load(
     calibrate: Callable | None = None,
     display: Display = SILENT,
 ) -> tuple[Config, Mapping, Mapping]:
-    """The config with the ranks that the adapters have, the base as the run uses it, and fresh
+    """Return the config with the ranks of the adapters, the base as the run uses it, and fresh
     adapters. `calibrate` is that of `adapters.init`.
 
-    An init that takes its part out of the base, or makes up for its quantisation, sees the weights
-    of the files; what is left of them is quantised then (arXiv 2404.02948, section 4). The others
-    stand on the quantised base.
+    An init that takes its part out of the base, or compensates its quantisation, reads the weights
+    of the files, and the rest of them is quantised then (arXiv 2404.02948, section 4). Other inits
+    read the quantised base.
 
     Raises:
         UserError: what `formats.read_params` and `adapters.init` refuse.
@@ -45,7 +45,7 @@ def load(
     return config, quantize_tree(params, scheme) if scheme else params, adapters
 
 
-def load_under(
+def reload_base(
     config: Config,
     source: Path,
     model: Model,
@@ -53,7 +53,7 @@ def load_under(
     adapters: Mapping,
     display: Display = SILENT,
 ) -> Mapping:
-    """The base that `adapters` stand on: the one that `load` gave when they were fresh.
+    """Return the base under `adapters`: the one that `load_base` returned with them.
 
     Raises:
         UserError: what `formats.read_params` refuses.
@@ -66,8 +66,8 @@ def load_under(
 def _read(
     config: Config, source: Path, model: Model, mesh: Mesh, floats: bool, display: Display
 ) -> tuple[Mapping, str | None]:
-    """The weights, and the scheme that they are to be quantised with later, if they are wanted
-    before that.
+    """Return the weights, and the scheme to quantise them with later, if they are read as floats
+    (`floats`) and quantised after that.
     """
     later = config.base_dtype in SCHEMES and floats
     dtype = None if later else config.base_dtype

@@ -26,7 +26,7 @@ from lora_jax.cache import cache_directory, write_entry
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.report.scores import Answer
 from lora_jax.train import checkpoint
-from lora_jax.train.evaluate import Judge, Scores
+from lora_jax.train.evaluate import Evaluator, Scores
 
 _PACKAGE = Path(__file__).parent.parent
 _PACKAGES = ("lora_jax", "jax", "jaxlib", "flax", "transformers", "tokenizers", "jinja2")
@@ -45,44 +45,45 @@ _SIZES = (
 
 
 def measure(
-    judge: Judge, adapters: Any, prints: Mapping[str, str], say: Callable[[str], None]
+    evaluator: Evaluator, adapters: Any, prints: Mapping[str, str], say: Callable[[str], None]
 ) -> Scores:
     """The scores of adapters before the first step, out of the cache where it has them.
 
     prints: fingerprint of the base, the tokenizer and the template
     """
-    with judge.display.about("base"):
-        if not judge.config.eval.cache:
-            return judge.score(adapters)
-        key = _key(judge, adapters, prints)
+    with evaluator.display.about("base"):
+        if not evaluator.config.eval.cache:
+            return evaluator.score(adapters)
+        key = _key(evaluator, adapters, prints)
         file = cache_directory() / "scores" / f"{_digest(key)}.json"
         content = hosts.from_main(lambda: _read(file, key, say))
         if content is not None:
             say("base: scores of an earlier run; eval.cache=false measures them again")
-            judge.took.update(content["took"])
+            evaluator.took.update(content["took"])
             answers = [_to_answer(fields) for fields in content["answers"]]
-            return judge.with_metrics(content["losses"], answers)
-        found = judge.score(adapters)
+            return evaluator.with_metrics(content["losses"], answers)
+        found = evaluator.score(adapters)
     if hosts.is_main() and all(map(math.isfinite, found.losses.values())):
         answers = [dataclasses.asdict(answer) for answer in found.answers]
-        content = {"losses": dict(found.losses), "answers": answers, "took": judge.took}
+        content = {"losses": dict(found.losses), "answers": answers, "took": evaluator.took}
         _write(file, {"key": key, **content}, say)
     return found
 
 
-def _key(judge: Judge, adapters: Any, prints: Mapping[str, str]) -> dict[str, Any]:
-    config, model, mesh = judge.config, judge.model, judge.mesh
+def _key(evaluator: Evaluator, adapters: Any, prints: Mapping[str, str]) -> dict[str, Any]:
+    config, model, mesh = evaluator.config, evaluator.model, evaluator.mesh
+    held_out = evaluator.held_out
     settings, train = dataclasses.asdict(config), config.train
     device = mesh.devices.flat[0]
     return {
         "prints": {name: prints[name] for name in ("base", "tokenizer", "template")},
         "config.json": _digest(model.hf_config),
-        "stop_tokens": sorted(judge.reader.stop_tokens),
+        "stop_tokens": sorted(evaluator.reader.stop_tokens),
         "rows": {
             name: [one.system_prompt, _digest([repr(row) for row in one.rows]), len(one.examples)]
-            for name, one in judge.held_out.items()
+            for name, one in held_out.items()
         },
-        "examples": {name: _digest_examples(one.examples) for name, one in judge.held_out.items()},
+        "examples": {name: _digest_examples(one.examples) for name, one in held_out.items()},
         "data": {name: x for name, x in settings["data"].items() if name not in _ARRANGING},
         "eval": {name: x for name, x in settings["eval"].items() if name not in _REPORTING},
         "base_dtype": config.base_dtype,

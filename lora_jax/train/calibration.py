@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax.adapters import as_model_sees
-from lora_jax.config import DATA_INITS, VIRTUAL_TOKEN_METHODS, Config
+from lora_jax.config import Config
 from lora_jax.data import sets
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
+from lora_jax.settle import text_tokens
 from lora_jax.sharding import local_rows, place_batch
-from lora_jax.train.model import text_tokens
 from lora_jax.train.step import Batch, batch_sums
 from lora_jax.tree import flatten, unflatten
 from lora_jax.weights import Probe
@@ -37,9 +37,9 @@ def make_calibrate(
         UserError: batches without a supervised token; as the loader.
     """
     count, rows = config.adapter.calibration_batches, config.train.batch_size
-    if config.adapter.method in VIRTUAL_TOKEN_METHODS:
+    if config.adapter.trains_virtual_tokens:
         return as_model_sees(model, config.adapter, text_tokens(config.adapter, encoder.tokenizer))
-    if config.adapter.init not in DATA_INITS:
+    if not config.adapter.needs_data:
         return None
     # Its own: a stream is read once, and the run begins at its first row.
     loader = sets.make_loader(config, train_data, encoder, None, Console(quiet=True))

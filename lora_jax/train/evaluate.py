@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lora_jax import adapters as methods
 from lora_jax import data
-from lora_jax.config import Config
+from lora_jax.config import AdapterConfig, Config
 from lora_jax.data.sets import DataSet
 from lora_jax.generate import make_generate
 from lora_jax.models.common import Model
@@ -20,8 +20,9 @@ from lora_jax.nn.virtual import placeholders
 from lora_jax.report import scores
 from lora_jax.report.progress import SILENT, Display, Phase
 from lora_jax.report.scores import Answer
+from lora_jax.settle import find_stops
 from lora_jax.sharding import gather_to_host, place_batch
-from lora_jax.train.model import find_stops
+from lora_jax.targets import Trainable
 from lora_jax.train.step import make_classify, make_eval_step
 
 
@@ -90,20 +91,24 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Everything that scoring needs but the adapters.
+class Evaluator:
+    """Everything that measuring adapters on held-out data needs but the adapters.
 
+    adapter: their settings, or what these train of the model, where that is known
+    held_out: examples by name, of those that the config names: task, regression
+    generate: of a model that writes text; classify: of a classifier
     took: seconds of the last losses, and per answer of the last answers
     """
 
     config: Config
     model: Model
-    held_out: Mapping[str, DataSet]  # task, regression: those that the config names
+    adapter: AdapterConfig | Trainable
+    held_out: Mapping[str, DataSet]
     mesh: Mesh
     reader: data.AnswerReader
     eval_step: Callable
-    generate: Callable  # of a model that writes text
-    classify: Callable  # of one that classifies
+    generate: Callable
+    classify: Callable
     display: Display = SILENT
     took: dict[str, float] = field(default_factory=dict)
 
@@ -134,7 +139,7 @@ class Judge:
         return found
 
     def _batches(self, held_out: DataSet, adapters: Any) -> list[dict[str, np.ndarray]]:
-        places = placeholders(methods.prefix(adapters, self.config.adapter))
+        places = placeholders(methods.prefix(adapters, self.adapter))
         measured = scores.spread(held_out.examples, self.config.eval.loss_examples)
         measured = data.with_places(measured, places)
         # Examples of another adapter's config may leave no room for places.
@@ -174,14 +179,14 @@ class Judge:
         questions = dict(scores.spread(list(self.questions.items()), limit))
         answers = generate_all(
             self.generate,
-            methods.bind(self.model.params, adapters, config.adapter),
+            methods.bind(self.model.params, adapters, self.adapter),
             [np.asarray(tokens, np.int32) for tokens in questions],
             config.eval.generate_batch_size,
             phase,
             check,
             max_new_tokens=config.eval.max_new_tokens,
             stop_tokens=self.reader.stop_tokens,
-            prefix=methods.prefix(adapters, config.adapter),
+            prefix=methods.prefix(adapters, self.adapter),
         )
         return [
             to_answer(self.reader, rows, prompt, tokens)
@@ -277,18 +282,22 @@ def make_reader(
     )
 
 
-def make_judge(
+def make_evaluator(
     config: Config,
     model: Model,
     tokenizer: Any,
     held_out: Mapping[str, DataSet],
     mesh: Mesh,
     display: Display = SILENT,
-) -> Judge:
-    """A `Judge` with its compiled functions over the held-out data."""
-    return Judge(
+    trainable: Trainable | None = None,
+) -> Evaluator:
+    """Return an `Evaluator` with its compiled functions. `trainable` is what the config trains, if
+    that is known.
+    """
+    return Evaluator(
         config=config,
         model=model,
+        adapter=trainable or config.adapter,
         held_out=held_out,
         mesh=mesh,
         reader=make_reader(config, model, tokenizer, held_out.get("task")),

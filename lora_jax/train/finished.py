@@ -1,4 +1,4 @@
-"""A run that has taken its last step: what is missing of its exports, and its repair."""
+"""A run that has taken its last step: exports that are missing or wrong, and their repair."""
 
 import contextlib
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from lora_jax import hosts
 from lora_jax.config import Config
 from lora_jax.report import journal
 from lora_jax.train import export
+from lora_jax.train.monitor import LossMonitor
 from lora_jax.train.outputs import Run
-from lora_jax.train.session import Session
-from lora_jax.train.watch import Watch
+from lora_jax.train.ready import Ready
 
 
-def look(run: Run, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
+def find_finished(run: Run, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
     """Return the summary of a finished run, and which of its exports are not as it says.
 
     None: the run has steps left to take, and its summary is removed.
     """
     run.check()
     file = run.output / "summary.json"
-    watch = Watch(**record["watch"])
-    over = record["step"] == config.train.total_steps or watch.gave_up(config.train)
+    monitor = LossMonitor(**record["watch"])
+    over = record["step"] == config.train.total_steps or monitor.gave_up(config.train)
     if over and not record["pending"] and file.is_file():
         with contextlib.suppress(ValueError):  # damaged: the run writes it again
             summary = configs.read_json(file)
@@ -37,17 +37,19 @@ def look(run: Run, record: Mapping[str, Any], config: Config) -> dict[str, Any] 
     return None
 
 
-def mend(
+def repair(
     run: Run,
     done: Mapping[str, Any],
     record: Mapping[str, Any],
-    ready: Session,
+    ready: Ready,
     console: Console,
 ) -> dict[str, Any]:
-    """Export again, from the checkpoint, what `look` found wrong. Return the new summary."""
-    config, model, tokenizer, prints = ready.config, ready.model, ready.tokenizer, ready.prints
+    """Export again, from the checkpoint, what `find_finished` found wrong. Return the new
+    summary.
+    """
+    session = ready.session
     summary, wrong = dict(done["summary"]), done["wrong"]
-    probed = ready.choose_probe() if "merged" in wrong else []
+    examples = ready.choose_probe() if "merged" in wrong else []
     over = f"{run.output} is finished: {summary['steps']} steps"
     if not wrong:
         console.print(f"{over}; nothing is left to do")
@@ -55,17 +57,19 @@ def mend(
             console.print("note: its summary has no digests of its exports: they are not checked")
         return summary
     hosts.from_main(lambda: run.check_exports(wrong))
+    saved = export.Saved(run.place, record)
     for name, reason in wrong.items():
         console.print(
             f"{over}; {run.output / name} {reason}: it is exported again from the checkpoint "
             f"of step {summary['exported_step']}"
         )
-        kind = "peft" if name == "adapter" else "hf"
-        with run.exporting(name, config) as target:
-            summary |= export.export_checkpoint(
-                *(kind, target, run.place, record, config, model, tokenizer, prints),
-                *(console, probed, None, summary),
-            )
+        with run.exporting(name, session.config) as target:
+            if name == "adapter":
+                export.export_saved_adapter(target, saved, session, console, summary)
+            else:
+                summary |= export.export_saved_merged(
+                    target, saved, session, console, summary, examples
+                )
     summary["outputs"] = hosts.from_main(run.digests)
     journal.write_summary(run.output / "summary.json", summary)
     return summary

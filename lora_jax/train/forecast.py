@@ -2,17 +2,17 @@
 
 from lora_jax.config import Config
 from lora_jax.report.usage import Clock
-from lora_jax.train.evaluate import Judge
+from lora_jax.train.evaluate import Evaluator
 
 
-def seconds_left(judge: Judge, clock: Clock, step: int) -> tuple[float, bool]:
+def seconds_left(evaluator: Evaluator, clock: Clock, step: int) -> tuple[float, bool]:
     """Estimate the seconds until the end, with `step` steps done and its evaluation still due.
     False: evaluations are due of which none has been measured yet, and they are left out.
     """
-    config, took = judge.config, judge.took
+    config, took = evaluator.config, evaluator.took
     seconds = clock.remaining(config.train.total_steps - step)
-    due = evaluations(config, step) if judge.held_out else 0
-    answers = due_answers(judge, step)
+    due = evaluations(config, step) if evaluator.held_out else 0
+    answers = due_answers(evaluator, step)
     seconds += due * took.get("losses", 0.0) + answers * took.get("answers", 0.0)
     known = (not due or "losses" in took) and (not answers or "answers" in took)
     return seconds, known
@@ -23,15 +23,15 @@ def evaluations(config: Config, step: int) -> int:
     return _multiples(step, config.train.total_steps, config.train.eval_every)
 
 
-def due_answers(judge: Judge, step: int) -> int:
+def due_answers(evaluator: Evaluator, step: int) -> int:
     """Count the answers that are generated from `step` on: all of the held-out ones at the end and
     every eval.generate_every steps, samples at other evaluations.
     """
-    settings, steps = judge.config.eval, judge.config.train.total_steps
-    full = judge.count_answers(settings.generate_examples)
+    settings, steps = evaluator.config.eval, evaluator.config.train.total_steps
+    full = evaluator.count_answers(settings.generate_examples)
     times = _multiples(step, steps, settings.generate_every)
-    others = max(0, evaluations(judge.config, step) - times)
-    return times * full + others * judge.count_answers(settings.samples)
+    others = max(0, evaluations(evaluator.config, step) - times)
+    return times * full + others * evaluator.count_answers(settings.samples)
 
 
 def _multiples(step: int, steps: int, every: int | None) -> int:

@@ -1,9 +1,9 @@
-"""One run from top to bottom: config, base, adapters, evaluation, steps, checkpoints, export."""
+"""One run from top to bottom: session, base, adapters, evaluation, steps, checkpoints, export."""
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,48 +11,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax import adapters as methods
 from lora_jax import config as configs
-from lora_jax import data, formats, hosts, objectives
+from lora_jax import hosts, objectives
 from lora_jax.config import Config
 from lora_jax.data import sets
 from lora_jax.objectives import Objective
-from lora_jax.report import card, journal, plots, scores
-from lora_jax.report.console import (
-    describe_share,
-    make_console,
-    print_samples,
-    print_summary,
-    share,
-)
+from lora_jax.report import journal
+from lora_jax.report.console import make_console, print_summary, share
 from lora_jax.report.progress import Display
-from lora_jax.report.trackers import Sink, open_sinks
-from lora_jax.report.usage import device_memory, peak_rss_bytes
-from lora_jax.report.window import Window
-from lora_jax.train import (
-    base,
-    base_scores,
-    calibration,
-    checkpoint,
-    export,
-    finished,
-    interrupt,
-    norms,
-    outputs,
-    predictions,
-    session,
-    setup,
-    warn,
-)
-from lora_jax.train.evaluate import Judge, Scores, make_judge, score_pair
-from lora_jax.train.optimizer import make_optimizer
+from lora_jax.report.trackers import Tracker, open_trackers
+from lora_jax.session import Session
+from lora_jax.train import finished, interrupt, outputs, predictions, setup, warn
+from lora_jax.train.conclude import conclude
+from lora_jax.train.facts import versions
 from lora_jax.train.outputs import Run
-from lora_jax.train.session import Session
-from lora_jax.train.trainer import State, place_state, train
-from lora_jax.train.watch import Watch
+from lora_jax.train.ready import Ready, make_ready
+from lora_jax.train.start import Start, fresh_start, resumed_start
+from lora_jax.train.trainer import Training, train
 
 
 def run(
@@ -91,189 +68,118 @@ def _run(
     held: contextlib.ExitStack,
     objective: Objective | None,
 ) -> dict[str, Any]:
-    started, console = time.monotonic(), display.console
+    began, console = time.monotonic(), display.console
     objectives.choose(config, objective)  # before anything slow
     run, mesh, record = setup.prepare(config, held)
     device = jax.devices()[0].device_kind
     console.print(f"lora_jax {version('lora_jax')}, jax {jax.__version__}, {mesh.size} x {device}")
-    ready = session.read(config, mesh, record, display)
+    ready = make_ready(config, mesh, record, display)
+    done = None
     if record is not None:
-        done = hosts.from_main(lambda: finished.look(run, record, ready.config))
-        if done is not None:
-            return finished.mend(run, done, record, ready, console)
-    hosts.from_main(lambda: run.check_exports(outputs.wanted(ready.config)))
+        settled = ready.session.config
+        done = hosts.from_main(lambda: finished.find_finished(run, record, settled))
+    if record is not None and done is not None:
+        return finished.repair(run, done, record, ready, console)
+    hosts.from_main(lambda: run.check_exports(outputs.wanted(ready.session.config)))
     warnings = _warn(ready, console)
 
-    console.print(f"loading {ready.config.model}")
-    optimizer = make_optimizer(ready.config.train, ready.config.adapter)
-    init_key, dropout_key = jax.random.split(jax.random.key(ready.config.seed))
+    console.print(f"loading {config.model}")
     if record is None:
-        ready, params, state = _init(ready, mesh, optimizer, init_key, display)
+        start = fresh_start(ready, mesh, display)
     else:
-        params, state = _restore(ready, mesh, optimizer, run, record, display)
-    config, model = ready.config, ready.model.replace(params=params)
-    console.print(f"training {describe_share(ready.found.parameters, ready.frozen)}")
-    probed = ready.choose_probe()
-    judge = make_judge(config, model, ready.tokenizer, ready.held_out, mesh, display)
-    earlier = 0.0 if record is None else record.get("seconds", 0.0)
+        start = resumed_start(ready, mesh, run, record, display)
 
     def seconds() -> float:
-        return earlier + time.monotonic() - started
+        return start.seconds + time.monotonic() - began
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        before = _measure_before(judge, state, ready.prints, record)
         # A signal waits from the first file on: a run that has begun ends with a checkpoint.
         with signals.held():
-            _begin(run, judge, before, fresh=record is None)
-            sinks = stack.enter_context(_open_sinks(run, judge, state, before, record))
-            position = record and record["data"]
-            loader = sets.make_loader(config, ready.train_data, ready.encoder, position, console)
-            speed = train(
+            _write_first(run, start, fresh=record is None)
+            trackers = stack.enter_context(_open_trackers(run, start))
+            training = Training(
                 run=run,
-                judge=judge,
-                state=state,
-                loader=loader,
-                optimizer=optimizer,
-                key=dropout_key,
-                about=_about(run, ready, dropout_key, before),
-                console=console,
+                evaluator=start.evaluator,
+                loader=_make_loader(ready, start, console),
+                optimizer=start.optimizer,
+                key=start.key,
+                metadata=_metadata(run, ready, start),
                 signals=signals,
-                record=record,
-                sinks=sinks,
+                trackers=trackers,
                 seconds=seconds,
                 objective=objective,
             )
-        summary = conclude(run, judge, state, before, ready.prints, probed, sinks)
-    summary |= {"tokens_per_second": speed, **_count(ready)}
-    summary |= {"seconds": seconds(), "session_seconds": time.monotonic() - started}
+            speed = train(training=training, state=start.state, pending=start.pending)
+        summary = conclude(run, start, ready.fingerprint, trackers)
+    summary |= {"tokens_per_second": speed, **_count(start.session)}
+    summary |= {"seconds": seconds(), "session_seconds": time.monotonic() - began}
     summary["warnings"] = [*warnings, *warn.of_forgetting(summary["regression"])]
     _report(summary, run.output, console, len(warnings))
     return summary
 
 
-def _warn(ready: Session, console: Console) -> list[str]:
+def _warn(ready: Ready, console: Console) -> list[str]:
     """Print the warnings about a run, and return them."""
-    config, train_data = ready.config, ready.train_data
-    known = warn.name_training(train_data) | warn.name_held_out(config, ready.held_out)
+    session, train_data, held_out = ready.session, ready.train_data, ready.held_out
+    known = warn.name_training(train_data) | warn.name_held_out(session.config, held_out)
     measured = warn.measure(known, ready.encoder.counts)
-    warnings = warn.find(config, ready.model, ready.tokenizer, train_data, ready.held_out, measured)
+    warnings = warn.find(session, train_data, held_out, measured)
     for warning in warnings:
         console.print(f"warning: {warning}")
     return warnings
 
 
-def _init(
-    ready: Session, mesh: Mesh, optimizer: Any, key: jax.Array, display: Display
-) -> tuple[Session, Mapping, State]:
-    """Load the base and initialise the adapters. `init=eva` changes the ranks in the config."""
-    config, model = ready.config, ready.model
-    calibrate = calibration.make_calibrate(config, model, ready.train_data, ready.encoder, mesh)
-    config, params, adapters = base.load(config, ready.source, model, mesh, key, calibrate, display)
-    found = setup.find_trainable(config, model)
-    state = place_state(config, model, mesh, optimizer, ready.loaded or adapters)
-    return dataclasses.replace(ready, config=config, found=found), params, state
+def _make_loader(ready: Ready, start: Start, console: Console) -> Any:
+    """Return the batches of the run."""
+    config = start.session.config
+    return sets.make_loader(config, ready.train_data, ready.encoder, start.position, console)
 
 
-def _restore(
-    ready: Session,
-    mesh: Mesh,
-    optimizer: Any,
-    run: Run,
-    record: Mapping[str, Any],
-    display: Display,
-) -> tuple[Mapping, State]:
-    """Read the checkpoint of `record`, cut the logs back to its step, and load the base."""
-    config, model = ready.config, ready.model
-    empty = methods.shapes(model.params, config.adapter)
-    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
-    state = place_state(config, model, mesh, optimizer, empty)
-    step = record["step"]
-    state.adapters, state.opt_state, _ = checkpoint.restore(
-        run.place, state.adapters, state.opt_state, step
-    )
-    state.step, state.supervised_tokens = step, record["supervised_tokens"]
-    state.watch = Watch(**record["watch"])
-    state.window = Window(**record.get("window", {}))
-    # The line of a step whose evaluation was interrupted is written when it is made up for.
-    last = step - 1 if record["pending"] else step
-    for name in journal.LOGS:
-        journal.cut_back(run.output / name, last)
-    params = base.load_under(config, ready.source, model, mesh, state.adapters, display)
-    return params, state
-
-
-def _about(run: Run, ready: Session, key: jax.Array, before: Scores | None) -> dict[str, Any]:
-    """The part of a checkpoint's record that is the same at every step."""
+def _metadata(run: Run, ready: Ready, start: Start) -> dict[str, Any]:
+    """Return the part of a checkpoint's record that is the same at every step."""
+    before = start.before
     return {
         "run": run.id,
-        "config": dataclasses.asdict(ready.config),
+        "config": dataclasses.asdict(start.session.config),
         "given_adapter": dataclasses.asdict(ready.given),
-        "versions": export.versions(),
-        "fingerprint": ready.prints,
-        "rng": np.asarray(jax.random.key_data(key)).tolist(),
+        "versions": versions(),
+        "fingerprint": ready.fingerprint,
+        "rng": np.asarray(jax.random.key_data(start.key)).tolist(),
         "before": before and {"losses": before.losses, "metrics": before.metrics},
     }
 
 
-def _count(ready: Session) -> dict[str, Any]:
-    """The numbers of parameters, for the summary."""
-    trained, frozen = ready.found.parameters, ready.frozen
+def _count(session: Session) -> dict[str, Any]:
+    """Return the numbers of parameters, for the summary."""
+    trained, frozen = session.trainable.parameters, session.frozen
     return {
         "total_parameters": frozen + trained,
         "trainable_parameters": trained,
         "trainable_share": share(trained, frozen),
-        "adapter_bytes": 4 * ready.found.exported,
+        "adapter_bytes": 4 * session.trainable.exported,
     }
 
 
-def _measure_before(
-    judge: Judge,
-    state: State,
-    prints: Mapping[str, str],
-    record: Mapping[str, Any] | None,
-) -> Scores | None:
-    """The scores before the first step, which a checkpoint has; None with `eval.before=false`."""
-    console = judge.display.console
-    if record is not None:
-        before = record["before"] and Scores(**record["before"])
-        scored = f"; before: {before.describe()}" if before else ""
-        console.print(f"resumed from step {state.step}{scored}")
-        return before
-    if not judge.config.eval.before:
-        console.print("before: not measured (eval.before=false)")
-        return None
-    before = Scores({}, {})
-    if judge.held_out:
-        before = base_scores.measure(judge, state.adapters, prints, console.print)
-    console.print(f"before: {before.describe()}")
-    return before
-
-
-def _begin(run: Run, judge: Judge, before: Scores | None, fresh: bool) -> None:
-    """Write the first files: whatever failed before, the same output_dir can be used again."""
+def _write_first(run: Run, start: Start, fresh: bool) -> None:
+    """Write the first files. If anything failed before, the same output_dir can be used again."""
     if fresh:
         run.clear_logs()
     run.begin()
-    journal.write_whole(run.output / "config.yaml", configs.dump(judge.config))
-    if fresh and before is not None:
-        names = judge.config.eval.metrics
-        predictions.put(run.output / "predictions.jsonl", 0, before.answers, names)
+    config = start.session.config
+    journal.write_whole(run.output / "config.yaml", configs.dump(config))
+    if start.unsent is not None:
+        file, names = run.output / "predictions.jsonl", config.eval.metrics
+        predictions.put(file, 0, start.unsent.answers, names)
 
 
 @contextlib.contextmanager
-def _open_sinks(
-    run: Run,
-    judge: Judge,
-    state: State,
-    before: Scores | None,
-    record: Mapping[str, Any] | None,
-) -> Iterator[list[Sink]]:
-    """Open the sinks of `train.report_to`; those of a new run get the scores before it."""
-    first = 0 if record is None and before is not None else state.step + 1
-    with open_sinks(judge.config, run.output, first) as sinks:
-        if record is None and before is not None:
-            journal.send(sinks, 0, before.numbers())
-        yield sinks
+def _open_trackers(run: Run, start: Start) -> Iterator[list[Tracker]]:
+    """Open the trackers of `train.report_to`; those of a new run get the scores before it."""
+    first = start.state.step + 1 if start.unsent is None else 0
+    with open_trackers(start.session.config, run.output, first) as trackers:
+        if start.unsent is not None:
+            journal.send(trackers, 0, start.unsent.numbers())
+        yield trackers
 
 
 def _report(summary: Mapping[str, Any], output: Path, console: Console, said: int) -> None:
@@ -286,101 +192,3 @@ def _report(summary: Mapping[str, Any], output: Path, console: Console, said: in
         names = (path.name for path in output.iterdir())
         written = ", ".join(sorted(name for name in names if not name.startswith(".")))
         console.print(f"written to {output}: {written}")
-
-
-def conclude(
-    run: Run,
-    judge: Judge,
-    state: State,
-    before: Scores | None,
-    prints: Mapping[str, str],
-    probed: Sequence[data.Example] = (),
-    sinks: Sequence[Sink] = (),
-) -> dict[str, Any]:
-    """Score, plot and export the adapters to keep. Return that part of the summary."""
-    config, output, console = judge.config, run.output, judge.display.console
-    chosen, adapters = _choose(run, judge, state)
-    file = output / "metrics.jsonl"
-    curves: dict[str, Any] = hosts.from_main(lambda: journal.read_curves(file, judge.held_out))
-    after = state.scores if chosen == state.step else None
-    if after is None:
-        after = _score_exported(judge, adapters, chosen, curves)
-    predictions.put(output / "predictions.jsonl", chosen, after.answers, config.eval.metrics)
-    journal.send(sinks, state.step, after.metrics)
-    sizes = norms.measure(judge.model.params, adapters, config.adapter)
-    results = {name: score_pair(name, before, after) for name in ("task", "regression")}
-    run.remove_exports()
-    wanted = outputs.wanted(config)
-    if "adapter" in wanted:
-        _export_adapter(run, judge, adapters, prints, results)
-    for name, loss in before.losses.items() if before else ():
-        curves[name] = [(0, loss), *curves.get(name, [])]
-    plots.plot_losses(output / "plots" / "loss.png", curves)
-    if sizes:
-        plots.plot_norms(output / "plots" / "norms.png", sizes)
-    samples = scores.spread(after.answers, config.eval.samples)
-    journal.append_samples(output / "samples.jsonl", state.step, samples)
-    print_samples(console, samples)
-    merged: dict[str, Any] = {}
-    if "merged" in wanted:  # last, as a gate may refuse it
-        with judge.display.phase("merging"), run.exporting("merged", config) as target:
-            stops = judge.reader.stop_tokens
-            merged = export.export_merged(
-                target, config, judge.model, adapters, console, probed, stops, results
-            )
-    return {
-        "steps": state.step,
-        "exported_step": chosen,
-        "supervised_tokens": round(state.supervised_tokens),
-        "peak_rss_bytes": peak_rss_bytes(),
-        **device_memory(),
-        "checkpoint_bytes": hosts.from_main(lambda: checkpoint.size(run.place, state.step)),
-        **results,
-        **norms.summarize(sizes),
-        **merged,
-        "outputs": hosts.from_main(run.digests),
-    }
-
-
-def _choose(run: Run, judge: Judge, state: State) -> tuple[int, Any]:
-    """The step to export, and its adapters: the last or, where it is asked for, the best."""
-    best = state.watch.best_step
-    wanted = judge.config.train.load_best_model_at_end
-    if not wanted or best is None or best == state.step:
-        return state.step, state.adapters
-    adapters, _, _ = checkpoint.restore(run.place, state.adapters, step=best)
-    judge.display.console.print(f"the adapters of step {best} are the best: these are exported")
-    return best, adapters
-
-
-def _export_adapter(
-    run: Run,
-    judge: Judge,
-    adapters: Mapping,
-    prints: Mapping[str, str],
-    results: card.Results,
-) -> None:
-    """Write the PEFT directory, with notes on what serves or ends its answers."""
-    config, model, reader = judge.config, judge.model, judge.reader
-    stops = reader.stop_tokens
-    with judge.display.phase("writing the adapter"), run.exporting("adapter", config) as target:
-        export.export_peft(target, config, model, adapters, prints, stops=stops, results=results)
-    trainable = methods.find_trainable(model.params, config.adapter)
-    problems = formats.serving_problems(trainable)
-    for problem in [*problems, *export.describe_stops(model, reader.tokenizer, stops)]:
-        judge.display.console.print(f"note: {problem}")
-
-
-def _score_exported(
-    judge: Judge,
-    adapters: Any,
-    step: int,
-    curves: Mapping[str, Sequence[tuple[int, float]]],
-) -> Scores:
-    """The scores of the adapters of a step, its losses out of the curves where they are."""
-    logged = {name: dict(curves.get(name, ())) for name in judge.held_out}
-    # A run that was resumed with other settings may end at a step without an evaluation.
-    known = all(step in points for points in logged.values())
-    losses = {name: points[step] for name, points in logged.items()} if known else None
-    with judge.display.about(f"step {step}"):
-        return judge.score(adapters, losses)

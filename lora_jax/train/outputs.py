@@ -191,7 +191,7 @@ class Run:
 
 def wanted(config: Config) -> list[str]:
     """The exports that a run of `config` ends with; full fine-tuning has a model alone."""
-    full = config.adapter.method == "full"
+    full = config.adapter.trains_everything
     chosen = {"adapter": config.export.peft and not full, "merged": config.export.merged or full}
     return [name for name in EXPORTS if chosen[name]]
 

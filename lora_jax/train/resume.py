@@ -18,6 +18,11 @@ _RANKS = (
 )
 
 
+def with_stored(record: Mapping[str, Any], config: Config) -> Config:
+    """Return the config with the ranks and the date that the run of `record` has settled."""
+    return with_date(record, with_ranks(record, config))
+
+
 def with_ranks(record: Mapping[str, Any], config: Config) -> Config:
     """The config with the ranks that init=eva has found, where those of the config are the ones
     that the run of `record` was asked for.

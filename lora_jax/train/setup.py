@@ -1,11 +1,9 @@
-"""Checks and reads of a run before anything slow starts."""
+"""Checks of a run before anything slow starts."""
 
 import contextlib
-import dataclasses
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
-from lora_jax import data, formats, hosts, quantize, sharding, targets
-from lora_jax.config import (
-    LOSSES,
-    VIRTUAL_TOKEN_METHODS,
-    AdapterConfig,
-    Config,
-    expand,
-    options_of,
-    virtual_tokens,
-)
+from lora_jax import data, formats, hosts, sharding
+from lora_jax.config import LOSSES, Config, expand, virtual_tokens
 from lora_jax.data.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
@@ -30,7 +20,9 @@ from lora_jax.models.common import Model
 from lora_jax.nn import kernels
 from lora_jax.objectives.router import check_experts
 from lora_jax.report import scores
-from lora_jax.report.trackers import check_sinks
+from lora_jax.report.console import print_notes
+from lora_jax.report.trackers import check_trackers
+from lora_jax.session import Session
 from lora_jax.train import directory
 from lora_jax.train.evaluate import make_reader
 from lora_jax.train.outputs import Run
@@ -39,11 +31,11 @@ _SHARED = 15.0  # seconds until a file that one host wrote must be there on the 
 
 
 def prepare(config: Config, held: contextlib.ExitStack) -> tuple[Run, Mesh, dict[str, Any] | None]:
-    """The run in its directories, made and locked until `held` ends, the mesh, and the record of
-    the checkpoint that the run goes on from, if there is one.
+    """Return the run in its directories, made and locked until `held` ends, the mesh, and the
+    record of the checkpoint that the run goes on from, if there is one.
 
     Raises:
-        UserError: no training data named; a metric or sink whose package is missing; a mesh that
+        UserError: no training data named; a metric or tracker whose package is missing; a mesh that
             does not fit the devices, the batch or the rows; a shard size that is none; directories
             that are in use, hold something, cannot be written or are not shared by all hosts; as
             `directory.open_run`.
@@ -63,14 +55,14 @@ def prepare(config: Config, held: contextlib.ExitStack) -> tuple[Run, Mesh, dict
 
 
 def check_settings(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Raise what neither model nor data decide.
+    """Check what depends on neither model nor data.
 
     Raises:
-        UserError: a metric or sink whose package is missing; a mesh that does not fit the batch or
-            the rows; a shard size that is none.
+        UserError: a metric or tracker whose package is missing; a mesh that does not fit the batch
+            or the rows; a shard size that is none.
     """
     scores.check(config.eval.metrics)
-    check_sinks(config.train.report_to)
+    check_trackers(config.train.report_to)
     micro = config.train.micro_batch_size
     sharding.check_batch(
         micro or config.train.batch_size, mesh, f"train.{'micro_' if micro else ''}batch_size"
@@ -101,35 +93,6 @@ def _check_shared(directory: Path) -> None:
         )
 
 
-def continue_adapter(config: Config, model: Model) -> tuple[Config, Mapping | None]:
-    """With `adapter.path`, the config with that adapter's settings, and its weights; otherwise the
-    config as it is.
-
-    Raises:
-        UserError: files that do not fit the model, or settings that contradict the adapter's.
-    """
-    if config.adapter.path is None:
-        return config, None
-    given, default = config.adapter, AdapterConfig(method=config.adapter.method)
-    path = expand(config.adapter.path, "adapter.path")
-    if path.suffix == ".safetensors":
-        adapters, found = formats.read_loralib(path, model.params, given)
-    else:
-        adapters, found = formats.read_adapter(path, model.params, model)
-    free = [name for name, rule in options_of(AdapterConfig).items() if rule.with_path]
-    problems, kept = [], {name: getattr(given, name) for name in free}
-    for field in dataclasses.fields(AdapterConfig):
-        mine, theirs = getattr(given, field.name), getattr(found, field.name)
-        if field.name not in free and mine != getattr(default, field.name) and mine != theirs:
-            if not field.name.endswith("_modules"):  # compared by what they select, below
-                problems.append(
-                    f"adapter.{field.name}={mine!r} contradicts {given.path}, which has "
-                    f"{theirs!r}; leave it out"
-                )
-    raise_all(problems)
-    return dataclasses.replace(config, adapter=dataclasses.replace(found, **kept)), adapters
-
-
 def check_attention(config: Config, model: Model, mesh: Mesh, console: Console) -> None:
     """Note heads that the mesh cannot split.
 
@@ -137,18 +100,17 @@ def check_attention(config: Config, model: Model, mesh: Mesh, console: Console) 
         UserError: a `train.attention` that cannot compute the model on these devices, or a prefix.
     """
     settings, device = config.train, mesh.devices.flat[0]
-    if config.adapter.method == "prefix" and settings.attention not in ("auto", "xla"):
+    if config.adapter.trains_prefix and settings.attention not in ("auto", "xla"):
         raise UserError(
             f"train.attention={settings.attention} does not read the keys and values of "
             "adapter.method=prefix; use auto or xla"
         )
     kernels.choose(settings.attention, model.config, settings.compute_dtype, device)
-    for note in head_notes(model, mesh.shape["tensor"]):
-        console.print(f"note: {note}")
+    print_notes(console, head_notes(model, mesh.shape["tensor"]))
 
 
 def head_notes(model: Model, splits: int) -> Iterator[str]:
-    """Notes on what a tensor axis of so many devices cannot split."""
+    """Yield a note on heads that a tensor axis of `splits` devices cannot split."""
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     if heads % splits:
         yield (
@@ -162,70 +124,44 @@ def head_notes(model: Model, splits: int) -> Iterator[str]:
         )
 
 
-def find_trainable(config: Config, model: Model) -> targets.Trainable:
-    """Find what the run trains, from the shapes of `model`.
+def check_training(session: Session) -> None:
+    """Raise if the model cannot be trained as the config says.
 
     Raises:
-        UserError: as `targets.find_trainable`, of the base as `base_dtype` will have it; adapters
-            that `export.peft` could not write; a loss of routers where there are none.
+        UserError: as `Session.trainable`; adapters that `export.peft` could not write; a loss of
+            routers where there are none.
     """
-    if config.base_dtype in quantize.SCHEMES:
-        # An init that changes the base does so before it is quantised.
-        adapter = dataclasses.replace(config.adapter, init="default")
-        base = jax.eval_shape(
-            lambda params: quantize.quantize_tree(params, str(config.base_dtype)), model.params
-        )
-        targets.find_trainable(base, adapter)
+    config, model = session.config, session.model
     check_experts(model, config)
-    found = targets.find_trainable(model.params, config.adapter)
-    if config.export.peft and config.adapter.method != "full":
-        raise_all([f"export.peft: {problem}" for problem in formats.peft_problems(found, model)])
-    return found
+    trainable = session.trainable
+    if config.export.peft and not config.adapter.trains_everything:
+        problems = formats.peft_problems(trainable, model)
+        raise_all([f"export.peft: {problem}" for problem in problems])
 
 
-def take_fingerprint(
-    config: Config, base: Future[str], tokenizer: Any, record: Mapping[str, Any] | None
-) -> dict[str, str]:
-    """The fingerprint of tokenizer and template, after a comparison with those of the checkpoint
-    or of `adapter.path`, if there is one. Only then the digest of the base is waited for.
+def check_fingerprint(session: Session, record: Mapping[str, Any] | None) -> None:
+    """Compare tokenizer, template and base with those of the checkpoint, or of `adapter.path`.
+    Without either, the digest of the base is not waited for.
 
     Raises:
-        UserError: what differs, by name; as `settle_base`.
+        UserError: everything that differs, by name; as `Session.fingerprint`.
     """
-    template = data.template_text(tokenizer, config.data.chat_template)
-    found, stored, what = fingerprint.take_texts(tokenizer, template), {}, ""
+    config = session.config
     if record is not None:
-        stored, what = record["fingerprint"], "the checkpoint"
+        stored, origin = record["fingerprint"], "the checkpoint"
     elif config.adapter.path is not None:
-        what = str(expand(config.adapter.path, "adapter.path"))
-        stored = formats.read_fingerprint(Path(what))
-    if what:  # on all hosts alike, whatever their files say
-        found["base"] = settle_base(base)
-    fingerprint.check(stored, found, what, config.allow_change)
-    return found
+        origin = str(expand(config.adapter.path, "adapter.path"))
+        stored = formats.read_fingerprint(Path(origin))
+    else:
+        return
+    fingerprint.check(stored, session.fingerprint, origin, config.allow_change)
 
 
-def settle_base(base: Future[str]) -> str:
-    """The digest of the base, which is the same on all hosts. Each reads its own files.
-
-    Raises:
-        UserError: another host has other weights; as `fingerprint.base_digest`.
-    """
-    digest = base.result()
-    if (main := hosts.from_main(lambda: digest)) != digest:
-        raise UserError(
-            f"host {jax.process_index()} has other weights of the base than host 0: its files are "
-            "damaged or of another version; copy them again"
-        )
-    return main
-
-
-def check_metrics(
-    config: Config, model: Model, tokenizer: Any, held_out: Mapping[str, DataSet]
-) -> None:
+def check_metrics(session: Session, held_out: Mapping[str, DataSet]) -> None:
     """Raise if the held-out answers are not what `eval.metrics` compares, or if it does not measure
     `train.metric_for_best_model`.
     """
+    config = session.config
     best, known = config.train.metric_for_best_model, (*LOSSES, *config.eval.metrics)
     if best not in known:
         raise UserError(
@@ -234,7 +170,7 @@ def check_metrics(
         )
     task = held_out.get("task")
     if task is not None and config.eval.generate:
-        reader = make_reader(config, model, tokenizer, task)
+        reader = make_reader(config, session.model, session.tokenizer, task)
         rows = (row for row in task.rows if isinstance(row, data.Row))
         texts = (text for row in rows for text in reader.references([row]))
         scores.check(config.eval.metrics, texts)
@@ -249,14 +185,14 @@ def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: 
     positions = model.config.max_position_embeddings
     if (limit := model.learned_positions) is not None:
         adapter = config.adapter
-        virtual = virtual_tokens(adapter) if adapter.method in VIRTUAL_TOKEN_METHODS else 0
+        virtual = virtual_tokens(adapter) if adapter.trains_virtual_tokens else 0
         room = limit - (0 if adapter.prefix_gate else virtual)
-        longest = limit if adapter.method == "prompt" else room  # data.max_length counts these
-        beside = f", {virtual} of them for virtual tokens" if room < limit else ""
+        longest = limit if adapter.trains_prompt else room  # data.max_length counts these
+        virtual_part = f", {virtual} of them for virtual tokens" if room < limit else ""
         data.raise_first(
             [
                 f"{example.where}: {example.length} tokens, and {config.model} has positions for "
-                f"{limit}{beside}; set data.max_length to {longest} or less"
+                f"{limit}{virtual_part}; set data.max_length to {longest} or less"
                 for one in sets
                 for example in one.examples
                 if example.length > room

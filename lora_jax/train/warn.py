@@ -1,7 +1,7 @@
 """Warnings about a run that can be given before it starts, the same wherever they are given.
 
 warn.of_config(config)      # from settings alone: --dry-run, plan
-warn.find(config, model, tokenizer, train, held_out, measured)  # inspect, a run before its steps
+warn.find(session, train, held_out, measured)  # inspect, a run before its steps
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +16,7 @@ from lora_jax.config import Config, TrainConfig, find_unused
 from lora_jax.data.sets import DataSet, TrainData
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
+from lora_jax.session import Session
 
 _FORGOTTEN = 0.3  # nats that a regression loss may rise without a warning
 _LITTLE = 0.01  # a supervised share below it is worth a warning
@@ -58,7 +59,7 @@ class Measured:
 def of_config(config: Config) -> Iterator[str]:
     """Settings that are certain to miss their purpose."""
     yield from find_unused(config)
-    if not (config.export.peft or config.export.merged or config.adapter.method == "full"):
+    if not (config.export.peft or config.export.merged or config.adapter.trains_everything):
         yield "export.peft=false and export.merged=false: the run leaves nothing but checkpoints"
     if config.train.steps is not None:  # else they follow from the data
         yield from _of_steps(config.train, config.train.steps)
@@ -88,20 +89,20 @@ def _of_steps(settings: TrainConfig, steps: int) -> Iterator[str]:
 
 
 def find(
-    config: Config,
-    model: Model,
-    tokenizer: Any,
+    session: Session,
     train: TrainData,
     held_out: Mapping[str, DataSet],
     measured: Mapping[str, Measured],
 ) -> list[str]:
-    """All warnings about a run with these data; of a stream, about what was read of it."""
+    """Return all warnings about a run with these data; for a stream, about the part that was
+    read.
+    """
     return [
-        *of_config(config),
-        *_missing(config, model),
+        *of_config(session.config),
+        *_missing(session.config, session.model),
         *_of_sets(measured),
         *_of_overlap(train, held_out),
-        *([] if model.labels else _endless(config, model, tokenizer, train)),
+        *([] if session.model.labels else _endless(session, train)),
     ]
 
 
@@ -193,12 +194,13 @@ def _of_sets(measured: Mapping[str, Measured]) -> Iterator[str]:
             )
 
 
-def _endless(config: Config, model: Model, tokenizer: Any, train: TrainData) -> Iterator[str]:
-    settings = config.data
+def _endless(session: Session, train: TrainData) -> Iterator[str]:
+    """Yield a warning on answers that do not end."""
+    settings = session.config.data
     try:
-        extra = formats.stop_tokens(model.directory)
+        extra = formats.stop_tokens(session.source)
         stops = data.stop_tokens(
-            tokenizer, settings.chat_template, extra, settings.chat_template_kwargs
+            session.tokenizer, settings.chat_template, extra, settings.chat_template_kwargs
         )
     except UserError as error:  # the template may accept the rows all the same
         yield f"the tokens that end an answer are not known: {error}"

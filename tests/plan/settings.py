@@ -15,7 +15,7 @@ from lora_jax import config as configs
 from lora_jax import sharding
 from lora_jax.config import MeshConfig
 from lora_jax.plan import analytic, compiled, hlo, roofline
-from lora_jax.plan.program import build, describe
+from lora_jax.plan.program import build, open_shapes
 
 BFLOAT16 = ("base_dtype=bfloat16", "train.compute_dtype=bfloat16")
 # A method with its base, a mesh, a remat policy and micro-batches.
@@ -36,7 +36,7 @@ def measure(model: str, overrides: tuple[str, ...]) -> dict:
     common = [f"model={model}", "base_dtype=float32", "adapter.rank=16", "mesh.data=1"]
     common += ["data.max_length=512", "train.batch_size=16"]
     config = configs.parse({}, [*common, *overrides])
-    settled, described = describe(config)
+    settled, described = open_shapes(config)
     devices = jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor]
     program = build(settled, described, sharding.make_mesh(config.mesh, devices))
     found = analytic.estimate(program, "cpu")

@@ -14,7 +14,7 @@ from lora_jax.cli import main
 from lora_jax.errors import UserError
 from lora_jax.plan import analytic, compiled, roofline
 from lora_jax.plan.chips import CHIPS, parse_topology
-from lora_jax.plan.program import build, describe
+from lora_jax.plan.program import build, open_shapes
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -167,7 +167,7 @@ def test_a_dtype_that_cannot_be_known(capsys, llama):
 
 
 def total_of(file, overrides, devices):
-    config, model = describe(configs.load(file, overrides))
+    config, model = open_shapes(configs.load(file, overrides))
     program = build(config, model, sharding.abstract_mesh(config.mesh, devices))
     return analytic.estimate(program).total
 
@@ -201,7 +201,7 @@ def test_search_is_the_best_of_all(capsys, llama):
                 continue
             mesh = ["mesh.data=-1", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"]
             train = [f"train.micro_batch_size={micro or 'null'}", f"train.remat={remat}"]
-            config, model = describe(configs.load(llama(), [*given, *mesh, *train]))
+            config, model = open_shapes(configs.load(llama(), [*given, *mesh, *train]))
             program = build(config, model, sharding.abstract_mesh(config.mesh, 4))
             one = analytic.estimate(program)
             every.append((roofline.find_bounds(program, chip, one).seconds, one.total))
@@ -221,7 +221,7 @@ def test_operations_against_the_compiler(llama):
     common = ["train.remat=none", "data.max_length=256", "train.batch_size=2"]
     common += ["train.compute_dtype=float32"]
     for change in ("rank=64", "method=full", "modules_to_save=[lm_head]"):
-        config, model = describe(configs.load(file, [*common, f"adapter.{change}"]))
+        config, model = open_shapes(configs.load(file, [*common, f"adapter.{change}"]))
         program = build(config, model, sharding.make_mesh(config.mesh))
         real = program.lower().cost_analysis()["flops"]
         assert 0.97 < roofline.count(program).model_flops / real < 1

@@ -9,11 +9,10 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import hosts
+from lora_jax import hosts, session
 from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
 from lora_jax.formats import digests, fingerprint
-from lora_jax.train import setup
 
 from .conftest import write_model, write_rows
 
@@ -195,10 +194,10 @@ def test_the_digest_of_an_earlier_version_is_not_compared(home, adapter, edit_js
 def test_hosts_with_other_weights_are_refused(monkeypatch):
     future = Future()
     future.set_result("sha256:1")
-    assert setup.settle_base(future) == "sha256:1"
+    assert session.settle_base(future) == "sha256:1"
     monkeypatch.setattr(hosts, "from_main", lambda make: "sha256:2")
     with pytest.raises(UserError, match="host 0 has other weights of the base than host 0"):
-        setup.settle_base(future)
+        session.settle_base(future)
 
 
 def test_trained_tokens_over_a_head_that_config_json_ties(home, base, tmp_path, capsys):

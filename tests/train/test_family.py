@@ -18,7 +18,7 @@ from lora_jax.errors import UserError
 from lora_jax.generate.answer import answer
 from lora_jax.report.console import make_console
 from lora_jax.sharding import make_mesh
-from lora_jax.train import base, checkpoint, export
+from lora_jax.train import base, checkpoint, export, merged
 
 from .conftest import distance, random_adapters, write_model
 
@@ -65,7 +65,7 @@ def reload(run):
     shapes = lora.shapes(described.params, config.adapter)
     adapters, _, _ = checkpoint.restore(run / "checkpoints", shapes)
     mesh = make_mesh(MeshConfig())
-    params = base.load_under(config, described.directory, described, mesh, adapters)
+    params = base.reload_base(config, described.directory, described, mesh, adapters)
     return config, described.replace(params=params), adapters
 
 
@@ -157,7 +157,7 @@ def test_tied_embeddings_live_merged_and_in_transformers(tmp_path, fields):
     config = configs.parse({"model": str(directory), "adapter": fields | {"rank": 4}})
     params, adapters = lora.init(jax.random.key(0), model.params, config.adapter)
     adapters = random_adapters(adapters, seed=5)
-    export.export_merged(
+    merged.export_merged(
         tmp_path / "merged", config, model.replace(params=params), adapters, make_console()
     )
     tokens = np.random.default_rng(1).integers(0, 272, (2, 9))
@@ -238,7 +238,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
     params, adapters = lora.init(jax.random.key(0), model.params, config.adapter)
     huge = jax.tree.map(lambda leaf: leaf + 1e3, adapters)
     with pytest.raises(UserError, match="float16 cannot hold"):
-        export.export_merged(
+        merged.export_merged(
             tmp_path / "merged", config, model.replace(params=params), huge, make_console()
         )
     assert not (tmp_path / "merged").exists()

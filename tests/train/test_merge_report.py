@@ -23,7 +23,7 @@ from lora_jax.report import merge as merge_report
 from lora_jax.report.console import make_console
 from lora_jax.sharding import make_mesh
 from lora_jax.targets import HEAD, find_trainable
-from lora_jax.train import export, probe
+from lora_jax.train import merged, probe
 from lora_jax.weights import Untied
 
 from ..families import FAMILIES, random_model
@@ -280,7 +280,7 @@ def merge_into(target, half, adapters, *overrides, rows=None):
         {"model": config.model, "base_dtype": "bfloat16", "adapter": {"rank": 4}}, overrides
     )
     rows = examples(0) if rows is None else rows
-    return export.export_merged(target, own, model, adapters, make_console(), rows)
+    return merged.export_merged(target, own, model, adapters, make_console(), rows)
 
 
 GATES = ("export.min_merge_cosine=0.99", "export.max_merge_kl=0.05")
@@ -326,13 +326,13 @@ def test_float32_over_a_bfloat16_base_rounds_once(half, tmp_path):
 
 def test_a_merge_with_a_wrong_scale_is_refused(half, tmp_path, monkeypatch):
     model, config, adapters = half
-    right = export._merge
+    right = merged._merge
 
     def wrong(bound, params, dtype):
         """As if alpha were eight times what it was in training."""
         return right(lora.bind(model.params, scaled(adapters, 8.0), config.adapter), params, dtype)
 
-    monkeypatch.setattr(export, "_merge", wrong)
+    monkeypatch.setattr(merged, "_merge", wrong)
     with pytest.raises(UserError, match="above export.max_merge_kl=0.05") as refused:
         merge_into(tmp_path / "wrong", half, adapters, GATES[1])
     assert "the merged model is not the one that was trained" in str(refused.value)

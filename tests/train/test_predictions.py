@@ -83,7 +83,7 @@ def test_metrics_of_answers_are_in_the_log_and_the_best_is_exported(run):
 
 
 def test_the_trackers_have_the_base_and_the_answers(run):
-    from .test_sinks import shown
+    from .test_trackers import shown
 
     curves = shown(run / "tensorboard")
     task = summary(run)["task"]

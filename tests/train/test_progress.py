@@ -168,16 +168,16 @@ def test_an_eta_says_what_it_leaves_out_and_never_stands_at_zero(tmp_path, left,
     assert printed(console)[0].endswith(end)
 
 
-def make_judge(took, *overrides, prompts=20):
-    """What `forecast` reads of a `Judge`."""
+def make_evaluator(took, *overrides, prompts=20):
+    """What `forecast` reads of a `Evaluator`."""
     count = lambda limit: prompts if limit is None else min(limit, prompts)  # noqa: E731
     config = make_config("data.eval=e", "train.steps=100", *overrides)
     return SimpleNamespace(config=config, took=took, held_out={"task": 1}, count_answers=count)
 
 
-def seconds(judge, step):
+def seconds(evaluator, step):
     clock: Any = SimpleNamespace(remaining=lambda steps: 2.0 * steps)
-    return forecast.seconds_left(judge, clock, step)
+    return forecast.seconds_left(evaluator, clock, step)
 
 
 TOOK = {"losses": 10.0, "answers": 0.5}
@@ -197,13 +197,13 @@ TOOK = {"losses": 10.0, "answers": 0.5}
     ],
 )
 def test_the_eta_counts_the_evaluations_still_to_come(overrides, step, expected):
-    assert seconds(make_judge(TOOK, *overrides), step) == (expected, True)
+    assert seconds(make_evaluator(TOOK, *overrides), step) == (expected, True)
 
 
 def test_evaluations_that_were_never_measured_are_said_to_be_left_out():
-    assert seconds(make_judge({}), 40) == (120, False)
-    assert seconds(make_judge({"losses": 10.0}), 40) == (130, False)
-    assert seconds(make_judge({"losses": 10.0}, prompts=0), 40) == (130, True)
+    assert seconds(make_evaluator({}), 40) == (120, False)
+    assert seconds(make_evaluator({"losses": 10.0}), 40) == (130, False)
+    assert seconds(make_evaluator({"losses": 10.0}, prompts=0), 40) == (130, True)
 
 
 def test_times_are_minutes_or_hours():

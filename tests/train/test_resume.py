@@ -17,8 +17,8 @@ import yaml
 from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
 from lora_jax.report.journal import read_lines
-from lora_jax.train import checkpoint, loop, trainer
-from lora_jax.train.evaluate import Judge
+from lora_jax.train import base, checkpoint, loop, trainer
+from lora_jax.train.evaluate import Evaluator
 
 from .conftest import SUMS, write_model, write_rows
 
@@ -178,7 +178,7 @@ def test_a_line_is_the_mean_over_its_steps_however_often_the_run_is_resumed(
 
 
 def test_a_signal_ends_an_evaluation_at_once(config, tmp_path, monkeypatch, whole):
-    losses, calls = Judge.losses, 0
+    losses, calls = Evaluator.losses, 0
 
     def signal_inside(self, adapters, *check):
         nonlocal calls
@@ -191,7 +191,7 @@ def test_a_signal_ends_an_evaluation_at_once(config, tmp_path, monkeypatch, whol
 
     parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(Judge, "losses", signal_inside)
+        patch.setattr(Evaluator, "losses", signal_inside)
         assert train_main(command(config, parts, "eval.cache=false")) == 0
     assert read_lines(parts / "metrics.jsonl")[-1]["step"] == 11
     train(config, parts, "resume=true")
@@ -236,7 +236,7 @@ def test_a_signal_before_the_first_step_leaves_a_directory_to_start_in(
         time.sleep(0.05)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.formats, "read_params", stop)
+        patch.setattr(base.formats, "read_params", stop)
         assert train_main(command(config, tmp_path / "out")) == 0
     assert not list((tmp_path / "out").iterdir())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

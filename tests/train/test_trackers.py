@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from lora_jax.cli import train_main
 from lora_jax.errors import UserError
 from lora_jax.report.journal import read_lines
-from lora_jax.report.trackers import check_sinks, open_sinks
+from lora_jax.report.trackers import check_trackers, open_trackers
 
 from .conftest import make_config
 
@@ -108,7 +108,7 @@ def runs(files, stands, tmp_path_factory):
     """A run of four steps, and the same killed after step 4 was logged and before it was saved,
     which went on from step 2: their directories.
     """
-    whole = tmp_path_factory.mktemp("sinks") / "whole"
+    whole = tmp_path_factory.mktemp("trackers") / "whole"
     settings = (
         *("train.steps=4", "train.save_every=2", "train.eval_every=2", "eval.generate=false"),
         *("train.report_to=[tensorboard,wandb,trackio]", f"data.eval={files / 'rows.jsonl'}"),
@@ -167,20 +167,20 @@ def test_a_run_that_starts_anew_is_another_one(tmp_path, stands):
     config = make_config("train.report_to=[wandb]")
     ids = []
     for first_step in (1, 1, 3):
-        with open_sinks(config, tmp_path, first_step):
+        with open_trackers(config, tmp_path, first_step):
             ids.append(stands["wandb"].calls[-1]["id"])
     assert ids[0] != ids[1] == ids[2]
 
 
 def test_without_sinks_nothing_is_written(tmp_path):
-    with open_sinks(make_config(), tmp_path, 1) as sinks:
-        assert sinks == [] and not list(tmp_path.iterdir())
+    with open_trackers(make_config(), tmp_path, 1) as trackers:
+        assert trackers == [] and not list(tmp_path.iterdir())
 
 
 def test_tensorboard_started_anew_hides_what_was_there(tmp_path):
     config = make_config("train.report_to=[tensorboard]")
     for value in (1.0, 2.0):
-        with open_sinks(config, tmp_path, 1) as (send,):
+        with open_trackers(config, tmp_path, 1) as (send,):
             send(1, {"loss": value})
         time.sleep(1.1)  # files are named by the second
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
@@ -203,7 +203,7 @@ def test_a_sink_that_does_not_start_is_one_error_and_the_others_are_closed(
     monkeypatch.setattr(sys.modules[name], "init", refuse)
     config = make_config(f"train.report_to=[{kinds[name]}, {name}]")
     with contextlib.ExitStack() as stack, pytest.raises(UserError) as raised:
-        stack.enter_context(open_sinks(config, tmp_path, 1))
+        stack.enter_context(open_trackers(config, tmp_path, 1))
     assert str(raised.value) == (
         f"train.report_to: {name} cannot be started: no API key. Set it up, or leave it out"
     )
@@ -213,9 +213,9 @@ def test_a_sink_that_does_not_start_is_one_error_and_the_others_are_closed(
 def test_missing_packages_are_named_before_anything_is_read(tmp_path, files, monkeypatch, capsys):
     for package in ("wandb", "trackio", "tensorboardX"):
         monkeypatch.setitem(sys.modules, package, None)
-    check_sinks([])
+    check_trackers([])
     with pytest.raises(UserError) as raised:
-        check_sinks(["wandb", "tensorboard"])
+        check_trackers(["wandb", "tensorboard"])
     assert str(raised.value) == (
         "train.report_to=['wandb', 'tensorboard'] needs packages that are not installed; "
         "pip install 'lora_jax[wandb]'; pip install 'lora_jax[tensorboard]'"

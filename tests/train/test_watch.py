@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_jax.config import TrainConfig
-from lora_jax.train.watch import WINDOW, Watch
+from lora_jax.train.monitor import WINDOW, LossMonitor
 
 LOSSES = st.floats(0, 20, allow_nan=False)
 
@@ -22,7 +22,7 @@ def steps(watch, losses, divergence=3.0, first=1):
 
 
 def test_the_best_evaluation_is_the_lowest_and_the_first_of_equals():
-    watch = Watch()
+    watch = LossMonitor()
     seen = [watch.evaluated(10 * (i + 1), {"task": x}) for i, x in enumerate([3, 2, 2, 4, 1])]
     assert seen == [True, True, False, False, True]
     assert (watch.best_loss, watch.best_step, watch.stale) == (1, 50, 0)
@@ -31,7 +31,7 @@ def test_the_best_evaluation_is_the_lowest_and_the_first_of_equals():
 
 
 def test_a_metric_of_answers_is_best_where_it_is_greatest():
-    watch = Watch()
+    watch = LossMonitor()
     measured = [{"task": 3 - i, "exact_match": x} for i, x in enumerate([0.2, 0.5, 0.5, 0.1])]
     seen = [watch.evaluated(i, values, "exact_match") for i, values in enumerate(measured)]
     assert seen == [True, True, False, False]
@@ -40,27 +40,27 @@ def test_a_metric_of_answers_is_best_where_it_is_greatest():
 
 
 def test_the_regression_loss_is_best_where_it_is_lowest():
-    watch = Watch()
+    watch = LossMonitor()
     measured = [{"task": 1.0, "regression": x} for x in (2.0, 1.0, 1.5)]
     seen = [watch.evaluated(i, values, "regression_loss") for i, values in enumerate(measured)]
     assert seen == [True, True, False] and watch.best_loss == 1.0
 
 
 def test_another_metric_begins_anew_and_old_records_are_those_of_the_task_loss():
-    watch = Watch(best_loss=0.3, best_step=8, stale=2)  # as a record of an earlier version
+    watch = LossMonitor(best_loss=0.3, best_step=8, stale=2)  # as a record of an earlier version
     assert watch.metric == "task_loss" and not watch.evaluated(9, {"task": 0.4})
     assert watch.evaluated(10, {"task": 0.4, "rouge_l": 0.1}, "rouge_l")
     assert (watch.best_loss, watch.best_step, watch.stale) == (0.1, 10, 0)
 
 
 def test_other_sets_than_the_task_say_nothing():
-    watch = Watch()
+    watch = LossMonitor()
     assert not watch.evaluated(1, {"regression": 0.1}) and not watch.evaluated(2, {})
-    assert watch == Watch()
+    assert watch == LossMonitor()
 
 
 def test_a_loss_that_is_no_number_is_never_the_best():
-    watch = Watch()
+    watch = LossMonitor()
     seen = [watch.evaluated(i, {"task": x}) for i, x in enumerate([math.nan, math.inf, 5.0])]
     assert seen == [False, False, True] and watch.best_loss == 5.0
     assert not watch.evaluated(9, {"task": math.nan})
@@ -69,7 +69,7 @@ def test_a_loss_that_is_no_number_is_never_the_best():
 
 def test_patience_counts_evaluations_since_the_best():
     settings = TrainConfig(early_stopping_patience=2)
-    watch, over = Watch(), []
+    watch, over = LossMonitor(), []
     for step, loss in enumerate([3.0, 3.1, 2.0, 2.5, 2.4, 1.0]):
         watch.evaluated(step, {"task": loss})
         over.append(watch.gave_up(settings))
@@ -79,7 +79,7 @@ def test_patience_counts_evaluations_since_the_best():
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.inf)])
 def test_numbers_that_are_none_name_the_step(loss, norm):
-    watch = Watch()
+    watch = LossMonitor()
     first = watch.problem(1, loss, norm, None)
     assert first and first.startswith(f"the loss of step 1 is {loss} and its gradient norm {norm}.")
     assert "steps before" not in first and "check the data of step 1" in first
@@ -90,7 +90,7 @@ def test_numbers_that_are_none_name_the_step(loss, norm):
 
 
 def test_divergence_names_the_steps_and_their_means():
-    watch = Watch()
+    watch = LossMonitor()
     found = steps(watch, [1.0] * WINDOW + [5.0] * WINDOW)
     first = next(i for i, problem in enumerate(found, 1) if problem)
     assert first == 31  # 11 of 20 losses at 5: the first mean above 3
@@ -98,11 +98,11 @@ def test_divergence_names_the_steps_and_their_means():
         "the run diverges: steps 12-31 have a mean loss of 3.2, steps 1-20 had 1. Lower "
         "train.learning_rate, or raise train.divergence (3; null: never stop)"
     )
-    assert steps(Watch(), [1.0] * WINDOW + [5.0] * WINDOW, None) == [None] * 2 * WINDOW
+    assert steps(LossMonitor(), [1.0] * WINDOW + [5.0] * WINDOW, None) == [None] * 2 * WINDOW
 
 
 def test_divergence_is_told_from_the_lowest_mean_not_the_first():
-    watch = Watch()
+    watch = LossMonitor()
     losses = [6.0] * 30 + [1.0] * 30 + [4.0] * 20  # never above what it began with
     problem = next(filter(None, steps(watch, losses)), "")
     assert "steps 41-60 had 1." not in problem and "steps 31-50 had 1." in problem
@@ -110,11 +110,11 @@ def test_divergence_is_told_from_the_lowest_mean_not_the_first():
 
 @pytest.mark.parametrize(("later", "stops"), [(1.05, False), (1.15, True)])
 def test_a_mean_must_be_a_nat_above_the_lowest(later, stops):
-    assert any(steps(Watch(), [0.1] * WINDOW + [later] * WINDOW)) == stops
+    assert any(steps(LossMonitor(), [0.1] * WINDOW + [later] * WINDOW)) == stops
 
 
 def test_less_than_a_window_is_never_divergence():
-    assert not any(steps(Watch(), [0.01] + [20.0] * (WINDOW - 2)))
+    assert not any(steps(LossMonitor(), [0.01] + [20.0] * (WINDOW - 2)))
 
 
 @given(
@@ -134,10 +134,10 @@ def test_written_as_json_on_the_way_it_goes_on_alike(losses, every, cut, diverge
         return said
 
     cut = min(cut, len(losses))
-    whole, before = Watch(), Watch()
+    whole, before = LossMonitor(), LossMonitor()
     expected = go_on(whole, 0, len(losses))
     head = go_on(before, 0, cut)
-    after = Watch(**json.loads(json.dumps(dataclasses.asdict(before))))
+    after = LossMonitor(**json.loads(json.dumps(dataclasses.asdict(before))))
     assert after == before
     assert head + go_on(after, cut, len(losses)) == expected
     assert after == whole
@@ -152,7 +152,7 @@ def test_noise_on_a_falling_loss_is_no_divergence(falls, noise, end):
     """Within half a nat of a loss that falls, two means are never a whole nat apart."""
     falling = [end + sum(falls[i:]) for i in range(len(falls))]
     losses = [max(0.0, loss + x) for loss, x in zip(falling, noise, strict=False)]
-    assert not any(steps(Watch(), losses, 1.01))
+    assert not any(steps(LossMonitor(), losses, 1.01))
 
 
 @given(
@@ -165,9 +165,9 @@ def test_noise_in_proportion_is_no_divergence(factors, noise):
     for factor, x in zip(factors, noise, strict=False):
         level *= factor
         losses.append(level * x)
-    assert not any(steps(Watch(), losses, 3.0))
+    assert not any(steps(LossMonitor(), losses, 3.0))
 
 
 @given(st.lists(st.floats(0, 0.99), min_size=WINDOW, max_size=120))
 def test_tiny_losses_never_diverge_whatever_their_ratio(losses):
-    assert not any(steps(Watch(), losses, 1.01))
+    assert not any(steps(LossMonitor(), losses, 1.01))

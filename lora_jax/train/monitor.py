@@ -1,4 +1,4 @@
-"""Whether a run still gets anywhere: its best held-out loss so far, and whether it diverges."""
+"""Monitor of a run: its best evaluation so far, for early stopping, and divergence of its loss."""
 
 import math
 from collections.abc import Mapping
@@ -11,22 +11,29 @@ _MARGIN = 1.0  # nats by which a diverging mean is above the lowest, whatever th
 
 
 @dataclass
-class Watch:
-    """What the steps and evaluations so far say; its fields go through JSON and back unchanged."""
+class LossMonitor:
+    """State of early stopping and of the check for divergence; its fields survive JSON unchanged.
 
-    best_loss: float | None = None  # best value of `metric`, a loss unless the config says other
+    best_loss: best value of `metric`, which is a loss unless the config names another metric
+    stale: evaluations since the best one
+    recent: losses of the last WINDOW steps
+    lowest: lowest mean loss over WINDOW steps
+    lowest_step: last of these steps
+    """
+
+    best_loss: float | None = None
     best_step: int | None = None
-    stale: int = 0  # evaluations since
-    recent: list[float] = field(default_factory=list)  # losses of the last WINDOW steps
-    lowest: float | None = None  # lowest mean over WINDOW steps
-    lowest_step: int | None = None  # the last of these steps
-    metric: str = "task_loss"  # that the best is the best of
+    stale: int = 0
+    recent: list[float] = field(default_factory=list)
+    lowest: float | None = None
+    lowest_step: int | None = None
+    metric: str = "task_loss"
 
     def evaluated(
         self, step: int, measured: Mapping[str, float], metric: str = "task_loss"
     ) -> bool:
-        """Take note of an evaluation: held-out losses by set, and metrics of answers by name.
-        Returns True if `metric` (as train.metric_for_best_model) is the best so far.
+        """Record an evaluation: held-out losses by set, and metrics of answers by name. Return True
+        if `metric` (as train.metric_for_best_model) is the best so far.
         """
         name = metric.removesuffix("_loss")
         if name not in measured:
@@ -45,14 +52,14 @@ class Watch:
         return better
 
     def gave_up(self, config: TrainConfig) -> bool:
-        """Whether too many evaluations brought nothing better."""
+        """Return True after too many evaluations without a better one."""
         patience = config.early_stopping_patience
         return patience is not None and self.stale >= patience
 
     def problem(
         self, step: int, loss: float, grad_norm: float, divergence: float | None
     ) -> str | None:
-        """Take note of a step; what is wrong with it, naming the steps, or None."""
+        """Record a step. Return what is wrong with it, with the steps named, or None."""
         before = f"the {len(self.recent)} steps before have a mean loss of {self._mean():.4g}"
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return (

@@ -1,4 +1,4 @@
-"""The model of a run, before its weights are read, and what its config settles about it."""
+"""Settings that a model decides, from its config.json and before its weights are read."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,36 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from lora_jax import data, formats, hosts
-from lora_jax.config import VIRTUAL_TOKEN_METHODS, AdapterConfig, Config, EvalConfig, virtual_tokens
-from lora_jax.data import sets
+from lora_jax import data, formats
+from lora_jax.config import AdapterConfig, Config, EvalConfig, virtual_tokens
 from lora_jax.errors import UserError, raise_all
 from lora_jax.models import CLASSIFIERS
 from lora_jax.models.common import Model
 
-# Settings of `data` that a model that classifies has no use for.
+# Settings of `data` that a classifier has no use for.
 _OF_TEXT = (
     *("prompt", "completion", "system_prompt", "chat_template", "chat_template_kwargs"),
     *("template_date", "regression"),
 )
 
 
-def describe(config: Config, source: Path) -> tuple[Config, Model]:
-    """The model in `source` with shapes in place of weights, and the config with what depends on
-    it.
+def describe_model(config: Config, source: Path) -> tuple[Config, Model]:
+    """Return the config with the settings that the model in `source` decides, and that model with
+    shapes in place of weights.
 
-    Of a model that classifies: `data.labels` are those of the training data, if none are given; its
-    head trains (`modules_to_save`), with whatever else its files lack; answers are scored by
-    accuracy.
-
-    Virtual tokens that start as a text are as many as it has, if no number is given.
+    For a classifier, `data.labels` are those of the training data if none are given; its head
+    trains (`modules_to_save`), with everything else that its files lack; and answers are scored by
+    accuracy. Virtual tokens that start as a text are as many as the text has, if no number is
+    given.
 
     Raises:
-        UserError: as `formats.describe`; settings that do not go with such a model; fewer than two
-            labels, or none given for a stream; virtual tokens that leave a text no room, or start
-            as a text without a tokenizer.
+        UserError: as `formats.describe`; settings that do not fit the model; fewer than two
+            labels, or none given for a stream; virtual tokens that leave no room for a text, or
+            that start as a text without a tokenizer.
     """
     model = formats.describe(source, config.ignore_config_fields)
     given = config.data.labels
@@ -46,9 +43,9 @@ def describe(config: Config, source: Path) -> tuple[Config, Model]:
                 f"data.labels={given!r} is for models that classify ({', '.join(CLASSIFIERS)}); "
                 f"{config.model} is of model_type={kind!r} and writes text"
             )
-        _check_text_settings(config)
+        _check_no_classification(config)
         return _with_virtual_tokens(config, source, model), model
-    _check_settings(config)
+    _check_classification(config)
     labels = tuple(given) if given is not None else _read_labels(config)
     if not labels:  # nothing is trained: those of the model itself
         labels = model.labels
@@ -65,13 +62,13 @@ def describe(config: Config, source: Path) -> tuple[Config, Model]:
 
 
 def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
-    """The tokens that virtual ones start as, with whatever special ones the tokenizer puts around a
-    text; None if they start as none.
+    """Return the tokens that virtual tokens start as, with the special tokens that the tokenizer
+    puts around a text; None if they do not start as a text.
 
     Raises:
         UserError: a text without tokens.
     """
-    if adapter.method not in VIRTUAL_TOKEN_METHODS or adapter.prompt_init != "text":
+    if not adapter.trains_virtual_tokens or adapter.prompt_init != "text":
         return None
     tokens = list(tokenizer(adapter.prompt_text)["input_ids"])
     if not tokens:
@@ -81,7 +78,7 @@ def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
 
 def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
     adapter = config.adapter
-    if adapter.method not in VIRTUAL_TOKEN_METHODS or adapter.path is not None:
+    if not adapter.trains_virtual_tokens or adapter.path is not None:
         return config
     if adapter.prompt_init == "text":
         try:
@@ -98,7 +95,7 @@ def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
             f"adapter.num_virtual_tokens={count} leaves no room for a text: {config.model} has "
             f"max_position_embeddings={limit}"
         )
-    if adapter.method == "prompt" and count > config.data.max_length - 2:
+    if adapter.trains_prompt and count > config.data.max_length - 2:
         problems.append(
             f"adapter.num_virtual_tokens={count} leaves no room for a text in data.max_length="
             f"{config.data.max_length}, which counts them"
@@ -107,8 +104,8 @@ def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
     return dataclasses.replace(config, adapter=adapter)
 
 
-def _check_text_settings(config: Config) -> None:
-    """Raise for settings of models that classify."""
+def _check_no_classification(config: Config) -> None:
+    """Raise for settings of classifiers."""
     default = Config().data
     problems = [
         f"data.{name}={getattr(config.data, name)!r} is for models that classify; {config.model} "
@@ -124,11 +121,13 @@ def _check_text_settings(config: Config) -> None:
     raise_all(problems)
 
 
-def _check_settings(config: Config) -> None:
-    default, method = Config(), config.adapter.method
-    if method in VIRTUAL_TOKEN_METHODS:
+def _check_classification(config: Config) -> None:
+    """Raise for settings of models that write text."""
+    default, adapter = Config(), config.adapter
+    if adapter.trains_virtual_tokens:
         raise UserError(
-            f"adapter.method={method} is for models that write text; {config.model} classifies"
+            f"adapter.method={adapter.method} is for models that write text; {config.model} "
+            "classifies"
         )
     raise_all(
         [
@@ -171,7 +170,7 @@ def _read_labels(config: Config) -> tuple[str, ...]:
 
 
 def _with_heads(adapter: AdapterConfig, source: Path, model: Model) -> AdapterConfig:
-    if adapter.method == "full":
+    if adapter.trains_everything:
         return adapter
     heads = [model.names.heads[0]]  # trains in any case, as for PEFT's SEQ_CLS
     if any(source.glob("*.safetensors")):
@@ -189,8 +188,8 @@ def _with_accuracy(settings: EvalConfig) -> EvalConfig:
 
 
 def find_stops(config: Config, model: Model, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer of the run: EOS of the model's files and of the tokenizer, and
-    what the chat template puts after an answer; none of a model that classifies.
+    """Return the ids that end an answer: EOS of the model's files and of the tokenizer, and what
+    the chat template puts after an answer. A classifier has none.
 
     Raises:
         UserError: generation_config.json or the template cannot be read.
@@ -203,29 +202,3 @@ def find_stops(config: Config, model: Model, tokenizer: Any) -> frozenset[int]:
         return data.stop_tokens(tokenizer, template, own, config.data.chat_template_kwargs)
     except UserError:  # a template that refuses a plain question, though not the rows
         return data.stop_tokens(tokenizer, data.PLAIN, own)
-
-
-def settle_date(config: Config, tokenizer: Any, console: Console) -> Config:
-    """Return the config with the day that the chat template is given, where it reads one: all
-    that renders with this config renders alike, on every host and beyond midnight.
-
-    Raises:
-        UserError: the template cannot be read.
-    """
-    given = config.data.template_date
-    if not data.reads_date(data.template_text(tokenizer, config.data.chat_template)):
-        if given is not None:
-            console.print("note: data.template_date has no effect: the chat template reads no date")
-        return config
-    date = given or hosts.from_main(sets.today)
-    console.print(f"note: the chat template reads the date, and gets data.template_date={date}")
-    settings = dataclasses.replace(config.data, template_date=date)
-    return dataclasses.replace(config, data=settings)
-
-
-def make_encoder(
-    config: Config, model: Model, tokenizer: Any, tokenizer_digest: str, console: Console
-) -> sets.Encoder:
-    """Return the `Encoder` of a run with `model`."""
-    vocab_size, labels = model.config.vocab_size, model.labels or None
-    return sets.Encoder(config, tokenizer, tokenizer_digest, console, vocab_size, labels)
