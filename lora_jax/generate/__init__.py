@@ -22,7 +22,7 @@ from lora_jax.errors import UserError
 from lora_jax.generate.sampling import Sampling as Sampling
 from lora_jax.generate.sampling import sample
 from lora_jax.models.common import Model
-from lora_jax.nn.modules import Cache
+from lora_jax.nn.cache import Cache
 from lora_jax.nn.rope import changed
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
 from lora_jax.sharding import whole

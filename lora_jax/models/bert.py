@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.kernels import Sight
-from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear, attention
+from lora_jax.nn.attention import attention
+from lora_jax.nn.kernels import MaskSpec
+from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
 
 RULES = (
     (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),
@@ -201,7 +202,7 @@ class Encoder(nnx.Module):
         if kernel == "xla":
             masks: Any = (segment_ids[:, :, None] == segment_ids[:, None, :],)
         else:
-            masks = Sight(segment_ids, jnp.int32(0), kernel, causal=False)
+            masks = MaskSpec(segment_ids, jnp.int32(0), kernel, causal=False)
 
         def block(x, layer, own):
             return layer(x, masks), None

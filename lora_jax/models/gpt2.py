@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.common import Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.modules import ACTIVATIONS, Cache, Embed, LayerNorm, Linear, Past, attend, sights
+from lora_jax.nn.attention import KVContext, attend, mask_specs
+from lora_jax.nn.cache import Cache
+from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
 from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
@@ -108,14 +110,14 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
 
-    def __call__(self, x, masks, past, divisor):
+    def __call__(self, x, masks, kv, divisor):
         """x (b, t, d) -> y, scores divided by `divisor`, and the new keys and values (b, n, t,
         h).
         """
         parts = jnp.split(self.c_attn(x), 3, axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-        mixed = attend(q / divisor.astype(q.dtype), new, past, masks, self.scale)
+        mixed = attend(q / divisor.astype(q.dtype), new, kv, masks, self.scale)
         return self.c_proj(mixed.reshape(x.shape)), new
 
 
@@ -138,8 +140,8 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(d, epsilon, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, masks, past, divisor):
-        y, new = self.attn(self.ln_1(x), masks, past, divisor)
+    def __call__(self, x, masks, kv, divisor):
+        y, new = self.attn(self.ln_1(x), masks, kv, divisor)
         x = x + y
         return x + self.mlp(self.ln_2(x)), new
 
@@ -182,20 +184,20 @@ class Model(nnx.Module):
         config, own = self.config, by_layer(prefix)
         x = put_in(self.embed(tokens, jnp.float32), positions, prefix)
         positions = positions + first_position(prefix)
-        beside = [own.visible(positions, None)] if own else []
-        (masks,) = sights(kernel, segment_ids, cache, beside=beside)
-        past = Past(None if cache is None else (cache.keys, cache.values), own)
+        prefix_masks = [own.visible(positions, None)] if own else []
+        (masks,) = mask_specs(kernel, segment_ids, cache, prefix_masks=prefix_masks)
+        kv = KVContext(None if cache is None else (cache.keys, cache.values), own)
         divisors = jnp.ones(config.num_hidden_layers)
         if config.scale_attn_by_inverse_layer_idx:
             divisors = jnp.arange(1.0, config.num_hidden_layers + 1)
 
         def block(x, layer, own):
-            past, divisor = own
-            x, new = layer(x, masks, past, divisor)
+            kv, divisor = own
+            x, new = layer(x, masks, kv, divisor)
             return x, None if cache is None else new
 
         x = (x + self.transformer.wpe(positions)).astype(compute_dtype)
-        x, new = scan_layers(block, self.transformer.h, x, (past, divisors), remat)
+        x, new = scan_layers(block, self.transformer.h, x, (kv, divisors), remat)
         return self.transformer.ln_f(x), None if cache is None else cache.write(
             new[0], new[1], segment_ids
         )

@@ -2,8 +2,8 @@
 ministral.
 """
 
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import DecoderConfig
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import DecoderConfig
 from lora_jax.models.mistral import Model as Model
 from lora_jax.models.mistral import read_fields
 from lora_jax.models.reader import ConfigReader

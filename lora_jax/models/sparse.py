@@ -13,13 +13,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import weights
-from lora_jax.models import common
-from lora_jax.models.common import Context, DecoderConfig
+from lora_jax.models import decoder
+from lora_jax.models.decoder import AttentionInputs, DecoderConfig
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.modules import ACTIVATIONS, Linear, Past, RMSNorm
+from lora_jax.nn.attention import KVContext
+from lora_jax.nn.modules import ACTIVATIONS, Linear, RMSNorm
 
 RULES = (
-    *common.RULES,
+    *decoder.RULES,
     (r"model\.layers\.mlp\.gate\.kernel", P(None, None)),
     (r"model\.layers\.mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
     (r"model\.layers\.mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
@@ -91,7 +92,7 @@ class SparseMLP(nnx.Module):
         self.experts = Experts(experts, config.hidden_size, f, config.hidden_act, rngs=rngs)
         self.chosen, self.normalize = chosen, normalize
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, common.Routing]:
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, decoder.Routing]:
         rows = x.reshape(-1, x.shape[-1])
         probabilities = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.chosen)
@@ -100,7 +101,7 @@ class SparseMLP(nnx.Module):
         y = self.experts(rows, chosen, shares)
         counted = real.reshape(-1, 1).astype(jnp.float32)
         load = jax.nn.one_hot(chosen, probabilities.shape[-1]).sum(axis=1)
-        routing = common.Routing(
+        routing = decoder.Routing(
             (load * counted).sum(0), (probabilities * counted).sum(0), counted.sum()
         )
         return y.reshape(x.shape), routing
@@ -116,9 +117,9 @@ class Block(nnx.Module):
         self.mlp = mlp
 
     def __call__(
-        self, x: jax.Array, context: Context, past: Past
-    ) -> tuple[jax.Array, Any, common.Routing]:
-        y, new = self.self_attn(self.input_layernorm(x), context, past)
+        self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
+    ) -> tuple[jax.Array, Any, decoder.Routing]:
+        y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + y
-        y, routing = self.mlp(self.post_attention_layernorm(x), context.real)
+        y, routing = self.mlp(self.post_attention_layernorm(x), inputs.real)
         return x + y, new, routing
