@@ -19,7 +19,7 @@ from lora_jax.adapters.inits import draw
 from lora_jax.config import TrainConfig
 from lora_jax.models import describe
 from lora_jax.quantize import SCHEMES, dequantize, quantize, quantize_tree
-from lora_jax.targets import changes_base, find_trainable
+from lora_jax.targets import find_trainable
 from lora_jax.train.optimizer import join, label_tree, make_optimizer
 from lora_jax.train.step import make_train_step
 from lora_jax.weights import LoraWeight, Untied, linear
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 SEEDS = (0, 1)
 STEPS = 20
 # The base of LoftQ is quantised after its init: it has tests of its own.
-CHANGING = [n for n, r in ROWS.items() if changes_base(r.config) and r.config.init != "loftq"]
+CHANGING = [n for n, r in ROWS.items() if r.config.changes_base and r.config.init != "loftq"]
 
 
 @functools.cache

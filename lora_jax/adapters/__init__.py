@@ -20,13 +20,13 @@ import jax.numpy as jnp
 
 from lora_jax.adapters import eva, full, low_rank, prompt
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
-from lora_jax.config import DATA_INITS, SOFT, AdapterConfig
+from lora_jax.config import DATA_INITS, AdapterConfig
 from lora_jax.errors import UserError
 from lora_jax.nn.virtual import Virtual
 from lora_jax.quantize import SCHEMES, check_scheme
 from lora_jax.sharding import place_adapters as place_adapters
 from lora_jax.sharding import place_state as place_state
-from lora_jax.targets import HEAD, Trainable, changes_base, check_init
+from lora_jax.targets import HEAD, Trainable, check_init
 from lora_jax.targets import find_targets as find_targets
 from lora_jax.targets import find_trainable as find_trainable
 from lora_jax.tree import (
@@ -62,7 +62,7 @@ def init(
     """
     check_parameters(params, "init takes a key, params and a config, in this order")
     found = find_trainable(params, config)
-    if config.method in SOFT:
+    if config.trains_virtual_tokens:
         return params, place_adapters(prompt.init(key, params, found, calibrate), params)
     check_init(params, found)
     _check_given(config, calibrate, scheme)
@@ -111,7 +111,7 @@ def _init(
 ) -> tuple[Mapping, dict]:
     config, leaves = found.config, flatten(params)
     adapters = full.init(leaves, found)
-    if config.method == "full":
+    if config.trains_everything:
         absent = {path: Absent(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
         return unflatten(absent), unflatten(adapters)
     changed, factors = low_rank.init(key, leaves, found, calibrate, scheme)
@@ -129,11 +129,11 @@ def shapes(params: Mapping, config: AdapterConfig) -> dict:
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Absent) else leaf
         for path, leaf in flatten(params).items()
     }
-    if config.method in SOFT:
+    if config.trains_virtual_tokens:
         found = find_trainable(params, config)
         return {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in found.virtual.items()}
     # Starts of all kinds have the same shapes; these need neither data nor a scheme.
-    kind = "pissa" if changes_base(config) else "default"
+    kind = "pissa" if config.changes_base else "default"
 
     def of(params: Mapping) -> dict:
         found = find_trainable(params, config)
@@ -147,7 +147,7 @@ def shapes(params: Mapping, config: AdapterConfig) -> dict:
 def residual(params: Mapping, adapters: Mapping, config: AdapterConfig) -> Mapping:
     """The base that `adapters` stand on, of the original `params`: what `init` gave beside them."""
     found, leaves = find_trainable(params, config), flatten(params)
-    if config.method == "full":
+    if config.trains_everything:
         return init(jax.random.key(0), params, config)[0]
     changed = low_rank.residual(leaves, flatten(adapters), found)
     return unflatten(leaves | changed) if changed else params

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters import dora, eva, inits, loftq, lora_ga
 from lora_jax.quantize import quantize
-from lora_jax.targets import HEAD, Target, Trainable, changes_base
+from lora_jax.targets import HEAD, Target, Trainable
 from lora_jax.tree import Path, unflatten
 from lora_jax.weights import LoraWeight
 
@@ -38,7 +38,7 @@ def init(
     for target in found.targets:
         (a, b), taken = starts[target.path]
         adapters[(*target.path, "lora_a")], adapters[(*target.path, "lora_b")] = a, b
-        if changes_base(config):
+        if config.changes_base:
             # Copies: a step that takes `lora_a` over in place would take the very same array twice.
             a0, b0 = jax.tree.map(jnp.copy, taken)
             adapters[(*target.path, "init_a")], adapters[(*target.path, "init_b")] = a0, b0

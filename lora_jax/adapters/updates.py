@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax.adapters.low_rank import as_plain
 from lora_jax.adapters.svd import Factors
 from lora_jax.config import AdapterConfig
-from lora_jax.targets import HEAD, Target, Trainable, Whole, changes_base, find_trainable
+from lora_jax.targets import HEAD, Target, Trainable, Whole, find_trainable
 from lora_jax.tree import Path, flatten, lead_axes, stack_position, tied_embedding, unflatten
 from lora_jax.weights import materialize
 
@@ -102,7 +102,7 @@ def find_updates(params: Mapping, adapters: Mapping, config: AdapterConfig) -> d
     """
     found = find_trainable(params, config)
     small: Any = {path: np.asarray(leaf) for path, leaf in flatten(adapters).items()}
-    if changes_base(config):
+    if config.changes_base:
         small, found = as_plain(small, found)
     updates: dict[Key, Update] = {}
     for target in found.targets:

@@ -6,7 +6,7 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 `UserError`.
 """
 
-from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
+from lora_jax.config.adapter import DATA_INITS, VIRTUAL_TOKEN_METHODS, AdapterConfig
 from lora_jax.config.checks import LARGEST_SEED, check, merge_problem
 from lora_jax.config.files import dump, load, parse
 from lora_jax.config.settings import (
@@ -31,7 +31,7 @@ __all__ = [
     "LARGEST_SEED",
     "LOSSES",
     "PRINTS",
-    "SOFT",
+    "VIRTUAL_TOKEN_METHODS",
     "AdapterConfig",
     "Config",
     "DataConfig",

@@ -9,7 +9,7 @@ from lora_jax.config.elsewhere import find_hint
 from lora_jax.config.types import describe, fits, show
 from lora_jax.errors import UnknownArgument, nearest, raise_all
 
-SOFT = ("prompt", "prefix")  # methods that train virtual tokens
+VIRTUAL_TOKEN_METHODS = ("prompt", "prefix")  # methods that train virtual tokens
 DATA_INITS = ("eva", "lora_ga")  # look at data
 CHOICES = {
     "method": ("lora", "prompt", "prefix", "full"),
@@ -56,6 +56,48 @@ class AdapterConfig:
     prompt_init: str = "vocab"  # vocab | text | random: what virtual tokens start as
     prompt_text: str | None = None  # for prompt_init=text; cut or repeated to num_virtual_tokens
     prefix_gate: bool = False  # weigh the prefix of a layer, from zero on (arXiv 2303.16199)
+
+    @property
+    def trains_everything(self) -> bool:
+        """Every weight trains, and no adapter is written."""
+        return self.method == "full"
+
+    @property
+    def trains_virtual_tokens(self) -> bool:
+        """Virtual tokens train, which the forward takes as an argument; no weight changes."""
+        return self.method in VIRTUAL_TOKEN_METHODS
+
+    @property
+    def trains_prompt(self) -> bool:
+        """The virtual tokens are part of the input, and take positions of it."""
+        return self.method == "prompt"
+
+    @property
+    def trains_prefix(self) -> bool:
+        """The virtual tokens are keys and values of every layer, and take no positions."""
+        return self.method == "prefix"
+
+    @property
+    def is_mergeable(self) -> bool:
+        """The trained model can be written as plain weights."""
+        return not self.trains_virtual_tokens
+
+    @property
+    def needs_data(self) -> bool:
+        """The init looks at batches of data."""
+        return self.init in DATA_INITS
+
+    @property
+    def changes_base(self) -> bool:
+        """The init takes its part out of the base; loftq does from its second round on."""
+        if self.init == "loftq":
+            return self.loftq_iter > 1
+        return self.init in ("pissa", "olora", "lora_ga")
+
+    @property
+    def needs_float_base(self) -> bool:
+        """The init reads the weights before they are quantised."""
+        return self.init == "loftq" or self.changes_base
 
     def __new__(cls, *_: Any, **given: Any):
         names = [f.name for f in dataclasses.fields(cls)]
@@ -125,14 +167,15 @@ def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
                     "of adapters; leave one out"
                 )
         return
-    for name in _OF_LORA if method in SOFT else _OF_VIRTUAL if method == "lora" else ():
+    virtual = adapter.trains_virtual_tokens
+    for name in _OF_LORA if virtual else _OF_VIRTUAL if method == "lora" else ():
         if name in given:
-            other = "lora" if method in SOFT else "prompt or prefix"
+            other = "lora" if virtual else "prompt or prefix"
             yield (
                 f"{name}={given[name]!r} is for method={other}, and this is method={method}; leave "
                 "one out"
             )
-    if method not in SOFT:
+    if not virtual:
         return
     count = adapter.num_virtual_tokens
     if count is not None and not 1 <= count <= _MOST:

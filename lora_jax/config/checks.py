@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_jax.config.adapter import DATA_INITS, SOFT, AdapterConfig
+from lora_jax.config.adapter import DATA_INITS, VIRTUAL_TOKEN_METHODS, AdapterConfig
 from lora_jax.config.settings import LOSSES, PRINTS, Config, DataConfig, all_keys
 from lora_jax.config.types import show
 from lora_jax.errors import nearest, raise_all
@@ -289,7 +289,7 @@ def _evaluation_problems(config: Config) -> Iterable[str]:
 def _export_problems(config: Config) -> Iterable[str]:
     if config.export.merged and (problem := merge_problem(config)):
         yield problem
-    if config.export.merged and config.adapter.method in SOFT:
+    if config.export.merged and config.adapter.method in VIRTUAL_TOKEN_METHODS:
         yield (
             f"export.merged=true: adapter.method={config.adapter.method} trains virtual tokens, "
             "which cannot be merged into weights; export.peft writes them"

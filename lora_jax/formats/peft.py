@@ -21,7 +21,7 @@ import numpy as np
 from lora_jax import adapters as methods
 from lora_jax import models, tree
 from lora_jax.adapters.low_rank import as_plain
-from lora_jax.config import SOFT, AdapterConfig, expand, read_json
+from lora_jax.config import AdapterConfig, expand, read_json
 from lora_jax.config.text import exists
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import digests, peft_virtual
@@ -48,7 +48,7 @@ from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.formats.tensors import read_floats, write_tensors
 from lora_jax.models.common import Model
 from lora_jax.sharding import place_adapters
-from lora_jax.targets import Trainable, changes_base, find_trainable
+from lora_jax.targets import Trainable, find_trainable
 
 _PROFILES = ("vllm",)
 
@@ -87,11 +87,11 @@ def write_adapter(
         raise UserError(f"profile={profile!r} is not one of: {', '.join(_PROFILES)}")
     raise_all(peft_problems(found) + (_unservable(found) if profile else []))
     leaves: Any = tree.flatten(jax.device_get(adapters))
-    if config.method in SOFT:
+    if config.trains_virtual_tokens:
         tensors = peft_virtual.pack(tree.unflatten(leaves))
         content = peft_virtual.to_peft_config(found, base_model, task_type)
     else:
-        if changes_base(config):
+        if config.changes_base:
             leaves, found = as_plain(leaves, found)
         widths = {path: leaf.shape[-1] for path, leaf in tree.flatten(params).items()}
         leaves, found = within_limits(*with_whole_matrices(leaves, found, widths))
@@ -116,12 +116,12 @@ def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
     `base`, with remedies; empty if they have one.
     """
     config = found.config
-    if config.method == "full":
+    if config.trains_everything:
         return ["method=full trains the model itself, which is no adapter; use --format hf"]
-    if config.method in SOFT:
+    if config.trains_virtual_tokens:
         return peft_virtual.problems(config)
     problems = [f"use_dora=true and {text}" for text in _dora_problems(found)]
-    if config.init == "loftq" and changes_base(config):
+    if config.init == "loftq" and config.changes_base:
         problems.append(
             f"init=loftq and loftq_iter={config.loftq_iter}: the adapter stands on a quantised "
             "base that is not the model's own; set loftq_iter to 1, or export with --format hf "
@@ -226,7 +226,7 @@ def serving_problems(found: Trainable) -> list[str]:
 
 def _unservable(found: Trainable) -> list[str]:
     config = found.config
-    if config.method in SOFT:
+    if config.trains_virtual_tokens:
         return [f"vLLM has no virtual tokens (method={config.method}); transformers and PEFT do"]
     given = {
         "use_dora": config.use_dora,
@@ -359,13 +359,13 @@ def _unpack(
     params: Mapping,
     base: Model | None,
 ) -> tuple[dict, AdapterConfig]:
-    known = set() if config.method in SOFT else {tensor.key for tensor in layout(found)}
+    known = set() if config.trains_virtual_tokens else {tensor.key for tensor in layout(found)}
     tensors = _with_usual_names(file, tensors, known, params)
     tensors, whole = with_saved_modules(file, tensors, known, config, params, base)
     if whole != config:
         config = whole
         found, shapes = _expected(file.parent / "adapter_config.json", params, config)
-    if config.method in SOFT:
+    if config.trains_virtual_tokens:
         return place_adapters(peft_virtual.unpack(tensors, found, str(file)), params), config
     for key in copies(tensors, found):
         del tensors[key]

@@ -22,7 +22,6 @@ from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.targets import find_trainable as find_targets
-from lora_jax.targets import needs_floats
 from lora_jax.train import model as models
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.setup import continue_adapter, find_trainable
@@ -133,7 +132,7 @@ def build(config: Config, model: Model, mesh: Mesh | AbstractMesh) -> Program:
     params = whole
     if config.base_dtype in SCHEMES:
         params = jax.eval_shape(lambda tree: quantize_tree(tree, str(config.base_dtype)), whole)
-    of_init = whole if needs_floats(config.adapter) else params
+    of_init = whole if config.adapter.needs_float_base else params
     adapters = methods.shapes(of_init, config.adapter)
     adapter_specs = sharding.adapter_specs(adapters, params, model.rules, mesh)
     state = jax.eval_shape(make_optimizer(config.train, config.adapter).init, adapters)

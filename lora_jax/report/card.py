@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import data
-from lora_jax.config import SOFT, AdapterConfig, Config, DataConfig, TrainConfig
+from lora_jax.config import VIRTUAL_TOKEN_METHODS, AdapterConfig, Config, DataConfig, TrainConfig
 from lora_jax.formats import card
 from lora_jax.models.common import Model
 
@@ -83,7 +83,7 @@ def _settings(config: Config):
     if config.adapter.path is not None:
         yield "adapter.path", Path(config.adapter.path).name
     defaults = {"adapter": AdapterConfig(), "data": DataConfig(), "train": TrainConfig()}
-    soft, full = config.adapter.method in SOFT, config.adapter.method == "full"
+    soft, full = config.adapter.method in VIRTUAL_TOKEN_METHODS, config.adapter.method == "full"
     left_out = _NEVER | ({"rank", "alpha", "target_modules"} if soft or full else set())
     for section, default in defaults.items():
         own = getattr(config, section)

@@ -22,8 +22,6 @@ from lora_jax.targets.kinds import (
     Target,
     Trainable,
     Whole,
-    changes_base,
-    needs_floats,
 )
 
 __all__ = [
@@ -32,9 +30,7 @@ __all__ = [
     "Target",
     "Trainable",
     "Whole",
-    "changes_base",
     "check_init",
     "find_targets",
     "find_trainable",
-    "needs_floats",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from lora_jax.config import DATA_INITS
 from lora_jax.errors import UserError
 from lora_jax.quantize import Int8Weight, NF4Weight, quantizes
-from lora_jax.targets.kinds import HEAD, Target, Trainable, changes_base, needs_floats
+from lora_jax.targets.kinds import HEAD, Target, Trainable
 from lora_jax.tree import (
     OUTPUT_HEADS,
     Path,
@@ -22,7 +22,7 @@ def check_init(params: Mapping, found: Trainable) -> None:
     quantised afterwards, so this is asked where adapters begin, not wherever they are bound.
     """
     for target in found.targets:
-        if needs_floats(found.config) and _is_quantized(params, target.weight):
+        if found.config.needs_float_base and _is_quantized(params, target.weight):
             raise UserError(
                 f"init={found.config.init} takes its part out of {dotted(target.path)}"
                 f"{_NO_NUMBERS}: init on float weights first, and quantise what is left with "
@@ -98,7 +98,7 @@ def _tie_problems(
             f"ensure_weight_tying=true, and neither target_modules nor modules_to_save names "
             f"{name} or lm_head"
         )
-    if changes_base(config) and not tie and (tied in lora or HEAD in lora):
+    if config.changes_base and not tie and (tied in lora or HEAD in lora):
         yield (
             f"init={config.init} takes its part out of {name}, which is the output head too; with "
             "target_modules naming one of the two, ensure_weight_tying must be true"

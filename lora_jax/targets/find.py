@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.config import SOFT, AdapterConfig, virtual_tokens
+from lora_jax.config import AdapterConfig, virtual_tokens
 from lora_jax.errors import UserError, raise_all
 from lora_jax.targets.checks import combination_problems, dense_problems
 from lora_jax.targets.kinds import HEAD, Rows, Target, Trainable, Whole
@@ -45,11 +45,11 @@ def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
             exist, a rank above min(in, out), an impossible value, settings that contradict each
             other, a tied head without a decision; all problems of a kind at once.
     """
-    if config.method == "full":
+    if config.trains_everything:
         everything = Trainable(config, whole=tuple(_whole(params, lambda name, path: True)))
         raise_all(list(dense_problems(params, everything)))
         return everything
-    if config.method in SOFT:
+    if config.trains_virtual_tokens:
         return Trainable(config, virtual=_find_virtual(params, config))
     saved = _find_saved(params, config)
     whole = {

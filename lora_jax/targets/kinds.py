@@ -18,18 +18,6 @@ from lora_jax.tree import (
 HEAD = ("lm_head", "kernel")  # where a tied head would have its weight
 
 
-def changes_base(config: AdapterConfig) -> bool:
-    """Whether the init takes its part out of the base; loftq does from its second round on."""
-    if config.init == "loftq":
-        return config.loftq_iter > 1
-    return config.init in ("pissa", "olora", "lora_ga")
-
-
-def needs_floats(config: AdapterConfig) -> bool:
-    """Whether the init needs the weights as they are before they are quantised."""
-    return config.init == "loftq" or changes_base(config)
-
-
 @dataclass(frozen=True)
 class Target:
     """A weight that takes an adapter: one matrix, or a stack of them with a rank and an alpha for
@@ -154,7 +142,7 @@ class Trainable:
     @property
     def exported(self) -> int:
         """Numbers in the exported adapter; an init that changes the base doubles the rank there."""
-        return self._in_files(factors=2 if changes_base(self.config) else 1)
+        return self._in_files(factors=2 if self.config.changes_base else 1)
 
     def _in_files(self, factors: int) -> int:
         count = sum(part.parameters for part in (*self.whole, *self.rows))

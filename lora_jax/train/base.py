@@ -14,7 +14,6 @@ from lora_jax.config import Config
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.report.progress import SILENT, Display
-from lora_jax.targets import changes_base, needs_floats
 
 
 def load(
@@ -36,7 +35,7 @@ def load(
     Raises:
         UserError: what `formats.read_params` and `adapters.init` refuse.
     """
-    params, scheme = _read(config, source, model, mesh, needs_floats(config.adapter), display)
+    params, scheme = _read(config, source, model, mesh, config.adapter.needs_float_base, display)
     here = contextlib.nullcontext() if calibrate is None else jax.set_mesh(mesh)
     with here, display.phase(f"starting the adapters ({config.adapter.init})"):
         if calibrate is not None:
@@ -59,7 +58,7 @@ def load_under(
     Raises:
         UserError: what `formats.read_params` refuses.
     """
-    params, scheme = _read(config, source, model, mesh, changes_base(config.adapter), display)
+    params, scheme = _read(config, source, model, mesh, config.adapter.changes_base, display)
     params = methods.residual(params, adapters, config.adapter)
     return quantize_tree(params, scheme) if scheme else params
 

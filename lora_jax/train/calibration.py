@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lora_jax.adapters import as_model_sees
-from lora_jax.config import DATA_INITS, SOFT, Config
+from lora_jax.config import DATA_INITS, VIRTUAL_TOKEN_METHODS, Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.sharding import local_rows, place_batch
@@ -37,7 +37,7 @@ def make_calibrate(
         UserError: batches without a supervised token; as the loader.
     """
     count, rows = config.adapter.calibration_batches, config.train.batch_size
-    if config.adapter.method in SOFT:
+    if config.adapter.method in VIRTUAL_TOKEN_METHODS:
         return as_model_sees(model, config.adapter, text_tokens(config.adapter, encoder.tokenizer))
     if config.adapter.init not in DATA_INITS:
         return None

@@ -317,7 +317,7 @@ def export_run(
         raise UserError(f"--profile {profile} is for --format peft; a merged model needs none")
     if kind == "peft" and config.adapter.method == "full":
         raise UserError(f"{run} trained the whole model: it has no adapter; use --format hf")
-    if kind == "hf" and config.adapter.method in configs.SOFT:
+    if kind == "hf" and config.adapter.method in configs.VIRTUAL_TOKEN_METHODS:
         raise UserError(
             f"{run} trained virtual tokens (method={config.adapter.method}), which cannot be "
             "merged into weights; use --format peft"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import data, formats
-from lora_jax.config import SOFT, AdapterConfig, Config, EvalConfig, virtual_tokens
+from lora_jax.config import VIRTUAL_TOKEN_METHODS, AdapterConfig, Config, EvalConfig, virtual_tokens
 from lora_jax.errors import UserError, raise_all
 from lora_jax.models import CLASSIFIERS
 from lora_jax.models.common import Model
@@ -69,7 +69,7 @@ def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
     Raises:
         UserError: a text without tokens.
     """
-    if adapter.method not in SOFT or adapter.prompt_init != "text":
+    if adapter.method not in VIRTUAL_TOKEN_METHODS or adapter.prompt_init != "text":
         return None
     tokens = list(tokenizer(adapter.prompt_text)["input_ids"])
     if not tokens:
@@ -79,7 +79,7 @@ def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
 
 def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:
     adapter = config.adapter
-    if adapter.method not in SOFT or adapter.path is not None:
+    if adapter.method not in VIRTUAL_TOKEN_METHODS or adapter.path is not None:
         return config
     if adapter.prompt_init == "text":
         try:
@@ -124,7 +124,7 @@ def _check_text_settings(config: Config) -> None:
 
 def _check_settings(config: Config) -> None:
     default, method = Config(), config.adapter.method
-    if method in SOFT:
+    if method in VIRTUAL_TOKEN_METHODS:
         raise UserError(
             f"adapter.method={method} is for models that write text; {config.model} classifies"
         )

@@ -14,7 +14,14 @@ from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, hosts, quantize, sharding, targets
-from lora_jax.config import LOSSES, SOFT, AdapterConfig, Config, expand, virtual_tokens
+from lora_jax.config import (
+    LOSSES,
+    VIRTUAL_TOKEN_METHODS,
+    AdapterConfig,
+    Config,
+    expand,
+    virtual_tokens,
+)
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
@@ -241,7 +248,7 @@ def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: 
     positions = model.config.max_position_embeddings
     if (limit := model.learned_positions) is not None:
         adapter = config.adapter
-        virtual = virtual_tokens(adapter) if adapter.method in SOFT else 0
+        virtual = virtual_tokens(adapter) if adapter.method in VIRTUAL_TOKEN_METHODS else 0
         room = limit - (0 if adapter.prefix_gate else virtual)
         longest = limit if adapter.method == "prompt" else room  # data.max_length counts these
         beside = f", {virtual} of them for virtual tokens" if room < limit else ""

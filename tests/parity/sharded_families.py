@@ -20,7 +20,7 @@ from methods import stirred  # the table of tests
 
 from lora_jax import AdapterConfig, Config, quantize, sharding
 from lora_jax import adapters as methods
-from lora_jax.config import SOFT, MeshConfig, TrainConfig
+from lora_jax.config import VIRTUAL_TOKEN_METHODS, MeshConfig, TrainConfig
 from lora_jax.nn import kernels
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import make_train_step
@@ -103,7 +103,7 @@ def train(row, mesh):
     many leaves of the base are split.
     """
     model, adapter = make_model(row.family, row.model)
-    soft = row.adapter.get("method") in SOFT
+    soft = row.adapter.get("method") in VIRTUAL_TOKEN_METHODS
     adapter = AdapterConfig(**({} if soft else vars(adapter)) | row.adapter)
     specs = sharding.param_specs(model.params, model.rules, mesh)
     params = sharding.place(model.params, specs, mesh)
