@@ -25,6 +25,7 @@ from lora_jax.config import AdapterConfig, expand, read_json
 from lora_jax.config.text import exists
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import digests, peft_virtual
+from lora_jax.formats.directories import new_directory
 from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import from_peft_config, to_peft_config
 from lora_jax.formats.peft_digest import FIELD, METADATA, WEIGHTS, checked
@@ -43,7 +44,6 @@ from lora_jax.formats.peft_tensors import (
     with_whole_matrices,
     within_limits,
 )
-from lora_jax.formats.safetensors import new_directory
 from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.formats.tensors import read_floats, write_tensors
 from lora_jax.models.common import Model

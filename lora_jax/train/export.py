@@ -159,20 +159,19 @@ def export_merged(
         merge_report.check(report, settings)
         text = card.of_model(config, model, results, versions())
 
-        def write_reports(directory: Path) -> None:
-            merge_report.write(report, directory)
-            (directory / "README.md").write_text(text, encoding="utf-8")
-
-        formats.write_model(
-            target,
-            model,
-            merged,
-            model.directory,
-            max_shard_size=settings.max_shard_size,
-            chat_template=own_template(config),
-            stops=stops,
-            beside=write_reports,
-        )
+        with formats.new_directory_on_main(target) as directory:
+            formats.write_model_files(
+                directory,
+                model,
+                merged,
+                model.directory,
+                max_shard_size=settings.max_shard_size,
+                chat_template=own_template(config),
+                stops=stops,
+            )
+            if directory is not None:
+                merge_report.write(report, directory)
+                (directory / "README.md").write_text(text, encoding="utf-8")
     return {"merge": merge_report.summarize(report), **summary}
 
 
