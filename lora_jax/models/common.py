@@ -23,9 +23,18 @@ from lora_jax.tree import check_parameters, dotted, flatten, summarize
 def scan_layers(
     block: Callable, layers: nnx.Module, x: jax.Array, per_layer: Any, remat: str
 ) -> tuple[jax.Array, Any]:
-    """Run `block(x, layer, own) -> (x, out)` over stacked layers, `own` being each layer's slice of
-    `per_layer`. `remat` says what the backward pass keeps: none, everything; dots, the results of
-    products; full, what runs from layer to layer; offload, the same in host memory.
+    """Run `block(x, layer, own) -> (x, out)` over stacked layers.
+
+    Args:
+        block: one layer; `own` is its slice of `per_layer`.
+        layers: the stacked module; each parameter has a leading layer axis.
+        x: input (b, t, d) of the first layer.
+        per_layer: a tree of arrays with a leading layer axis.
+        remat: activations kept for the backward pass. none: all of them; dots: results of matrix
+            products; full: the input of each layer; offload: the same, in host memory.
+
+    Returns:
+        The output of the last layer, and the stacked `out` of all layers.
     """
     graphdef, state = nnx.split(layers)
 
@@ -54,49 +63,59 @@ def scan_layers(
 
 
 @dataclass(frozen=True)
-class Names:
-    """Names of tensors in a family's files, where they are not the paths of its tree."""
+class Execution:
+    """Settings of a forward pass that change its cost and rounding, and nothing else."""
 
-    base: str = "model."  # prefix that files of the bare model leave out
-    no_weights: str = r".*rotary_emb\.inv_freq"  # regex of tensors that hold none
+    dtype: Any = jnp.float32  # of activations
+    remat: str = "none"  # none | dots | full | offload: see `scan_layers`
+    kernel: str = "xla"  # of attention: one of `kernels.NAMES`
+
+
+PLAIN = Execution()
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of tensors in the files of a family, where they differ from the paths of its tree."""
+
+    base: str = "model."  # prefix that files of the model without its head leave out
+    no_weights: str = r".*rotary_emb\.inv_freq"  # regex of tensors that are not weights
     renamed: tuple[tuple[str, str], ...] = ()  # text in a module path -> text in the file
-    old: tuple[tuple[str, str], ...] = ()  # ends of names in old files -> what they are now
+    old: tuple[tuple[str, str], ...] = ()  # suffix of a name in old files -> suffix today
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # parts joined along out
-    heads: tuple[str, ...] = ()  # modules that files may lack: they start at random, and train
+    heads: tuple[str, ...] = ()  # modules that files may lack; they start at random and train
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as a value: its static structure and a tree of frozen parameters (arrays, or only
-    their shapes).
-    """
+    """A model as a value: a static structure and a tree of frozen parameters, arrays or shapes."""
 
     graphdef: Any
     template: Any  # NNX state of shapes, the form that `graphdef` is merged with
     params: dict
     config: Any  # the family's Config
-    hf_config: dict[str, Any]  # config.json as it was read
+    hf_config: dict[str, Any]  # content of config.json
     rules: Rules
     names: Names = Names()
-    directory: Path = Path()  # where its files are
-    fresh: tuple[str, ...] = ()  # of `names.heads`: those that are not taken from the files
-    notes: tuple[str, ...] = ()  # fields of config.json that are read in another way than written
+    directory: Path = Path()  # of its files
+    fresh: tuple[str, ...] = ()  # those of `names.heads` that start at random
+    notes: tuple[str, ...] = ()  # on fields of config.json that are not read as written
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes of a classifier; empty for a model that writes text."""
+        """Labels of a classifier; empty for a model that generates text."""
         return getattr(self.config, "labels", ())
 
     @property
     def learned_positions(self) -> int | None:
-        """The most tokens that a text can have, where every position has a row of its own."""
+        """Largest number of tokens of a text with learned positions; None for other positions."""
         return getattr(self.config, "learned_positions", None)
 
     def check_tokens(self, tokens: Any, what: str = "tokens") -> None:
-        """Raise for tokens that the embedding has no row for.
+        """Check that tokens are ids of the vocabulary.
 
         Raises:
-            UserError: tokens that are no integers, negative, or of the vocabulary size or above.
+            UserError: tokens that are not integers, negative, or not below the vocabulary size.
         """
         size, tokens = self.config.vocab_size, np.asarray(tokens)
         if tokens.dtype.kind not in "iu":
@@ -108,11 +127,11 @@ class Model:
             )
 
     def module(self, params: Mapping) -> Any:
-        """The NNX module over `params` (plain, bound or merged), with methods `hidden` and
+        """Return the NNX module with `params` (plain, bound or merged); it has methods `hidden` and
         `logits`.
 
         Raises:
-            UserError: adapters, or a tree of other paths than the model's.
+            UserError: adapters in place of parameters, or a tree with other paths than the model.
         """
         call = (
             "a model runs on parameters, model.apply(lora.bind(params, adapters, config), tokens)"
@@ -122,7 +141,7 @@ class Model:
         lists = {"missing": want.keys() - have.keys(), "unexpected": have.keys() - want.keys()}
         problems = [f"{what} {dotted(path)}" for what in lists for path in sorted(lists[what])]
         if problems:
-            raise UserError("these parameters are not the model's: " + summarize(problems))
+            raise UserError("these are not the parameters of the model: " + summarize(problems))
         state = jax.tree.map(lambda leaf: leaf, self.template)
         nnx.replace_by_pure_dict(state, _keys_like(params))
         return nnx.merge(self.graphdef, state)
@@ -139,17 +158,22 @@ class Model:
         return_hidden: bool = False,
         **inputs: Any,
     ) -> Any:
-        """Logits (b, t, vocab) of tokens (b, t). Without segment_ids all tokens of a row are one
-        text. A model that classifies gives (b, t, labels), the same at all tokens of a text, and
-        takes `token_types` (b, t).
+        """Return logits (b, t, vocab) of tokens (b, t); for a classifier (b, t, labels), the same
+        at all tokens of a text.
 
-        `prefix` holds virtual tokens (`adapters.prefix`), in front of every row: a `Prompt` gets
-        its places here, unless the batch has segment_ids and with them places of its own.
-
-        With `return_hidden` it returns logits and the hidden states (b, t, d) that they are a
-        function of: the output of the last layer after the final norm, transformers'
-        `last_hidden_state`. For a classifier that is what its labels depend on. Inside `jit`,
-        logits that are not used cost nothing.
+        Args:
+            params: plain, bound or merged parameters.
+            tokens: (b, t) int32.
+            positions: (b, t) int32 from 0, within each text; by default within the row.
+            segment_ids: (b, t) int32, the text of each token, 0 for padding; by default each row is
+                one text.
+            prefix: virtual tokens (`lora.prefix`) before each row. The placeholders of a `Prompt`
+                are added here; with segment_ids or positions the batch must have them.
+            compute_dtype: dtype of activations.
+            return_hidden: also return hidden states (b, t, d), the output of the last layer after
+                the final norm (`last_hidden_state` of transformers); for a classifier, the input
+                of its last linear. Inside `jit`, logits that are not used cost nothing.
+            inputs: for a classifier, `token_types` (b, t).
 
         Raises:
             UserError: as `module`; as `check_tokens`, outside of jit.
@@ -171,7 +195,7 @@ class Model:
             tokens,
             positions=positions,
             segment_ids=segment_ids,
-            compute_dtype=compute_dtype,
+            execution=Execution(compute_dtype),
             **inputs,
         )
         hidden = hidden[:, inserted:]
@@ -179,18 +203,19 @@ class Model:
         return (logits, hidden) if return_hidden else logits
 
     def empty_cache(self, rows: int, slots: int, dtype: Any) -> Cache:
-        """A cache for `rows` texts of up to `slots` tokens."""
+        """Return an empty cache for `rows` texts of up to `slots` tokens."""
         c = self.config
         return empty_cache(
             c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim, dtype
         )
 
     def replace(self, **changes: Any) -> "Model":
+        """Return the model with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
 def foreign_token(tokens: np.ndarray, vocab_size: int) -> int | None:
-    """The first of some tokens that an embedding of `vocab_size` rows does not have."""
+    """Return the first token outside of 0 to `vocab_size` - 1; None if there is none."""
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
     return int(outside[0]) if outside.size else None
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.common import scan_layers
+from lora_jax.models.common import PLAIN, Execution, scan_layers
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.models.rotary import PLAIN_ROPE, RopeRules, read_rope
 from lora_jax.nn.attention import KVContext, attend, mask_specs
@@ -263,9 +263,7 @@ class CausalLM(nnx.Module):
         lengths: jax.Array | None = None,
         cache: Cache | None = None,
         prefix: Virtual | None = None,
-        compute_dtype: Any = jnp.float32,
-        remat: str = "none",
-        kernel: str = "xla",
+        execution: Execution = PLAIN,
     ) -> tuple[jax.Array, Cache | None, Routing | None]:
         """Return final hidden states (b, t, d) of tokens (b, t); the cache with the tokens written,
         if one is given; and the `Routing` of all layers, if there are experts.
@@ -279,7 +277,7 @@ class CausalLM(nnx.Module):
         config = self.config
         if lengths is None and config.ropes_by_length:
             lengths = text_lengths(positions, segment_ids)
-        x = put_in(self.embed(tokens, compute_dtype), positions, prefix)
+        x = put_in(self.embed(tokens, execution.dtype), positions, prefix)
         positions = positions + first_position(prefix)
         lengths = None if lengths is None else lengths + first_position(prefix)
         own = by_layer(prefix)
@@ -287,7 +285,7 @@ class CausalLM(nnx.Module):
         windows = {FULL: None, SLIDING: config.sliding_window}
         own_windows = [windows[kind] for kind in kinds]
         prefix_masks = [own.visible(positions, window) for window in own_windows] if own else []
-        seen = mask_specs(kernel, segment_ids, cache, own_windows, prefix_masks)
+        seen = mask_specs(execution.kernel, segment_ids, cache, own_windows, prefix_masks)
         inputs_by_kind = [
             AttentionInputs(
                 rope(positions, config.head_dim, config.rope_parameters[kind], lengths),
@@ -307,7 +305,9 @@ class CausalLM(nnx.Module):
             x, new, routing = layer(x, inputs, kv)
             return x, (None if cache is None else new, routing)
 
-        x, (new, routing) = scan_layers(block, self.model.layers, x, (kv, kind_of_layer), remat)
+        x, (new, routing) = scan_layers(
+            block, self.model.layers, x, (kv, kind_of_layer), execution.remat
+        )
         cache = None if cache is None else cache.write(new[0], new[1], segment_ids)
         return self.model.norm(x), cache, routing
 

@@ -63,7 +63,7 @@ def gemma_fields(
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     return Config(
         **gemma_fields(
             reader,

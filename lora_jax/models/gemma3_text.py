@@ -26,7 +26,7 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     pattern = reader.integer("sliding_window_pattern", 6)
     # transformers writes the first next to layer_types, reads the second, and uses neither.
     reader.inert("_sliding_window_pattern", "attn_logit_softcapping")

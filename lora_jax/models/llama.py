@@ -18,7 +18,7 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     bias = reader.boolean("attention_bias", False)
     return Config(
         **read_decoder(reader),

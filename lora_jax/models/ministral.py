@@ -10,6 +10,6 @@ from lora_jax.models.reader import ConfigReader
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    """A `DecoderConfig` from config.json; defaults are those of transformers."""
+    """Read a `DecoderConfig` from config.json; defaults are those of transformers."""
     slides = reader.content.get("sliding_window", 4096) is not None
     return DecoderConfig(**read_fields(reader, slides=lambda layer: slides))

@@ -22,7 +22,7 @@ def read_fields(
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    """A `DecoderConfig` from config.json; defaults are those of transformers."""
+    """Read a `DecoderConfig` from config.json; defaults are those of transformers."""
     return DecoderConfig(**read_fields(reader))
 
 

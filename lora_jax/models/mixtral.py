@@ -24,7 +24,7 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     reader.alias("num_experts", "num_local_experts")
     sparse.note_router_loss(reader)
     experts = reader.integer("num_local_experts", 8)

@@ -24,7 +24,7 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     return Config(
         **read_decoder(reader, Defaults((50_304, 4096, 11_008, 32, 32), rms_norm_eps=1e-5)),
         attention_bias=reader.boolean("attention_bias", False),

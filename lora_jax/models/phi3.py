@@ -17,7 +17,7 @@ from lora_jax.nn.modules import ACTIVATIONS, Linear
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    """A `DecoderConfig` from config.json; defaults are those of transformers."""
+    """Read a `DecoderConfig` from config.json; defaults are those of transformers."""
     reader.inert("full_attn_mod", "interpolate_factor")  # Phi-4-mini has them, and no code reads it
     fields = read_decoder(
         reader,

@@ -15,7 +15,7 @@ DEFAULTS = Defaults(
 
 
 def read_window(reader: ConfigReader) -> int | None:
-    """Qwen's window, None unless `use_sliding_window`."""
+    """Read the window in tokens; None unless `use_sliding_window`."""
     if reader.boolean("use_sliding_window", False):
         return reader.optional_integer("sliding_window", 4096)
     reader.inert("sliding_window")
@@ -34,7 +34,7 @@ def window_fields(reader: ConfigReader) -> dict[str, Any]:
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    """A `DecoderConfig` from config.json; defaults are those of transformers."""
+    """Read a `DecoderConfig` from config.json; defaults are those of transformers."""
     return DecoderConfig(**read_decoder(reader, DEFAULTS, **window_fields(reader)))
 
 

@@ -22,7 +22,7 @@ class Config(qwen3.Config):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     reader.only("mlp_only_layers", [], None, why="every layer has experts")
     reader.only("decoder_sparse_step", 1, why="every layer has experts")
     reader.only("use_qk_norm", True)

@@ -9,7 +9,7 @@ from typing import Any
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.nn import rope
 
-# Fields in the files of YaRN's authors, which transformers does not read.
+# Fields in the files of the authors of YaRN, which transformers does not read.
 _UNREAD = ("attn_factor", "finetuned")
 _KINDS = (FULL, SLIDING)
 
@@ -126,7 +126,7 @@ def _by_layer_type(
 
 
 class _Reader:
-    """Reads one mapping of rotary settings."""
+    """Reader of one mapping of rotary settings."""
 
     def __init__(self, reader: ConfigReader, max_positions: int, head_dim: int, rules: RopeRules):
         self.reader, self.max_positions, self.head_dim = reader, max_positions, head_dim
@@ -155,7 +155,7 @@ class _Reader:
         return found
 
     def refuse_contradiction(self, scaling: Mapping[str, Any], parameters: Mapping[str, Any]):
-        """Refuse rope_scaling and rope_parameters that differ in an effect."""
+        """Refuse rope_scaling and rope_parameters with different effects."""
         first, second = self.settled(scaling), self.settled(parameters)
         apart = [
             f"{name} ({first.get(name)} and {second.get(name)})"
@@ -187,7 +187,7 @@ class _Reader:
             paths = [f"{names.get(name, 'rope_parameters')}.{name}" for name in unknown]
             refuse(
                 f"not understood for rope_type={kind!r}: {', '.join(unknown)}; if they do not "
-                f"change the numbers, set ignore_config_fields=[{', '.join(paths)}]"
+                f"change results, set ignore_config_fields=[{', '.join(paths)}]"
             )
         for name in _UNREAD:
             if given.get(name) not in (None, 1):

@@ -8,7 +8,7 @@ from lora_jax.models.reader import ConfigReader
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     fields = read_decoder(
         reader,
         Defaults(

@@ -1,4 +1,4 @@
-"""Routed experts, as Mixtral and Qwen 3 MoE have them.
+"""Routed experts of Mixtral and Qwen 3 MoE.
 
 model / layers / mlp / gate / kernel                     (layers, d, experts): the router
 model / layers / mlp / experts / gate_up_proj / kernel   (layers, experts, d, 2 f)
@@ -28,17 +28,17 @@ RULES = (
 
 
 def note_router_loss(reader: ConfigReader) -> None:
-    """Note that the loss by which experts are used alike is a setting of the run."""
+    """Note that the load-balancing loss of the router is a setting of the run."""
     reader.inert("output_router_logits", "router_aux_loss_coef")
     if reader.content.get("output_router_logits"):
         reader.notes.append(
-            "config.json: output_router_logits adds a loss of the router to training in "
+            "config.json: output_router_logits adds the router's loss to training in "
             "transformers; here train.router_aux_loss_coef does"
         )
 
 
 def read_chosen(reader: ConfigReader, experts: int, default: int) -> int:
-    """Read the number of experts that every token goes through."""
+    """Read the number of experts per token."""
     chosen = reader.integer("num_experts_per_tok", default)
     if chosen > experts:
         reader.refuse(f"num_experts_per_tok={chosen} is above the number of experts, {experts}")
@@ -63,7 +63,7 @@ class Experts(nnx.Module):
         self.count, self.act = experts, act
 
     def __call__(self, x: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
-        """x (rows, d) through the experts `chosen` (rows, k) for each, added up with `shares`."""
+        """Apply the experts `chosen` (rows, k) to x (rows, d); sum the results times `shares`."""
         rows, k = chosen.shape
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=self.count).astype(jnp.int32)
@@ -74,8 +74,8 @@ class Experts(nnx.Module):
 
 
 class SparseMLP(nnx.Module):
-    """Every token goes through the `chosen` experts of highest probability (arXiv 2401.04088);
-    `normalize` makes their shares add up to 1.
+    """Mixture of experts: each token uses the `chosen` experts of highest probability (arXiv
+    2401.04088). With `normalize` their shares add up to 1.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class SparseMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Norms before attention and experts."""
+    """A layer with norms before attention and experts."""
 
     def __init__(self, config: DecoderConfig, attention: Any, mlp: SparseMLP, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)

@@ -16,7 +16,7 @@ from lora_jax import tree
 from lora_jax.adapters import bind, prefix
 from lora_jax.config import Config
 from lora_jax.errors import UserError
-from lora_jax.models.common import Model
+from lora_jax.models.common import Execution, Model
 from lora_jax.nn import kernels
 from lora_jax.nn.virtual import Virtual
 from lora_jax.train.loss import load_balancing_loss, next_token_sums
@@ -65,9 +65,7 @@ def _run(
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
-        compute_dtype=jnp.dtype(config.train.compute_dtype),
-        remat=remat,
-        kernel=kernel,
+        execution=Execution(jnp.dtype(config.train.compute_dtype), remat, kernel),
         **(beside if virtual is None else beside | {"prefix": virtual}),
     )
 

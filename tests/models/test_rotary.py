@@ -141,7 +141,7 @@ REFUSED = {
     ),
     "a field": (
         dict(rope_scaling=LINEAR | dict(foo=3)),
-        "not understood for rope_type='linear': foo; if they do not change the numbers, set "
+        "not understood for rope_type='linear': foo; if they do not change results, set "
         "ignore_config_fields=[rope_scaling.foo]",
     ),
     "layer types": (
