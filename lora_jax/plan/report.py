@@ -14,7 +14,7 @@ from lora_jax.plan.search import Candidate
 
 
 def worked_text(found: Worked) -> str:
-    """The bytes of a model of so many parameters, in GB of 1e9 bytes."""
+    """Return the memory of a model with so many parameters as text, in GB of 1e9 bytes."""
     rows = (
         (found.weights, "weights in 16 bits, as a frozen base"),
         (found.four_bits, "in 4 bits"),
@@ -27,7 +27,7 @@ def worked_text(found: Worked) -> str:
 
 
 def head_text(program: Program, topology: Topology | None) -> str:
-    """What is planned, in two lines."""
+    """Return two lines on the planned model, devices and batch."""
     config, mesh = program.config, program.mesh.shape
     where = topology.name if topology else counted(program.mesh.size, "device")
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -42,7 +42,7 @@ def head_text(program: Program, topology: Topology | None) -> str:
 
 
 def estimate_text(found: Estimate, full: Estimate, hbm: int | None) -> str:
-    """The table from shapes, in GiB on each device."""
+    """Return the table of the estimate from shapes, in GiB on each device."""
     rows = [
         ("base", found.base),
         ("adapters", found.adapters),
@@ -64,7 +64,7 @@ def estimate_text(found: Estimate, full: Estimate, hbm: int | None) -> str:
 
 
 def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
-    """What the compiler says, in GiB on each device."""
+    """Return the table of the compiler's figures, in GiB on each device."""
     if isinstance(found, Shortfall):
         return (
             f"\ndoes not fit: {_gib(found.needed).strip()} GiB needed on each device, "
@@ -100,7 +100,7 @@ def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
 
 
 def roofline_text(step: Step, found: Roofline) -> str:
-    """Operations and the least time of a step."""
+    """Return the lines on operations and the least time of a step."""
     return (
         f"\n{step.model_flops / 1e12:,.1f} TFLOP a step, {step.flops / 1e12:,.1f} with what is "
         f"computed twice\nfrom shapes, each device sends {step.gathered / 1e9:,.3f} GB of weights "
@@ -113,7 +113,7 @@ def roofline_text(step: Step, found: Roofline) -> str:
 
 
 def remedies_text(changes: list[Candidate], hbm: int) -> str:
-    """Changes that take less memory, from shapes."""
+    """Return the list of changes that need less memory, from shapes."""
     if not changes:
         return "\nno change of mesh, micro-batch, remat or dtype of the base takes less memory"
     lines = ["", "takes less, GiB on each device, from shapes:"]
@@ -124,7 +124,7 @@ def remedies_text(changes: list[Candidate], hbm: int) -> str:
 
 
 def search_text(rows: list[dict[str, Any]], hbm: int | None) -> str:
-    """The best settings, as overrides, the best first."""
+    """Return the table of the best settings as overrides, the best first."""
     if not rows:
         return "\nno mesh, micro-batch or remat policy fits, from shapes"
     lines = ["", "the best of all meshes, micro-batches and remat policies:"]
@@ -145,7 +145,7 @@ def _gib(number: float) -> str:
 
 
 def as_json(part: Any) -> Any:
-    """Nested dataclasses as JSON, with what their properties work out."""
+    """Return nested dataclasses as JSON values, with their properties."""
     if dataclasses.is_dataclass(part):
         fields = {f.name: as_json(getattr(part, f.name)) for f in dataclasses.fields(part)}
         worked = [name for name, own in vars(type(part)).items() if isinstance(own, property)]
