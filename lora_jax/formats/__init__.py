@@ -55,6 +55,11 @@ def describe(
     Raises:
         UserError: a config.json that cannot be read or is not supported; an adapter in the same
             directory; files that cannot be read.
+
+    Example:
+        >>> model = formats.describe(directory)
+        >>> type(model.params["model"]["norm"]["scale"]).__name__
+        'ShapeDtypeStruct'
     """
     directory = expand(directory)
     content = read_json(directory / "config.json")
@@ -94,6 +99,12 @@ def load(
     Raises:
         UserError: the model cannot be found or is not supported; its files do not match
             config.json; weights that are not finite.
+
+    Example:
+        >>> model = formats.load(directory)
+        >>> logits = model.apply(model.params, np.array([[1, 2, 3]]))
+        >>> logits.shape == (1, 3, model.config.vocab_size)
+        True
     """
     directory = resolve(str(spec))
     model = describe(directory, ignore, labels)

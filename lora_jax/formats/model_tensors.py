@@ -150,5 +150,5 @@ def _check_tensors(
     ):
         raise UserError(
             f"{directory}: {HEAD_NAME} differs from the embedding, which the model ties to it; "
-            "use the model that formats.describe(directory) returns, which does not"
+            "pass the model that formats.describe(directory) returns, which does not tie them"
         )

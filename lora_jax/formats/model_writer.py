@@ -24,11 +24,12 @@ from lora_jax.weights import Untied
 def parse_size(text: str) -> int:
     """Return the bytes of "5GB", "200MB" (decimal, as Hugging Face counts) or a plain number.
 
-    >>> parse_size("200MB")
-    200000000
-
     Raises:
         UserError: the text is not a positive size.
+
+    Example:
+        >>> parse_size("200MB")
+        200000000
     """
     units = {
         "KB": 10**3,

@@ -70,11 +70,12 @@ class Topology:
 def parse_topology(name: str) -> Topology:
     """Return a name such as `v5p:2x2x4` as a `Topology`.
 
-    >>> parse_topology("v5p:2x2x4").devices
-    16
-
     Raises:
         UserError: an unknown chip or shape; the error lists those that exist.
+
+    Example:
+        >>> parse_topology("v5p:2x2x4").devices
+        16
     """
     kind, _, size = name.strip().lower().partition(":")
     chip = CHIPS.get(_ALIASES.get(kind, kind))
