@@ -48,18 +48,18 @@ def estimate_text(found: Estimate, full: Estimate, hbm: int | None) -> str:
         ("adapters", found.adapters),
         ("optimizer", found.optimizer),
         ("batch", found.batch),
-        ("gradients, and the optimizer's old state", found.gradients),
+        ("gradients, and the old optimizer state", found.gradients),
         ("activations kept for the backward pass", found.kept),
         ("activations of one layer's backward pass", found.layer),
-        ("logits of a chunk, and what they need", found.logits),
+        ("logits of a chunk, with temporaries of the loss", found.logits),
     ]
     rows += [("copies of the base", found.weights)] if found.weights else []
     lines = ["", "from shapes alone, GiB on each device:"]
     lines += [f"  {_gib(number)}  {name}" for name, number in rows]
-    lines += [f"  {_gib(found.total)}  together (of a layer or the logits, the larger)"]
-    lines += [f"  {_gib(full.total)}  together, were every weight trained (method=full)"]
+    lines += [f"  {_gib(found.total)}  total (with the larger of layer and logits)"]
+    lines += [f"  {_gib(full.total)}  total if every weight were trained (method=full)"]
     if hbm is not None:
-        lines += [f"  {_gib(hbm)}  there is"]
+        lines += [f"  {_gib(hbm)}  available"]
     return "\n".join(lines)
 
 
@@ -74,17 +74,17 @@ def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
     rows = [
         ("arguments", found.arguments),
         ("outputs", found.outputs),
-        ("of these in place of arguments", -found.aliased),
+        ("outputs that reuse arguments", -found.aliased),
         ("temporaries", found.temporaries),
         ("code", found.code),
     ]
     lines = ["", f"compiled in {found.seconds:.0f} s, GiB on each device:"]
     lines += [f"  {_gib(number)}  {name}" for name, number in rows]
     if found.unread:
-        lines += [f"  {_gib(found.unread)}  base weights that trained ones take the place of"]
-    lines += [f"  {_gib(found.total)}  together"]
+        lines += [f"  {_gib(found.unread)}  base weights that trained ones replace"]
+    lines += [f"  {_gib(found.total)}  total"]
     if found.peak is not None:
-        lines += [f"  {_gib(found.needed)}  needed: the most that stands in memory at once"]
+        lines += [f"  {_gib(found.needed)}  needed: the most in use at once"]
     if found.host:
         lines += [f"  {_gib(found.host)}  on the host"]
     if hbm is not None:
@@ -102,21 +102,21 @@ def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
 def roofline_text(step: Step, found: Roofline) -> str:
     """Return the lines on operations and the least time of a step."""
     return (
-        f"\n{step.model_flops / 1e12:,.1f} TFLOP a step, {step.flops / 1e12:,.1f} with what is "
-        f"computed twice\nfrom shapes, each device sends {step.gathered / 1e9:,.3f} GB of weights "
+        f"\n{step.model_flops / 1e12:,.1f} TFLOP a step, {step.flops / 1e12:,.1f} with "
+        f"recomputation\nfrom shapes, each device sends {step.gathered / 1e9:,.3f} GB of weights "
         f"and {step.reduced / 1e9:,.3f} GB of activations and gradients\nat "
         f"the chip's peaks: compute {found.compute:.3f} s, memory "
         f"{found.memory:.3f} s, network {found.network:.3f} s\n"
-        f"a step takes {found.seconds:.3f} s at the least ({found.bound}): "
-        f"{step.tokens / found.seconds:,.0f} tokens/s, MFU {found.mfu:.0%} at the most"
+        f"a step takes {found.seconds:.3f} s at least ({found.bound}): "
+        f"{step.tokens / found.seconds:,.0f} tokens/s, MFU {found.mfu:.0%} at most"
     )
 
 
 def remedies_text(changes: list[Candidate], hbm: int) -> str:
     """Return the list of changes that need less memory, from shapes."""
     if not changes:
-        return "\nno change of mesh, micro-batch, remat or dtype of the base takes less memory"
-    lines = ["", "takes less, GiB on each device, from shapes:"]
+        return "\nno change of mesh, micro-batch, remat or dtype of the base needs less memory"
+    lines = ["", "needs less, GiB on each device, from shapes:"]
     for one in changes:
         fits = "fits" if one.total <= hbm else "does not fit either"
         lines += [f"  {_gib(one.total)}  {' '.join(one.overrides)}  ({fits})"]
