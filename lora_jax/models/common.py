@@ -74,6 +74,16 @@ class Execution:
 PLAIN = Execution()
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """Sums over the real tokens of a layer's router."""
+
+    load: jax.Array  # (experts,) number of tokens sent to each
+    probabilities: jax.Array  # (experts,) sum of the probabilities given to each
+    tokens: jax.Array  # () number of tokens
+
+
 @dataclass(frozen=True)
 class Names:
     """Names of tensors in the files of a family, where they differ from the paths of its tree."""

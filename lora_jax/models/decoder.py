@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.common import PLAIN, Execution, scan_layers
+from lora_jax.models.common import PLAIN, Execution, Routing, scan_layers
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.models.rotary import PLAIN_ROPE, RopeRules, read_rope
 from lora_jax.nn.attention import KVContext, attend, mask_specs
@@ -136,16 +136,6 @@ class AttentionInputs:
     cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
     masks: Any  # (b, t, s) for each block of keys, or the `MaskSpec` of a fused kernel
     real: jax.Array  # (b, t) bool; False for padding
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Routing:
-    """Sums over the real tokens of a layer's router."""
-
-    load: jax.Array  # (experts,) number of tokens sent to each
-    probabilities: jax.Array  # (experts,) sum of the probabilities given to each
-    tokens: jax.Array  # () number of tokens
 
 
 class Attention(nnx.Module):

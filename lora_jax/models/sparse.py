@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax import weights
 from lora_jax.models import decoder
+from lora_jax.models.common import Routing
 from lora_jax.models.decoder import AttentionInputs, DecoderConfig
 from lora_jax.models.reader import ConfigReader
 from lora_jax.nn.attention import KVContext
@@ -92,7 +93,7 @@ class SparseMLP(nnx.Module):
         self.experts = Experts(experts, config.hidden_size, f, config.hidden_act, rngs=rngs)
         self.chosen, self.normalize = chosen, normalize
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, decoder.Routing]:
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Routing]:
         rows = x.reshape(-1, x.shape[-1])
         probabilities = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.chosen)
@@ -101,9 +102,7 @@ class SparseMLP(nnx.Module):
         y = self.experts(rows, chosen, shares)
         counted = real.reshape(-1, 1).astype(jnp.float32)
         load = jax.nn.one_hot(chosen, probabilities.shape[-1]).sum(axis=1)
-        routing = decoder.Routing(
-            (load * counted).sum(0), (probabilities * counted).sum(0), counted.sum()
-        )
+        routing = Routing((load * counted).sum(0), (probabilities * counted).sum(0), counted.sum())
         return y.reshape(x.shape), routing
 
 
@@ -118,7 +117,7 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
-    ) -> tuple[jax.Array, Any, decoder.Routing]:
+    ) -> tuple[jax.Array, Any, Routing]:
         y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + y
         y, routing = self.mlp(self.post_attention_layernorm(x), inputs.real)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax import tree
-from lora_jax.models.decoder import Routing
+from lora_jax.models.common import Routing
 from lora_jax.sharding import BATCH, constrain, logits_axes
 
 
