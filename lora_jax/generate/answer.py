@@ -131,8 +131,8 @@ def open_reader(
         directory = expand(adapter)
         template = data.template_text(tokenizer, chat_template)
         if stored := formats.read_fingerprint(directory):
-            prints = fingerprint.take(source, tokenizer, template)
-            fingerprint.check(stored, prints, adapter, allow_change)
+            current = fingerprint.take(source, tokenizer, template)
+            fingerprint.check(stored, current, adapter, allow_change)
         arguments = formats.read_template_kwargs(directory) | arguments
         trained = formats.read_system_prompt(directory)
         if trained is not None and system_prompt is None:
