@@ -1,13 +1,13 @@
-"""How far a combination of adapters is from the weighted sum of their updates, beside PEFT's
+"""Distance of a combination of adapters from the weighted sum of their updates, here and in PEFT's
 `add_weighted_adapter`; prints one JSON line.
 
     python benchmarks/combine.py
     python benchmarks/combine.py --rank 16 --weights 0.7 0.3 --seed 1
 
-Random LoRAs (both factors normal, alpha 2 r) on all linears of a tiny Llama. Every entry is
-|made - sum| / |sum| over all modules, made being what PEFT applies: of its own combination, or of
-the directory that `lora-jax combine` wrote. `svd` is at PEFT's default rank, the largest of the
-adapters, for both; `rank` is what each came to.
+Random LoRAs (both factors normal, alpha 2 r) on all linears of a tiny Llama. Each distance is
+|made - sum| / |sum| over all modules, where `made` is the update that PEFT applies: that of its own
+combination, or that of the directory written by `lora-jax combine`. `svd` has PEFT's default rank,
+the largest of the adapters, in both; `rank` is the rank of each result.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def make_adapter(base: torch.nn.Module, rank: int, seed: int, target: Path) -> N
 
 
 def updates(model: torch.nn.Module, name: str) -> dict[str, np.ndarray]:
-    """The dense updates that PEFT applies, by module."""
+    """Return the dense updates that PEFT applies, by module."""
     return {
         path: module.get_delta_weight(name).detach().double().numpy()
         for path, module in model.named_modules()

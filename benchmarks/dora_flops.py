@@ -1,11 +1,11 @@
-"""What DoRA's step costs beside LoRA's, by the compiler's count; prints one JSON line.
+"""FLOPs of a DoRA step relative to a LoRA step, counted by the compiler; prints one JSON line.
 
     python benchmarks/dora_flops.py
     python benchmarks/dora_flops.py --rank 32 --tokens 2048
 
-One layer of SmolLM2-135M and no vocabulary to speak of, so that every loop has one turn and the
-count is whole (a loop's body counts once). `peft` is PEFT's formulation in the same program: the
-product a @ b from an identity matrix that goes through both factors, and the norm of W plus it.
+The model is one layer of SmolLM2-135M with a tiny vocabulary, so that each loop has one iteration
+(the compiler counts a loop's body once). `peft` is PEFT's formulation in the same program: the
+product a @ b as an identity matrix times both factors, and the norm of W plus it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SHAPE = {
 
 
 def flops(overrides: tuple[str, ...], rank: int, tokens: int) -> float:
-    """Of one compiled optimizer step."""
+    """Return the FLOPs of one compiled optimizer step."""
     settings = ["train.batch_size=1", "train.remat=none", f"adapter.rank={rank}", *overrides]
     config = configs.parse({"model": "shapes"}, settings)
     model = models.describe(SHAPE)
@@ -52,7 +52,7 @@ def flops(overrides: tuple[str, ...], rank: int, tokens: int) -> float:
 
 
 def peft_norms(target, weight, a, b):
-    """As `dora.column_norms`, by the product that it avoids."""
+    """Return the result of `dora.column_norms`, by the dense product that it avoids."""
     return jnp.linalg.norm(weight + (jnp.eye(weight.shape[-2]) @ a) @ b, axis=-2)
 
 

@@ -40,7 +40,7 @@ SHAPE = {
 
 
 def tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, in the order of the files."""
+    """Return names and shapes, in the order of the files."""
     d, f, v = (SHAPE[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
     kv = d * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
     yield "model.embed_tokens.weight", (v, d)
@@ -62,7 +62,7 @@ def tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write(directory: Path, layers: int) -> None:
-    """A Hugging Face directory of random weights."""
+    """Write a Hugging Face directory with random weights."""
     rng, shard, shards, weight_map = np.random.default_rng(0), {}, 0, {}
 
     def flush() -> None:
@@ -129,7 +129,7 @@ def load(directory: Path) -> dict[str, float]:
 
 
 def environment(host: int, hosts: int) -> dict[str, str]:
-    """What tells a process of several its place."""
+    """Return the environment variables that number a process of several."""
     if hosts == 1:
         return {}
     address = f"localhost:{20_000 + os.getpid() % 20_000}"

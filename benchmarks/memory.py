@@ -1,10 +1,10 @@
-"""Memory of the compiled train step by method and base, as the compiler counts it; prints a JSON
+"""Memory of the compiled train step by method and base, reported by the compiler; prints a JSON
 line per row. Nothing is run, and no weight is read.
 
     python benchmarks/memory.py
     python benchmarks/memory.py train.batch_size=8 data.max_length=1024 adapter.rank=64
 
-Arguments are base, adapters, optimizer state and batch; temporaries what the step needs besides.
+Arguments are base, adapters, optimizer state and batch; temporaries are all other memory of a step.
 """
 
 import json
@@ -32,7 +32,7 @@ ROWS = {
 
 
 def base_shapes(params: dict, base_dtype: str | None) -> dict:
-    """The base as a run with `base_dtype` holds it, as shapes."""
+    """Return the shapes of the base as a run with `base_dtype` stores it."""
     if base_dtype in SCHEMES:
         return jax.eval_shape(lambda params: quantize_tree(params, str(base_dtype)), params)
     dtype = jnp.dtype(base_dtype or "float32")
@@ -40,12 +40,12 @@ def base_shapes(params: dict, base_dtype: str | None) -> dict:
 
 
 def measure(settings: list[str]) -> dict[str, float]:
-    """MB of one compiled step's base, arguments and temporaries."""
+    """Return MB of the base, arguments and temporaries of one compiled step."""
     config = configs.parse({"model": MODEL, "adapter": {"rank": 16, "alpha": 32}}, settings)
     model = formats.describe(formats.resolve(MODEL, weights=False))
     params = base_shapes(model.params, config.base_dtype)
     adapters = lora.shapes(params, config.adapter)
-    if config.adapter.method == "full":
+    if config.adapter.trains_everything:
         params = jax.eval_shape(
             lambda params: lora.init(jax.random.key(0), params, config.adapter)[0], model.params
         )

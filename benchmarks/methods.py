@@ -1,11 +1,11 @@
-"""Every method at the quickstart's budget, one run each; prints a JSON line per run and the table.
+"""All methods with the budget of the quickstart; prints a JSON line per run and a table.
 
     python benchmarks/methods.py                     # all of them, into runs/methods
     python benchmarks/methods.py dora nf4            # some
     python benchmarks/methods.py lora eval.generate_examples=20 train.steps=20
 
-A row is `python train.py --config configs/quickstart.yaml` with the settings that are listed here:
-the same 533 addresses, once each. A finished run is not repeated: its figures are read again.
+A row is `train.py --config configs/quickstart.yaml` with the settings of METHODS below: the
+same 533 addresses, once each. A finished run is not repeated: its summary is read again.
 """
 
 import json
@@ -44,7 +44,7 @@ COLUMNS = {
 
 
 def run(name: str, overrides: list[str]) -> dict:
-    """The summary of a method's run."""
+    """Run a method and return the summary."""
     output = Path("runs/methods") / name
     command = [sys.executable, str(ROOT / "train.py")]
     command += ["--config", str(ROOT / "configs/quickstart.yaml"), f"output_dir={output}"]

@@ -5,11 +5,11 @@ JSON line.
     python benchmarks/quality.py --config configs/e2e.yaml eval.generate_examples=50
     python benchmarks/quality.py --config configs/names.yaml       # a model that classifies
 
-The figures stand beside those of `python train.py --config configs/e2e.yaml`. Both sides see the
+Compare the figures with those of `python train.py --config configs/e2e.yaml`. Both sides use the
 same tokens and loss weights in the same steps: a step takes the examples that our loader packs into
-its rows, here one to a row and padded. LoRA, AdamW, rate, schedule and clipping are the config's;
-the draw of `lora_a` (and of a new head) is torch's own. Float32, greedy answers. The base's own
-dropout is on in PEFT's training, as its users have it.
+its rows, here one per row and padded. LoRA, AdamW, learning rate, schedule and clipping are those
+of the config; torch draws `lora_a` (and a new head) itself. Float32, greedy answers. Dropout of the
+base is on in PEFT's training, as is its default.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from lora_jax.train.optimizer import make_schedule
 
 
 def nll(model, examples: list[data.Example]) -> torch.Tensor:
-    """(2,): weighted negative log-likelihood (nats) and weights, summed over the examples."""
+    """Return (2,): weighted negative log-likelihood (nats) and weights, summed over examples."""
     shape = len(examples), max(len(example.tokens) for example in examples)
     tokens, mask = torch.zeros((2, *shape), dtype=torch.int64)
     weights = torch.zeros(shape)
@@ -49,7 +49,7 @@ def nll(model, examples: list[data.Example]) -> torch.Tensor:
 
 
 def label_logits(model, examples: list[data.Example]) -> torch.Tensor:
-    """(examples, labels)."""
+    """Return logits (examples, labels)."""
     shape = len(examples), max(example.length for example in examples)
     tokens, mask, types = torch.zeros((3, *shape), dtype=torch.int64)
     for row, example in enumerate(examples):
@@ -61,7 +61,7 @@ def label_logits(model, examples: list[data.Example]) -> torch.Tensor:
 
 
 def label_nll(model, examples: list[data.Example]) -> torch.Tensor:
-    """As `nll`, of labels."""
+    """Return the result of `nll` for labels."""
     logits = label_logits(model, examples)
     labels = torch.tensor([int(example.tokens[-1]) for example in examples])
     found = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -69,7 +69,7 @@ def label_nll(model, examples: list[data.Example]) -> torch.Tensor:
 
 
 def label(model, task: sets.DataSet, config: Config) -> list[scores.Answer]:
-    """The labels that the texts get."""
+    """Return the predicted labels of texts."""
     names, size = config.data.labels or [], config.eval.batch_size
     rows = {row.where: row for row in task.rows}
     examples = scores.spread(task.examples, config.eval.generate_examples)
@@ -82,7 +82,7 @@ def label(model, task: sets.DataSet, config: Config) -> list[scores.Answer]:
 
 
 def train(model, config: Config, steps: list[list[data.Example]]) -> None:
-    """One optimizer step for each list of examples."""
+    """Train with one optimizer step for each list of examples."""
     measure = label_nll if config.data.labels else nll
     settings, schedule = config.train, make_schedule(config.train)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

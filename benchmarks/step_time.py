@@ -3,8 +3,8 @@ line.
 
     python benchmarks/step_time.py --model demo:smollm2-135m-instruct --rows 4 --length 256
 
-Each side runs in a process of its own, in turns, on an otherwise idle machine; the figure to read
-is the ratio. Rows are full (no padding) and every token is supervised. Both use float32, AdamW and
+The two sides run in turns, each in a process of its own, on an otherwise idle machine; the result
+is the ratio. Rows are full (no padding) and all tokens are supervised. Both use float32, AdamW and
 clipping at 1.0.
 """
 

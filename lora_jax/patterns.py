@@ -1,7 +1,7 @@
-"""Regexes that a user or a file gives, matched within a limit of time.
+"""Regexes given by users or files, matched with a time limit.
 
-`re` decides which patterns are valid. `regex` reads the same syntax and can be stopped: a pattern
-that backtracks for ever ends in an error.
+`re` decides which patterns are valid. `regex` reads the same syntax and has a timeout, so that a
+pattern with endless backtracking ends in an error.
 """
 
 import functools
@@ -13,11 +13,11 @@ import regex
 from lora_jax.errors import UserError
 
 LONGEST = 20_000  # characters of a pattern
-_NESTED = 6  # counted repeats inside of each other, which `regex` takes for ever to compile
-_SECONDS = 2.0  # of CPU that one pattern may take in all
-_SLOW = 1e-3  # of CPU: only matches that take longer are counted
+_NESTED = 6  # most nested counted repeats; `regex` compiles more very slowly
+_SECONDS = 2.0  # CPU time of all matches of a pattern
+_SLOW = 1e-3  # seconds of CPU; faster matches are not counted
 
-# A brace that begins no repeat is itself in `re`, and may begin a fuzzy match in `regex`.
+# A brace that starts no repeat is literal in `re`, but may start a fuzzy match in `regex`.
 _BRACE = re.compile(r"(\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
 
 
@@ -36,12 +36,12 @@ class Pattern:
         try:
             re.compile(text)
             if _nested_repeats(text) > _NESTED:
-                raise UserError(f"has more than {_NESTED} counted repeats inside of each other")
+                raise UserError(f"has more than {_NESTED} nested counted repeats")
             self._compiled = regex.compile(_BRACE.sub(lambda found: found[1] or r"\{", text))
         except re.error as error:
             raise UserError(f"is not a valid regex: {error}") from error
         except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-            raise UserError(f"is not a regex that can be matched: {error}") from error
+            raise UserError(f"is not a regex that can be compiled: {error}") from error
         self._left = _SECONDS
 
     def matches(self, text: str) -> bool:
@@ -66,7 +66,7 @@ class Pattern:
 
 
 def _nested_repeats(text: str) -> int:
-    """The most groups with a counted repeat, such as (a){2,9}, that are inside of each other."""
+    """Return the depth of nested groups with a counted repeat, such as (a){2,9}."""
     levels, inner = [0], 0
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", text, flags=re.DOTALL)
     for found in re.finditer(r"\)\{\d*,?\d*\}|[()]", plain):
@@ -80,7 +80,7 @@ def _nested_repeats(text: str) -> int:
 
 @functools.lru_cache(maxsize=16384)
 def compiled(text: str) -> Pattern:
-    """Return the pattern of a text, with one limit of time for all its uses.
+    """Return the pattern of a text, with one time limit for all its uses.
 
     Raises:
         UserError: as `Pattern`.

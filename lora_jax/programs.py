@@ -1,14 +1,15 @@
-"""Compiled programs kept in the cache directory: a second start of a config compiles nothing.
+"""Compiled programs in the cache directory, so that a second start of a config compiles nothing.
 
     programs.keep()     # at the start of a process, best before jax is imported
 
-JAX's persistent compilation cache does the work; its own variables come first:
+This is JAX's persistent compilation cache. Its own variables take precedence:
 
-    JAX_COMPILATION_CACHE_DIR            another directory, which is then left to JAX
-    JAX_COMPILATION_CACHE_MAX_SIZE       bytes; above it, the programs longest unused go (-1: never)
+    JAX_COMPILATION_CACHE_DIR            another directory, used by JAX alone
+    JAX_COMPILATION_CACHE_MAX_SIZE       bytes; above it, the least recently used programs are
+                                         removed (-1: never)
     JAX_ENABLE_COMPILATION_CACHE=false   no cache
 
-Whatever is wrong with the directory or an entry, programs are compiled as if there were none.
+If the directory or an entry is damaged, programs are compiled as without a cache.
 """
 
 import builtins
@@ -27,16 +28,16 @@ import filelock
 from lora_jax.cache import cache_directory
 from lora_jax.errors import UserError
 
-LIMIT = 1_000_000_000  # bytes of programs, for a user, on processors of one kind
+LIMIT = 1_000_000_000  # bytes of programs, per user and kind of processor
 _OFF = ("0", "false", "f", "no", "n", "off")
 _PROBLEM = r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (\w+)(.*)"
 
-kept_in: Path | None = None  # the directory in use, if it is ours
+kept_in: Path | None = None  # the directory in use, if `keep` chose it
 
 
 def keep() -> None:
-    """Let JAX keep the programs that this process compiles, unless the user's environment or an
-    earlier setting of this process says where, or says no.
+    """Let JAX cache the programs that this process compiles, unless the environment or an earlier
+    setting of this process chose another directory or no cache.
     """
     global kept_in
     jax = sys.modules.get("jax")
@@ -47,7 +48,7 @@ def keep() -> None:
         return
     try:
         directory = cache_directory() / "compiled" / _owner()
-    except UserError:  # raised again by whatever needs the directory
+    except UserError:  # raised again by other code that needs the directory
         return
     try:
         _prepare(directory)
@@ -70,7 +71,7 @@ def keep() -> None:
 
 
 def stop() -> None:
-    """Keep and take no more programs in this process, if `keep` chose the directory."""
+    """Stop using the cache in this process, if `keep` chose its directory."""
     global kept_in
     if kept_in is None:
         return
@@ -83,26 +84,26 @@ def stop() -> None:
 
 
 def _owner() -> str:
-    """A name for this user on processors of this kind: programs for a CPU use all instructions of
-    the one that they were compiled on, and nobody should run programs of another user.
+    """Return a name for this user and kind of processor: programs for a CPU use all instructions of
+    the CPU that compiled them, and nobody should run programs of another user.
     """
-    about = [platform.machine(), platform.processor(), str(getattr(os, "getuid", int)())]
+    facts = [platform.machine(), platform.processor(), str(getattr(os, "getuid", int)())]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        about += sorted({x for x in lines if re.match("(model name|flags|Features|CPU part)", x)})
-    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+        facts += sorted({x for x in lines if re.match("(model name|flags|Features|CPU part)", x)})
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
 def _prepare(directory: Path) -> None:
-    """Make the directory, for this user alone, and remove entries that a kill left unfinished.
+    """Make the directory, for this user only, and remove unfinished entries of killed processes.
 
     Raises:
-        OSError: it cannot be used, or others could put programs into it.
+        OSError: the directory cannot be used, or other users can write to it.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "getuid"):
-        about = directory.stat()
-        if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        status = directory.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise PermissionError("other users can write to it")
     if _unfinished(directory):
         with filelock.FileLock(directory / ".lockfile", timeout=10):  # the lock of JAX
@@ -111,8 +112,8 @@ def _prepare(directory: Path) -> None:
 
 
 def _unfinished(directory: Path) -> list[Path]:
-    """Entries without the time of their last use, which JAX writes after them. Some versions of it
-    keep nothing any more where there is one.
+    """Return entries without the time of their last use, which JAX writes after the entry. Some
+    versions of JAX add no more entries if there is one.
     """
     names = {file.name for file in directory.iterdir()}
     return [
@@ -123,8 +124,8 @@ def _unfinished(directory: Path) -> list[Path]:
 
 
 def _hear_problems(directory: Path) -> None:
-    """Act on JAX's warnings about the cache in place of showing them: remove what is damaged, so
-    that it is written anew; give up a directory that fails.
+    """Act on JAX's warnings about the cache instead of showing them: remove damaged entries, to be
+    written again, and stop using a directory that fails.
     """
     show = warnings.showwarning
 

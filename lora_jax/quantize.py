@@ -1,14 +1,14 @@
 """Quantised weight leaves: NF4 with double quantisation, as in QLoRA, and int8 per output column.
 
-    weight         (..., in, out)      one block is 64 rows of one column, one group 256 columns
+    weight         (..., in, out)      a block is 64 rows of a column, a group 256 columns
     NF4Weight      codes               two 4-bit codes per byte, 32 bytes per block
                    scales              one byte per block
                    scale_of_scales     one float32 per group
     Int8Weight     values, scales      one byte per weight, one float32 per column
 
-Every function acts on the last two axes, so a stack of layers and one slice of it inside a scan are
-the same to it. All arithmetic is in float32. Weights are multiplied by the inverse of a scale: a
-compiler may rewrite a division by a broadcast scale, and the bytes would then depend on it.
+All functions act on the last two axes, so they apply to a stack of layers and to a slice of it.
+Arithmetic is in float32. Weights are multiplied by the inverse of a scale, as a compiler may
+rewrite a division by a broadcast scale, and the bytes would then depend on it.
 """
 
 from collections.abc import Mapping
@@ -53,8 +53,8 @@ class NF4Weight:
     """A weight of 4.13 bits per number (arXiv 2305.14314): w = NF4_VALUES[code] * absmax of its
     block, where absmax = scale / 255 * scale_of_scales.
 
-    Rows 2i and 2i + 1 share byte i, the first in its high half; where 64 divides `in` the bytes are
-    those of bitsandbytes. The last block is filled up with zeros.
+    Rows 2i and 2i + 1 share byte i, the first in its high half. If 64 divides `in`, the bytes equal
+    those of bitsandbytes. The last block is padded with zeros.
     """
 
     codes: jax.Array  # uint8 (..., ceil(in / 64) * 32, out)
@@ -99,16 +99,22 @@ def check_scheme(scheme: str) -> None:
     """Raise a UserError unless `scheme` is one of SCHEMES."""
     if scheme not in SCHEMES:
         raise UserError(
-            f"{scheme!r} is not a way to quantise; there are: {', '.join(SCHEMES)}."
+            f"{scheme!r} is not a quantisation scheme; there are: {', '.join(SCHEMES)}."
             f"{nearest(scheme, SCHEMES)}"
         )
 
 
 def quantize(w: Any, scheme: str) -> QuantizedWeight:
-    """The leaf that stands for a finite float array w (..., in, out).
+    """Quantise a finite float array w (..., in, out).
 
     Raises:
         UserError: `scheme` is not one of SCHEMES.
+
+    Example:
+        >>> from lora_jax.quantize import dequantize, quantize
+        >>> w = jnp.linspace(-1, 1, 128).reshape(64, 2)
+        >>> bool(abs(dequantize(quantize(w, "int8")) - w).max() < 0.005)
+        True
     """
     check_scheme(scheme)
     w = jnp.asarray(w)
@@ -122,7 +128,7 @@ def quantize(w: Any, scheme: str) -> QuantizedWeight:
 
 
 def dequantize(w: QuantizedWeight, dtype: Any = jnp.float32) -> jax.Array:
-    """The array (..., in, out) that a leaf stands for."""
+    """Return the array (..., in, out) of a quantised leaf."""
     if isinstance(w, Int8Weight):
         return (w.values.astype(jnp.float32) * w.scales).astype(dtype)
     absmax = _dequantize_scales(w.scales, w.scale_of_scales)
@@ -130,10 +136,10 @@ def dequantize(w: QuantizedWeight, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def _nf4_codes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes uint8 (..., blocks * 32, out) of a float32 w (..., in, out), and the absmax of every
-    block, float32 (..., blocks, out).
+    """Return codes uint8 (..., blocks * 32, out) of a float32 w (..., in, out), and the absmax of
+    each block, float32 (..., blocks, out).
 
-    A value half-way between two codes takes the lower one.
+    A value half-way between two codes gets the lower one.
     """
     *lead, rows, columns = w.shape
     w = jnp.pad(w, [(0, 0)] * len(lead) + [(0, -rows % BLOCK), (0, 0)])
@@ -149,21 +155,21 @@ def _nf4_codes(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _dequantize_nf4(codes: jax.Array, absmax: jax.Array, rows: int) -> jax.Array:
-    """float32 (..., rows, out) of codes (..., blocks * 32, out) and absmax (..., blocks, out)."""
+    """Return float32 (..., rows, out); codes (..., blocks * 32, out), absmax (..., blocks, out)."""
     *lead, _, columns = codes.shape
-    # Shifts by a broadcast array, not two halves stacked: one loop that writes the result once.
+    # Shifting by a broadcast array, not stacking two halves, gives one loop with one write.
     both = (codes[..., None, :] >> np.array([[4], [0]], np.uint8)) & 15
     blocks = _nf4_value(both.reshape(*lead, -1, BLOCK, columns)) * absmax[..., None, :]
     return blocks.reshape(*lead, -1, columns)[..., :rows, :]
 
 
 def _nf4_value(codes: jax.Array) -> jax.Array:
-    """NF4_VALUES[codes], computed: as fast as a lookup on a CPU, and vector arithmetic still where
-    a gather goes one number at a time.
+    """Return NF4_VALUES[codes] by arithmetic: as fast as a lookup on a CPU, and vectorised where a
+    gather is not.
 
-    The lowest bit goes from a value to the next by a product with 0 or 1, exactly; the other bits
-    choose by selects. A select between two constants would need them as whole arrays, and under
-    `jax.grad` a scan keeps those 16 arrays in memory beside its loop.
+    The lowest bit is applied by an exact product with 0 or 1, the other bits by selects. A select
+    between two constants would need them as arrays, and under `jax.grad` a scan would keep those 16
+    arrays in memory.
     """
     odd = (codes & 1).astype(jnp.float32)
     values = np.asarray(NF4_VALUES, np.float32)
@@ -175,7 +181,7 @@ def _nf4_value(codes: jax.Array) -> jax.Array:
 
 
 def _quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The second quantisation: absmax (..., blocks, out) -> scales uint8, scale_of_scales float32
+    """Quantise absmax (..., blocks, out) to scales uint8 of its shape, and scale_of_scales float32
     (..., blocks, groups).
     """
     groups = jnp.pad(absmax, [(0, 0)] * (absmax.ndim - 1) + [(0, -absmax.shape[-1] % GROUP)])
@@ -185,34 +191,32 @@ def _quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _dequantize_scales(scales: jax.Array, scale_of_scales: jax.Array) -> jax.Array:
-    """absmax (..., blocks, out)."""
+    """Return absmax (..., blocks, out)."""
     return scales.astype(jnp.float32) * _per_column(
         scale_of_scales * np.float32(1 / 255), scales.shape[-1]
     )
 
 
 def _per_column(groups: jax.Array, columns: int) -> jax.Array:
-    """A number per group -> the same number for each of its columns: (..., groups) -> (...,
-    columns).
-    """
+    """Repeat the value of each group (..., groups) for its columns (..., columns)."""
     return jnp.repeat(groups, GROUP, axis=-1)[..., :columns]
 
 
 def _inverse(absmax: jax.Array, steps: int) -> jax.Array:
-    """steps / absmax, finite also where absmax is zero."""
+    """Return steps / absmax, finite also for an absmax of zero."""
     return steps / jnp.maximum(absmax, steps * np.finfo(np.float32).tiny)
 
 
 def quantizes(path: tree.Path, leaves: Mapping[tree.Path, Any]) -> bool:
-    """Whether a scheme applies to one of the leaves of a parameter tree: to kernels, but not to
-    those of output heads, as in QLoRA, or of routers.
+    """Return True if a leaf of a parameter tree is quantised: kernels are, except those of output
+    heads, as in QLoRA, and of routers.
     """
     head = any(part in tree.OUTPUT_HEADS for part in path)
     return path[-1] == "kernel" and not head and not tree.is_router(path, leaves)
 
 
 def quantize_tree(params: Mapping, scheme: str) -> dict:
-    """A parameter tree with every leaf quantised to which a scheme applies, one at a time.
+    """Return a parameter tree with the kernels that `quantizes` selects quantised, one at a time.
 
     Raises:
         UserError: `scheme` is not one of SCHEMES.

@@ -1,6 +1,6 @@
-"""Start of the `lora-jax` command: what must happen before the imports that take time.
+"""Start of the `lora-jax` command: setup that must come before slow imports.
 
-Ctrl-C ends it with one line, however often and however early it is pressed.
+Ctrl-C ends the command with one line, however often and however early it is pressed.
 """
 
 import io
@@ -10,16 +10,16 @@ import sys
 import time
 from typing import Any, NoReturn
 
-DELIBERATE = 1.0  # seconds after which Ctrl-C is no repetition of the first one
+DELIBERATE = 1.0  # seconds after which another Ctrl-C is not a repetition of the first
 
 
 def console_script() -> NoReturn:
-    """The `lora-jax` command."""
+    """Run the `lora-jax` command."""
     run("main")
 
 
 def run(name: str) -> NoReturn:
-    """End the process with the status of a function of `lora_jax.cli`."""
+    """Run a function of `lora_jax.cli`, and end the process with its status."""
     use_huge_pages()
     ctrl_c = _CtrlC()
     try:
@@ -36,7 +36,7 @@ def run(name: str) -> NoReturn:
     except KeyboardInterrupt:
         status = None
     except Exception:
-        if not ctrl_c.pressed:  # inside an import it can become an error of another kind
+        if not ctrl_c.pressed:  # inside an import it can turn into another error
             raise
         status = None
     if status is None:
@@ -47,10 +47,11 @@ def run(name: str) -> NoReturn:
 
 
 class _CtrlC:
-    """Ctrl-C as one KeyboardInterrupt. Repetitions within a second do not disturb what it ends; a
-    later one ends the process at once, and so does any before the command starts, when there is
-    nothing to clean up.
-    Where SIGINT is ignored, as in background jobs, it stays so.
+    """Handler that turns Ctrl-C into one KeyboardInterrupt.
+
+    Repetitions within a second are ignored, so that they do not disturb the cleanup. A later one
+    ends the process at once; so does any before the command starts, when there is nothing to clean
+    up. If SIGINT is ignored, as in background jobs, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -70,8 +71,8 @@ class _CtrlC:
             raise KeyboardInterrupt
 
     def _swallowed(self, unraisable: Any) -> None:
-        """A KeyboardInterrupt raised where none can pass, as in a callback of the garbage
-        collector, is as if the key had not been pressed: the next one is taken.
+        """Accept the next Ctrl-C if this one was raised where no exception can propagate, as in a
+        callback of the garbage collector.
         """
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             self.pressed = None
@@ -79,7 +80,7 @@ class _CtrlC:
             sys.__unraisablehook__(unraisable)
 
     def leave(self) -> None:
-        """From here on the interpreter ends, which no exception can interrupt."""
+        """Restore the signal before the interpreter exits, which no exception can interrupt."""
         if signal.getsignal(signal.SIGINT) == self._receive:
             signal.signal(signal.SIGINT, signal.SIG_IGN if self.pressed else signal.SIG_DFL)
 
@@ -87,20 +88,20 @@ class _CtrlC:
 def use_huge_pages() -> None:
     """Restart this process, once, with glibc backing its memory by transparent huge pages.
 
-    XLA on a CPU takes its buffers anew at every step, and touching gigabytes of fresh 4 KiB pages
-    costs a good part of the step. glibc reads the setting at the start of a process only. Without
-    effect outside Linux, or where it is set.
+    XLA on a CPU allocates its buffers again at each step, and touching gigabytes of new 4 KiB pages
+    takes a large part of the step. glibc reads the setting only when a process starts. No effect
+    outside Linux, or if GLIBC_TUNABLES is set.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        # Ctrl-C waits until the new process can take it.
+        # Block Ctrl-C until the new process can handle it.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _open_streams() -> None:
-    """Make stdin, stdout and stderr safe to use: a closed one is /dev/null, as the next file that
-    is opened would take its place, and what an encoding cannot print is printed as \\x or \\u.
+    """Make stdin, stdout and stderr safe to use. A closed one becomes /dev/null, as the next opened
+    file would get its descriptor; characters outside of the encoding are printed as \\x or \\u.
     """
     for descriptor in range(3):
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax import demo
+from lora_jax.demo import extract
 from lora_jax.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -212,7 +213,7 @@ def test_parsed_rows():
       <AddressString><PlaceName>Paris</PlaceName></AddressString>
       <AddressString><StreetName>Paris</StreetName></AddressString>
     </AddressCollection>"""
-    first, second = demo.parsed_rows(xml.encode())
+    first, second = extract.parsed_rows(xml.encode())
     assert first["prompt"] == "1 Née Oak, Rome;"
     labels = '{"AddressNumber": "1", "StreetName": "Née Oak", "PlaceName": "Rome"}'
     assert first["completion"] == labels
@@ -226,8 +227,8 @@ def test_name_files_share_their_split_and_repeat_no_name():
 
     people = [f"p{i}" for i in range(40)] + ["P3", "p3", "Both"]
     companies = [f"c{i}" for i in range(20)] + ["bOTH"]
-    found = demo.name_files({"person": xml(people), "company": xml(companies)})
-    assert found == demo.name_files({"person": xml(people), "company": xml(companies)})
+    found = extract.name_files({"person": xml(people), "company": xml(companies)})
+    assert found == extract.name_files({"person": xml(people), "company": xml(companies)})
     rows = {
         file: [json.loads(line) for line in content.decode().splitlines()]
         for file, content in found.items()
@@ -250,9 +251,9 @@ def test_general_rows_take_turns_and_repeat_no_question():
     long = "an answer of more than forty characters, {}"
     a = [["q1", long.format(1)], ["Q1 ", long.format(2)], ["q2", "short"], ["q3", long.format(3)]]
     b = [["q4", long.format(4), "third turn"], ["q1", long.format(5)], ["alone"]]
-    assert [row["prompt"] for row in demo.general_rows([a, b])] == ["q1", "q4", "q3"]
+    assert [row["prompt"] for row in extract.general_rows([a, b])] == ["q1", "q4", "q3"]
     many = [[str(i), long.format(i)] for i in range(100)]
-    assert len(demo.general_rows([many])) == demo.GENERAL_ROWS
+    assert len(extract.general_rows([many])) == extract.GENERAL_ROWS
 
 
 @pytest.mark.real
@@ -267,9 +268,9 @@ def test_addresses_equal_the_reference_files(cache, name):
 @pytest.mark.real
 def test_general_text(cache):
     rows = [json.loads(line) for line in demo.path("general").read_text("utf-8").splitlines()]
-    assert len({row["prompt"] for row in rows}) == demo.GENERAL_ROWS
+    assert len({row["prompt"] for row in rows}) == extract.GENERAL_ROWS
     assert all(row.keys() == {"prompt", "completion"} for row in rows)
-    assert all(len(row["completion"]) > demo.GENERAL_MIN_CHARS for row in rows)
+    assert all(len(row["completion"]) > extract.GENERAL_MIN_CHARS for row in rows)
 
 
 @pytest.mark.real

@@ -209,7 +209,7 @@ def test_tokenizers_of_other_directories(model):
     shutil.rmtree(inner)
     shutil.copytree(model / "generator_tokenizer", inner)
     edit(model / "config.json", **{name: {"model_type": "bert"} for name in parts})
-    with pytest.raises(UserError, match="read as a RagTokenizer, which is no tokenizer of one"):
+    with pytest.raises(UserError, match="as a RagTokenizer, which is not a tokenizer"):
         formats.load_tokenizer(model)
     assert not marker.exists()
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax.errors import UserError
 from lora_jax.nn import kernels
-from lora_jax.nn.modules import attention, sights
+from lora_jax.nn.attention import attention, mask_specs
 
 # b, t, query heads, kv heads, head size; no block of 128 tokens is full in the first.
 SIZES = {"grouped": (2, 70, 6, 2, 8), "blocks": (1, 256, 3, 1, 16), "even": (2, 130, 4, 4, 64)}
@@ -46,8 +46,8 @@ def both(
     (*inputs, slope), segments = draw(SIZES[size], seed, dtype)
     masks = (segments[:, :, None] == segments[:, None, :],)
     if causal:
-        masks = sights("xla", segments, None, windows)[which]
-    sight = kernels.Sight(segments, jnp.int32(which), kernel, windows, causal)
+        masks = mask_specs("xla", segments, None, windows)[which]
+    spec = kernels.MaskSpec(segments, jnp.int32(which), kernel, windows, causal)
 
     @jax.jit
     def measure(seen, queries, keys, values):
@@ -57,7 +57,7 @@ def both(
         y, pull = jax.vjp(run, queries, keys, values)
         return y, pull(slope)
 
-    return measure(sight, *inputs), measure(masks, *inputs)
+    return measure(spec, *inputs), measure(masks, *inputs)
 
 
 def check(pair, tolerance=1e-5):
@@ -150,7 +150,7 @@ def test_what_auto_takes(where, config, dtype, expected):
         ("cudnn", MI300, model(), "bfloat16", "it runs on NVIDIA GPUs"),
         ("cudnn", H100, model(), "float32", "train.compute_dtype is float32; auto would take xla"),
         ("cudnn", A100, model(256), "bfloat16", "a multiple of 8 features up to 128, not 256"),
-        ("cudnn", H100, model(64, 50.0), "bfloat16", "the model bends scores"),
+        ("cudnn", H100, model(64, 50.0), "bfloat16", "it has no softcap on scores"),
     ],
 )
 def test_a_kernel_that_cannot_work_is_refused(name, where, config, dtype, expected):

@@ -46,7 +46,7 @@ def test_the_limit_is_one_for_all_matches_of_a_pattern(monkeypatch):
 def test_long_and_deep_patterns_are_refused():
     with pytest.raises(UserError, match="20,001 characters"):
         Pattern("a" * 20_001)
-    with pytest.raises(UserError, match="is not a regex that can be matched: maximum recursion"):
+    with pytest.raises(UserError, match="is not a regex that can be compiled: maximum recursion"):
         Pattern("(" * 9_000 + ")" * 9_000)
 
 

@@ -271,5 +271,7 @@ def test_leaves_of_a_tree_keep_their_static_parts_apart():
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(UserError, match="'fp4' is not a way to quantise; .*: int8, nf4. Did you"):
+    with pytest.raises(
+        UserError, match="'fp4' is not a quantisation scheme; .*: int8, nf4. Did you"
+    ):
         quantize(np.zeros((64, 2)), "fp4")

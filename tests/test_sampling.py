@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from lora_jax import formats
 from lora_jax.errors import UserError
-from lora_jax.generate import Sampling, make_generate, make_stream
+from lora_jax.generate import Rows, Sampling, make_generate, make_stream
 from lora_jax.generate.sampling import keep_likely, sample
 
 TEXTS = [[3, 5, 7, 11], [2], [13, 17, 19, 23, 29, 31, 37, 41]]
@@ -108,8 +108,8 @@ def test_an_answer_depends_on_its_number_and_not_on_the_batch(model):
     together = generate(model.params, TEXTS, sampling=drawn, **options)
     assert together == generate(model.params, TEXTS, sampling=drawn, **options)
     for number in (0, 1, 2):
-        alone = {"numbers": [number], "length": 8}
-        assert generate(model.params, [TEXTS[number]], sampling=drawn, **options, **alone) == [
+        alone = Rows([number], 8)
+        assert generate(model.params, [TEXTS[number]], sampling=drawn, rows=alone, **options) == [
             together[number]
         ]
     twice = generate(model.params, [TEXTS[0]] * 2, sampling=drawn, **options)
@@ -124,12 +124,12 @@ def test_an_answer_depends_on_its_number_and_not_on_the_batch(model):
 
 @pytest.mark.parametrize("every", [1, 4, 100])
 def test_a_stream_is_the_answer_in_pieces(model, every):
-    generate, stream = make_generate(model), make_stream(model)
+    generate, stream = make_generate(model), make_stream(model, every=every)
     for sampling in (Sampling(), Sampling(temperature=1.5, seed=3)):
         options = {"max_new_tokens": 9, "sampling": sampling}
         (whole,) = generate(model.params, TEXTS[:1], stop_tokens=(), **options)
         assert len(whole) == 9
         for stops in ((), {whole[5]}, {whole[0]}):
             wanted = generate(model.params, TEXTS[:1], stop_tokens=stops, **options)[0]
-            found = stream(model.params, TEXTS[0], stop_tokens=stops, every=every, **options)
+            found = stream(model.params, TEXTS[0], stop_tokens=stops, **options)
             assert list(found) == wanted

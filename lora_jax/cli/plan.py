@@ -66,11 +66,13 @@ def run(options: argparse.Namespace) -> None:
 
     result = planning.plan(
         configs.load(options.config, options.overrides),
-        topology=options.topology,
-        devices=options.devices,
-        quick=options.quick,
-        compiles=not options.no_compile,
-        searches=options.search,
+        planning.PlanOptions(
+            topology=options.topology,
+            devices=options.devices,
+            compiles=not options.no_compile,
+            quick=options.quick,
+            searches=options.search,
+        ),
         say=(lambda text: None) if options.json else (lambda text: print(text, flush=True)),
         working=make_console().status,
     )

@@ -1,7 +1,6 @@
-"""Files in and out: Hugging Face directories, GGUF, the hub, PEFT and loralib
-adapters.
+"""Reading and writing of files: Hugging Face directories, GGUF, the hub, PEFT and loralib adapters.
 
-model = load("path-or-hub-name")     # static structure + frozen params, placed on the devices
+model = load("path-or-hub-name")     # static structure + frozen params on the devices
 """
 
 from collections.abc import Container, Sequence
@@ -13,10 +12,17 @@ from jax.sharding import Mesh
 
 from lora_jax import hosts, models
 from lora_jax.config import MeshConfig, expand, read_json
+from lora_jax.formats.directories import new_directory_on_main as new_directory_on_main
 from lora_jax.formats.hub import public_name as public_name
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.loralib import read_loralib as read_loralib
 from lora_jax.formats.matrices import open_matrices as open_matrices
+from lora_jax.formats.model_reader import read_params as read_params
+from lora_jax.formats.model_tensors import has_own_head
+from lora_jax.formats.model_tensors import missing_heads as missing_heads
+from lora_jax.formats.model_writer import parse_size as parse_size
+from lora_jax.formats.model_writer import write_model as write_model
+from lora_jax.formats.model_writer import write_model_files as write_model_files
 from lora_jax.formats.peft import peft_problems as peft_problems
 from lora_jax.formats.peft import read_adapter as read_adapter
 from lora_jax.formats.peft import read_fingerprint as read_fingerprint
@@ -24,11 +30,6 @@ from lora_jax.formats.peft import read_stops as read_stops
 from lora_jax.formats.peft import read_system_prompt as read_system_prompt
 from lora_jax.formats.peft import read_template_kwargs as read_template_kwargs
 from lora_jax.formats.peft import write_adapter as write_adapter
-from lora_jax.formats.safetensors import has_own_head
-from lora_jax.formats.safetensors import missing_heads as missing_heads
-from lora_jax.formats.safetensors import parse_size as parse_size
-from lora_jax.formats.safetensors import read_params as read_params
-from lora_jax.formats.safetensors import write_model as write_model
 from lora_jax.formats.serving import serving_problems as serving_problems
 from lora_jax.formats.side_files import generation_stops as generation_stops
 from lora_jax.formats.side_files import load_tokenizer as load_tokenizer
@@ -41,15 +42,24 @@ from lora_jax.sharding import make_mesh
 def describe(
     directory: str | Path, ignore: Container[str] = (), labels: Sequence[str] | None = None
 ) -> Model:
-    """The model of a Hugging Face directory with shapes in place of weights, from config.json.
+    """Return the model of a Hugging Face directory with shapes in place of weights.
 
-    If the config ties the output head to the embedding and the files hold a head that differs, the
-    model is an untied one, as in transformers; a note says so. `labels` are those of a classifier,
-    if not the ones in its config.
+    If config.json ties the output head to the embedding and the files hold a different head, the
+    model is untied, as in transformers, and a note is printed.
+
+    Args:
+        directory: a Hugging Face model directory.
+        ignore: fields of config.json known not to affect results.
+        labels: labels of a classifier; by default those of its config.
 
     Raises:
         UserError: a config.json that cannot be read or is not supported; an adapter in the same
             directory; files that cannot be read.
+
+    Example:
+        >>> model = formats.describe(directory)
+        >>> type(model.params["model"]["norm"]["scale"]).__name__
+        'ShapeDtypeStruct'
     """
     directory = expand(directory)
     content = read_json(directory / "config.json")
@@ -58,8 +68,8 @@ def describe(
     if has_own_head(directory, model):
         hosts.note(
             f"{directory / 'config.json'} ties the output head to the embedding, and "
-            "lm_head.weight differs from it: the model is read as an untied one, as transformers "
-            "does. PEFT's trainable_token_indices would tie them still: for these, set "
+            "lm_head.weight differs from it: the model is read as untied, as in transformers. "
+            "PEFT's trainable_token_indices would still tie them: to train these, set "
             "tie_word_embeddings to false in that file"
         )
         content = {**content, "tie_word_embeddings": False}
@@ -75,19 +85,26 @@ def load(
     ignore: Container[str] = (),
     labels: Sequence[str] | None = None,
 ) -> Model:
-    """A model with its weights on the mesh. Without one, they are on all devices, data-parallel;
-    on one device they are plain arrays.
+    """Load a model with its weights.
 
     Args:
         spec: a Hugging Face directory, a .gguf file, org/name on the hub, or demo:NAME.
-        mesh: where the weights go.
-        dtype: how they are stored; None keeps the dtype of the files.
-        ignore: fields of config.json known not to matter.
-        labels: what a model that classifies shall tell apart; a new head starts at random.
+        mesh: devices to shard the weights over; by default all devices, data-parallel, and plain
+            arrays if there is one device.
+        dtype: dtype of the weights, or "nf4" or "int8"; None keeps the dtype of the files.
+        ignore: fields of config.json known not to affect results.
+        labels: labels of a classifier; if they differ from those of the config, a new head starts
+            at random.
 
     Raises:
-        UserError: the model cannot be found, is not supported, or its files do not hold what
-            config.json describes, or weights that are not finite.
+        UserError: the model cannot be found or is not supported; its files do not match
+            config.json; weights that are not finite.
+
+    Example:
+        >>> model = formats.load(directory)
+        >>> logits = model.apply(model.params, np.array([[1, 2, 3]]))
+        >>> logits.shape == (1, 3, model.config.vocab_size)
+        True
     """
     directory = resolve(str(spec))
     model = describe(directory, ignore, labels)

@@ -1,7 +1,7 @@
 """Model cards: the README.md of an exported directory, as the Hugging Face hub reads it.
 
-YAML between two lines of dashes names base, library and licence for the hub; the text below is for
-people. Paths of this machine stay out of it: files and directories are named without their parents.
+YAML between two lines of dashes has base, library and licence for the hub; the text below is for
+people. Local paths are left out: files and directories are named without their parents.
 """
 
 import re
@@ -27,7 +27,7 @@ _LONG = 300  # characters of a cell
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of an export: `spec` as the user names it, `directory` where its files are."""
+    """The base model of an export: `spec` as given by the user, and the directory of its files."""
 
     spec: str
     directory: Path | None = None
@@ -50,7 +50,7 @@ class Base:
         return demo.origin(spec.removeprefix("demo:")) if spec.startswith("demo:") else None
 
     def licence(self) -> dict[str, str]:
-        """The fields on the licence in the base's own card; of a demo, its licence."""
+        """Return the licence fields of the base's own card; for a demo, its licence."""
         if self.origin:
             return {"license": self.origin.license}
         file = self.directory and self.directory / "README.md"
@@ -66,7 +66,7 @@ class Base:
         return {name: fields[name] for name in names if isinstance(fields.get(name), str)}
 
     def note(self) -> str:
-        """A sentence on weights that are not those that the hub has under this name."""
+        """Return a sentence if the weights differ from those on the hub; else empty."""
         form = self.origin.form if self.origin else ""
         if form:
             return (
@@ -86,8 +86,15 @@ def adapter_card(
     sections: Mapping[str, str],
     system_prompt: str | None = None,
 ) -> str:
-    """Return the card of a PEFT directory. `problems` say why vLLM does not load it, and `sections`
-    (Markdown by heading) follow the way to load it.
+    """Return the card of a PEFT directory.
+
+    Args:
+        base: the base model.
+        task_type: of PEFT: CAUSAL_LM or SEQ_CLS.
+        rank: the largest rank, for vLLM's --max-lora-rank.
+        problems: reasons why vLLM does not load the adapter.
+        sections: Markdown by heading, after the section on use.
+        system_prompt: the system prompt that the adapter was trained with.
     """
     name = base.hub_name
     tags = [*([f"base_model:adapter:{name}"] if name else []), "lora", "lora_jax"]
@@ -171,14 +178,14 @@ def _load_adapter(
 
 
 def fenced(language: str, text: str) -> str:
-    """Return a block of code, whatever backticks are in it."""
+    """Return a fenced block of code; the text may contain backticks."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table of Markdown; no rows make no text."""
+    """Return a Markdown table, or an empty text if there are no rows."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines) if rows else ""
 

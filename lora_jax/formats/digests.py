@@ -1,11 +1,11 @@
-"""Digests of tensors: the sha256 of the bytes of each, whatever file it is in.
+"""Digests of tensors: the sha256 of the bytes of each, independent of its file.
 
     of_files(list_tensors(directory))    {"model.norm.weight": "41aa..", ..}, read in threads
     of_arrays(tensors)                   one digest of names, shapes, dtypes and bytes
 
-The digests of a file are kept under `digests/` in the cache directory (`LORA_JAX_CACHE`) and are
-valid as long as its path, size, times and inode are the same: a second start reads nothing of it.
-An entry that is damaged, or of another state of the file, is ignored and replaced.
+The digests of a file are cached under `digests/` in the cache directory (`LORA_JAX_CACHE`), and are
+valid while its path, size, times and inode are the same, so that a second start does not read it.
+A damaged or outdated entry is ignored and replaced.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from lora_jax.errors import UserError
 from lora_jax.formats.tensors import Tensor
 
 _THREADS = min(16, os.cpu_count() or 1)
-_PIECE = 1 << 20  # bytes read at once, by each thread
-_LARGE = 10**9  # bytes from which a note says what is being read
-_ENTRY_LIMIT = 1 << 24  # bytes of one entry; a longer one is not read
-_ENTRIES, _ENTRIES_SIZE = 1024, 1 << 26  # entries that are kept, and their bytes
-# A file that changed this shortly before it was read may change again within one tick of the clock
-# of its file system, which nothing would show. Some count whole seconds.
+_PIECE = 1 << 20  # bytes that a thread reads at once
+_LARGE = 10**9  # bytes to read from which a note is printed
+_ENTRY_LIMIT = 1 << 24  # bytes; a longer entry is not read
+_ENTRIES, _ENTRIES_SIZE = 1024, 1 << 26  # most entries in the cache, and most bytes
+# A file that changed this recently may change again within one tick of the file system's clock, and
+# that would go unnoticed. Some file systems count whole seconds.
 _TICK, _COARSE_TICK = 10**8, 2 * 10**9  # nanoseconds
 
 
 def of_files(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The sha256 of the bytes of every tensor, from the cache where a file is unchanged.
+    """Return the sha256 of the bytes of each tensor, from the cache if its file is unchanged.
 
     Raises:
-        UserError: a file cannot be read, is cut short, or changes meanwhile.
+        UserError: a file cannot be read, is cut short, or changes while it is read.
     """
     by_file: dict[Path, dict[str, str]] = {}  # stored name -> name
     for name, tensor in tensors.items():
@@ -63,7 +63,7 @@ def of_files(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def of_arrays(tensors: Mapping[str, np.ndarray]) -> str:
-    """One digest of arrays: their names, shapes, dtypes and bytes."""
+    """Return one digest of the names, shapes, dtypes and bytes of arrays."""
     return join(
         (name, array.shape, array.dtype.name, hashlib.sha256(_bytes(array)).hexdigest())
         for name, array in tensors.items()
@@ -71,7 +71,7 @@ def of_arrays(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def join(tensors: Iterable[tuple[str, Sequence[int], str, str]]) -> str:
-    """One digest of tensors, in any order: name, shape, dtype and sha256 of each."""
+    """Return one digest of tensors (name, shape, dtype, sha256), independent of their order."""
     total = hashlib.sha256()
     for name, shape, dtype, digest in sorted(tensors):
         total.update(json.dumps([name, list(shape), dtype, digest]).encode() + b"\n")
@@ -79,7 +79,7 @@ def join(tensors: Iterable[tuple[str, Sequence[int], str, str]]) -> str:
 
 
 def shorten(digest: str) -> str:
-    """The first digits of a digest, for messages."""
+    """Return the first 12 digits of a digest, for messages."""
     return digest.rpartition(":")[2][:12]
 
 
@@ -92,7 +92,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 @dataclass(frozen=True)
 class _Span:
-    """The place of the bytes of a tensor."""
+    """The bytes of a tensor in a file."""
 
     file: Path
     stored: str
@@ -124,7 +124,7 @@ def _read_files(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
                 errors.append(error)
                 stop.set()
 
-    # Daemons: a process that ends for another reason does not wait for them.
+    # Daemon threads: a process that ends for another reason does not wait for them.
     count = min(_THREADS, len(spans), 1 + size // (16 * _PIECE))
     threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
     for thread in threads:
@@ -156,7 +156,7 @@ def _read_span(span: _Span, buffer: memoryview, stop: threading.Event) -> str:
 
 
 def _spans(file: Path) -> list[_Span]:
-    """The tensors of a safetensors file in its order, from its header."""
+    """Return the tensors of a safetensors file in their order, from its header."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
@@ -175,7 +175,9 @@ def _directory() -> Path:
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """All that must be the same for a file to be: links lead to one entry for the file itself."""
+    """Return path, size, times and inode of a file, which change with its content. Links are
+    resolved.
+    """
     try:
         path = file.resolve()
         status = path.stat()
@@ -195,10 +197,10 @@ def _entry(state: Mapping[str, Any]) -> Path:
 
 
 def _read_entry(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, str] | None:
-    """The digests that are kept for this state of a file; None if there are none."""
+    """Return the cached digests for this state of a file, or None."""
     entry = _entry(state)
     try:
-        if not entry.is_file():  # no pipe, no device
+        if not entry.is_file():  # a pipe or device
             return None
         with entry.open("rb") as opened:
             content = json.loads(opened.read(_ENTRY_LIMIT))
@@ -216,7 +218,7 @@ def _content(state: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, 
 
 
 def _keep_entry(state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write the digests of a file for the next start, at once or not at all."""
+    """Cache the digests of a file, unless it changed so recently that it may change unnoticed."""
     changed = max(state["mtime_ns"], state["ctime_ns"])
     tick = _TICK if changed % 10**9 else _COARSE_TICK
     text = json.dumps(_content(state, digests))
@@ -229,12 +231,12 @@ def _keep_entry(state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     except OSError as error:
         hosts.note(
             f"digests cannot be kept in {entry.parent}: {error.strerror or error}; the next start "
-            "reads the weights for them again"
+            "reads the weights again"
         )
 
 
 def _remove_oldest(directory: Path) -> None:
-    """Keep the newest entries, so many and of so many bytes."""
+    """Remove the oldest entries above the limits of number and bytes."""
     kept = size = 0
     found = [(file.stat(), file) for file in directory.glob("*.json*") if file.is_file()]
     for status, file in sorted(found, key=lambda one: one[0].st_mtime_ns, reverse=True):

@@ -1,10 +1,10 @@
-"""Digests of what an adapter was trained on: base weights, tokenizer, chat template.
+"""Fingerprint of the base of an adapter: digests of weights, tokenizer and chat template.
 
     fingerprint = {"base": "sha256:9f2c..", "tokenizer": "41aa..", "template": "c07e.."}
 
-Every checkpoint and the lora_jax.json of every adapter hold it. An adapter under another base runs
-without an error and answers badly, so what does not fit is refused by name, unless the caller lists
-that name in `allow_change`.
+Checkpoints and the lora_jax.json of adapters store it. An adapter on another base runs without an
+error and gives bad answers; so a part that differs is refused, unless the caller lists it in
+`allow_change`.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ PARTS = ("base", "tokenizer", "template")
 
 
 def take(directory: str | Path, tokenizer: Any, template: str) -> dict[str, str]:
-    """The fingerprint of a model directory with its tokenizer and the text of the chat template in
-    use.
+    """Compute the fingerprint of a model directory with its tokenizer and the text of the chat
+    template in use.
 
     Raises:
         UserError: as `base_digest`.
@@ -37,18 +37,18 @@ def take(directory: str | Path, tokenizer: Any, template: str) -> dict[str, str]
 
 
 def take_texts(tokenizer: Any, template: str) -> dict[str, str]:
-    """The parts of a fingerprint that need no weights."""
+    """Compute the parts of a fingerprint that need no weights."""
     return {"tokenizer": tokenizer_digest(tokenizer), "template": _digest(template)}
 
 
 def start(directory: str | Path) -> Future[str]:
-    """Begin `base_digest` in the background, in a thread that no process waits for when it ends."""
+    """Start `base_digest` in a daemon thread, which does not keep the process alive."""
     future: Future[str] = Future()
 
     def work() -> None:
         try:
             future.set_result(base_digest(directory))
-        except BaseException as error:  # raised where the result is asked for
+        except BaseException as error:  # raised again by `future.result()`
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -56,13 +56,12 @@ def start(directory: str | Path) -> Future[str]:
 
 
 def base_digest(directory: str | Path) -> str:
-    """Names, shapes, dtypes and bytes of every tensor, whatever files they are in.
+    """Return a digest of the names, shapes, dtypes and bytes of all tensors, independent of their
+    division into files.
 
-    What says nothing about the model is left out: a copy of the embedding under the name of a tied
-    head, and rotary frequencies, which some versions of transformers wrote. A head that differs
-    from the embedding counts, whatever the config says.
-
-    All of the files is read, once for each state of them (`digests`).
+    Tensors without information are left out: a copy of the embedding as a tied head, and rotary
+    frequencies, which some versions of transformers wrote. A head that differs from the embedding
+    is included, whatever the config says. All files are read, once per state (`digests`).
 
     Raises:
         UserError: no readable safetensors, or no readable config.json.
@@ -80,7 +79,7 @@ def base_digest(directory: str | Path) -> str:
 
 
 def _copied_head(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of an output head that is a copy of the embedding."""
+    """Return the name of an output head that is a copy of the embedding, or None."""
     ends = tuple(f"{name}.weight" for name in TIED_EMBEDDINGS)
     heads = [name for name in tensors if name.endswith("lm_head.weight")]
     embeddings = [name for name in tensors if name.endswith(ends)]
@@ -90,7 +89,7 @@ def _copied_head(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Everything that decides which ids a text becomes; padding and truncation do not."""
+    """Return a digest of all that affects the ids of a text; padding and truncation do not."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = sorted(tokenizer.get_vocab().items())
@@ -108,11 +107,18 @@ def _digest(content: Any) -> str:
 def check(
     stored: Mapping[str, str], found: Mapping[str, str], what: str, allow_change: Collection[str]
 ) -> None:
-    """Compare a stored fingerprint with the one found; parts that only one of them has are not
-    compared. Nor is the digest of a base that an earlier version took of samples: a note says so.
+    """Compare the parts that a stored fingerprint and the current one have in common.
+
+    The base digest of an earlier version, made from samples, cannot be compared: a note says so.
+
+    Args:
+        stored: the fingerprint in a file.
+        found: that of the model in use.
+        what: the name of the file's owner, for messages.
+        allow_change: parts that may differ.
 
     Raises:
-        UserError: parts that differ and are not in `allow_change`, all of them named.
+        UserError: parts that differ and are not in `allow_change`, all of them listed.
     """
     differs = {
         "base": "the base model's weights are not those",
@@ -140,5 +146,5 @@ def check(
 
 
 def _scheme(digest: str) -> str:
-    """The form of a digest. The first ones, of samples of every tensor, name none."""
+    """Return the scheme of a digest; empty for the first ones, made from samples of tensors."""
     return digest.rpartition(":")[0]

@@ -1,4 +1,4 @@
-"""From what a user names as a model to a local Hugging Face directory."""
+"""Local directories of models: given, converted from GGUF, from the hub, or demos."""
 
 import hashlib
 import os
@@ -18,13 +18,13 @@ _SMALL = ["*.json", "*.jinja", "*.txt", *SIDE_FILES]  # config, tokenizer, templ
 
 
 def resolve(spec: str, weights: bool = True) -> Path:
-    """The local directory of a model: a directory, a .gguf file (converted once), `org/name`, or
-    `demo:NAME`.
+    """Return the local directory of a model: a directory, a .gguf file (converted once),
+    `org/name` on the hub, or `demo:NAME`.
 
-    With `weights=False` only the small files of a hub model are fetched.
+    With `weights=False` only the small files of a hub model are downloaded.
 
     Raises:
-        UserError: nothing of that name exists, or the hub cannot be reached.
+        UserError: no model has this name, or the hub cannot be reached.
     """
     if spec.startswith("demo:"):
         return resolve(str(demo.path(spec.removeprefix("demo:"))))
@@ -34,8 +34,8 @@ def resolve(spec: str, weights: bool = True) -> Path:
         if not exists(path / "config.json"):
             if is_file(path / "adapter_config.json"):
                 raise UserError(
-                    f"model={spec!r} is an adapter's directory; give its base as the model, and "
-                    "the directory as the adapter (adapter.path, or --adapter)"
+                    f"model={spec!r} is the directory of an adapter; give its base as the model, "
+                    "and the directory as the adapter (adapter.path, or --adapter)"
                 )
             raise UserError(
                 f"model={spec!r} is a directory without config.json; give a Hugging Face model "
@@ -46,8 +46,8 @@ def resolve(spec: str, weights: bool = True) -> Path:
         return _converted(path)
     if exists(path, name):
         raise UserError(
-            f"model={shown(repr(spec))} is no directory; give a model directory, a .gguf file, or "
-            "org/name on the hub"
+            f"model={shown(repr(spec))} is not a directory; give a model directory, a .gguf file, "
+            "or org/name on the hub"
         )
     if _HUB_NAME.fullmatch(spec):
         return _download(spec, weights)
@@ -59,8 +59,8 @@ def resolve(spec: str, weights: bool = True) -> Path:
 
 
 def public_name(spec: str) -> str:
-    """The name under which other programs find a model: that on the hub, for a demo too, or the
-    absolute path of its directory (of a .gguf file, of what it was converted to).
+    """Return the name by which other programs find a model: its name on the hub, also for a demo,
+    or the absolute path of its directory (for a .gguf file, of the converted one).
     """
     if spec.startswith("demo:") and (origin := demo.origin(spec.removeprefix("demo:"))):
         return origin.name
@@ -68,12 +68,12 @@ def public_name(spec: str) -> str:
 
 
 def is_hub_name(spec: str) -> bool:
-    """Return True for org/name that is nothing local."""
+    """Return True for org/name that is not a local path."""
     return bool(_HUB_NAME.fullmatch(spec)) and not Path(spec).exists()
 
 
 def _converted(source: Path) -> Path:
-    """Convert a GGUF file into the cache, once for each state of the file."""
+    """Convert a GGUF file into the cache, again if the file changed."""
     state = source.stat()
     mark = hashlib.sha256(
         f"{source.name} {state.st_size} {state.st_mtime_ns}".encode()
@@ -82,6 +82,7 @@ def _converted(source: Path) -> Path:
 
 
 def _download(repository: str, weights: bool) -> Path:
+    """Download a model of the hub into the cache of huggingface_hub."""
     from huggingface_hub import snapshot_download
 
     patterns = [*_SMALL, "*.safetensors"] if weights else _SMALL
@@ -101,7 +102,7 @@ def _download(repository: str, weights: bool) -> Path:
             else ""
         )
         raise UserError(
-            f"model={repository!r} is no local directory and could not be fetched from the "
+            f"model={repository!r} is not a local directory and could not be fetched from the "
             f"Hugging Face hub{offline}: "
             f"{reason}\nGive a local directory, check the name, or log in with `hf auth login` if "
             "it is gated"

@@ -1,4 +1,4 @@
-"""Names: the tensors of a Hugging Face file that make up each leaf of the tree.
+"""Names of the tensors in Hugging Face files that make up each leaf of the tree.
 
 model/layers/self_attn/q_proj/kernel             (layers, in, out)
     model.layers.3.self_attn.q_proj.weight       (out, in), one per layer
@@ -17,9 +17,9 @@ from lora_jax import tree
 from lora_jax.models import Names
 from lora_jax.targets import HEAD
 
-# Modules that torch puts around others, one by one too; no model has modules of these names.
+# Wrapper modules of torch, around the model or single modules; no model has such names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Leaf name -> (name in the file, stored transposed).
+# Leaf name -> (name in the file, True if stored transposed).
 _LEAVES = {
     "kernel": ("weight", True),
     "embedding": ("weight", False),
@@ -30,12 +30,12 @@ _LEAVES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a file, and the part of a leaf that it holds."""
+    """A tensor of a file, and the part of a leaf that it holds."""
 
     name: str
-    lead: tuple[int, ...]  # layer and expert, as far as the leaf has these axes
-    start: int  # first of its places on the last axis of the leaf
-    shape: tuple[int, ...]  # as it lies in the leaf
+    lead: tuple[int, ...]  # layer and expert, if the leaf has these axes
+    start: int  # first index on the last axis of the leaf
+    shape: tuple[int, ...]  # in the leaf
     transposed: bool
 
     @property
@@ -43,17 +43,17 @@ class Piece:
         return self.shape[::-1] if self.transposed else self.shape
 
     def place(self) -> tuple[Any, ...]:
-        """The index of its part of the leaf."""
+        """Return the index of this part in the leaf."""
         return (*self.lead, ..., slice(self.start, self.start + self.shape[-1]))
 
     def read(self, source: Any, ranges: Sequence[slice]) -> np.ndarray:
-        """The part within `ranges` of the tensor's own axes, as they lie in the leaf."""
+        """Read the part within `ranges`, one slice per axis of this part in the leaf."""
         part = source[tuple(ranges[::-1] if self.transposed else ranges)]
         return part.T if self.transposed else part
 
 
 def pieces(path: tree.Path, shape: Sequence[int], names: Names) -> list[Piece]:
-    """Every tensor of a leaf."""
+    """Return all tensors that make up a leaf of `shape`."""
     suffix, transposed = _LEAVES[path[-1]]
     transposed = transposed and not tree.is_conv1d(path[:-1])
     lead = tree.lead_axes(path)
@@ -80,12 +80,12 @@ def pieces(path: tree.Path, shape: Sequence[int], names: Names) -> list[Piece]:
 def canonical(
     stored: Iterable[str], names: Names, params: Mapping, expected: Collection[str]
 ) -> dict[str, str]:
-    """Names of the weights in a file -> what they are called today and in a whole model, whose
-    tensors are `expected`.
+    """Map the names of weights in a file to their current names in the whole model, whose tensors
+    are `expected`.
 
-    A file of the bare model has no `names.base` in front, and the wrappers of other tools put
-    theirs there (`_orig_mod.`, `module.`, `base_model.model.`): one prefix may be missing or too
-    much, if it is the same everywhere. Otherwise names stay as they are.
+    A file of the model without its head lacks the prefix `names.base`, and wrappers of other tools
+    add one (`_orig_mod.`, `module.`, `base_model.model.`). One prefix may be missing or extra, if
+    it is the same for all weights; otherwise names stay as they are.
     """
     weights = [name for name in stored if not re.fullmatch(names.no_weights, name)]
     heads = tuple(f"{head}." for head in tree.OUTPUT_HEADS)
@@ -112,8 +112,8 @@ def _today(name: str, names: Names) -> str:
 
 
 def unwrap(stored: Iterable[str], params: Mapping) -> dict[str, str]:
-    """Names in a file -> the same below the modules of `params`, by the prefix that all of them
-    have; the names as they are where they have several. Wrappers of torch may be anywhere.
+    """Map names in a file to names below the modules of `params`, without the prefix that all
+    share; names with several prefixes stay as they are. Wrappers of torch may be anywhere.
 
     model.layers.0._orig_mod.mlp.up_proj.weight   model.layers.0.mlp.up_proj.weight
     model._orig_mod.layers.0.mlp.up_proj.weight   model.layers.0.mlp.up_proj.weight

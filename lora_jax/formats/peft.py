@@ -24,6 +24,7 @@ from lora_jax.config import AdapterConfig, expand, read_json
 from lora_jax.config.text import exists
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import digests, peft_vera, peft_virtual
+from lora_jax.formats.directories import new_directory
 from lora_jax.formats.names import unwrap
 from lora_jax.formats.peft_config import to_peft_config
 from lora_jax.formats.peft_config_reader import from_peft_config
@@ -37,7 +38,6 @@ from lora_jax.formats.peft_forms import (
 )
 from lora_jax.formats.peft_saved import with_saved_modules
 from lora_jax.formats.peft_tensors import PREFIX, check, copies, layout, pack, unpack
-from lora_jax.formats.safetensors import new_directory
 from lora_jax.formats.serving import unservable
 from lora_jax.formats.side_files import copy_side_files, read_eos, write_json
 from lora_jax.formats.tensors import read_floats, write_tensors

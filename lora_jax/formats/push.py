@@ -1,4 +1,4 @@
-"""Exported directories to the Hugging Face hub."""
+"""Upload of exported directories to the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -6,7 +6,11 @@ from lora_jax.errors import UserError
 
 
 def check_repository(name: str) -> None:
-    """Raise a UserError for a name that no repository can have."""
+    """Check that a repository can have this name.
+
+    Raises:
+        UserError: a malformed name, or one without an owner.
+    """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -19,12 +23,13 @@ def check_repository(name: str) -> None:
 
 
 def push(directory: Path, name: str, private: bool, message: str) -> str:
-    """Upload a directory to a model repository, which is made if there is none (one that exists
-    stays as visible as it is). Returns its address.
+    """Upload a directory to a model repository and return its URL.
+
+    A new repository is created if there is none; `private` has no effect on an existing one.
 
     Raises:
-        UserError: no network, no token, or one that may not write there. The directory stays, and
-            the error says where it is.
+        UserError: no network, no token, or a token without permission. The directory stays, and the
+            error names it.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError

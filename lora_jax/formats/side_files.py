@@ -1,7 +1,7 @@
 """Small files of a Hugging Face directory: tokenizer, templates, generation config, licence.
 
-They go with every export. A byte order mark is left out of the copies of JSON and Jinja files,
-which transformers would refuse or render.
+All exports include them. Copies of JSON and Jinja files have no byte order mark, which transformers
+would refuse or render.
 """
 
 import json
@@ -22,7 +22,7 @@ from lora_jax.formats.tokenizer_files import (
     no_questions,
 )
 
-# Everything that `save_pretrained` of a tokenizer or processor writes, and licences.
+# Files that `save_pretrained` of a tokenizer or processor writes, and licences.
 _TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
 SIDE_FILES = (
     *_TEMPLATES,
@@ -40,8 +40,8 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy_side_files(source: Path, target: Path, chat_template: str | None = None) -> None:
-    """Copy tokenizer, chat templates and licence; `chat_template` (Jinja text) takes the place of
-    all the model's templates, named ones too.
+    """Copy tokenizer, chat templates and licence. A `chat_template` (Jinja text) replaces all
+    templates of the model, also named ones.
     """
     left_out = () if chat_template is None else _find(source, _TEMPLATES)
     for file in _find(source, SIDE_FILES):
@@ -52,7 +52,7 @@ def copy_side_files(source: Path, target: Path, chat_template: str | None = None
 
 
 def _find(source: Path, patterns: Collection[str]) -> list[Path]:
-    """Paths of the files that match, relative to `source`."""
+    """Return the files that match, relative to `source`."""
     found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(source) for file in found)
 
@@ -76,8 +76,8 @@ def load_tokenizer(directory: str | Path) -> Any:
     """Return the tokenizer of a Hugging Face directory; nothing in the directory is run.
 
     Raises:
-        UserError: none that transformers can load; a file that is not UTF-8 text, or not JSON; as
-            `check_tokenizer_files`.
+        UserError: no tokenizer that transformers can load; a file that is not UTF-8 text, or not
+            JSON; as `check_tokenizer_files`.
     """
     directory = expand(directory)
     from transformers import AutoTokenizer
@@ -89,12 +89,12 @@ def load_tokenizer(directory: str | Path) -> Any:
     try:
         with _unmarked(directory) as place, no_questions():
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for missing and damaged files
-        for file in _find(directory, _JSON):  # and names none
+    except Exception as error:  # transformers raises many kinds, which do not name the file
+        for file in _find(directory, _JSON):
             read_json(directory / file)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        whole = len(lines) > 1 and lines[0].endswith(":")  # the second line holds the reason
-        reason = " ".join(lines[: 1 + whole])[:1000] or type(error).__name__
+        goes_on = len(lines) > 1 and lines[0].endswith(":")  # the second line has the reason
+        reason = " ".join(lines[: 1 + goes_on])[:1000] or type(error).__name__
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error
@@ -106,7 +106,7 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 @contextmanager
 def _unmarked(directory: Path) -> Iterator[Path]:
-    """The directory, or copies of its small files where any has a byte order mark."""
+    """Yield the directory, or copies of its small files if any has a byte order mark."""
     files = _find(directory, ("config.json", *SIDE_FILES))
     if not any(_is_marked(directory / file) for file in files):
         yield directory
@@ -117,14 +117,14 @@ def _unmarked(directory: Path) -> Iterator[Path]:
         yield Path(copies)
 
 
-# Where generation ends
+# Tokens that end a generation
 
 
 def stop_tokens(directory: str | Path) -> list[int]:
-    """The EOS ids that generation_config.json and config.json name.
+    """Return the EOS ids of generation_config.json and config.json.
 
     Raises:
-        UserError: a file that cannot be read, or values that are no token ids.
+        UserError: a file that cannot be read, or values that are not token ids.
     """
     directory = expand(directory)
     found = {token for name in _configs(directory) for token in read_eos(directory / name)}
@@ -132,7 +132,7 @@ def stop_tokens(directory: str | Path) -> list[int]:
 
 
 def generation_stops(directory: str | Path) -> list[int]:
-    """The ids at which transformers and vLLM end an answer of the model, in their order.
+    """Return the ids at which transformers and vLLM end an answer of the model, in their order.
 
     Raises:
         UserError: as `stop_tokens`.
@@ -143,9 +143,9 @@ def generation_stops(directory: str | Path) -> list[int]:
 
 
 def write_generation_config(source: Path, target: Path, stops: Collection[int] = ()) -> None:
-    """Write the generation config of the model in `source`, which ends an answer at `stops` too.
+    """Copy the generation config of the model in `source`, with `stops` added to its EOS ids.
 
-    Without one, transformers generates as config.json says: a new one keeps its token ids.
+    If there is none, transformers takes the token ids of config.json; a new file keeps these.
 
     Raises:
         UserError: as `stop_tokens`.
@@ -167,29 +167,29 @@ def write_generation_config(source: Path, target: Path, stops: Collection[int] =
 
 
 def _configs(directory: Path) -> list[str]:
-    """The files that may name EOS, the one that wins first."""
+    """Return the files that may name EOS ids, in order of precedence."""
     names = ("generation_config.json", "config.json")
     return [name for name in names if exists(directory / name)]
 
 
 def read_eos(file: Path) -> list[int]:
-    """The ids that a JSON file has under `eos_token_id`, in their order.
+    """Return the ids under `eos_token_id` of a JSON file, in their order.
 
     Raises:
-        UserError: the file cannot be read, or the values are no token ids.
+        UserError: the file cannot be read, or the values are not token ids.
     """
     value = read_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
         raise UserError(
             f"{file}: eos_token_id={shown(repr(value))} must be a token id or a list of them; "
-            "mend the file"
+            "correct the file"
         )
     return list(dict.fromkeys(ids))
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON with sorted keys and a closing newline: equal content gives equal bytes."""
+    """Write JSON with sorted keys and a final newline, so that equal content gives equal bytes."""
     file.write_text(
         json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -1,8 +1,8 @@
 """Tensors of a model directory: the files that hold them, their names, shapes and dtypes.
 
-The files are those that transformers loads: the one that `transformers_weights` in config.json
-names, else `model.safetensors`, else the shards of `model.safetensors.index.json`. Any other file
-of weights in the directory is not read, as there.
+The files are those that transformers loads: the one named by `transformers_weights` in config.json,
+else `model.safetensors`, else the shards of `model.safetensors.index.json`. Other files of weights
+in the directory are not read, as in transformers.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_NO_WEIGHTS = {  # of buffers, such as the position_ids of old BERT files
+_NO_WEIGHTS = {  # dtypes of buffers, such as position_ids in old BERT files
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "U8": np.dtype(np.uint8),
@@ -37,34 +37,34 @@ _NO_WEIGHTS = {  # of buffers, such as the position_ids of old BERT files
 _ADAPTER_FLOATS = (*FLOATS, "F64")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
-# Infinity of each dtype as an integer; what is above it is not a number.
+# Bits of infinity of each dtype as an integer; larger ones are NaN.
 _INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 _PART = 1 << 22  # values that are compared at once
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """The file of a tensor and what its header says of it."""
+    """A tensor of a file, described by the header of the file."""
 
     file: Path
-    stored: str  # its name there
+    stored: str  # name in the file
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 def list_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a model directory by its name in the files; reads headers only.
+    """Return the tensors of a model directory by their names in the files; reads headers only.
 
     Raises:
-        UserError: as `weight_files`; a missing or damaged file, an unknown dtype, or a name that
-            two files have.
+        UserError: as `weight_files`; a missing or damaged file, an unknown dtype, or a name in two
+            files.
     """
     tensors: dict[str, Tensor] = {}
     files = weight_files(directory)
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(
             f"{directory}: {', '.join(missing[:8])}{', ...' * (len(missing) > 8)} is missing, of "
-            f"{len(files)} files that hold the weights"
+            f"{len(files)} files of weights"
         )
     for file in files:
         with open_tensors(file) as handle:
@@ -84,11 +84,11 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights of a model directory; they may be missing.
+    """Return the files of weights of a model directory; some may be missing.
 
     Raises:
-        UserError: there are none; a damaged index, or one that names files elsewhere; an adapter in
-            the same directory.
+        UserError: no weights; a damaged index, or one that names files outside of the directory; an
+            adapter in the same directory.
     """
     check_no_adapter(directory)
     single, index = directory / _SINGLE, directory / _INDEX
@@ -114,7 +114,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def has_weights(directory: Path) -> bool:
-    """Return True if the weights are here; of a model of the hub there may be config.json alone."""
+    """Return True if all files of weights exist; of a hub model only config.json may be here."""
     try:
         return all(file.is_file() for file in weight_files(directory))
     except UserError:
@@ -122,16 +122,16 @@ def has_weights(directory: Path) -> bool:
 
 
 def check_no_adapter(directory: str | Path) -> None:
-    """Raise if a model directory has an adapter in it, which transformers would load too.
+    """Check that a model directory has no adapter in it, which transformers would load too.
 
     Raises:
-        UserError: it has an adapter_config.json.
+        UserError: the directory has an adapter_config.json.
     """
     if (Path(directory) / _ADAPTER).is_file():
         raise UserError(
             f"{directory} has a model (config.json) and an adapter ({_ADAPTER}) in it; "
-            "transformers would load both. Move the adapter's files to a directory of their own, "
-            "and name that as the adapter (adapter.path, or --adapter) if it is wanted"
+            "transformers would load both. Move the adapter's files to another directory, and "
+            "use that as the adapter (adapter.path, or --adapter) if it is wanted"
         )
 
 
@@ -145,8 +145,8 @@ def _named_by_config(directory: Path) -> str | None:
         or not named.endswith((".safetensors", ".safetensors.index.json"))
     ):
         raise UserError(
-            f"{directory / 'config.json'}: transformers_weights={shown(repr(named))} is no "
-            ".safetensors file and no index of such files"
+            f"{directory / 'config.json'}: transformers_weights={shown(repr(named))} is neither a "
+            ".safetensors file nor an index of such files"
         )
     return named
 
@@ -169,14 +169,19 @@ def _inside(directory: Path, name: str, where: str) -> Path:
 
 
 def unreadable(file: Path, name: str, dtype: Any) -> UserError:
+    """Return the error for a tensor of a dtype that is not supported."""
     return UserError(f"{file}: {name} has dtype {dtype}; supported are: {', '.join(FLOATS)}")
 
 
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
-    """`safe_open` whose failures name the file."""
+    """Open a safetensors file; errors name it.
+
+    Raises:
+        UserError: the file is missing, damaged or cut short.
+    """
     if not is_file(file):
-        raise UserError(f"{file} is {'no regular file' if exists(file) else 'missing'}")
+        raise UserError(f"{file} is {'not a regular file' if exists(file) else 'missing'}")
     try:
         with safe_open(file, framework="numpy") as handle:
             yield handle
@@ -187,10 +192,10 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def read_floats(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a small file, such as an adapter's, and the metadata of the file.
+    """Read all tensors of a small file, such as an adapter's, and the metadata of the file.
 
     Raises:
-        UserError: it cannot be read; tensors of integers, all of them listed.
+        UserError: the file cannot be read, or has tensors of integers, all of them listed.
     """
     with open_tensors(file) as handle:
         names = list(handle.keys())
@@ -198,7 +203,7 @@ def read_floats(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         wrong = [name for name in names if kinds[name] not in _ADAPTER_FLOATS]
         if wrong:
             raise UserError(
-                f"{file} is no file of an adapter's weights, which are "
+                f"{file} does not hold an adapter's weights, which are "
                 f"{', '.join(_ADAPTER_FLOATS)}:\n  "
                 + tree.summarize([f"{name} has dtype {kinds[name]}" for name in wrong])
             )
@@ -208,8 +213,8 @@ def read_floats(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def write_tensors(
     file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file with its metadata in their order, which the library changes from
-    one process to the next: equal tensors give equal bytes.
+    """Write a safetensors file with its metadata in the given order, so that equal tensors give
+    equal bytes. The order of the library differs between processes.
     """
     save_file(dict(tensors), file, metadata=dict(metadata))
     with file.open("r+b") as opened:
@@ -221,8 +226,8 @@ def write_tensors(
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Return True if floats, of a dtype that weights are stored in, are all finite. Allocates
-    nothing: as integers, infinities and NaNs are the largest of their sign.
+    """Return True if all values, of a dtype of weights, are finite. Allocates nothing: as integers,
+    infinities and NaNs are the largest values of their sign.
     """
     if not values.size:
         return True
@@ -233,14 +238,14 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:
-    """Return True if two tensors hold the same numbers."""
+    """Return True if two tensors have the same values."""
     states = [
         (tensor.file.stat().st_mtime_ns, tensor.file.stat().st_size) for tensor in (one, other)
     ]
     return _compare(one, other, *states)
 
 
-@functools.lru_cache(maxsize=8)  # several steps of one command ask
+@functools.lru_cache(maxsize=8)  # one command asks several times
 def _compare(one: Tensor, other: Tensor, *states: tuple[int, int]) -> bool:
     if one.shape != other.shape:
         return False

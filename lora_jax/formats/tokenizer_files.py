@@ -1,12 +1,12 @@
-"""Checks of a tokenizer's files before transformers reads them: no code, and sizes that fit.
+"""Checks of a tokenizer's files before transformers reads them: no code, and no huge sizes.
 
     tokenizer_config.json   {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", null]}}
 
 transformers would import `tokenization_own.py` from the directory, or from a repository of the hub,
-if the user agrees. Here nothing of a directory is ever run: where `tokenizer_class` is one of
-transformers' own, that class reads the files; any other tokenizer with such an entry is refused.
-So is a `tokenizer_class` that is no tokenizer: transformers calls whatever it has by that name, and
-`AutoModel` or `AutoProcessor` would read other files of the directory and ask again.
+if the user agrees. Here no code of a directory is ever run: if `tokenizer_class` is a class of
+transformers, that class reads the files; other tokenizers with such an entry are refused. A
+`tokenizer_class` that is not a tokenizer is refused too: transformers calls any of its classes by
+that name, and `AutoModel` or `AutoProcessor` would read other files and ask again.
 """
 
 import contextlib
@@ -37,22 +37,22 @@ _LIMITS = {
     "added_tokens.json": _SETTINGS,
     "config.json": _SETTINGS,
 }
-_MOST_ADDED = 50_000  # tokens that are added to a vocabulary: Gemma 3 has 6,414
-_LARGEST_ID = 10_000_000  # of a token; `tokenizers` makes a list of all ids when it writes
+_MOST_ADDED = 50_000  # tokens added to a vocabulary; Gemma 3 has 6,414
+_LARGEST_ID = 10_000_000  # of a token; `tokenizers` lists all ids when it writes
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Raise for a tokenizer that needs code of its directory, or files that are too large.
+    """Check that a tokenizer needs no code from its directory, and the sizes of its files.
 
     Raises:
-        UserError: the file, what is wrong with it, and what to do.
+        UserError: a file that is too large, or an entry that names code.
     """
     for pattern, most in _LIMITS.items():
         for file in directory.glob(pattern):
             if file.is_file() and (size := file.stat().st_size) > most:
                 raise UserError(
                     f"{file} has {size:,} bytes; a tokenizer's file of this kind has at most "
-                    f"{most:,}, so it is damaged or something else"
+                    f"{most:,}: it is damaged, or another kind of file"
                 )
     for name in (_CONFIG, "config.json"):  # transformers looks for the class in both
         if (directory / name).is_file():
@@ -68,7 +68,7 @@ def check_tokenizer_files(directory: Path) -> None:
 
 @contextlib.contextmanager
 def no_questions() -> Iterator[None]:
-    """A block in which transformers raises an error where it would ask whether to run code."""
+    """Let transformers raise an error in the block instead of asking to run code."""
     from transformers import dynamic_module_utils
 
     before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
@@ -80,25 +80,25 @@ def no_questions() -> Iterator[None]:
 
 
 def check_loaded(tokenizer: Any, directory: Path) -> None:
-    """Raise for what is no tokenizer, such as the pair of tokenizers of a RAG model.
+    """Check that the loaded object is a tokenizer, not for example the pair of a RAG model.
 
     Raises:
-        UserError: its class.
+        UserError: an object of another class.
     """
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(
-            f"{directory}: its files are read as a {type(tokenizer).__name__}, which is no "
-            "tokenizer of one text"
+            f"{directory}: transformers reads its files as a {type(tokenizer).__name__}, which is "
+            "not a tokenizer"
         )
 
 
 def check_added(tokenizer: Any, directory: Path) -> None:
-    """Raise for more added tokens, or larger ids, than a tokenizer can have.
+    """Check the number of added tokens and the largest token id.
 
     Raises:
-        UserError: their number; the token of the largest id.
+        UserError: more than 50,000 added tokens, or an id above 10,000,000.
     """
     _check_count(directory, "the tokenizer", tokenizer.get_added_vocab())
     ids = tokenizer.get_vocab()
@@ -121,7 +121,7 @@ def _check_names(file: Path, names: Any) -> None:
     for name in names if isinstance(names, list) else ():
         if not isinstance(name, str) or "/" in name or "\\" in name:
             raise UserError(
-                f"{file}: {_VERSIONS} names {name!r}, which is no file of the directory"
+                f"{file}: {_VERSIONS} names {name!r}, which is not a file of the directory"
             )
 
 
@@ -137,9 +137,9 @@ def _check_code(file: Path, content: Mapping[str, Any]) -> None:
         return
     raise UserError(
         f"{file}: {entry}, code that comes with the files and is never run here, and "
-        f"tokenizer_class={given!r} is no class of transformers. If you trust the code, run it "
-        "once elsewhere and save what it makes as a tokenizer.json; if tokenizer.json is the whole "
-        "tokenizer already, remove auto_map and set tokenizer_class to PreTrainedTokenizerFast"
+        f"tokenizer_class={given!r} is not a class of transformers. If you trust the code, run it "
+        "once elsewhere and save the tokenizer as tokenizer.json; if tokenizer.json is already the "
+        "complete tokenizer, remove auto_map and set tokenizer_class to PreTrainedTokenizerFast"
     )
 
 
@@ -156,17 +156,17 @@ def _check_class(file: Path, name: Any) -> None:
     if name is None:
         return
     if not isinstance(name, str):
-        raise UserError(f"{file}: tokenizer_class={shown(repr(name))} is no name of a class")
+        raise UserError(f"{file}: tokenizer_class={shown(repr(name))} is not the name of a class")
     found = _find_class(name)
     if found is not None and not _is_tokenizer(found):
         raise UserError(
-            f"{file}: tokenizer_class={shown(repr(name))} is no tokenizer of transformers; if "
-            "tokenizer.json is the whole tokenizer, set it to PreTrainedTokenizerFast"
+            f"{file}: tokenizer_class={shown(repr(name))} is not a tokenizer of transformers; if "
+            "tokenizer.json is the complete tokenizer, set it to PreTrainedTokenizerFast"
         )
 
 
 def _find_class(name: str) -> Any:
-    """Return what transformers has by this name; None if nothing."""
+    """Return the object of this name in transformers, or None."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     found = (tokenizer_class_from_name(name + end) for end in ("", "Fast"))
@@ -174,7 +174,7 @@ def _find_class(name: str) -> Any:
 
 
 def _is_tokenizer(found: Any) -> bool:
-    """Return True for tokenizers, and for those whose library is missing, which raise that."""
+    """Return True for tokenizers, also those whose library is missing (an error says so)."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.import_utils import DummyObject
 

@@ -1,12 +1,11 @@
-"""Text from a model: greedy or sampled, batched, with a key-value cache.
+"""Generation of text: greedy or sampled, in batches, with a key-value cache.
 
 generate = make_generate(model)
 answers  = generate(bound, prompts, max_new_tokens=64, stop_tokens={2})     # lists of token ids
 
-Every token is that of a forward without a cache over the text so far. Where rotary frequencies
-depend on the length of the text, the cache of a text is computed anew when its length changes them:
-once for longrope, at the original length; for dynamic at every token beyond it, each of which costs
-a forward over the whole text.
+Each token equals that of a forward pass without a cache. If rotary frequencies depend on the length
+of the text, its cache is recomputed when they change: for longrope once, at the original length;
+for dynamic at each token beyond it, which costs a forward pass over the whole text per token.
 """
 
 import dataclasses
@@ -21,13 +20,13 @@ import numpy as np
 from lora_jax.errors import UserError
 from lora_jax.generate.sampling import Sampling as Sampling
 from lora_jax.generate.sampling import sample
-from lora_jax.models.common import Model
-from lora_jax.nn.modules import Cache
+from lora_jax.models.common import Execution, Model
+from lora_jax.nn.cache import Cache
 from lora_jax.nn.rope import changed
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
 from lora_jax.sharding import gather_to_host
 
-# Prompt lengths and answer lengths are rounded up to it, so that few shapes are compiled.
+# Lengths of prompts and answers are rounded up to a multiple of this, to compile few shapes.
 _BUCKET = 32
 _ALL = np.iinfo(np.int32).max
 
@@ -35,7 +34,7 @@ _ALL = np.iinfo(np.int32).max
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Prompts (b, t), padded on the left, and how they are answered: arrays of NumPy or JAX."""
+    """Prompts (b, t), padded on the left, and sampling settings, as arrays of NumPy or JAX."""
 
     tokens: Any
     segment_ids: Any
@@ -49,7 +48,7 @@ class _Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """Answers (b, slots) of which `step` tokens are there, the latest (b,), and which are done."""
+    """Answers (b, slots) so far: `step` tokens, the last ones (b,), and which rows are done."""
 
     step: jax.Array
     answers: jax.Array
@@ -59,15 +58,15 @@ class _State:
 
 
 def _make_decode(model: Model, compute_dtype: Any) -> tuple[Callable[..., _State], ...]:
-    """(start, go_on): `start` reads prompts and picks the first token of their answers, `go_on`
-    picks further ones, until there are `limit` or all are done.
+    """Return two functions: `start` reads prompts and picks the first token of each answer; `go_on`
+    picks further tokens, until there are `limit` or all rows are done.
     """
     ropes = getattr(model.config, "ropes_by_length", ())
 
     def runner(bound, prefix):
         virtual = {} if prefix is None else {"prefix": prefix}
         module = model.module(bound)
-        return module, partial(module.hidden, compute_dtype=compute_dtype, **virtual)
+        return module, partial(module.hidden, execution=Execution(compute_dtype), **virtual)
 
     def advance(module, run, cache, tokens, positions, segment_ids):
         hidden, cache = run(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
@@ -124,8 +123,8 @@ def _renew(
     lengths: jax.Array,
     stale: jax.Array,
 ) -> Cache:
-    """The cache with those rows that are `stale` (b,) computed anew from `texts` (b, s), one at a
-    time in an `empty` one, with the frequencies of texts of `lengths` (b,).
+    """Return the cache with the `stale` rows (b,) recomputed from `texts` (b, s) with the rotary
+    frequencies of `lengths` (b,). One row at a time is computed, in the `empty` cache.
     """
 
     def renew_one(state: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
@@ -145,18 +144,29 @@ def _renew(
 
 
 def _positions(segment_ids: jax.Array) -> jax.Array:
-    """Positions (b, t) of rows of one text each, 1 where it is and 0 around it."""
+    """Return positions (b, t) for rows of one text; `segment_ids` are 1 in it and 0 in padding."""
     return jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
 
 
 _GREEDY = Sampling()
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a batch that is part of a larger set of prompts."""
+
+    numbers: Sequence[int] | None = None  # of each row in the set: they choose the random draws
+    length: int = 0  # least number of tokens to pad prompts to
+
+
+_ALONE = Rows()
+
+
 def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise for prompts that the model cannot read.
+    """Check that prompts are lists of tokens of the model.
 
     Raises:
-        UserError: a prompt that is empty or no list of tokens; as `Model.check_tokens`.
+        UserError: a prompt that is empty or not a list of tokens; as `Model.check_tokens`.
     """
     for number, prompt in enumerate(prompts):
         what = f"prompt {number}"
@@ -168,17 +178,28 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., list[list[int]]]:
-    """A function (bound, prompts, max_new_tokens, stop_tokens, prefix=None, sampling, numbers=None,
-    length=0) -> answers, which ends an answer before its stop token.
+    """Return a function that generates answers to a batch of prompts.
 
-    Prompts are rows of one batch, `prefix` the virtual tokens in front of each. The draws for a row
-    depend on the seed and on its number alone (`numbers`, or its place in the batch), not on the
-    other rows. The function compiles once per bucket of lengths; prompts count as `length` tokens
-    at least.
+    The function takes (bound, prompts, *, max_new_tokens, stop_tokens, prefix=None, sampling, rows)
+    and returns a list of token ids per prompt, without the stop token:
 
-    Raises:
-        UserError: as `check_prompts`; max_new_tokens below 1; prompt and answer together longer
-            than learned positions reach.
+        bound: parameters, as `lora.bind` returns.
+        prompts: lists of token ids, one batch.
+        max_new_tokens: the largest number of tokens of an answer.
+        stop_tokens: ids that end an answer.
+        prefix: virtual tokens before each prompt, as `lora.prefix` returns.
+        sampling: a `Sampling`; greedy by default.
+        rows: a `Rows`. The draws of a row depend on the seed and its number only, not on the batch.
+
+    It compiles once per bucket of lengths. It raises a UserError as `check_prompts` and
+    `check_room`.
+
+    Example:
+        >>> from lora_jax.generate import make_generate
+        >>> generate = make_generate(model)
+        >>> answers = generate(model.params, [[1, 2, 3]], max_new_tokens=4, stop_tokens=())
+        >>> [len(answer) for answer in answers]
+        [4]
     """
     start, go_on = _make_decode(model, compute_dtype)
 
@@ -194,15 +215,13 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
         stop_tokens: Collection[int],
         prefix: Virtual | None = None,
         sampling: Sampling = _GREEDY,
-        numbers: Sequence[int] | None = None,
-        length: int = 0,
+        rows: Rows = _ALONE,
     ) -> list[list[int]]:
         check_prompts(model, prompts)
         check_room(model, prompts, max_new_tokens, prefix)
         if not len(prompts):
             return []
-        numbers = range(len(prompts)) if numbers is None else numbers
-        batch = _batch(prompts, stop_tokens, prefix, sampling, numbers, length)
+        batch = _batch(prompts, stop_tokens, prefix, sampling, rows)
         slots = _round_up(max_new_tokens)
         answers = gather_to_host(decode(bound, prefix, batch, max_new_tokens, slots))
         return [_until_stop(answer[:max_new_tokens].tolist(), stop_tokens) for answer in answers]
@@ -210,9 +229,13 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
     return generate
 
 
-def make_stream(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..., Iterator[int]]:
-    """A function (bound, prompt, max_new_tokens, stop_tokens, prefix=None, sampling, number=0,
-    length=0, every=4) -> the tokens that `make_generate` gives, `every` at a time.
+def make_stream(
+    model: Model, compute_dtype: Any = jnp.float32, every: int = 4
+) -> Callable[..., Iterator[int]]:
+    """Return a function that generates one answer and yields its tokens, `every` at a time.
+
+    It takes (bound, prompt, *, max_new_tokens, stop_tokens, prefix=None, sampling, rows), as that
+    of `make_generate` for one prompt, and yields the same tokens.
     """
     start, go_on = _make_decode(model, compute_dtype)
     begin = jax.jit(start, static_argnames="slots")
@@ -226,13 +249,11 @@ def make_stream(model: Model, compute_dtype: Any = jnp.float32) -> Callable[...,
         stop_tokens: Collection[int],
         prefix: Virtual | None = None,
         sampling: Sampling = _GREEDY,
-        number: int = 0,
-        length: int = 0,
-        every: int = 4,
+        rows: Rows = _ALONE,
     ) -> Iterator[int]:
         check_prompts(model, [prompt])
         check_room(model, [prompt], max_new_tokens, prefix)
-        batch = _batch([prompt], stop_tokens, prefix, sampling, [number], length)
+        batch = _batch([prompt], stop_tokens, prefix, sampling, rows)
         state, done = begin(bound, prefix, batch, slots=_round_up(max_new_tokens)), 0
         while True:
             new = gather_to_host(state.answers)[0, done : int(state.step)].tolist()
@@ -251,11 +272,10 @@ def make_stream(model: Model, compute_dtype: Any = jnp.float32) -> Callable[...,
 def check_room(
     model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: Virtual | None
 ) -> None:
-    """Raise for answers that there is no room for.
+    """Check that prompts and answers fit the positions of the model.
 
     Raises:
-        UserError: max_new_tokens below 1; prompt and answer together longer than learned positions
-            reach.
+        UserError: max_new_tokens below 1; more tokens of prompt and answer than learned positions.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -266,14 +286,14 @@ def check_room(
             f"a prompt of {longest} tokens"
             + (f", {virtual} virtual ones" if virtual else "")
             + f" and max_new_tokens={max_new_tokens} are more than the {limit} positions that "
-            "the model has; ask for fewer"
+            "the model has; shorten the prompt or lower max_new_tokens"
         )
 
 
 def beyond_positions(
     model: Model, longest: int, max_new_tokens: int, prefix: Virtual | None
 ) -> str | None:
-    """A note on texts that may become longer than those that the model was made for, if any."""
+    """Return a note if texts may exceed the `max_position_embeddings` of the model, else None."""
     limit = model.config.max_position_embeddings
     if _virtual(prefix) + longest + max_new_tokens <= limit:
         return None
@@ -293,13 +313,14 @@ def _batch(
     stop_tokens: Collection[int],
     prefix: Virtual | None,
     sampling: Sampling,
-    numbers: Sequence[int],
-    length: int,
+    rows: Rows,
 ) -> _Batch:
+    """Return prompts and settings as arrays, prompts padded on the left to a bucket of lengths."""
+    numbers = range(len(prompts)) if rows.numbers is None else rows.numbers
     prompts = [[0] * placeholders(prefix) + list(prompt) for prompt in prompts]
-    time = _round_up(max([length, *map(len, prompts)]))
+    time = _round_up(max([rows.length, *map(len, prompts)]))
     tokens, segment_ids = (np.zeros((len(prompts), time), np.int32) for _ in range(2))
-    # Padded on the left: all rows write the same slot next.
+    # Padded on the left, so that all rows write their next token to the same slot.
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :] = prompt
         segment_ids[row, -len(prompt) :] = 1

@@ -1,4 +1,4 @@
-"""A model with its adapter, tokenizer and template, from files, ready to answer prompts."""
+"""A model with its adapter, tokenizer and chat template, loaded from files to answer prompts."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from lora_jax.models.common import Model
 
 @dataclass(frozen=True)
 class Reader:
-    """Conversations to tokens and tokens to text, without the weights."""
+    """A model without its weights: encodes conversations and decodes answers."""
 
     model: Model  # shapes in place of weights
     source: Path
@@ -37,7 +37,7 @@ class Reader:
     max_new_tokens: int
 
     def encode(self, messages: Sequence[Mapping[str, Any]], where: str = "--prompt") -> list[int]:
-        """Return the tokens of a conversation up to where its next answer begins.
+        """Return the tokens of a conversation up to the start of its next answer.
 
         Raises:
             UserError: as `encode_row`.
@@ -49,8 +49,8 @@ class Reader:
         """Return the tokens of a row before its last assistant turn.
 
         Raises:
-            UserError: the template refuses the conversation; tokens that the model does not have;
-                no room for an answer. The place of the row comes first.
+            UserError: a conversation that the template refuses; tokens outside of the vocabulary;
+                no room for an answer. The message begins with the line of the row.
         """
         tokens = data.prompt_tokens(row, self.tokenizer, **self.template).tolist()
         try:
@@ -68,7 +68,7 @@ class Reader:
         return None if self.adapter is None else methods.prefix(*self.adapter)
 
     def note_positions(self, longest: int) -> None:
-        """Say once that answers may go beyond the positions that the model was made for."""
+        """Print a note once if answers may exceed the positions that the model was made for."""
         text = beyond_positions(self.model, longest, self.max_new_tokens, self.prefix)
         if text is not None:
             hosts.note(text)
@@ -76,7 +76,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Writer:
-    """Answers of a loaded model to prompts as tokens."""
+    """A loaded model that answers prompts given as tokens."""
 
     reader: Reader
     bound: Any
@@ -86,7 +86,7 @@ class Writer:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that all prompts share."""
+        """Arguments of `generate` and `stream` that all prompts share."""
         return {
             "max_new_tokens": self.reader.max_new_tokens,
             "stop_tokens": self.reader.stops,
@@ -120,16 +120,10 @@ def open_reader(
         hosts.note(text)
     if described.labels:
         raise UserError(
-            f"model={spec!r} classifies and writes no text; `lora-jax eval` scores its labels"
+            f"model={spec!r} is a classifier and writes no text; `lora-jax eval` scores its labels"
         )
     if adapter is not None:
-        directory = expand(adapter, "adapter")
-        if not is_directory(directory, f"adapter={adapter!r}"):
-            raise UserError(
-                f"adapter={shown(repr(adapter))} does not exist, or is no directory; give a "
-                "PEFT adapter directory, such as OUTPUT_DIR/adapter"
-            )
-        found = formats.read_adapter(directory, described.params, described)
+        found, directory = _read_adapter(adapter, described)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
     tokenizer = formats.load_tokenizer(home)
     arguments, known = dict(chat_template_kwargs or {}), formats.stop_tokens(source)
@@ -137,8 +131,8 @@ def open_reader(
         directory = expand(adapter)
         template = data.template_text(tokenizer, chat_template)
         if stored := formats.read_fingerprint(directory):
-            prints = fingerprint.take(source, tokenizer, template)
-            fingerprint.check(stored, prints, adapter, allow_change)
+            current = fingerprint.take(source, tokenizer, template)
+            fingerprint.check(stored, current, adapter, allow_change)
         arguments = formats.read_template_kwargs(directory) | arguments
         trained = formats.read_system_prompt(directory)
         if trained is not None and system_prompt is None:
@@ -160,6 +154,17 @@ def open_reader(
         adapter=found,
         max_new_tokens=max_new_tokens,
     )
+
+
+def _read_adapter(adapter: str, model: Model) -> tuple[tuple[Any, Any], Path]:
+    """Return the adapters with their config, and the directory that they were read from."""
+    directory = expand(adapter, "adapter")
+    if not is_directory(directory, f"adapter={adapter!r}"):
+        raise UserError(
+            f"adapter={shown(repr(adapter))} does not exist, or is not a directory; give a PEFT "
+            "adapter directory, such as OUTPUT_DIR/adapter"
+        )
+    return formats.read_adapter(directory, model.params, model), directory
 
 
 def open_writer(

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from typing import TextIO
 
 from lora_jax.errors import UserError
+from lora_jax.generate import Rows
 from lora_jax.generate.answer import Writer
 from lora_jax.generate.prompts import bucket
 
@@ -14,7 +15,7 @@ HELP = "/reset starts a new conversation; /quit or Ctrl-D ends it; Ctrl-C stops 
 
 
 class Chat:
-    """The turns so far."""
+    """A conversation with a model: the turns so far."""
 
     def __init__(self, writer: Writer):
         self._writer = writer
@@ -26,8 +27,8 @@ class Chat:
         self._messages = []
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Yield the answer to a user turn, piece by piece. Turn and answer join the conversation,
-        the answer as far as it came; a turn that cannot be answered does not.
+        """Yield the answer to a user turn, piece by piece. Turn and answer are added to the
+        conversation, also an interrupted answer; a turn that cannot be answered is not.
 
         Raises:
             UserError: the template refuses the conversation, or it has become too long.
@@ -42,15 +43,14 @@ class Chat:
         stream = self._writer.stream(
             self._writer.bound,
             prompt,
-            number=self._turn - 1,
-            length=bucket(len(prompt)),
+            rows=Rows([self._turn - 1], bucket(len(prompt))),
             **self._writer.options,
         )
         try:
             for token in stream:
                 tokens.append(token)
                 answer = reader.decode(tokens)
-                if not answer.endswith("\ufffd"):  # a character may need more than one token
+                if not answer.endswith("\ufffd"):  # a character may take several tokens
                     piece, shown = answer[len(shown) :], answer
                     yield piece
             yield reader.decode(tokens)[len(shown) :]
@@ -60,8 +60,8 @@ class Chat:
 
 
 def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = None) -> None:
-    """Read lines and answer them until /quit or the end of stdin. Ctrl-C stops an answer, as often
-    as it is pressed.
+    """Read lines and answer them until /quit or the end of stdin. Ctrl-C stops the current answer,
+    never the conversation.
     """
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -87,7 +87,7 @@ def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = Non
             chat.reset()
             print("this is a new conversation", file=sys.stderr)
         elif line.strip().startswith("/"):
-            print(f"{line.strip()} is no command. {HELP}", file=sys.stderr)
+            print(f"{line.strip()} is not a command. {HELP}", file=sys.stderr)
         elif line.strip():
             _answer(chat, line, target)
     if terminal:

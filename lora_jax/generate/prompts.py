@@ -1,12 +1,12 @@
 """Prompts from a file or stdin, and their answers as lines of JSON.
 
-    prompts.txt     a prompt per line; empty lines are left out
+    prompts.txt     a prompt per line; empty lines are skipped
     prompts.jsonl   {"prompt": ..}, {"messages": [..]} or another form of a training row; a last
                     assistant turn, a completion or an output is the answer, and is not read
     prompts.csv     the same in columns; also .json, .tsv, .parquet and .arrow
 
-With `prompt_format`, "{question}", the user turn is made of columns as `data.prompt` makes it in
-training. Stdin, and files with another ending, are lines of JSON if the first is an object.
+A `prompt_format` such as "{question}" makes the user turn from columns, like `data.prompt` in
+training. Stdin, and files with another extension, are JSON lines if the first line is an object.
 """
 
 import json
@@ -21,6 +21,7 @@ from lora_jax.config.text import BadJSON, parse_json
 from lora_jax.data.named_columns import fill
 from lora_jax.data.rows import kind, listed
 from lora_jax.errors import UserError, raise_all
+from lora_jax.generate import Rows
 from lora_jax.generate.answer import Reader, Writer
 
 _FORMS = ("messages", "conversations", "prompt", "instruction", "text", "input_ids")
@@ -31,7 +32,7 @@ _SHOWN = 10  # problems
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for its answer, as it was given."""
+    """A conversation to answer, and its form in the input."""
 
     row: data.Row
     given: Any  # text, or messages
@@ -40,7 +41,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt with its answer, which `finish_reason` ended: stop, or length."""
+    """A prompt with its answer; `finish_reason` is stop or length."""
 
     prompt: Prompt
     answer: str
@@ -48,7 +49,7 @@ class Answered:
     tokens: int
 
     def line(self) -> str:
-        """Return the JSON of a line of output."""
+        """Return the line of output, as JSON."""
         content = {} if self.prompt.id is None else {"id": self.prompt.id}
         content |= {
             "prompt": self.prompt.given,
@@ -73,7 +74,7 @@ def read_prompts(
 
     Raises:
         UserError: the file cannot be read or has no prompt; `prompt_format` is malformed, or given
-            with lines of text; records that are no prompts, the first ten with their places.
+            with lines of text; records that are not prompts, the first ten with their line.
     """
     prompts: list[Prompt] = []
     problems: list[tuple[str, str | data.BadRow]] = []
@@ -90,7 +91,7 @@ def read_prompts(
 
 
 def _records(name: str, prompt_format: str | None, stdin: TextIO) -> Iterator[data.Record]:
-    """The records of a file of data, or of lines: `Prompt`s where they are no JSON."""
+    """Yield the records of a data file, or of lines; a line of plain text as a `Prompt`."""
     if prompt_format is not None:
         data.columns(prompt_format, "--prompt-format")
     file = None if name == "-" else expand(name, "--prompts")
@@ -147,7 +148,7 @@ def _parse(record: Any, where: str, prompt_format: str | None) -> Prompt:
 
 
 def _with_answer(record: dict) -> dict:
-    """The record as a row of training: with some answer, if it has none."""
+    """Return the record as a training row, with a placeholder answer if it has none."""
     if "prompt" in record and record.get("completion") is None:
         some = "x" if isinstance(record["prompt"], str) else [{"role": "assistant", "content": "x"}]
         return record | {"completion": some}
@@ -168,7 +169,7 @@ def encode(prompts: Sequence[Prompt], reader: Reader) -> list[list[int]]:
     """Return the tokens of all prompts.
 
     Raises:
-        UserError: prompts that cannot be encoded, the first ten with their places.
+        UserError: prompts that cannot be encoded, the first ten with their line.
     """
     found, problems = [], []
     for prompt in prompts:
@@ -187,9 +188,11 @@ def encode(prompts: Sequence[Prompt], reader: Reader) -> list[list[int]]:
 def answer_all(
     writer: Writer, prompts: Sequence[Prompt], tokens: Sequence[list[int]], batch_size: int
 ) -> Iterator[Answered]:
-    """Answer prompts in their order. Batches hold prompts of like length, and the lengths that are
-    compiled double; the last batch is filled up. An answer depends on the seed and the place of its
-    prompt, not on the batch.
+    """Yield answers in the order of the prompts.
+
+    Batches have prompts of similar length. Compiled lengths are powers of two, and the last batch
+    is filled up, so that few programs are compiled. An answer depends on the seed and the number of
+    its prompt, not on the batch.
     """
     batch_size = min(batch_size, len(prompts))
     for first in range(0, len(prompts), _WINDOW * batch_size):
@@ -201,20 +204,24 @@ def answer_all(
             filled = chosen + chosen[:1] * (batch_size - len(chosen))
             rows = [tokens[i] for i in filled]
             length = bucket(max(map(len, rows)))
-            own = {"numbers": filled, "length": length} | writer.options
-            answers = writer.generate(writer.bound, rows, **own)
+            place = Rows(filled, length)
+            answers = writer.generate(writer.bound, rows, rows=place, **writer.options)
             found |= dict(zip(chosen, answers, strict=False))
         for i in window:
             yield finish(writer, prompts[i], found[i])
 
 
 def finish(writer: Writer, prompt: Prompt, tokens: Sequence[int]) -> Answered:
-    """Return generated tokens as an answer."""
-    whole = len(tokens) < writer.reader.max_new_tokens
-    reason = "stop" if whole else "length"
+    """Return generated tokens as an `Answered` prompt."""
+    stopped = len(tokens) < writer.reader.max_new_tokens
+    reason = "stop" if stopped else "length"
     return Answered(prompt, writer.reader.decode(tokens), reason, len(tokens))
 
 
 def bucket(length: int) -> int:
-    """Return the next power of two, from 64 on."""
+    """Return the next power of two, at least 64.
+
+    >>> bucket(65)
+    128
+    """
     return max(_SHORTEST, 1 << (length - 1).bit_length())

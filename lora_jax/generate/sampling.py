@@ -1,4 +1,4 @@
-"""Next tokens from logits: the likeliest, or a draw cut to top-k and top-p."""
+"""Next tokens from logits: the most likely, or a draw with temperature, top-k and top-p."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +11,16 @@ from lora_jax.errors import raise_all
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the draw of each token, named and applied as in transformers and vLLM: logits are
-    divided by the temperature, then cut to `top_k`, then to `top_p`.
+    """Sampling settings, named and applied as in transformers and vLLM: logits are divided by the
+    temperature, then restricted to `top_k`, then to `top_p`.
 
     Raises:
         UserError: a value out of range.
     """
 
-    temperature: float = 0.0  # 0: the likeliest token
-    top_k: int | None = None  # draw from the so many likeliest; null: all
-    top_p: float = 1.0  # draw from the fewest tokens whose probabilities reach this sum
+    temperature: float = 0.0  # 0: greedy, the most likely token
+    top_k: int | None = None  # number of most likely tokens to draw from; null: all
+    top_p: float = 1.0  # draw from the fewest tokens whose probabilities add up to this
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -34,9 +34,11 @@ class Sampling:
 
 
 def keep_likely(logits: jax.Array, top_k: Any, tail: Any) -> jax.Array:
-    """Return logits (b, vocab) with -inf in place of all but the `top_k` largest (all that equal
-    the last of them stay), and then of the least likely ones whose probabilities sum to at most
-    `tail`, 1 - top_p. Of equal ones the first go first; the likeliest stays.
+    """Return logits (b, vocab) with -inf for tokens that are not drawn from.
+
+    Kept are the `top_k` largest (and ties of the last of them), without the least likely ones whose
+    probabilities add up to at most `tail` = 1 - top_p. Of equal logits the first is dropped first;
+    the most likely token is always kept.
     """
     order = jnp.argsort(logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
@@ -55,9 +57,9 @@ def sample(
     top_k: Any,
     tail: Any,
 ) -> jax.Array:
-    """Token ids (b,) from logits (b, vocab): the largest at temperature 0, a draw from
-    softmax(logits / temperature) above, with a key (b,) of its own for each row; `top_k` and `tail`
-    as in `keep_likely`.
+    """Return token ids (b,) for logits (b, vocab): the largest logit at temperature 0, otherwise a
+    draw from softmax(logits / temperature) with the key of each row, `keys` (b,). `top_k` and
+    `tail` as in `keep_likely`.
     """
 
     def draw(logits: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ _MODULES = (
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
-FAMILIES["xlm-roberta"] = FAMILIES.pop("xlm_roberta")  # its model_type is no name of a module
+FAMILIES["xlm-roberta"] = FAMILIES.pop("xlm_roberta")  # its model_type is not a valid module name
 CLASSIFIERS = tuple(name for name, module in FAMILIES.items() if hasattr(module, "ARCHITECTURE"))
 
 
@@ -46,10 +46,13 @@ def describe(
     ignore: Container[str] = (),
     labels: Sequence[str] | None = None,
 ) -> Model:
-    """The model of a config.json with shapes (float32) in place of weights; allocates nothing.
+    """Return the model of a config.json with shapes (float32) in place of weights.
 
-    `labels` are those that a model shall tell apart that classifies; without them it keeps those of
-    its config. Where they are others, or in another order, its head is a new one.
+    Args:
+        hf_config: the content of config.json.
+        ignore: fields known not to affect results.
+        labels: labels of a classifier, by default those of the config. If they differ, or their
+            order does, the head is a new one.
 
     Raises:
         UserError: a family that is not supported, or fields that are missing, mistyped or not
@@ -91,8 +94,8 @@ def describe(
 
 
 def ties_embeddings(hf_config: Mapping[str, Any]) -> bool:
-    """Return True if a config.json ties the output head to the embedding; where it does not say,
-    the family's default counts.
+    """Return True if a config.json ties the output head to the embedding, explicitly or by the
+    default of the family.
     """
     reader = ConfigReader(hf_config)
     family = FAMILIES.get(str(reader.model_type))
@@ -102,7 +105,7 @@ def ties_embeddings(hf_config: Mapping[str, Any]) -> bool:
 
 
 def _check_size(params: Mapping[str, Any]) -> None:
-    """Raise for shapes that no file could hold, before a tensor is listed for each matrix."""
+    """Raise for a model larger than any that exists, before its tensors are listed."""
     leaves = tree.flatten(params)
     matrices = sum(math.prod(leaf.shape[: tree.lead_axes(path)]) for path, leaf in leaves.items())
     numbers = sum(math.prod(leaf.shape) for leaf in leaves.values())

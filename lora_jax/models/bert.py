@@ -7,7 +7,7 @@ bert / encoder / layer / intermediate / dense, output / {dense, LayerNorm}
 bert / pooler / dense / {kernel,bias}                                     (d, d)
 classifier / {kernel,bias}                                                (d, labels)
 
-Dropout that its configs ask for in training is left out.
+Dropout that configs ask for in training is left out.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.common import Names, scan_layers
+from lora_jax.models.common import PLAIN, Execution, Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.kernels import Sight
-from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear, attention
+from lora_jax.nn.attention import attention
+from lora_jax.nn.kernels import MaskSpec
+from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
 
 RULES = (
     (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),
@@ -43,7 +44,7 @@ NAMES = Names(
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a Hugging Face config that decide the numbers, under their own names."""
+    """Fields of a Hugging Face config that affect results, by their names."""
 
     vocab_size: int
     hidden_size: int
@@ -64,7 +65,7 @@ class Config:
 
     @property
     def learned_positions(self) -> int:
-        """The most tokens that a text can have."""
+        """Largest number of tokens of a text."""
         return self.max_position_embeddings
 
 
@@ -75,7 +76,7 @@ def read_fields(reader: ConfigReader, vocab_size: int, pad_token_id: int) -> dic
     reader.inert("pooler_size_per_head", "pooler_type")
     for name in ("is_decoder", "add_cross_attention"):
         reader.only(name, False, None)
-    reader.only("is_causal", False, None, why="transformers then hides the tokens that follow")
+    reader.only("is_causal", False, None, why="tokens would not see those after them")
     reader.only("position_embedding_type", "absolute", None)
     reader.only("problem_type", "single_label_classification", None, why="one class for a text")
     heads, hidden = reader.size("num_attention_heads", 12), reader.size("hidden_size", 768)
@@ -98,7 +99,7 @@ def read_fields(reader: ConfigReader, vocab_size: int, pad_token_id: int) -> dic
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json."""
+    """Read a `Config` from config.json."""
     return Config(**read_fields(reader, vocab_size=30522, pad_token_id=0))
 
 
@@ -133,7 +134,7 @@ class SelfAttention(nnx.Module):
 
 
 class Output(nnx.Module):
-    """A linear whose result is added to what went in before, and the norm of the sum."""
+    """A linear, its result added to the residual `before`, and the norm of the sum."""
 
     def __init__(self, config: Config, features_in: int, *, rngs: nnx.Rngs):
         self.dense = Linear(features_in, config.hidden_size, use_bias=True, rngs=rngs)
@@ -180,7 +181,7 @@ class Layers(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Embeddings and blocks; every token sees all of its text."""
+    """Embeddings and layers; every token sees all tokens of its text."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, rngs=rngs)
@@ -192,26 +193,26 @@ class Encoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         token_types: jax.Array | None,
-        compute_dtype: Any,
-        remat: str,
-        kernel: str,
+        execution: Execution,
     ) -> jax.Array:
-        """(b, t, d) of tokens (b, t); `positions` are rows of the position embeddings."""
+        """Return hidden states (b, t, d) of tokens (b, t); `positions` are rows of the position
+        embeddings.
+        """
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        if kernel == "xla":
+        if execution.kernel == "xla":
             masks: Any = (segment_ids[:, :, None] == segment_ids[:, None, :],)
         else:
-            masks = Sight(segment_ids, jnp.int32(0), kernel, causal=False)
+            masks = MaskSpec(segment_ids, jnp.int32(0), execution.kernel, causal=False)
 
         def block(x, layer, own):
             return layer(x, masks), None
 
-        x = self.embeddings(tokens, positions, types).astype(compute_dtype)
-        return scan_layers(block, self.encoder.layer, x, None, remat)[0]
+        x = self.embeddings(tokens, positions, types).astype(execution.dtype)
+        return scan_layers(block, self.encoder.layer, x, None, execution.remat)[0]
 
 
 def first_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """At every token (b, t, d) what stands at the first one of its text, whose position is 0."""
+    """Return x (b, t, d) with each token replaced by the first of its text, at position 0."""
     starts = jnp.arange(x.shape[1]) - positions
     return jnp.take_along_axis(x, starts[:, :, None], axis=1)
 
@@ -234,15 +235,13 @@ class Model(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         token_types: jax.Array | None = None,
-        compute_dtype: Any = jnp.float32,
-        remat: str = "none",
-        kernel: str = "xla",
+        execution: Execution = PLAIN,
     ) -> tuple[jax.Array, None]:
-        """What the labels of a text depend on, (b, t, d), the same at all of its tokens."""
-        inputs = (tokens, positions, segment_ids, token_types, compute_dtype, remat, kernel)
-        x = first_tokens(self.bert(*inputs), positions)
+        """Return the input (b, t, d) of the classifier, the same at all tokens of a text."""
+        x = self.bert(tokens, positions, segment_ids, token_types, execution)
+        x = first_tokens(x, positions)
         return jnp.tanh(self.bert.pooler(x)), None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """(..., d) -> (..., labels) in the dtype of `hidden`."""
+        """Return logits (..., labels) of hidden states (..., d), in their dtype."""
         return self.classifier(hidden)

@@ -1,12 +1,12 @@
-"""Fields of config.json that mean the same in every family.
+"""Fields of config.json with the same meaning in every family.
 
-HARMLESS     never enter the forward pass, whatever their value
-TRAINING     noise in training; evaluation is without it, and so is training here
-RESTRICTED   change the numbers of any family in transformers; the values that do not
-QUANTIZED    describe weights that are stored in another form
+HARMLESS     have no effect on the forward pass, whatever their value
+TRAINING     noise in training, such as dropout; there is none in evaluation, nor in training here
+RESTRICTED   change the results in transformers, except with the values listed
+QUANTIZED    describe quantised weights
 
-A family's own fields are in its `read_config`. Together they cover every field that transformers
-reads for the families here; a field that is in none of them is not read there.
+Fields of a family are read by its `read_config`. Together they cover all fields that transformers
+reads for these families.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ TRAINING = frozenset(
     """.split()
 )
 
-# Supported values of a field, and what any other does.
+# Supported values of a field, and the effect of others.
 RESTRICTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "transformers then lets tokens see those after them"),
     "attention_chunk_size": ((None,), "attention in chunks"),

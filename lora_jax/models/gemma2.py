@@ -1,10 +1,11 @@
-"""Gemma 2: bent scores and logits, a window in every other layer, `model_type` gemma2.
+"""Gemma 2: a softcap on scores and logits, a window in every other layer, `model_type` gemma2.
 
 model / layers / {input,post_attention,pre_feedforward,post_feedforward}_layernorm / scale
 
-Norms multiply by 1 + scale, and embeddings come in times sqrt(d).
+Norms multiply by 1 + scale, and embeddings by sqrt(d).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.models import common
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import Context, DecoderConfig, read_decoder
+from lora_jax.models import decoder
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import AttentionInputs, DecoderConfig, Defaults, read_decoder
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.modules import OffsetRMSNorm, Past, bend
+from lora_jax.models.rotary import PLAIN_ROPE, RopeRules
+from lora_jax.nn.attention import KVContext, apply_softcap
+from lora_jax.nn.modules import OffsetRMSNorm
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,14 @@ class Config(DecoderConfig):
     final_logit_softcapping: float | None
 
 
-def gemma_fields(reader: ConfigReader, **defaults: Any) -> dict[str, Any]:
-    """Read the fields that Gemma 2 and 3 have in common."""
+def gemma_fields(
+    reader: ConfigReader,
+    sizes: tuple[int, int, int, int, int],
+    max_position_embeddings: int,
+    slides: Callable[[int], bool],
+    rope_rules: RopeRules = PLAIN_ROPE,
+) -> dict[str, Any]:
+    """Read the fields that Gemma 2 and 3 share; `slides` and `rope_rules` as in `read_decoder`."""
     reader.inert("hidden_act")  # next to `hidden_activation` in old files, and never used
     reader.only("use_bidirectional_attention", False, None)
     window = reader.optional_integer("sliding_window", 4096)
@@ -36,12 +45,17 @@ def gemma_fields(reader: ConfigReader, **defaults: Any) -> dict[str, Any]:
     return {
         **read_decoder(
             reader,
-            num_key_value_heads=4,
-            head_dim=256,
-            hidden_act=("hidden_activation", "gelu_pytorch_tanh"),
-            tie_word_embeddings=True,
+            Defaults(
+                sizes,
+                max_position_embeddings,
+                num_key_value_heads=4,
+                head_dim=256,
+                hidden_act=("hidden_activation", "gelu_pytorch_tanh"),
+                tie_word_embeddings=True,
+            ),
             sliding_window=window,
-            **defaults,
+            slides=slides,
+            rope_rules=rope_rules,
         ),
         "attention_bias": reader.boolean("attention_bias", False),
         "query_pre_attn_scalar": reader.number("query_pre_attn_scalar", 256, above=0),
@@ -49,7 +63,7 @@ def gemma_fields(reader: ConfigReader, **defaults: Any) -> dict[str, Any]:
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     return Config(
         **gemma_fields(
             reader,
@@ -62,7 +76,7 @@ def read_config(reader: ConfigReader) -> Config:
     )
 
 
-class Attention(common.Attention):
+class Attention(decoder.Attention):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         bias = config.attention_bias
         super().__init__(
@@ -76,7 +90,7 @@ class Attention(common.Attention):
 
 
 class Block(nnx.Module):
-    """Norms before and after attention and MLP; `attention` makes the former."""
+    """A layer with norms before and after attention and MLP; `attention` is the attention class."""
 
     def __init__(self, config: Any, *, attention: Any = Attention, rngs: nnx.Rngs):
         def norm() -> OffsetRMSNorm:
@@ -86,17 +100,19 @@ class Block(nnx.Module):
         self.self_attn = attention(config, rngs=rngs)
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
-        self.mlp = common.MLP(config, rngs=rngs)
+        self.mlp = decoder.MLP(config, rngs=rngs)
         self.post_feedforward_layernorm = norm()
 
-    def __call__(self, x: jax.Array, context: Context, past: Past) -> tuple[jax.Array, Any, Any]:
-        y, new = self.self_attn(self.input_layernorm(x), context, past)
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
+    ) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + self.post_attention_layernorm(y)
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(y), new, None
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: Any, *, block: Any = Block, rngs: nnx.Rngs):
         super().__init__(config, block, OffsetRMSNorm, rngs=rngs)
 
@@ -107,4 +123,4 @@ class Model(common.CausalLM):
     def logits(self, hidden: jax.Array) -> jax.Array:
         limit = self.config.final_logit_softcapping
         logits = super().logits(hidden)
-        return logits if limit is None else bend(logits, limit)
+        return logits if limit is None else apply_softcap(logits, limit)

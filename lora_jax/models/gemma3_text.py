@@ -1,5 +1,5 @@
-"""Gemma 3, text only: Gemma 2 with norms on queries and keys in place of bent scores, and rotary
-positions of their own in layers with a window, `model_type` gemma3_text.
+"""Gemma 3, text only: Gemma 2 with norms on queries and keys in place of a softcap on scores, and
+other rotary positions in layers with a window, `model_type` gemma3_text.
 
 model / layers / self_attn / {q,k}_norm / scale    (layers, head_dim)
 """
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from lora_jax.models import common, gemma2
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import DecoderConfig
+from lora_jax.models import decoder, gemma2
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import DecoderConfig
 from lora_jax.models.reader import ConfigReader
+from lora_jax.models.rotary import RopeRules
 from lora_jax.nn.modules import OffsetRMSNorm
 
 
@@ -25,7 +26,7 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     pattern = reader.integer("sliding_window_pattern", 6)
     # transformers writes the first next to layer_types, reads the second, and uses neither.
     reader.inert("_sliding_window_pattern", "attn_logit_softcapping")
@@ -36,14 +37,13 @@ def read_config(reader: ConfigReader) -> Config:
             sizes=(262_208, 2304, 9216, 26, 8),
             max_position_embeddings=131_072,
             slides=lambda layer: (layer + 1) % pattern > 0,
-            theta=1_000_000.0,
-            local=("rope_local_base_freq", 10_000.0),
+            rope_rules=RopeRules(theta=1_000_000.0, local=("rope_local_base_freq", 10_000.0)),
         ),
         final_logit_softcapping=reader.optional_number("final_logit_softcapping", None),
     )
 
 
-class Attention(common.Attention):
+class Attention(decoder.Attention):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         bias, scale = config.attention_bias, config.query_pre_attn_scalar**-0.5
         super().__init__(config, use_bias=bias, output_bias=bias, scale=scale, rngs=rngs)

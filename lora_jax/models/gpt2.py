@@ -5,8 +5,8 @@ transformer / h / attn / {c_attn,c_proj} / kernel    (layers, d, 3 d), (layers, 
 transformer / h / mlp / {c_fc,c_proj} / kernel       (layers, d, f), (layers, f, d)
 transformer / h / {ln_1,ln_2}, ln_f / {scale,bias}
 
-Its files hold kernels as they are here, (in, out). Dropout that its configs ask for in training is
-left out.
+Its files store kernels (in, out), without a transposition. Dropout that configs ask for in training
+is left out.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.common import Names, scan_layers
+from lora_jax.models.common import PLAIN, Execution, Names, scan_layers
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.modules import ACTIVATIONS, Cache, Embed, LayerNorm, Linear, Past, attend, sights
+from lora_jax.nn.attention import KVContext, attend, mask_specs
+from lora_jax.nn.cache import Cache
+from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
 from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
@@ -34,7 +36,7 @@ RULES = (
 )
 NAMES = Names(base="transformer.", no_weights=r".*\.attn\.(masked_)?bias")
 
-# Names that transformers takes for the fields of the family, too.
+# Other names of the fields that transformers accepts.
 _ALIASES = {
     "hidden_size": "n_embd",
     "num_attention_heads": "n_head",
@@ -45,9 +47,7 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a Hugging Face config that decide the numbers, under the names that other
-    families have for them.
-    """
+    """Fields of a Hugging Face config that affect results, by their names in other families."""
 
     vocab_size: int
     hidden_size: int  # n_embd
@@ -76,7 +76,7 @@ class Config:
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     reader.inert("n_ctx", "reorder_and_upcast_attn", "predict_special_tokens")
     reader.inert("summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj")
     reader.only("add_cross_attention", False, None)
@@ -108,14 +108,14 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
 
-    def __call__(self, x, masks, past, divisor):
-        """x (b, t, d) -> y, scores divided by `divisor`, and the new keys and values (b, n, t,
-        h).
+    def __call__(self, x, masks, kv, divisor):
+        """Return the output (b, t, d) for x (b, t, d), with scores divided by `divisor`, and the
+        new keys and values (b, n, t, h).
         """
         parts = jnp.split(self.c_attn(x), 3, axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-        mixed = attend(q / divisor.astype(q.dtype), new, past, masks, self.scale)
+        mixed = attend(q / divisor.astype(q.dtype), new, kv, masks, self.scale)
         return self.c_proj(mixed.reshape(x.shape)), new
 
 
@@ -138,8 +138,8 @@ class Block(nnx.Module):
         self.ln_2 = LayerNorm(d, epsilon, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, masks, past, divisor):
-        y, new = self.attn(self.ln_1(x), masks, past, divisor)
+    def __call__(self, x, masks, kv, divisor):
+        y, new = self.attn(self.ln_1(x), masks, kv, divisor)
         x = x + y
         return x + self.mlp(self.ln_2(x)), new
 
@@ -161,7 +161,7 @@ class Model(nnx.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """(b, t) -> (b, t, d), without positions."""
+        """Return embeddings (b, t, d) of tokens (b, t), without positions."""
         return self.transformer.wte(tokens).astype(dtype)
 
     def hidden(
@@ -172,36 +172,35 @@ class Model(nnx.Module):
         segment_ids: jax.Array,
         cache: Cache | None = None,
         prefix: Virtual | None = None,
-        compute_dtype: Any = jnp.float32,
-        remat: str = "none",
-        kernel: str = "xla",
+        execution: Execution = PLAIN,
     ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states (b, t, d) of tokens (b, t), and the cache with them written if one is
-        given. For a `Prompt` every text of the batch begins with places for it.
+        """Return final hidden states (b, t, d) of tokens (b, t), and the cache with the tokens
+        written, if one is given. With a `Prompt`, each text of the batch must begin with
+        placeholders for it.
         """
         config, own = self.config, by_layer(prefix)
         x = put_in(self.embed(tokens, jnp.float32), positions, prefix)
         positions = positions + first_position(prefix)
-        beside = [own.visible(positions, None)] if own else []
-        (masks,) = sights(kernel, segment_ids, cache, beside=beside)
-        past = Past(None if cache is None else (cache.keys, cache.values), own)
+        prefix_masks = [own.visible(positions, None)] if own else []
+        (masks,) = mask_specs(execution.kernel, segment_ids, cache, prefix_masks=prefix_masks)
+        kv = KVContext(None if cache is None else (cache.keys, cache.values), own)
         divisors = jnp.ones(config.num_hidden_layers)
         if config.scale_attn_by_inverse_layer_idx:
             divisors = jnp.arange(1.0, config.num_hidden_layers + 1)
 
         def block(x, layer, own):
-            past, divisor = own
-            x, new = layer(x, masks, past, divisor)
+            kv, divisor = own
+            x, new = layer(x, masks, kv, divisor)
             return x, None if cache is None else new
 
-        x = (x + self.transformer.wpe(positions)).astype(compute_dtype)
-        x, new = scan_layers(block, self.transformer.h, x, (past, divisors), remat)
+        x = (x + self.transformer.wpe(positions)).astype(execution.dtype)
+        x, new = scan_layers(block, self.transformer.h, x, (kv, divisors), execution.remat)
         return self.transformer.ln_f(x), None if cache is None else cache.write(
             new[0], new[1], segment_ids
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """(..., d) -> (..., vocab) in the dtype of `hidden`."""
+        """Return logits (..., vocab) of hidden states (..., d), in their dtype."""
         return (
             self.transformer.wte.attend(hidden)
             if self.config.tie_word_embeddings

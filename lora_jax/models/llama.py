@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from lora_jax.models import common
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import DecoderConfig, read_decoder
+from lora_jax.models import decoder
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import DecoderConfig, read_decoder
 from lora_jax.models.reader import ConfigReader
 
 
@@ -18,7 +18,7 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     bias = reader.boolean("attention_bias", False)
     return Config(
         **read_decoder(reader),
@@ -28,14 +28,14 @@ def read_config(reader: ConfigReader) -> Config:
     )
 
 
-class Block(common.Block):
+class Block(decoder.Block):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         bias, output_bias = config.attention_bias, config.attention_out_bias
-        attention = common.Attention(config, use_bias=bias, output_bias=output_bias, rngs=rngs)
-        mlp = common.MLP(config, use_bias=config.mlp_bias, rngs=rngs)
+        attention = decoder.Attention(config, use_bias=bias, output_bias=output_bias, rngs=rngs)
+        mlp = decoder.MLP(config, use_bias=config.mlp_bias, rngs=rngs)
         super().__init__(config, attention, mlp, rngs=rngs)
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         super().__init__(config, Block, rngs=rngs)

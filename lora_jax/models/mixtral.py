@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from lora_jax.models import common, sparse
-from lora_jax.models.common import DecoderConfig, Names, read_decoder
+from lora_jax.models import decoder, sparse
+from lora_jax.models.common import Names
+from lora_jax.models.decoder import DecoderConfig, Defaults, read_decoder
 from lora_jax.models.reader import ConfigReader
+from lora_jax.models.rotary import RopeRules
 from lora_jax.models.sparse import RULES as RULES
 
 NAMES = Names(
@@ -22,19 +24,21 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     reader.alias("num_experts", "num_local_experts")
     sparse.note_router_loss(reader)
     experts = reader.integer("num_local_experts", 8)
     return Config(
         **read_decoder(
             reader,
-            sizes=(32000, 4096, 14336, 32, 32),
-            max_position_embeddings=4096 * 32,
-            num_key_value_heads=8,
-            rms_norm_eps=1e-5,
+            Defaults(
+                sizes=(32000, 4096, 14336, 32, 32),
+                max_position_embeddings=4096 * 32,
+                num_key_value_heads=8,
+                rms_norm_eps=1e-5,
+            ),
             sliding_window=reader.optional_integer("sliding_window", None),
-            theta=1_000_000.0,
+            rope_rules=RopeRules(theta=1_000_000.0),
         ),
         num_local_experts=experts,
         num_experts_per_tok=sparse.read_chosen(reader, experts, 2),
@@ -51,9 +55,9 @@ class Block(sparse.Block):
             normalize=True,
             rngs=rngs,
         )
-        super().__init__(config, common.Attention(config, rngs=rngs), mlp, rngs=rngs)
+        super().__init__(config, decoder.Attention(config, rngs=rngs), mlp, rngs=rngs)
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         super().__init__(config, Block, rngs=rngs)

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax.models import common
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import Context, DecoderConfig, read_decoder
+from lora_jax.models import decoder
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import AttentionInputs, DecoderConfig, Defaults, read_decoder
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.modules import Past, RMSNorm
+from lora_jax.nn.attention import KVContext
+from lora_jax.nn.modules import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     return Config(
-        **read_decoder(reader, sizes=(50_304, 4096, 11_008, 32, 32), rms_norm_eps=1e-5),
+        **read_decoder(reader, Defaults((50_304, 4096, 11_008, 32, 32), rms_norm_eps=1e-5)),
         attention_bias=reader.boolean("attention_bias", False),
     )
 
 
-class Attention(common.Attention):
+class Attention(decoder.Attention):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         bias = config.attention_bias
         super().__init__(config, use_bias=bias, output_bias=bias, rngs=rngs)
@@ -48,15 +49,17 @@ class Block(nnx.Module):
         d, epsilon = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(d, epsilon, rngs=rngs)
-        self.mlp = common.MLP(config, rngs=rngs)
+        self.mlp = decoder.MLP(config, rngs=rngs)
         self.post_feedforward_layernorm = RMSNorm(d, epsilon, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: Context, past: Past) -> tuple[jax.Array, Any, Any]:
-        y, new = self.self_attn(x, context, past)
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
+    ) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(x, inputs, kv)
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self.mlp(x)), new, None
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         super().__init__(config, Block, rngs=rngs)

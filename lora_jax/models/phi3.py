@@ -8,30 +8,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.models import common
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import DecoderConfig, read_decoder
+from lora_jax.models import decoder
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import DecoderConfig, Defaults, read_decoder
 from lora_jax.models.reader import ConfigReader
+from lora_jax.models.rotary import RopeRules
 from lora_jax.nn.modules import ACTIVATIONS, Linear
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    """A `DecoderConfig` from config.json; defaults are those of transformers."""
+    """Read a `DecoderConfig` from config.json; defaults are those of transformers."""
     reader.inert("full_attn_mod", "interpolate_factor")  # Phi-4-mini has them, and no code reads it
     fields = read_decoder(
         reader,
-        sizes=(32064, 3072, 8192, 32, 32),
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
+        Defaults((32064, 3072, 8192, 32, 32), max_position_embeddings=4096, rms_norm_eps=1e-5),
         sliding_window=reader.optional_integer("sliding_window", None),
-        types=("default", "longrope"),
-        partial=True,
-        original=4096,
+        rope_rules=RopeRules(types=("default", "longrope"), partial=True, original=4096),
     )
     return DecoderConfig(**fields)
 
 
-class Attention(common.Attention):
+class Attention(decoder.Attention):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         n, k, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -56,11 +53,11 @@ class MLP(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.act](gate) * up)
 
 
-class Block(common.Block):
+class Block(decoder.Block):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         super().__init__(config, Attention(config, rngs=rngs), MLP(config, rngs=rngs), rngs=rngs)
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         super().__init__(config, Block, rngs=rngs)

@@ -4,17 +4,18 @@ from typing import Any
 
 from flax import nnx
 
-from lora_jax.models import common
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import DecoderConfig, read_decoder
+from lora_jax.models import decoder
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import DecoderConfig, Defaults, read_decoder
 from lora_jax.models.reader import ConfigReader
 
-# Of the config class: vocabulary, features, features of the MLP, layers, heads.
-SIZES = (151_936, 4096, 22_016, 32, 32)
+DEFAULTS = Defaults(
+    sizes=(151_936, 4096, 22_016, 32, 32), max_position_embeddings=32768, num_key_value_heads=32
+)
 
 
 def read_window(reader: ConfigReader) -> int | None:
-    """Qwen's window, None unless `use_sliding_window`."""
+    """Read the window in tokens; None unless `use_sliding_window`."""
     if reader.boolean("use_sliding_window", False):
         return reader.optional_integer("sliding_window", 4096)
     reader.inert("sliding_window")
@@ -22,7 +23,7 @@ def read_window(reader: ConfigReader) -> int | None:
 
 
 def window_fields(reader: ConfigReader) -> dict[str, Any]:
-    """Read Qwen's window, which is in the layers from `max_window_layers` on."""
+    """Read Qwen's window, and the layers that have it: those from `max_window_layers` on."""
     # A way to attend beyond 256k tokens that other programs have; transformers does not read it.
     reader.inert("dual_chunk_attention_config")
     window, first = read_window(reader), reader.integer("max_window_layers", 28, least=0)
@@ -33,17 +34,16 @@ def window_fields(reader: ConfigReader) -> dict[str, Any]:
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    """A `DecoderConfig` from config.json; defaults are those of transformers."""
-    defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
-    return DecoderConfig(**read_decoder(reader, sizes=SIZES, **defaults, **window_fields(reader)))
+    """Read a `DecoderConfig` from config.json; defaults are those of transformers."""
+    return DecoderConfig(**read_decoder(reader, DEFAULTS, **window_fields(reader)))
 
 
-class Block(common.Block):
+class Block(decoder.Block):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        attention = common.Attention(config, use_bias=True, rngs=rngs)
-        super().__init__(config, attention, common.MLP(config, rngs=rngs), rngs=rngs)
+        attention = decoder.Attention(config, use_bias=True, rngs=rngs)
+        super().__init__(config, attention, decoder.MLP(config, rngs=rngs), rngs=rngs)
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         super().__init__(config, Block, rngs=rngs)

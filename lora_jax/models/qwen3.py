@@ -3,15 +3,15 @@
 model / layers / self_attn / {q,k}_norm / scale    (layers, head_dim)
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 from flax import nnx
 
-from lora_jax.models import common
-from lora_jax.models.common import RULES as RULES
-from lora_jax.models.common import DecoderConfig, read_decoder
-from lora_jax.models.qwen2 import SIZES, window_fields
+from lora_jax.models import decoder, qwen2
+from lora_jax.models.decoder import RULES as RULES
+from lora_jax.models.decoder import DecoderConfig, read_decoder
 from lora_jax.models.reader import ConfigReader
 from lora_jax.nn.modules import RMSNorm
 
@@ -22,22 +22,17 @@ class Config(DecoderConfig):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     reader.only("use_qk_norm", True)
     return Config(
         **read_decoder(
-            reader,
-            sizes=SIZES,
-            max_position_embeddings=32768,
-            num_key_value_heads=32,
-            head_dim=128,
-            **window_fields(reader),
+            reader, dataclasses.replace(qwen2.DEFAULTS, head_dim=128), **qwen2.window_fields(reader)
         ),
         attention_bias=reader.boolean("attention_bias", False),
     )
 
 
-class Attention(common.Attention):
+class Attention(decoder.Attention):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         bias = config.attention_bias
         super().__init__(config, use_bias=bias, output_bias=bias, rngs=rngs)
@@ -49,12 +44,12 @@ class Attention(common.Attention):
         return self.q_norm(q), self.k_norm(k), v
 
 
-class Block(common.Block):
+class Block(decoder.Block):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        mlp = common.MLP(config, rngs=rngs)
+        mlp = decoder.MLP(config, rngs=rngs)
         super().__init__(config, Attention(config, rngs=rngs), mlp, rngs=rngs)
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         super().__init__(config, Block, rngs=rngs)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from lora_jax.models import common, qwen2, qwen3, sparse
-from lora_jax.models.common import Names, read_decoder
+from lora_jax.models import decoder, qwen2, qwen3, sparse
+from lora_jax.models.common import Names
+from lora_jax.models.decoder import Defaults, read_decoder
 from lora_jax.models.reader import ConfigReader
 from lora_jax.models.sparse import RULES as RULES
 
@@ -21,7 +22,7 @@ class Config(qwen3.Config):
 
 
 def read_config(reader: ConfigReader) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     reader.only("mlp_only_layers", [], None, why="every layer has experts")
     reader.only("decoder_sparse_step", 1, why="every layer has experts")
     reader.only("use_qk_norm", True)
@@ -32,9 +33,11 @@ def read_config(reader: ConfigReader) -> Config:
     return Config(
         **read_decoder(
             reader,
-            sizes=(151_936, 2048, 6144, 24, 32),
-            max_position_embeddings=32768,
-            num_key_value_heads=4,
+            Defaults(
+                sizes=(151_936, 2048, 6144, 24, 32),
+                max_position_embeddings=32768,
+                num_key_value_heads=4,
+            ),
             sliding_window=qwen2.read_window(reader),
         ),
         attention_bias=reader.boolean("attention_bias", False),
@@ -58,6 +61,6 @@ class Block(sparse.Block):
         super().__init__(config, qwen3.Attention(config, rngs=rngs), mlp, rngs=rngs)
 
 
-class Model(common.CausalLM):
+class Model(decoder.CausalLM):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         super().__init__(config, Block, rngs=rngs)

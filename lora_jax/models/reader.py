@@ -1,4 +1,4 @@
-"""A strict reader of config.json: every field is understood, known to be harmless, or refused."""
+"""A strict reader of config.json: each field is read, known to be harmless, or refused."""
 
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from lora_jax.models.fields import HARMLESS, QUANTIZED, RESTRICTED, TRAINING
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ROTARY = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
-# The largest values that are read. No model comes near them; beyond them memory and time go into
-# the shapes alone, before a file of weights is compared with them.
+# Largest values that are read, far above those of any model. Beyond them the shapes alone would
+# take much memory and time, before they are compared with files.
 _LARGEST = 2**31 - 1
 _LARGEST_OF = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), 10_000),
@@ -22,15 +22,15 @@ _LARGEST_OF = {
 
 
 class ConfigReader:
-    """Reads typed fields of one config.json.
+    """Reader of typed fields of one config.json.
 
-    A field that is absent has the default of the family's config class in transformers. `notes`
-    says what is read in another way than written; `finish` refuses what is wrong, not supported or
-    not understood.
+    An absent field has the default of the family's config class in transformers. `notes` collects
+    fields that are not read as written; `finish` raises all fields that are mistyped, not supported
+    or not understood.
     """
 
     def __init__(self, content: Mapping[str, Any], ignore: Container[str] = ()):
-        # transformers lets rope_parameters replace a field of rotary positions that is null.
+        # In transformers, rope_parameters replace fields of rotary positions that are null.
         null = [n for n in _ROTARY if n in content and content[n] is None]
         self.content = {name: value for name, value in content.items() if name not in null}
         self.ignore = ignore
@@ -41,7 +41,7 @@ class ConfigReader:
 
     @property
     def known(self) -> frozenset[str]:
-        """Fields for which there is a decision: those read so far, and those of every family."""
+        """Fields read so far, and fields of every family."""
         return frozenset(self._seen) | HARMLESS | TRAINING | RESTRICTED.keys() | QUANTIZED
 
     def _get(
@@ -62,11 +62,11 @@ class ConfigReader:
         return value
 
     def refuse(self, problem: str) -> None:
-        """Add a problem that `finish` raises."""
+        """Add a problem for `finish` to raise."""
         self._problems.append(f"config.json: {shown(problem)}")
 
     def size(self, name: str, default: int) -> int:
-        """Read an integer that config.json usually has."""
+        """Read an integer that config.json should have; a note says if it lacks it."""
         if name not in self.content:
             self.notes.append(
                 f"config.json has no {name}: {default} is used, the default of transformers for "
@@ -75,6 +75,7 @@ class ConfigReader:
         return self.integer(name, default)
 
     def integer(self, name: str, default: int, least: int = 1) -> int:
+        """Read an integer of at least `least`."""
         value = self._get(name, default, int, "an integer")
         if value < least:
             self.refuse(f"{name}={quoted(value)} is below {least}")
@@ -82,7 +83,7 @@ class ConfigReader:
         return least if self._is_too_large(name, value) else value
 
     def optional_integer(self, name: str, default: int | None) -> int | None:
-        """Absent: the default. Null: None."""
+        """Read an integer above 0, or None for null; an absent field has the default."""
         value = self._get(name, default, int, "an integer or null", nullable=True)
         if value is not None and value < 1:
             self.refuse(f"{name}={quoted(value)} is below 1")
@@ -98,6 +99,7 @@ class ConfigReader:
     def number(
         self, name: str, default: float, above: float | None = None, least: float | None = None
     ) -> float:
+        """Read a finite number greater than `above`, or not below `least`."""
         value = self._get(name, default, (int, float), "a number")
         if not is_finite(value):
             self.refuse(f"{name}={quoted(value)} is not a finite number")
@@ -110,7 +112,7 @@ class ConfigReader:
         return float(default)
 
     def optional_number(self, name: str, default: float | None) -> float | None:
-        """Absent: the default. Null: None."""
+        """Read a number above 0, or None for null; an absent field has the default."""
         value = self._get(name, default, (int, float), "a number or null", nullable=True)
         if value is None:
             return None
@@ -122,16 +124,18 @@ class ConfigReader:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
+        """Read true or false."""
         return self._get(name, default, bool, "true or false")
 
     def choice(self, name: str, default: str, choices: Mapping[str, Any]) -> str:
+        """Read a string that is one of `choices`."""
         value = self._get(name, default, str, "a string")
         if value not in choices:
             self.refuse(f"{name}={value!r} is not supported; these are: {', '.join(choices)}")
         return value
 
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes of a classifier, in the order of its outputs."""
+        """Read the labels of a classifier, in the order of its outputs."""
         self._seen |= {"id2label", "label2id", "num_labels"}
         count, named = self.content.get("num_labels"), self.content.get("id2label")
         if count is not None and named is not None and count != len(named):
@@ -145,7 +149,7 @@ class ConfigReader:
             named = {i: f"LABEL_{i}" for i in range(count)} if isinstance(count, int) else count
         numbers = {str(i) for i in range(len(named))} if isinstance(named, Mapping) else set()
         if not numbers or {*map(str, named)} != numbers:
-            self.refuse(f"id2label={quoted(named)} does not number the labels")
+            self.refuse(f"id2label={quoted(named)} must number the labels from 0")
             return ("0", "1")
         names = {int(number): str(name) for number, name in named.items()}
         return tuple(names[i] for i in range(len(names)))
@@ -161,11 +165,11 @@ class ConfigReader:
         self.refuse(f"{name}={quoted(given)} is not supported, only {usual}{reason}")
 
     def inert(self, *names: str) -> None:
-        """Note fields that do not change the numbers in this family."""
+        """Accept fields that have no effect in this family."""
         self._seen |= {*names}
 
     def alias(self, other: str, name: str) -> None:
-        """Read the field `name` where it is written as `other`."""
+        """Accept `other` as another name of the field `name`."""
         self._seen.add(other)
         if other not in self.content:
             return
@@ -179,8 +183,8 @@ class ConfigReader:
     def layer_types(
         self, layers: int, usual: Callable[[int], bool], read: bool = True
     ) -> tuple[str, ...]:
-        """Attention of every layer. Without `layer_types`, `usual` says which ones have a window;
-        in families where transformers does not read the field (`read` is false) it always does.
+        """Read the kind of attention of each layer. If `layer_types` is absent, or not read in this
+        family (`read` is false), `usual(layer)` is True for layers with a window.
         """
         self._seen.add("layer_types")
         given = self.content.get("layer_types")
@@ -204,7 +208,7 @@ class ConfigReader:
         return found
 
     def finish(self) -> None:
-        """Raise one `UserError` with everything mistyped, not supported or not understood."""
+        """Raise a `UserError` with all fields that are mistyped, unsupported or unknown."""
         left_out = []
         for name, value in self.content.items():
             if name in self._seen or name in HARMLESS or name in self.ignore:
@@ -221,7 +225,7 @@ class ConfigReader:
             elif value:
                 self.refuse(
                     f"{name}={quoted(value)} is not understood for model_type="
-                    f"{self.model_type!r} and may change the numbers; if it does not, set "
+                    f"{self.model_type!r} and may change results; if it does not, set "
                     f"ignore_config_fields=[{name}] (--ignore-config-fields {name} of generate and "
                     "combine)"
                 )
@@ -237,6 +241,6 @@ class ConfigReader:
             return
         method = value.get("quant_method") if isinstance(value, Mapping) else None
         self.refuse(
-            f"{name}={quoted(method or value)}: the weights are quantised; give the model in 16 "
-            "bits that it was made from, and base_dtype=nf4 (or int8) to hold it in few bits"
+            f"{name}={quoted(method or value)}: the weights are quantised; use the 16-bit model "
+            "that they were made from, and base_dtype=nf4 (or int8) to quantise it here"
         )

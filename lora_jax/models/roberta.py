@@ -4,15 +4,13 @@ roberta / embeddings, encoder                     as `bert`
 classifier / {dense,out_proj} / {kernel,bias}     (d, d), (d, labels)
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax.models import bert
 from lora_jax.models.bert import RULES as RULES
-from lora_jax.models.common import Names
+from lora_jax.models.common import PLAIN, Execution, Names
 from lora_jax.models.reader import ConfigReader
 from lora_jax.nn.modules import Linear
 
@@ -28,12 +26,12 @@ NAMES = Names(
 class Config(bert.Config):
     @property
     def learned_positions(self) -> int:
-        """The most tokens that a text can have: the first rows belong to padding."""
+        """Largest number of tokens of a text; the first rows of the embedding belong to padding."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
 
 def read_config(reader: ConfigReader, vocab_size: int = 50265) -> Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     return Config(**bert.read_fields(reader, vocab_size=vocab_size, pad_token_id=1))
 
 
@@ -60,16 +58,14 @@ class Model(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         token_types: jax.Array | None = None,
-        compute_dtype: Any = jnp.float32,
-        remat: str = "none",
-        kernel: str = "xla",
+        execution: Execution = PLAIN,
     ) -> tuple[jax.Array, None]:
-        """What the labels of a text depend on, (b, t, d), the same at all of its tokens."""
+        """Return the input (b, t, d) of the classifier, the same at all tokens of a text."""
         rows = positions + self.config.pad_token_id + 1
-        # It has one type only; its tokenizer does not tell the texts of a pair apart by it.
-        inputs = (tokens, rows, segment_ids, None, compute_dtype, remat, kernel)
-        return bert.first_tokens(self.roberta(*inputs), positions), None
+        # There is one token type; the tokenizer does not mark the texts of a pair by it.
+        x = self.roberta(tokens, rows, segment_ids, None, execution)
+        return bert.first_tokens(x, positions), None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """(..., d) -> (..., labels) in the dtype of `hidden`."""
+        """Return logits (..., labels) of hidden states (..., d), in their dtype."""
         return self.classifier(hidden)

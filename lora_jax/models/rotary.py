@@ -1,53 +1,56 @@
-"""Rotary settings of config.json by layer type, read as transformers reads them: one mapping
+"""Rotary settings of config.json by layer type, as transformers reads them: the mapping
 `rope_parameters`, or `rope_theta` and `rope_scaling` in older files.
 """
 
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lora_jax.models.reader import FULL, SLIDING, ConfigReader
 from lora_jax.nn import rope
 
-# Fields in the files of YaRN's authors, which transformers does not read.
+# Fields in the files of the authors of YaRN, which transformers does not read.
 _UNREAD = ("attn_factor", "finetuned")
 _KINDS = (FULL, SLIDING)
 
 
-def read_rope(
-    reader: ConfigReader,
-    max_positions: int,
-    head_dim: int,
-    *,
-    theta: float = 10000.0,
-    local: tuple[str, float] | None = None,
-    types: Container[str] = tuple(rope.FIELDS),
-    partial: bool = False,
-    original: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Rotary settings of full and of sliding layers.
+@dataclass(frozen=True)
+class RopeRules:
+    """Defaults and supported values of a family's rotary settings."""
 
-    `local` is the field with the theta of sliding layers and its default, in families where they
-    have settings of their own; `partial` allows heads that are rotated in part; `original` is the
-    default of original_max_position_embeddings.
-    """
+    theta: float = 10000.0  # default of rope_theta
+    # Field with the theta of sliding layers and its default, if they have settings of their own.
+    local: tuple[str, float] | None = None
+    types: Container[str] = tuple(rope.FIELDS)  # supported values of rope_type
+    partial: bool = False  # reads partial_rotary_factor
+    original: int | None = None  # default of original_max_position_embeddings
+
+
+PLAIN_ROPE = RopeRules()
+
+
+def read_rope(
+    reader: ConfigReader, max_positions: int, head_dim: int, rules: RopeRules
+) -> dict[str, dict[str, Any]]:
+    """Read the rotary settings of full and of sliding layers, by layer type."""
     content = reader.content
     reader.inert("rope_theta", "rope_scaling", "rope_parameters", rope.ORIGINAL)
-    if partial or content.get("partial_rotary_factor") == 1:
+    if rules.partial or content.get("partial_rotary_factor") == 1:
         reader.inert("partial_rotary_factor")
-    usual = {"rope_theta": reader.number("rope_theta", theta)}
-    if partial:
+    usual = {"rope_theta": reader.number("rope_theta", rules.theta)}
+    if rules.partial:
         usual["partial_rotary_factor"] = reader.number("partial_rotary_factor", 1)
     scaling, parameters = (_mapping(reader, name) for name in ("rope_scaling", "rope_parameters"))
-    one = _Reader(reader, max_positions, head_dim, types, partial)
-    if local is None:
-        one.original = content.get(rope.ORIGINAL) or original
+    one = _Reader(reader, max_positions, head_dim, rules)
+    if rules.local is None:
+        one.original = content.get(rope.ORIGINAL) or rules.original
         return _for_all_layers(one, usual, scaling, parameters)
-    own = {FULL: usual, SLIDING: {"rope_theta": reader.number(*local)}}
+    own = {FULL: usual, SLIDING: {"rope_theta": reader.number(*rules.local)}}
     return _by_layer_type(one, own, scaling, parameters)
 
 
 def _mapping(reader: ConfigReader, name: str) -> dict[str, Any]:
-    """A mapping of config.json without the fields that are ignored."""
+    """Return a mapping of config.json without the fields that are ignored."""
     value = reader.content.get(name) or {}
     if name in reader.ignore:
         return {}
@@ -67,7 +70,7 @@ def _mapping(reader: ConfigReader, name: str) -> dict[str, Any]:
 def _for_all_layers(
     one: "_Reader", usual: dict[str, Any], scaling: dict[str, Any], parameters: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """One mapping for every layer: that of rope_scaling, if there is one."""
+    """Return one mapping for all layers: rope_scaling if given, else rope_parameters."""
     for name, mapping in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if kinds := [kind for kind in _KINDS if kind in mapping]:
             one.reader.refuse(
@@ -88,7 +91,7 @@ def _by_layer_type(
     scaling: dict[str, Any],
     parameters: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Mappings by layer type in rope_parameters; rope_scaling is for full layers."""
+    """Return a mapping per layer type, from rope_parameters; rope_scaling is for full layers."""
     refuse = one.reader.refuse
     nested = {kind: parameters.pop(kind) or {} for kind in _KINDS if kind in parameters}
     for kind, values in nested.items():
@@ -123,22 +126,17 @@ def _by_layer_type(
 
 
 class _Reader:
-    """Reads one mapping of rotary settings."""
+    """Reader of one mapping of rotary settings."""
 
-    def __init__(
-        self,
-        reader: ConfigReader,
-        max_positions: int,
-        head_dim: int,
-        types: Container[str],
-        partial: bool,
-    ):
+    def __init__(self, reader: ConfigReader, max_positions: int, head_dim: int, rules: RopeRules):
         self.reader, self.max_positions, self.head_dim = reader, max_positions, head_dim
-        self.types, self.partial = types, partial
-        self.original: int | None = None  # from outside of the mapping: it comes first
+        self.types, self.partial = rules.types, rules.partial
+        self.original: int | None = (
+            None  # from a field outside of the mapping, which takes precedence
+        )
 
     def settled(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that have an effect, with what follows for others."""
+        """Return the fields that have an effect, with those filled in that follow from others."""
         found = {key: value for key, value in given.items() if value is not None}
         found = {key: value for key, value in found.items() if key not in _UNREAD}
         kind = found.setdefault("rope_type", found.get("type", "default"))
@@ -157,7 +155,7 @@ class _Reader:
         return found
 
     def refuse_contradiction(self, scaling: Mapping[str, Any], parameters: Mapping[str, Any]):
-        """Refuse rope_scaling and rope_parameters that differ in an effect."""
+        """Refuse rope_scaling and rope_parameters with different effects."""
         first, second = self.settled(scaling), self.settled(parameters)
         apart = [
             f"{name} ({first.get(name)} and {second.get(name)})"
@@ -172,7 +170,7 @@ class _Reader:
             )
 
     def read(self, given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-        """Check the values and return the settings; `names` says which mapping has a field."""
+        """Check the values and return the settings; `names` has the mapping of each field."""
         refuse = self.reader.refuse
         found = self.settled(given)
         kind = found["rope_type"]
@@ -189,7 +187,7 @@ class _Reader:
             paths = [f"{names.get(name, 'rope_parameters')}.{name}" for name in unknown]
             refuse(
                 f"not understood for rope_type={kind!r}: {', '.join(unknown)}; if they do not "
-                f"change the numbers, set ignore_config_fields=[{', '.join(paths)}]"
+                f"change results, set ignore_config_fields=[{', '.join(paths)}]"
             )
         for name in _UNREAD:
             if given.get(name) not in (None, 1):

@@ -1,4 +1,4 @@
-"""Routed experts, as Mixtral and Qwen 3 MoE have them.
+"""Routed experts of Mixtral and Qwen 3 MoE.
 
 model / layers / mlp / gate / kernel                     (layers, d, experts): the router
 model / layers / mlp / experts / gate_up_proj / kernel   (layers, experts, d, 2 f)
@@ -13,13 +13,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import weights
-from lora_jax.models import common
-from lora_jax.models.common import Context, DecoderConfig
+from lora_jax.models import decoder
+from lora_jax.models.common import Routing
+from lora_jax.models.decoder import AttentionInputs, DecoderConfig
 from lora_jax.models.reader import ConfigReader
-from lora_jax.nn.modules import ACTIVATIONS, Linear, Past, RMSNorm
+from lora_jax.nn.attention import KVContext
+from lora_jax.nn.modules import ACTIVATIONS, Linear, RMSNorm
 
 RULES = (
-    *common.RULES,
+    *decoder.RULES,
     (r"model\.layers\.mlp\.gate\.kernel", P(None, None)),
     (r"model\.layers\.mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
     (r"model\.layers\.mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
@@ -27,17 +29,17 @@ RULES = (
 
 
 def note_router_loss(reader: ConfigReader) -> None:
-    """Note that the loss by which experts are used alike is a setting of the run."""
+    """Note that the load-balancing loss of the router is a setting of the run."""
     reader.inert("output_router_logits", "router_aux_loss_coef")
     if reader.content.get("output_router_logits"):
         reader.notes.append(
-            "config.json: output_router_logits adds a loss of the router to training in "
+            "config.json: output_router_logits adds the router's loss to training in "
             "transformers; here train.router_aux_loss_coef does"
         )
 
 
 def read_chosen(reader: ConfigReader, experts: int, default: int) -> int:
-    """Read the number of experts that every token goes through."""
+    """Read the number of experts per token."""
     chosen = reader.integer("num_experts_per_tok", default)
     if chosen > experts:
         reader.refuse(f"num_experts_per_tok={chosen} is above the number of experts, {experts}")
@@ -62,7 +64,7 @@ class Experts(nnx.Module):
         self.count, self.act = experts, act
 
     def __call__(self, x: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
-        """x (rows, d) through the experts `chosen` (rows, k) for each, added up with `shares`."""
+        """Apply the experts `chosen` (rows, k) to x (rows, d); sum the results times `shares`."""
         rows, k = chosen.shape
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=self.count).astype(jnp.int32)
@@ -73,8 +75,8 @@ class Experts(nnx.Module):
 
 
 class SparseMLP(nnx.Module):
-    """Every token goes through the `chosen` experts of highest probability (arXiv 2401.04088);
-    `normalize` makes their shares add up to 1.
+    """Mixture of experts: each token uses the `chosen` experts of highest probability (arXiv
+    2401.04088). With `normalize` their shares add up to 1.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class SparseMLP(nnx.Module):
         self.experts = Experts(experts, config.hidden_size, f, config.hidden_act, rngs=rngs)
         self.chosen, self.normalize = chosen, normalize
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, common.Routing]:
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Routing]:
         rows = x.reshape(-1, x.shape[-1])
         probabilities = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.chosen)
@@ -100,14 +102,12 @@ class SparseMLP(nnx.Module):
         y = self.experts(rows, chosen, shares)
         counted = real.reshape(-1, 1).astype(jnp.float32)
         load = jax.nn.one_hot(chosen, probabilities.shape[-1]).sum(axis=1)
-        routing = common.Routing(
-            (load * counted).sum(0), (probabilities * counted).sum(0), counted.sum()
-        )
+        routing = Routing((load * counted).sum(0), (probabilities * counted).sum(0), counted.sum())
         return y.reshape(x.shape), routing
 
 
 class Block(nnx.Module):
-    """Norms before attention and experts."""
+    """A layer with norms before attention and experts."""
 
     def __init__(self, config: DecoderConfig, attention: Any, mlp: SparseMLP, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
@@ -116,9 +116,9 @@ class Block(nnx.Module):
         self.mlp = mlp
 
     def __call__(
-        self, x: jax.Array, context: Context, past: Past
-    ) -> tuple[jax.Array, Any, common.Routing]:
-        y, new = self.self_attn(self.input_layernorm(x), context, past)
+        self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
+    ) -> tuple[jax.Array, Any, Routing]:
+        y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + y
-        y, routing = self.mlp(self.post_attention_layernorm(x), context.real)
+        y, routing = self.mlp(self.post_attention_layernorm(x), inputs.real)
         return x + y, new, routing

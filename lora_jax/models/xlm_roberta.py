@@ -10,5 +10,5 @@ ARCHITECTURE = "XLMRobertaForSequenceClassification"
 
 
 def read_config(reader: ConfigReader) -> roberta.Config:
-    """A `Config` from config.json; defaults are those of transformers."""
+    """Read a `Config` from config.json; defaults are those of transformers."""
     return roberta.read_config(reader, vocab_size=30522)

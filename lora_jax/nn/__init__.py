@@ -1,1 +1,1 @@
-"""The modules of models: linear layers, norms, attention and its kernels, positions."""
+"""Building blocks of models: linear layers, norms, attention, its kernels and cache, positions."""

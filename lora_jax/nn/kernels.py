@@ -1,13 +1,13 @@
-"""Fused attention, which never holds the scores of all pairs of tokens, and the choice of it.
+"""Fused attention kernels, which never hold the scores of all pairs of tokens, and their choice.
 
-    xla      `layers.attention`: every platform, every model, float32 and bfloat16, with a cache too
-    cudnn    NVIDIA GPUs from compute capability 8.0 on, bfloat16, heads of a multiple of 8 features
-             up to 128 (256 from 9.0 on), no bent scores; `jax.nn.dot_product_attention`
+    xla      `attention.attention`: every platform and model, float32 and bfloat16, with a cache too
+    cudnn    NVIDIA GPUs from compute capability 8.0 on, bfloat16, head size a multiple of 8 up to
+             128 (256 from 9.0 on), no softcap on scores; `jax.nn.dot_product_attention`
     splash   TPUs; JAX's Pallas kernel of that name. Elsewhere it is interpreted, for tests
 
-A fused kernel serves tokens that see each other alone, as in training and held-out losses. What
-reads other keys besides (a cache) takes xla. Rows are filled up to whole blocks of 128 tokens, with
-tokens that no real one sees.
+A fused kernel computes attention among the tokens of a batch, as training and held-out losses need
+it. Attention over a cache or a prefix uses xla. Rows are padded to whole blocks of 128 tokens with
+tokens of a segment of their own.
 """
 
 import functools
@@ -30,24 +30,35 @@ _dot_product = functools.partial(jax.nn.dot_product_attention, implementation="c
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Sight:
-    """What queries may see, told in place of masks (b, t, t): keys of their own segment, none after
-    themselves if `causal`, and the last `windows[which]` tokens only where that is a number.
+class MaskSpec:
+    """Description of a mask (b, t, t) for a fused kernel.
+
+    A query sees the keys of its own segment; with `causal` none after itself; and within the last
+    `windows[which]` tokens, if that is a number.
     """
 
     segment_ids: jax.Array  # (b, t)
-    which: jax.Array  # (); traced, as layers of several kinds run in one scan
+    which: jax.Array  # () index of the window; traced, as one scan runs layers of several kinds
     kernel: str = field(metadata={"static": True})  # cudnn | splash
     windows: tuple[int | None, ...] = field(default=(None,), metadata={"static": True})
     causal: bool = field(default=True, metadata={"static": True})
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """Settings by which queries and keys become scores."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+
+
 def choose(name: str, config: Any, dtype: Any, device: Any) -> str:
-    """The kernel that `train.attention` means for a model (its `config`), a compute dtype and the
-    devices of a mesh. auto: splash on TPUs, cudnn where it can compute the model, otherwise xla.
+    """Return the kernel that `train.attention` means for a model's `config`, a compute dtype and
+    the devices of a mesh. auto: splash on TPUs, cudnn where it can compute the model, else xla.
 
     Raises:
-        UserError: a kernel asked for by name that cannot compute the model there.
+        UserError: the kernel named cannot compute the model on this device.
     """
     problems = {
         "xla": None,
@@ -76,9 +87,9 @@ def _cudnn_problem(config: Any, dtype: np.dtype, device: Any) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, and train.compute_dtype is {dtype}"
     if config.head_dim % 8 or config.head_dim > largest:
-        return f"its heads have a multiple of 8 features up to {largest}, not {config.head_dim}"
+        return f"it needs heads of a multiple of 8 features up to {largest}, not {config.head_dim}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "the model bends scores (attn_logit_softcapping), which it cannot do"
+        return "it has no softcap on scores (attn_logit_softcapping), which the model needs"
     return None
 
 
@@ -86,18 +97,18 @@ def attend(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    sight: Sight,
+    spec: MaskSpec,
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-    """Grouped-query attention: queries (b, t, n, h), keys and values (b, k, t, h) -> (b, t, n, h),
-    every device its own rows and heads.
+    """Grouped-query attention by a fused kernel: queries (b, t, n, h), keys and values (b, k, t, h)
+    -> (b, t, n, h). Each device of the mesh computes its own rows and heads.
 
-    Where the tensor axis does not divide the kv heads they are repeated as often as it takes, so
-    that each device has those of its queries; where it does not divide the queries' heads, devices
-    along it compute the same.
+    If the tensor axis does not divide the kv heads, they are repeated, so that each device has the
+    heads that its queries need. If it does not divide the query heads, all devices along the axis
+    compute all heads.
     """
-    compute = functools.partial(_local, sight, scale, softcap)
+    compute = functools.partial(_local, spec, _Scores(scale, softcap, spec.causal))
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads = None, None
     if not mesh.empty:
@@ -115,13 +126,12 @@ def attend(
             out_specs=wide,
             check_vma=False,  # Pallas calls do not say along which axes their outputs vary
         )
-    return compute(queries, keys, values, sight.segment_ids, sight.which)
+    return compute(queries, keys, values, spec.segment_ids, spec.which)
 
 
 def _local(
-    sight: Sight,
-    scale: float,
-    softcap: float | None,
+    spec: MaskSpec,
+    scores: _Scores,
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
@@ -134,10 +144,9 @@ def _local(
     queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
     keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (keys, values))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
-    kernel = {"splash": _splash, "cudnn": _cudnn}[sight.kernel]
+    kernel = {"splash": _splash, "cudnn": _cudnn}[spec.kernel]
     branches: list[Callable] = [
-        functools.partial(kernel, window=window, causal=sight.causal, scale=scale, softcap=softcap)
-        for window in sight.windows
+        functools.partial(kernel, window=window, scores=scores) for window in spec.windows
     ]
     arguments = (queries, keys, values, segment_ids)
     one = len(branches) == 1
@@ -145,10 +154,10 @@ def _local(
     return mixed[:, :time]
 
 
-def _splash(queries, keys, values, segment_ids, *, window, causal, scale, softcap):
-    """Masks are functions of two positions here, and never stand in memory."""
+def _splash(queries, keys, values, segment_ids, *, window: int | None, scores: _Scores):
+    """Attention by the Pallas kernel; masks are functions of two positions, not arrays."""
     heads, time = queries.shape[2], queries.shape[1]
-    if not causal:
+    if not scores.causal:
         mask: Any = splash.FullMask((time, time))
     elif window is None:
         mask = splash.CausalMask((time, time))
@@ -162,7 +171,7 @@ def _splash(queries, keys, values, segment_ids, *, window, causal, scale, softca
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(**blocks),
-            attn_logits_soft_cap=softcap,
+            attn_logits_soft_cap=scores.softcap,
             head_shards=1,
             q_seq_shards=1,
             interpret=interpret,
@@ -170,7 +179,7 @@ def _splash(queries, keys, values, segment_ids, *, window, causal, scale, softca
         *arrays, ids = arguments
         return jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
 
-    scaled = (queries * scale).astype(queries.dtype).swapaxes(1, 2)
+    scaled = (queries * scores.scale).astype(queries.dtype).swapaxes(1, 2)
     mixed = jax.lax.platform_dependent(
         *(scaled, keys, values, segment_ids),
         tpu=functools.partial(run, False),
@@ -179,14 +188,15 @@ def _splash(queries, keys, values, segment_ids, *, window, causal, scale, softca
     return mixed.swapaxes(1, 2)
 
 
-def _cudnn(queries, keys, values, segment_ids, *, window, causal, scale, softcap):
-    """Segments and window come as a mask (b, 1, t, t), of one layer at a time; `is_causal` lets the
-    kernel skip what lies above the diagonal.
+def _cudnn(queries, keys, values, segment_ids, *, window: int | None, scores: _Scores):
+    """Attention by cuDNN. Segments and window become a mask (b, 1, t, t) of one layer at a time;
+    `is_causal` lets the kernel skip blocks above the diagonal.
     """
-    assert softcap is None  # `choose` does not come here
+    assert scores.softcap is None  # `choose` refuses it
     mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     if window is not None:
         time = jnp.arange(queries.shape[1])
         mask &= time[:, None] - time[None, :] < window
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-    return _dot_product(queries, keys, values, mask=mask[:, None], scale=scale, is_causal=causal)
+    settings = {"mask": mask[:, None], "scale": scores.scale, "is_causal": scores.causal}
+    return _dot_product(queries, keys, values, **settings)

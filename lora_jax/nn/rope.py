@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), and the ways of stretching them that configs name.
+"""Rotary positions (arXiv 2104.09864), and their extensions for long texts.
 
 `parameters` is one `rope_parameters` mapping of a config: rope_theta, rope_type and its fields.
 
@@ -9,13 +9,13 @@
     yarn        as llama3 by another ramp, and cosines scaled (arXiv 2309.00071)
     longrope    two lists of divisors, for short and for long texts (arXiv 2402.13753)
 
-With dynamic and longrope the length of the whole text chooses the frequencies of all its tokens: of
-each segment of a packed row, without padding, with virtual tokens. A text that grows in a cache
-passes lengths at which they change (`changed`); all that was cached is computed anew then.
+With dynamic and longrope the length of the text chooses the frequencies of all its tokens. In a
+packed row it is the length of each segment, without padding, with virtual tokens. When a text in a
+cache grows to a length at which they change (`changed`), the cache must be recomputed.
 
-Inverse frequencies follow transformers operation by operation, since the last bits of a frequency
-are multiplied with the position. Powers are computed in float64 and rounded once, which gives the
-same bits on every processor.
+Inverse frequencies follow transformers operation by operation, since the position multiplies their
+last bits. Powers are computed in float64 and rounded once, which gives the same bits on every
+processor.
 """
 
 import math
@@ -29,7 +29,7 @@ import numpy as np
 from lora_jax.config import is_finite
 
 ORIGINAL = "original_max_position_embeddings"
-# What each rope_type needs besides rope_theta, and what it may have.
+# Fields that each rope_type requires in addition to rope_theta, and optional ones.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -46,7 +46,7 @@ _ABOVE_ZERO = ("rope_theta", "factor", "partial_rotary_factor", ORIGINAL)
 
 
 def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
-    """Yield problems with the values of the fields that a rope_type has."""
+    """Yield problems with the values of the fields of a rope_type."""
     numbers = {name: parameters[name] for name in parameters if name not in ("rope_type", *_LISTS)}
     truncate = numbers.pop("truncate", True)
     if not isinstance(truncate, bool):
@@ -72,7 +72,7 @@ def problems(head_dim: int, parameters: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(values, list) or not all(_is_number(x) and x > 0 for x in values):
             yield f"{name}={values!r} is not a list of finite numbers above 0"
         elif len(values) != pairs:
-            yield f"{name} has {len(values)} numbers, and {pairs} pairs of features turn in a head"
+            yield f"{name} has {len(values)} numbers, for {pairs} rotated pairs in a head"
 
 
 def _is_number(value: Any) -> bool:
@@ -80,7 +80,7 @@ def _is_number(value: Any) -> bool:
 
 
 def rotary_features(head_dim: int, parameters: Mapping[str, Any]) -> int:
-    """Count the features of a head that are rotated, from the first on."""
+    """Return the number of rotated features of a head, which are the first ones."""
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
@@ -90,7 +90,7 @@ def by_length(parameters: Mapping[str, Any]) -> bool:
 
 
 def changed(parameters: Mapping[str, Any], lengths: jax.Array) -> jax.Array:
-    """Return True for texts of `lengths` tokens if their frequencies are not those of the same
+    """Return True for texts of `lengths` tokens whose frequencies differ from those of the same
     texts without the last token.
     """
     match parameters["rope_type"]:
@@ -102,8 +102,8 @@ def changed(parameters: Mapping[str, Any], lengths: jax.Array) -> jax.Array:
 
 
 def text_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Length of the text of every token, (b, t): one more than the last position of its segment,
-    whose tokens are adjacent.
+    """Return the length (b, t) of the text of each token: the last position of its segment plus 1.
+    The tokens of a segment must be adjacent.
     """
     time = positions.shape[1]
     last = jnp.pad(
@@ -119,8 +119,8 @@ def rope(
     parameters: Mapping[str, Any],
     lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (b, t, 1, features) in float32 for positions (b, t). `lengths` (b, t) of
-    the texts are read only if frequencies depend on them (`by_length`).
+    """Return cosines and sines (b, t, 1, features) in float32 for positions (b, t). The text
+    lengths, `lengths` (b, t), are needed only if frequencies depend on them (`by_length`).
     """
     dim = rotary_features(head_dim, parameters)
     if not by_length(parameters):
@@ -136,8 +136,8 @@ def rope(
 
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate queries or keys (b, t, heads, h) by their positions; halves are paired as in Hugging
-    Face models, and features beyond those of `cos_sin` stay as they are.
+    """Rotate queries or keys (b, t, heads, h) by their positions. The first half of the features is
+    paired with the second, as in Hugging Face models; features beyond those of `cos_sin` are kept.
     """
     cos, sin = (part.astype(x.dtype) for part in cos_sin)
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
@@ -147,8 +147,8 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def inverse_frequencies(dim: int, parameters: Mapping[str, Any], long: bool = False) -> np.ndarray:
-    """Inverse frequencies (dim / 2,) in float32; those of `dynamic` and `longrope` for texts up to
-    the original length, and of `longrope` for longer ones if `long`.
+    """Return inverse frequencies (dim / 2,) in float32. For `dynamic` and `longrope` they are those
+    of texts up to the original length; with `long`, those of `longrope` for longer ones.
     """
     theta = parameters["rope_theta"]
     match parameters["rope_type"]:
@@ -174,20 +174,20 @@ def _exponents(dim: int) -> np.ndarray:
 
 
 def _power(base: float, exponents: np.ndarray) -> np.ndarray:
-    """base ** exponents of float32 numbers, rounded once: float32 powers of NumPy are off by a bit
-    here and there, and not the same on every processor.
+    """Return base ** exponents in float32, rounded once. Float32 powers of NumPy may be off by one
+    bit, and differ between processors.
     """
     return (np.float64(np.float32(base)) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def frequencies_of(lengths: jax.Array, dim: int, parameters: Mapping[str, Any]) -> jax.Array:
-    """Inverse frequencies (b, t, dim / 2) of tokens of texts of `lengths` (b, t, 1)."""
+    """Return inverse frequencies (b, t, dim / 2) of tokens in texts of `lengths` (b, t, 1)."""
     short = inverse_frequencies(dim, parameters)
     if parameters["rope_type"] == "longrope":
         long = inverse_frequencies(dim, parameters, long=True)
         return jnp.where(lengths > parameters[ORIGINAL], long, short)
-    # The last bits are those of transformers only if the compiler keeps the order of operations: it
-    # makes x ** -y of 1 / x ** y, and a product of a division by a constant.
+    # The last bits equal those of transformers only in the same order of operations; the compiler
+    # would turn 1 / x ** y into x ** -y, and a division by a constant into a product.
     barrier = jax.lax.optimization_barrier
     limit, factor = parameters["max_position_embeddings"], parameters["factor"]
     beyond = lengths > limit
@@ -203,7 +203,7 @@ def frequencies_of(lengths: jax.Array, dim: int, parameters: Mapping[str, Any]) 
 def _llama3(inverse: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
     factor, original = np.float32(parameters["factor"]), parameters[ORIGINAL]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    # A number over a tensor is the number times the reciprocal there.
+    # torch computes a number divided by a tensor as the number times the reciprocal.
     wavelength = (1 / inverse) * np.float32(2 * math.pi)
     smooth = (1 / wavelength) * np.float32(original) - np.float32(low)
     smooth = smooth / np.float32(high - low)
@@ -214,7 +214,7 @@ def _llama3(inverse: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
 
 def _yarn(periods: np.ndarray, dim: int, parameters: Mapping[str, Any]) -> np.ndarray:
     def dimension(rotations: float) -> float:
-        """The feature pair that turns so many times within the original length."""
+        """Return the feature pair with this many rotations within the original length."""
         length = parameters[ORIGINAL]
         theta = float(parameters["rope_theta"])
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -232,7 +232,7 @@ def _yarn(periods: np.ndarray, dim: int, parameters: Mapping[str, Any]) -> np.nd
 
 
 def attention_factor(parameters: Mapping[str, Any]) -> float:
-    """Return the factor that cosines and sines are multiplied with."""
+    """Return the factor of cosines and sines."""
     given = parameters.get("attention_factor")
     match parameters["rope_type"]:
         case "yarn" | "longrope" if given is not None:

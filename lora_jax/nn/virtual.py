@@ -1,11 +1,11 @@
-"""Virtual tokens: what prompt and prefix tuning hand to the forward beside the parameters.
+"""Virtual tokens: the argument by which prompt and prefix tuning enter the forward.
 
     Prompt   embeddings in the place of tokens        (arXiv 2104.08691)
     Prefix   keys and values in front of every layer  (arXiv 2101.00190)
 
-Every text has its own, also where several are packed into a row. The embeddings of a `Prompt` take
-the places of the first tokens of a text, which a batch must leave for them (`placeholders`); a
-`Prefix` takes no places, but the positions that come first.
+Each text has them, also if several texts are packed into a row. The embeddings of a `Prompt`
+replace those of the first tokens of a text, for which a batch must hold placeholders
+(`placeholders`). A `Prefix` needs no tokens, but it may use the first positions.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prompt:
-    """Embeddings of virtual tokens, as the first layer gets them."""
+    """Embeddings of virtual tokens, as the first layer receives them."""
 
     embeddings: jax.Array  # (p, d)
 
@@ -25,11 +25,11 @@ class Prompt:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of virtual tokens; keys as attention compares them, rotated already.
+    """Keys and values of virtual tokens; the keys are already rotated.
 
-    Without a gate they are keys among others, at positions 0 to p - 1, and the text begins at
-    position p. With one, what attention finds in the prefix alone is added with the weight
-    tanh(gate) (arXiv 2303.16199): at zero the layer is what it was, and the text begins at 0.
+    Without a gate they are keys like others, at positions 0 to p - 1, and the text begins at
+    position p. With a gate, attention over the prefix alone is added times tanh(gate) (arXiv
+    2303.16199): a gate of zero leaves the layer unchanged, and the text begins at position 0.
     """
 
     keys: jax.Array  # (layers, p, k * h)
@@ -37,7 +37,7 @@ class Prefix:
     gate: jax.Array | None = None  # (layers,)
 
     def heads(self, rows: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one layer (p, k * h) for a batch: (b, k, p, h) each."""
+        """Return keys and values of one layer (p, k * h) for a batch, (b, k, p, h) each."""
 
         def split(x: jax.Array) -> jax.Array:
             x = x.reshape(len(x), -1, head_dim).swapaxes(0, 1)
@@ -46,7 +46,7 @@ class Prefix:
         return split(self.keys), split(self.values)
 
     def visible(self, positions: jax.Array, window: int | None) -> jax.Array:
-        """What tokens at `positions` (b, t) see of it: (b, t, p)."""
+        """Return the mask (b, t, p) of the prefix for tokens at `positions` (b, t)."""
         length = self.keys.shape[1]
         everywhere = jnp.ones((*positions.shape, length), bool)
         if window is None or self.gate is not None:
@@ -58,21 +58,21 @@ Virtual = Prompt | Prefix
 
 
 def placeholders(virtual: Virtual | None) -> int:
-    """Tokens that a batch must hold at the start of every text for a `Prompt`; what they are does
-    not matter.
+    """Return the number of tokens that a batch must hold at the start of each text for a `Prompt`;
+    their ids do not matter.
     """
     return len(virtual.embeddings) if isinstance(virtual, Prompt) else 0
 
 
 def first_position(virtual: Virtual | None) -> int:
-    """The position of a text's first token."""
+    """Return the position of the first token of a text."""
     if isinstance(virtual, Prefix) and virtual.gate is None:
         return virtual.keys.shape[1]
     return 0
 
 
 def put_in(x: jax.Array, positions: jax.Array, virtual: Virtual | None) -> jax.Array:
-    """Embeddings (b, t, d) of tokens, those of a `Prompt` in their places."""
+    """Return embeddings x (b, t, d) with those of a `Prompt` at the start of each text."""
     if not isinstance(virtual, Prompt):
         return x
     length = len(virtual.embeddings)
@@ -81,5 +81,5 @@ def put_in(x: jax.Array, positions: jax.Array, virtual: Virtual | None) -> jax.A
 
 
 def by_layer(virtual: Virtual | None) -> Prefix | None:
-    """What is to be split over the layers."""
+    """Return the prefix, whose arrays have a layer axis to scan over; None for other values."""
     return virtual if isinstance(virtual, Prefix) else None

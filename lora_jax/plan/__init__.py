@@ -1,6 +1,6 @@
-"""Does it fit? A train step measured before there is a machine to run it on.
+"""Memory and speed of a train step, planned without the machine that runs it.
 
-plan(config, topology="v5p:2x2x4")   # shapes, then the compiler; no weights, no data, no TPU
+plan(config, PlanOptions(topology="v5p:2x2x4"))   # shapes, then the compiler; no weights, no data
 
 From shapes: program, analytic, roofline, search. From the compiler: compiled, hlo. Chips and their
 slices: chips.
@@ -34,7 +34,7 @@ _COMPILED = 3  # of these, for a topology
 
 
 def plan_parameters(parameters: float, as_json: bool = False) -> None:
-    """Print the worked figures of a model of so many parameters.
+    """Print the memory of a model with `parameters` weights, by training method.
 
     Raises:
         UserError: a number that is not above 0.
@@ -47,11 +47,11 @@ def plan_parameters(parameters: float, as_json: bool = False) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices of a planned run: a TPU slice, or so many devices like those here."""
+    """Devices of a planned run: a TPU slice, or a number of devices of this process's kind."""
 
     topology: Topology | None
     devices: int
-    here: bool  # they are the devices of this process
+    here: bool  # the devices of this process
 
     @property
     def platform(self) -> str:
@@ -59,13 +59,14 @@ class Target:
 
     @property
     def hbm(self) -> int | None:
-        """Bytes that a device has for a program, where that is known."""
+        """Bytes of memory that a device has for a program, if known."""
         if self.topology is not None:
             return self.topology.chip.hbm
         stats = jax.local_devices()[0].memory_stats() if self.here else None
         return (stats or {}).get("bytes_limit")
 
     def compile(self, config: Config, quick: bool) -> Compiled | Shortfall:
+        """Compile the step of `config` for these devices."""
         if not self.here:
             return compile_for(config, self.topology or self.devices, quick)
         programs.keep()
@@ -73,10 +74,10 @@ class Target:
 
 
 def find_target(topology: str | None, devices: int | None) -> Target:
-    """The machine that is planned for.
+    """Return the devices to plan for; those of this process by default.
 
     Raises:
-        UserError: an unknown topology; both or an impossible number of devices.
+        UserError: an unknown topology; a number of devices below 1, or next to a topology.
     """
     if topology is not None and devices is not None:
         raise UserError("--topology says how many devices there are; leave --devices out")
@@ -89,23 +90,38 @@ def find_target(topology: str | None, devices: int | None) -> Target:
     return Target(None, len(jax.devices()) if devices is None else devices, here)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Devices to plan for, and steps of a plan."""
+
+    topology: str | None = None  # a TPU slice, such as v5p:2x2x4
+    devices: int | None = None  # number of CPU devices; null: those of this process
+    compiles: bool = True  # compile the step, besides the estimate from shapes
+    quick: bool = False  # let the compiler optimise less
+    searches: bool = False  # try meshes, micro-batches and remat policies
+
+
 def plan(
     config: Config,
-    topology: str | None = None,
-    devices: int | None = None,
-    quick: bool = False,
-    compiles: bool = True,
-    searches: bool = False,
+    options: PlanOptions,
     say: Callable[[str], Any] = print,
     working: Callable[[str], AbstractContextManager] = lambda text: nullcontext(),
 ) -> dict[str, Any]:
-    """Measure the step of `config`; `say` gets the text piece by piece, and `working` is entered
-    with the name of what takes a while. Returns all of it, as JSON has it.
+    """Measure the memory and speed of the step of `config`.
+
+    Args:
+        config: the config of a run.
+        options: devices, and what to measure.
+        say: called with each part of the report as text.
+        working: context manager for slow parts, called with their name, as for a spinner.
+
+    Returns:
+        The whole report as JSON values.
 
     Raises:
         UserError: as a run would; an unknown topology; a mesh that does not fit it; libtpu missing.
     """
-    target = find_target(topology, devices)
+    target = find_target(options.topology, options.devices)
     settled, model = open_shapes(config)
     mesh = sharding.abstract_mesh(config.mesh, target.devices)
     program = build(settled, model, mesh)
@@ -128,9 +144,9 @@ def plan(
     for note in notes:
         say(f"note: {note}")
     compiled = None
-    if compiles and not searches:
+    if options.compiles and not options.searches:
         with working(f"compiling for {target.topology.name if target.topology else 'here'}"):
-            compiled = target.compile(config, quick)
+            compiled = target.compile(config, options.quick)
         result["compiled"] = report.as_json(compiled)
         say(report.compiled_text(compiled, hbm))
     result |= _speed(program, target, found, compiled, say)
@@ -140,8 +156,8 @@ def plan(
         changes = remedies(settled, model, target.devices, target.platform, hbm or 0)
         result["remedies"] = report.as_json(changes)
         say(report.remedies_text(changes, hbm or 0))
-    if searches:
-        best = _search(config, settled, model, target, quick, compiles, working)
+    if options.searches:
+        best = _search(config, settled, model, target, options, working)
         result["search"] = best
         say(report.search_text(best, hbm))
     return result
@@ -154,6 +170,7 @@ def _speed(
     compiled: Compiled | Shortfall | None,
     say: Callable[[str], Any],
 ) -> dict[str, Any]:
+    """Report operations and, for a topology, the roofline; return both as JSON values."""
     step = count(program)
     if target.topology is None:
         return {"step": report.as_json(step)}
@@ -170,18 +187,17 @@ def _search(
     settled: Config,
     model: Model,
     target: Target,
-    quick: bool,
-    compiles: bool,
+    options: PlanOptions,
     working: Callable[[str], AbstractContextManager],
 ) -> list[dict[str, Any]]:
-    """The best settings, those of a topology with what the compiler says of the first few."""
+    """Return the best settings; for a topology, the first few compiled."""
     chip = target.topology.chip if target.topology else None
     found = find_best(settled, model, target.devices, target.platform, chip, target.hbm)[:_SHOWN]
     rows = [report.as_json(one) for one in found]
-    if target.topology is not None and compiles:
+    if target.topology is not None and options.compiles:
         for row, one in list(zip(rows, found, strict=True))[:_COMPILED]:
-            with working(f"compiling {' '.join(one.overrides) or 'what is given'}"):
-                compiled = target.compile(_override(config, one), quick)
+            with working(f"compiling {' '.join(one.overrides) or 'the given config'}"):
+                compiled = target.compile(_override(config, one), options.quick)
             row["compiled"] = report.as_json(compiled)
     return rows
 
@@ -191,12 +207,12 @@ def _override(config: Config, one: Candidate) -> Config:
 
 
 def find_notes(program: Program) -> Iterator[str]:
-    """Find what the mesh cannot do for this model, though it is no mistake."""
+    """Yield notes on weights that the mesh cannot split; the run works all the same."""
     tensor = program.mesh.shape["tensor"]
     yield from head_notes(program.model, tensor)
     for path, leaf in tree.flatten(program.model.params).items():
         if path[-1] == "embedding" and tensor > 1 and leaf.shape[0] % tensor:
             yield (
                 f"{tree.dotted(path)} {leaf.shape}: mesh.tensor={tensor} does not divide "
-                f"{leaf.shape[0]}, so every device of that axis holds all of its rows"
+                f"{leaf.shape[0]}, so every device of that axis holds all rows"
             )

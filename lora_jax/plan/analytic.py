@@ -1,12 +1,11 @@
 """Memory of a train step from shapes alone.
 
     estimate(program)      bytes on each device, by kind
-    worked(parameters)     bytes of a model of so many parameters, however it is trained
+    worked(parameters)     bytes of a model with so many parameters, by training method
 
-Arguments and outputs are exact. Temporaries are what stands in memory at the two widest points of
-the program: where the logits of a chunk are, and inside the backward pass of one layer. The counts
-of arrays there are read off the program of a decoder block, not fitted; what a compiler rearranges
-they do not know.
+Arguments and outputs are exact. Temporaries are the arrays in memory at the two largest points of
+the program: at the logits of a chunk, and inside the backward pass of one layer. Their numbers are
+counted in the program of a decoder layer, not fitted; changes by the compiler are not included.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from lora_jax.plan.program import Program, build, device_bytes, device_numbers, 
 from lora_jax.quantize import BLOCK, GROUP
 from lora_jax.targets import find_targets
 
-NF4_BITS = 4 + 8 / BLOCK + 32 / (BLOCK * GROUP)  # of a weight: its code and its share of the scales
+NF4_BITS = 4 + 8 / BLOCK + 32 / (BLOCK * GROUP)  # per weight: its code and its share of the scales
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,13 @@ class Worked:
     parameters: float
     weights: float  # in 16 bits; a frozen base too
     full: float  # weights and gradients in 16 bits, two moments of Adam in 32
-    full_masters: float  # and weights in 32 bits beside them
+    full_masters: float  # the same with another copy of the weights in 32 bits
     four_bits: float  # a frozen base in 4 bits
     nf4: float  # a frozen base in NF4, with its constants after double quantisation
 
 
 def worked(parameters: float) -> Worked:
-    """The bytes of a model of so many parameters."""
+    """Return the bytes of a model with so many parameters."""
     return Worked(
         parameters=parameters,
         weights=2 * parameters,
@@ -60,23 +59,23 @@ class Estimate:
     adapters: int
     optimizer: int
     batch: int
-    outputs: int  # adapters, optimizer and metrics; all but the metrics in place of the arguments
-    gradients: int  # and the old moments, kept until the step is known to be sound
+    outputs: int  # adapters, optimizer and metrics; the first two reuse the arguments' memory
+    gradients: int  # and the old moments, kept until the gradients are known to be finite
     weights: int  # copies of the base in another dtype, made once a step
-    kept: int  # of every layer, for its backward pass
-    layer: int  # inside the backward pass of one layer
-    logits: int  # of one chunk, with what the loss needs beside them
-    unread: int  # of the base: weights that others take the place of; no arguments, yet there
-    host: int  # in the memory of the host
+    kept: int  # activations of all layers that the backward pass needs
+    layer: int  # temporaries inside the backward pass of one layer
+    logits: int  # of one chunk, with the temporaries of the loss
+    unread: int  # base weights that trained ones replace: in memory, but not arguments
+    host: int  # in host memory
 
     @property
     def arguments(self) -> int:
-        """Of the compiled step."""
+        """Bytes of the arguments of the compiled step."""
         return self.base - self.unread + self.adapters + self.optimizer + self.batch
 
     @property
     def temporaries(self) -> int:
-        """The logits are gone when the backward pass of the layers begins."""
+        """Bytes of temporaries. The logits are freed before the backward pass of the layers."""
         return self.gradients + self.weights + self.kept + max(self.layer, self.logits)
 
     @property
@@ -86,24 +85,24 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the arrays of a micro-batch on one device; a projection is split over `tensor`."""
+    """Bytes of the arrays of a micro-batch on one device; projections are split over `tensor`."""
 
-    number: int  # of one number
+    number: int  # one activation
     stream: int  # (tokens, d)
     split: int  # the same between layers, its tokens split over `tensor`
     queries: int  # (tokens, n h)
     keys: int  # (tokens, k h)
-    ffn: int  # (tokens, f), f of all experts that a token goes through
-    scores: int  # (rows, n, time, time), in float32; 0 of a fused kernel
-    ranks: int  # (tokens, r), of all modules with adapters
-    inputs: int  # of all modules with adapters
-    chunk: int  # tokens whose logits stand in memory at once, of all devices
+    ffn: int  # (tokens, f), f summed over the experts of a token
+    scores: int  # (rows, n, time, time) in float32; 0 with a fused kernel
+    ranks: int  # (tokens, r), summed over modules with adapters
+    inputs: int  # inputs of all modules with adapters
+    chunk: int  # tokens whose logits are in memory at once, over all devices
     layers: int
     tensor: int
 
 
 def sizes(program: Program, platform: str = "tpu") -> Sizes:
-    """Of one micro-batch on one device."""
+    """Return the sizes for one micro-batch on one device."""
     config, c, mesh = program.config, program.model.config, program.mesh.shape
     rows, time = config.train.micro_batch_size or config.train.batch_size, config.data.max_length
     parts, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
@@ -135,14 +134,14 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
 
 
 def _widens(platform: str) -> bool:
-    """Whether the compiler multiplies in float32 whatever it is given, as that of CPUs does with
-    jax 0.10 (not with 0.12): activations are converted, and the matrices before the loop.
+    """Return True if the compiler multiplies in float32 whatever the dtype, as for CPUs with jax
+    0.10 (not 0.12): activations are converted, and matrices before the loop over layers.
     """
     return platform == "cpu" and jax.__version_info__ < (0, 12)
 
 
 def _is_fused(program: Program, platform: str) -> bool:
-    """Whether attention never holds the scores of all pairs."""
+    """Return True if attention uses a fused kernel, without the scores of all pairs in memory."""
     settings = program.config.train
     if platform == "cpu" or program.config.adapter.trains_prefix:
         return False
@@ -153,7 +152,7 @@ def _is_fused(program: Program, platform: str) -> bool:
 
 
 def estimate(program: Program, platform: str = "tpu") -> Estimate:
-    """What a step takes on each device of a `platform`: tpu, gpu or cpu."""
+    """Estimate the memory of a step on each device of a `platform`: tpu, gpu or cpu."""
     s = sizes(program, platform)
     state = (program.adapters, program.optimizer)
     metrics = program.metrics_bytes
@@ -163,7 +162,7 @@ def estimate(program: Program, platform: str = "tpu") -> Estimate:
         adapters=device_bytes(program.adapters),
         optimizer=device_bytes(program.optimizer),
         batch=device_bytes(program.batch) + (device_bytes(program.key) if program.needs_key else 0),
-        # A table of addresses is an output of its own.
+        # The table of output addresses is an output too.
         outputs=device_bytes(state) + metrics + 8 * (len(jax.tree.leaves(state)) + metrics // 4),
         gradients=gradients + device_bytes(program.optimizer) + host_bytes(program.optimizer),
         weights=_converted(program) if _widens(platform) else 0,
@@ -176,21 +175,21 @@ def estimate(program: Program, platform: str = "tpu") -> Estimate:
 
 
 def _shared(adapters: Any) -> int:
-    """Bytes of the gradients, as they begin: zeros, of which arrays of one shape share theirs."""
+    """Bytes of the gradients as zeros at the start, where arrays of the same shape share memory."""
     leaves = {(leaf.shape, leaf.sharding.spec): leaf for leaf in jax.tree.leaves(adapters)}
     return device_bytes(list(leaves.values()))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """What a layer does beside a Llama layer, or otherwise."""
+    """Features of a layer that affect its memory."""
 
-    act: int  # arrays (tokens, f) that the activation and its derivative are made of
+    act: int  # arrays (tokens, f) of the activation function and its derivative
     gated: bool  # act(gate) * up
-    norms: int  # beyond the two before attention and MLP
-    head_norms: bool  # of queries and keys
-    softcap: bool  # scores are bent
-    experts: int  # that a token goes through; 0: an MLP
+    norms: int  # in addition to those before attention and MLP
+    head_norms: bool  # norms on queries and keys
+    softcap: bool  # on scores
+    experts: int  # experts of a token; 0: an MLP
 
 
 _PARTS = {"gelu": 4, "gelu_new": 5, "gelu_pytorch_tanh": 5}  # by erf; by tanh of a polynomial
@@ -212,26 +211,29 @@ def _block(model: Model) -> _Block:
 
 
 def _kept(program: Program, s: Sizes) -> int:
-    """What the forward pass leaves for the backward pass, of all layers."""
+    """Bytes of activations of all layers that the backward pass needs."""
     b = _block(program.model)
     match program.config.train.remat:
         case "none":
             own = s.ranks + _residuals(b, s) + (2 if b.gated else 0) * s.ffn
             own += 2 * b.experts * s.stream
-            copies = _experts(program) if b.experts else 0  # each loop over blocks keeps its matrix
+            copies = (
+                _experts(program) if b.experts else 0
+            )  # each loop over experts keeps its matrix
             return s.layers * (own + copies)
         case "dots":
-            # The products of queries, keys, values, output, gate and up with the base, and with
-            # the adapters beside it; nothing reads that of down, and those of experts are no dots.
+            # Products of queries, keys, values, output, gate and up with the base, and with the
+            # adapters. The product of down is not read again; experts have no dots.
             products = s.queries + 2 * s.keys + s.stream
             products += 0 if b.experts else (1 + b.gated) * s.ffn
             return s.layers * (s.split + (2 if s.ranks else 1) * products + s.ranks)
-    return s.layers * s.split  # with `offload`, the products are in the memory of the host
+    return s.layers * s.split  # with `offload` they are in host memory
 
 
 def _residuals(b: _Block, s: Sizes) -> int:
-    """Inputs, norms and residual sums of a layer; queries, keys, values; probabilities, whole and
-    in the dtype of the products; what the activation leaves, and the input of the last projection.
+    """Bytes of a layer's residuals: inputs, norms and residual sums; queries, keys, values;
+    probabilities in float32 and in the dtype of products; the parts of the activation function and
+    the input of the last projection.
     """
     total = 2 * s.stream + (5 + b.norms) * s.split + (2 + 2 * b.head_norms) * s.queries
     total += (2 + 2 * b.head_norms) * s.keys + (b.act + 1) * s.ffn
@@ -239,35 +241,37 @@ def _residuals(b: _Block, s: Sizes) -> int:
 
 
 def _layer(program: Program, s: Sizes) -> int:
-    """What stands in memory where the backward pass of a layer is widest: in its MLP, with the
-    residuals of attention before it.
+    """Bytes in memory at the largest point of a layer's backward pass: in its MLP, with the
+    residuals of attention.
     """
     config, b = program.config, _block(program.model)
-    # Gradients of the activation's parts beside its residuals, where these are not kept already;
-    # and of the three projections, what their adapters add to them.
-    beside = 1 + 2 * b.gated if s.ranks else 0
-    wide = {"none": 4, "full": b.act + 1 + 2 * b.gated + beside}.get(
+    # Gradients of the activation's parts, and its residuals unless they are kept already; and the
+    # adapters' share of the three projections.
+    of_adapters = 1 + 2 * b.gated if s.ranks else 0
+    wide = {"none": 4, "full": b.act + 1 + 2 * b.gated + of_adapters}.get(
         config.train.remat, b.act + 3 * b.gated
     )
     total = wide * s.ffn + 2 * s.stream + (3 + b.norms) * s.split + s.ranks
     total += (2 + b.head_norms) * (s.queries + s.keys)
-    # Scores and probabilities; on one device also the mask as wide as they are, which a program
-    # for several makes as it goes.
+    # Scores and probabilities; on one device also a mask of their shape, which a program for
+    # several devices fuses.
     masks = program.mesh.size == 1 and config.train.remat != "none"
     total += (2 + masks + (b.softcap and config.train.remat != "none")) * s.scores
     if b.experts:
         total += 6 * b.experts * s.stream + _experts(program)
     else:
         total += 2 * max(_matrices(program), default=0) // s.tensor * s.number
-    if config.adapter.use_dora:  # the product before its gain, at every module
+    if config.adapter.use_dora:  # the product before the gain, for each module
         total += s.ffn + 4 * s.stream
     if config.adapter.dropout and config.train.remat != "none":
-        total += 2 * s.inputs + s.inputs // s.number * 4  # what is left, its gradient, random bits
+        total += (
+            2 * s.inputs + s.inputs // s.number * 4
+        )  # dropped inputs, their gradients, random bits
     return total
 
 
 def _experts(program: Program) -> int:
-    """The matrices of all experts of a layer, taken out of the stack."""
+    """Bytes of the matrices of all experts of a layer, sliced from the stack."""
     numbers = sum(
         math.prod(leaf.shape[1:])
         for path, leaf in tree.flatten(program.model.params).items()
@@ -277,8 +281,9 @@ def _experts(program: Program) -> int:
 
 
 def _logits(program: Program, s: Sizes) -> int:
-    """What stands in memory with the logits of a chunk: they and their gradient in float32, the
-    head as it is multiplied with, and final states, their gradient and both in chunks.
+    """Bytes in memory with the logits of a chunk: the logits and their gradient in float32, the
+    head in the dtype of its product, and the final hidden states and their gradient, each also in
+    chunks.
     """
     leaves, mesh = tree.flatten(program.model.params), program.mesh.shape
     path = tree.tied_embedding(program.model.params) or ("lm_head", "kernel")
@@ -292,7 +297,7 @@ def _logits(program: Program, s: Sizes) -> int:
     logits = s.chunk // _size(mesh, rows) * (vocabulary // parts) * 4
     total = 4 * s.split + 2 * logits
     if path in leaves:
-        # Converted, where it is multiplied with in another dtype, or laid out anew.
+        # A copy of the head, if it is converted to another dtype or sharded anew.
         part = math.prod(leaves[path].shape) // parts
         moved = mesh["fsdp"] > 1 or leaves[path].dtype.itemsize != s.number
         total += part * s.number if moved else 0
@@ -304,14 +309,14 @@ def _size(mesh: Mapping[str, int], axes: str | tuple[str, ...]) -> int:
 
 
 def _matrices(program: Program) -> Iterable[int]:
-    """Numbers of the matrices of one layer."""
+    """Yield the number of elements of each matrix of a layer."""
     for path, leaf in tree.flatten(program.model.params).items():
         if path[-1] == "kernel" and tree.stack_position(path) is not None:
             yield math.prod(leaf.shape[tree.lead_axes(path) :])
 
 
 def layer_weights(program: Program) -> int:
-    """Numbers of all matrices of one layer that a device multiplies with, gathered."""
+    """Return the number of elements of a layer's matrices on a device, once gathered."""
     total = 0
     for path, leaf in tree.flatten(program.model.params).items():
         if path[-1] == "kernel" and tree.stack_position(path) is not None:
@@ -320,7 +325,7 @@ def layer_weights(program: Program) -> int:
 
 
 def _converted(program: Program) -> int:
-    """Copies in float32 of matrices, made before the loops over layers and pieces."""
+    """Bytes of float32 copies of matrices, made before the loops over layers and micro-batches."""
     train = program.config.train
     pieces = train.batch_size // (train.micro_batch_size or train.batch_size)
     return 4 * sum(
@@ -334,7 +339,7 @@ def _converted(program: Program) -> int:
 
 
 def full_fine_tuning(config: Config, model: Model, mesh: Any, platform: str = "tpu") -> Estimate:
-    """The same step with every weight trained, in float32."""
+    """Estimate the same step with every weight trained, in float32."""
     dtype = config.base_dtype if config.base_dtype in ("float32", "bfloat16") else None
     full = dataclasses.replace(config, adapter=AdapterConfig(method="full"), base_dtype=dtype)
     return estimate(build(full, model, mesh), platform)

@@ -1,8 +1,8 @@
 """TPU chips, and the names of slices of them.
 
-Peaks are those of Google Cloud's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x;
-bfloat16, per chip). `hbm` is what the compiler of libtpu 0.0.42 grants a program on one device,
-as it says itself when a program is too large: a little less than the documented size.
+Peaks are from Google Cloud's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x;
+bfloat16, per chip). `hbm` is the limit that the compiler of libtpu 0.0.42 reports for a program
+that is too large on one device: a little less than the documented size.
 """
 
 import math
@@ -30,7 +30,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # Both cores of a chip are one device, as on the machines of the cloud.
+        # Both cores of a chip are one device, as on cloud machines.
         Chip(
             "v4", 275e12, int(30.75 * GIB), 1228e9, 300e9, 3, 1, (("chip_config_name", "megacore"),)
         ),
@@ -47,7 +47,7 @@ _DEEP = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8",
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: a chip and how many of them lie along each axis."""
+    """A slice: a kind of chip, and the number of chips along each axis."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -62,16 +62,20 @@ class Topology:
 
     @property
     def options(self) -> dict:
-        """Arguments of `get_topology_desc` beside the name."""
+        """Arguments of `get_topology_desc` in addition to the name."""
         alone = {} if math.prod(self.shape) > 1 else {"chips_per_host_bounds": (1, 1, 1)}
         return dict(self.chip.options) | alone
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5p:2x2x4` as a `Topology`.
+    """Return a name such as `v5p:2x2x4` as a `Topology`.
 
     Raises:
-        UserError: no such chip, or no slice of that shape; with what there is.
+        UserError: an unknown chip or shape; the error lists those that exist.
+
+    Example:
+        >>> parse_topology("v5p:2x2x4").devices
+        16
     """
     kind, _, size = name.strip().lower().partition(":")
     chip = CHIPS.get(_ALIASES.get(kind, kind))
@@ -84,7 +88,7 @@ def parse_topology(name: str) -> Topology:
         )
         near = nearest(name.lower(), known)
         raise UserError(
-            f"topology {name!r} is not known; there are:\n{listed}\n{near.strip()}".rstrip()
+            f"topology {name!r} is unknown; there are:\n{listed}\n{near.strip()}".rstrip()
         )
     return Topology(chip, tuple(map(int, size.split("x"))))
 

@@ -1,7 +1,7 @@
-"""The train step compiled, for devices that are here or for a TPU slice that is not; nothing runs.
+"""The train step compiled, for the devices here or for a TPU slice elsewhere; nothing is run.
 
-A slice is compiled for in a process of its own (`python -m lora_jax.plan.compiled`): libtpu reads
-its environment when JAX starts, and may end the process that it is loaded into.
+For a slice, the compiler has a process of its own (`python -m lora_jax.plan.compiled`): libtpu
+reads its environment when JAX starts, and may end the process that loads it.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from lora_jax.plan.hlo import Collective, collectives
 
 @dataclass(frozen=True)
 class Compiled:
-    """Bytes on each device, as the compiler gives them, and what is sent between devices."""
+    """The compiler's figures: bytes on each device, and data sent between devices."""
 
     arguments: int
     outputs: int
-    aliased: int  # of the outputs: they take the place of arguments
+    aliased: int  # bytes of outputs that reuse the memory of arguments
     temporaries: int
     code: int
-    peak: int | None  # the most that stands in memory at once; None: this compiler does not tell
-    host: int  # in the memory of the host
-    unread: int  # base weights that the step does not read: no arguments, yet there
+    peak: int | None  # most memory in use at once; None if the compiler does not report it
+    host: int  # in host memory
+    unread: int  # base weights that the step does not read: in memory, but not arguments
     collectives: list[Collective]
     seconds: float  # that the compiler took
 
@@ -51,19 +51,19 @@ class Compiled:
 
     @property
     def needed(self) -> int:
-        """What a device must have: the peak where it is known. `total` is above it, as buffers that
-        hand something from one loop to the next count twice there.
+        """Memory that a device needs: the peak, if known. `total` is larger, as it counts buffers
+        passed from one loop to the next twice.
         """
         return self.total if self.peak is None else self.peak + self.unread
 
 
 @dataclass(frozen=True)
 class Shortfall:
-    """A step that the compiler refuses: it needs more memory than a device has."""
+    """A step that the compiler refuses, because it needs more memory than a device has."""
 
     needed: int  # bytes on each device
     available: int
-    message: str  # of the compiler
+    message: str  # by the compiler
 
     @property
     def missing(self) -> int:
@@ -71,7 +71,7 @@ class Shortfall:
 
 
 def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Compiled | Shortfall:
-    """The step of `config` compiled for `devices`, those of this process if none are given.
+    """Compile the step of `config` for `devices`, by default those of this process.
 
     Raises:
         UserError: as a run would; a mesh that does not fit the devices.
@@ -102,7 +102,7 @@ def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Co
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
-        # The backend for CPUs leaves temporaries out of its peak.
+        # The CPU backend leaves temporaries out of its peak.
         peak=stats.peak_memory_in_bytes if mesh.devices.flat[0].platform == "tpu" else None,
         host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
         unread=unread,
@@ -113,7 +113,7 @@ def compile_here(config: Config, devices: Any = None, quick: bool = False) -> Co
 
 @contextlib.contextmanager
 def _settings(quick: bool) -> Iterator[None]:
-    """With `quick` the compiler does less: sizes stay close, the program gets slower."""
+    """Set the compiler to optimise less if `quick`; sizes stay close, and the program is slower."""
     import jax
 
     before = jax.config.values["jax_optimization_level"]
@@ -126,10 +126,10 @@ def _settings(quick: bool) -> Iterator[None]:
 
 
 def find_libtpu() -> Path:
-    """The library of the installed package libtpu.
+    """Return the library of the installed package libtpu.
 
     Raises:
-        UserError: it is not installed, or not the one that goes with the installed jax.
+        UserError: libtpu is not installed, or its version does not fit the installed jax.
     """
     wanted = wanted_libtpu()
     advice = f"pip install 'libtpu{wanted or ''}'"
@@ -138,20 +138,19 @@ def find_libtpu() -> Path:
     jax_version = importlib.metadata.version("jax")
     if library is None or not library.is_file():
         raise UserError(
-            "a TPU topology is compiled for by libtpu, which is not installed; with jax "
+            "compiling for a TPU topology needs libtpu, which is not installed; with jax "
             f"{jax_version}: {advice}"
         )
     version = importlib.metadata.version("libtpu")
     if wanted is not None and not _matches(version, wanted):
         raise UserError(
-            f"libtpu {version} does not go with jax {jax_version}, which wants libtpu{wanted}: "
-            f"{advice}"
+            f"libtpu {version} does not fit jax {jax_version}, which needs libtpu{wanted}: {advice}"
         )
     return library
 
 
 def wanted_libtpu() -> str | None:
-    """The version of libtpu that the installed jax asks for in its extra `tpu`, as `==0.0.42.*`."""
+    """Return the libtpu version that the installed jax needs (extra `tpu`), as `==0.0.42.*`."""
     for requirement in importlib.metadata.requires("jax") or ():
         found = re.match(r"libtpu\s*([=<>!~][^;\s]*)", requirement)
         if found is not None:
@@ -162,7 +161,7 @@ def wanted_libtpu() -> str | None:
 def _matches(version: str, wanted: str) -> bool:
     exact = re.fullmatch(r"==([\d.]+?)(\.\*)?", wanted)
     if exact is None:
-        return True  # a range: jax says itself what it cannot use
+        return True  # a range: jax itself refuses a version that it cannot use
     prefix = exact[1].split(".")
     parts = version.split(".")
     return parts[: len(prefix)] == prefix if exact[2] else version == exact[1]
@@ -171,12 +170,12 @@ def _matches(version: str, wanted: str) -> bool:
 def compile_for(
     config: Config, target: Topology | int, quick: bool = False
 ) -> Compiled | Shortfall:
-    """The step of `config` compiled for a TPU slice, or so many CPU devices, that need not be here,
-    in a process of its own.
+    """Compile the step of `config` in another process for a TPU slice, or a number of CPU devices,
+    which need not exist here.
 
     Raises:
-        UserError: libtpu is missing or is not the one for this jax; as a run would.
-        RuntimeError: the compiler failed otherwise.
+        UserError: libtpu is missing or does not fit this jax; as a run would.
+        RuntimeError: the compiler failed for another reason.
     """
     if isinstance(target, Topology):
         where, environment = target.name, _for_tpu(find_libtpu())
@@ -211,13 +210,13 @@ def compile_for(
 
 
 def _for_tpu(library: Path) -> dict[str, str]:
-    """What makes libtpu compile on a machine without a TPU."""
+    """Return environment variables that let libtpu compile on a machine without a TPU."""
     return {
         "JAX_PLATFORMS": "cpu",
         "TPU_LIBRARY_PATH": str(library),
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology says which chip it is
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # ignored: the topology names the chip
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is opened, so there is nothing to lock
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
@@ -225,8 +224,10 @@ def _for_tpu(library: Path) -> dict[str, str]:
 
 
 def read_shortfall(message: str, unread: int) -> Shortfall | None:
-    """What a compiler says that ran out of memory; None for another message. Arguments are counted
-    in, also where it speaks of temporaries; `unread` bytes lie beside them.
+    """Read the sizes in a compiler's out-of-memory message; None for another message.
+
+    The compiler's figure includes arguments, even where the message says temporaries; `unread`
+    bytes are added to it.
     """
     size = r"([\d.]+[KMGT]?)"
     found = re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
@@ -239,13 +240,13 @@ def read_shortfall(message: str, unread: int) -> Shortfall | None:
 
 
 def _read_bytes(text: str) -> int:
-    """`15.75G` as bytes."""
+    """Return a size such as `15.75G` in bytes."""
     power = " KMGT".find(text[-1])
     return round(float(text[:-1]) * 1024**power) if power > 0 else round(float(text))
 
 
 def _child() -> None:
-    """Read a job from stdin and write the result, one line of JSON, as the last of stdout."""
+    """Read a job from stdin, and write the result to stdout as the last line, in JSON."""
     job = json.load(sys.stdin)
     config = configs.parse(yaml.safe_load(job["config"]))
     programs.keep()

@@ -1,9 +1,8 @@
-"""What a compiled program sends between devices, read from its HLO text.
+"""Communication of a compiled program between devices, read from its HLO text.
 
-The body of a loop counts as often as it runs, whether the backend wrote `known_trip_count` beside
-the loop (CPU, GPU) or only a bound into its condition (TPU). Bytes are those that a device sends in
-a ring: of n devices that gather or scatter x bytes (n - 1) / n x, and twice that for a reduction of
-which everyone has the result.
+The body of a loop counts once per iteration; their number is in `known_trip_count` (CPU, GPU) or in
+the condition of the loop (TPU). Bytes are those that a device sends in a ring of n devices: for a
+gather or scatter of x bytes (n - 1) / n x, and twice that for an all-reduce.
 """
 
 import math
@@ -26,16 +25,16 @@ _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 
 @dataclass(frozen=True)
 class Collective:
-    """All operations of a kind in one step."""
+    """All operations of one kind in a step."""
 
     kind: str
     count: int
-    bytes: int  # that a device sends
-    largest: int  # bytes of the largest result of one of them, on a device
+    bytes: int  # sent by a device
+    largest: int  # bytes of the largest result of one operation, on a device
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of a compiled module, those in loops as often as they run."""
+    """Return the collectives of a compiled module; those in loops count once per iteration."""
     bodies, entry = _computations(text)
     times: dict[str, int] = defaultdict(int)
     times[entry] = 1
@@ -71,7 +70,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _calls(line: str, bodies: dict[str, list[str]]) -> list[tuple[str, int]]:
-    """The computations that an instruction runs, and how often."""
+    """Return the computations that an instruction calls, each with its number of runs."""
     operation = _OPERATION.match(line)
     if operation is None:
         return []
@@ -93,7 +92,7 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def _outer_first(bodies: dict[str, list[str]], entry: str) -> list[str]:
-    """Computations in an order in which each stands behind all that call it."""
+    """Return the computations in topological order: each after all its callers."""
     done: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -108,7 +107,7 @@ def _outer_first(bodies: dict[str, list[str]], entry: str) -> list[str]:
 
 
 def _collective(line: str, computation: str, devices: int) -> tuple[str, int, float] | None:
-    """Kind, bytes of the result and bytes sent, of an instruction that is a collective."""
+    """Return kind, bytes of the result and bytes sent of a collective; None for other lines."""
     operation = _OPERATION.match(line)
     if operation is None:
         return None
@@ -116,12 +115,12 @@ def _collective(line: str, computation: str, devices: int) -> tuple[str, int, fl
     if kind not in KINDS:
         return None
     parts = [_bytes(*shape) for shape in _SHAPE.findall(operation[2])]
-    # What starts an asynchronous operation returns its operand beside its result.
+    # The start of an asynchronous operation returns its operand with its result.
     size = max(parts, default=0) if operation[3].endswith("-start") else sum(parts)
     group = _group_size(line, devices)
     share = (group - 1) / group
     match kind:
-        # A TPU writes a reduce-scatter as a reduction whose result is cut, in one fusion.
+        # On TPUs a reduce-scatter is an all-reduce with a slice of its result, in one fusion.
         case "all-reduce" if computation.startswith("all-reduce-scatter"):
             return "reduce-scatter", size // group, size * share
         case "all-reduce":

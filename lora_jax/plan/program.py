@@ -46,13 +46,13 @@ class Program:
 
     @property
     def needs_key(self) -> bool:
-        """Whether the step reads its key; an argument that nothing reads is left out."""
+        """Return True if the step reads its key; otherwise the compiler drops that argument."""
         return self.config.adapter.dropout > 0
 
     @property
     def unread(self) -> list:
-        """Frozen weights whose trained copies take their place whole: the compiler leaves them out
-        of the arguments.
+        """Frozen weights that are fully replaced by trained copies: the compiler drops them from
+        the arguments.
         """
         found = find_trainable(self.model.params, self.config.adapter)
         leaves = tree.flatten(self.base)
@@ -61,11 +61,11 @@ class Program:
 
     @property
     def metrics_bytes(self) -> int:
-        """Of the scalars that come out."""
+        """Bytes of the metrics that a step returns."""
         return 4 * (len(_METRICS) + len(objectives.metric_names(self.config.train)))
 
     def lower(self) -> Any:
-        """The step, traced for the devices of the mesh, which must be a real one."""
+        """Trace the step for the devices of the mesh, which must not be abstract."""
         placement = jax.tree.map(lambda leaf: leaf.sharding, (self.adapters, self.optimizer))
         optimizer = make_optimizer(self.config.train, self.config.adapter)
         step = make_train_step(self.model, self.config, optimizer, placement)
@@ -86,7 +86,11 @@ def open_shapes(config: Config) -> tuple[Config, Model]:
 
 
 def stored_dtype(config: Config, model: Model) -> str:
-    """Of the weights that are not quantised: `base_dtype`, or what config.json says."""
+    """Return the dtype of weights that are not quantised: `base_dtype`, or that of config.json.
+
+    Raises:
+        UserError: config.json names another dtype than float32, bfloat16 or float16.
+    """
     if config.base_dtype in _FLOATS:
         return str(config.base_dtype)
     said = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype") or "float32"
@@ -100,7 +104,7 @@ def stored_dtype(config: Config, model: Model) -> str:
 
 
 def stored(config: Config, model: Model) -> Model:
-    """`model` with its weights in the dtype that they are stored in before any is quantised."""
+    """Return `model` with shapes in the dtype that weights are stored in before quantisation."""
     dtype = np.dtype(stored_dtype(config, model))
     leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, np.float32 if _is_fresh(path, model) else dtype)
@@ -110,7 +114,7 @@ def stored(config: Config, model: Model) -> Model:
 
 
 def _is_fresh(path: tree.Path, model: Model) -> bool:
-    """Whether a weight is of a head that starts at random."""
+    """Return True if a weight belongs to a head that starts at random."""
     return any(tree.dotted(path).startswith(f"{head}.") for head in model.fresh)
 
 
@@ -172,7 +176,7 @@ def _place(leaf: Any, spec: P, mesh: Mesh | AbstractMesh, memory: str | None = N
 
 
 def _place_state(state: Any, specs: Mapping[tree.Path, P], mesh: Any, host: bool) -> Any:
-    """Moments lie as their adapters do, whose paths theirs end with; counts are everywhere."""
+    """Shard moments like their adapters, whose paths theirs end with; counts are replicated."""
 
     def place(keys: tuple[Any, ...], leaf: Any) -> Any:
         names = tuple(str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey))
@@ -183,17 +187,17 @@ def _place_state(state: Any, specs: Mapping[tree.Path, P], mesh: Any, host: bool
 
 
 def device_numbers(leaf: Any) -> int:
-    """Of one leaf with a sharding, on each device."""
+    """Return the number of elements of a sharded leaf on each device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def device_bytes(shapes: Any) -> int:
-    """Of a tree of shapes with shardings, in the memory of each device."""
+    """Return the bytes of a tree of sharded shapes in the memory of each device."""
     return _bytes(shapes, on_host=False)
 
 
 def host_bytes(shapes: Any) -> int:
-    """Of a tree of shapes with shardings, in the memory of the host, by device."""
+    """Return the bytes of a tree of sharded shapes in host memory, for each device."""
     return _bytes(shapes, on_host=True)
 
 

@@ -14,7 +14,7 @@ from lora_jax.plan.search import Candidate
 
 
 def worked_text(found: Worked) -> str:
-    """The bytes of a model of so many parameters, in GB of 1e9 bytes."""
+    """Return the memory of a model with so many parameters as text, in GB of 1e9 bytes."""
     rows = (
         (found.weights, "weights in 16 bits, as a frozen base"),
         (found.four_bits, "in 4 bits"),
@@ -27,7 +27,7 @@ def worked_text(found: Worked) -> str:
 
 
 def head_text(program: Program, topology: Topology | None) -> str:
-    """What is planned, in two lines."""
+    """Return two lines on the planned model, devices and batch."""
     config, mesh = program.config, program.mesh.shape
     where = topology.name if topology else counted(program.mesh.size, "device")
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -42,29 +42,29 @@ def head_text(program: Program, topology: Topology | None) -> str:
 
 
 def estimate_text(found: Estimate, full: Estimate, hbm: int | None) -> str:
-    """The table from shapes, in GiB on each device."""
+    """Return the table of the estimate from shapes, in GiB on each device."""
     rows = [
         ("base", found.base),
         ("adapters", found.adapters),
         ("optimizer", found.optimizer),
         ("batch", found.batch),
-        ("gradients, and the optimizer's old state", found.gradients),
+        ("gradients, and the old optimizer state", found.gradients),
         ("activations kept for the backward pass", found.kept),
         ("activations of one layer's backward pass", found.layer),
-        ("logits of a chunk, and what they need", found.logits),
+        ("logits of a chunk, with temporaries of the loss", found.logits),
     ]
     rows += [("copies of the base", found.weights)] if found.weights else []
     lines = ["", "from shapes alone, GiB on each device:"]
     lines += [f"  {_gib(number)}  {name}" for name, number in rows]
-    lines += [f"  {_gib(found.total)}  together (of a layer or the logits, the larger)"]
-    lines += [f"  {_gib(full.total)}  together, were every weight trained (method=full)"]
+    lines += [f"  {_gib(found.total)}  total (with the larger of layer and logits)"]
+    lines += [f"  {_gib(full.total)}  total if every weight were trained (method=full)"]
     if hbm is not None:
-        lines += [f"  {_gib(hbm)}  there is"]
+        lines += [f"  {_gib(hbm)}  available"]
     return "\n".join(lines)
 
 
 def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
-    """What the compiler says, in GiB on each device."""
+    """Return the table of the compiler's figures, in GiB on each device."""
     if isinstance(found, Shortfall):
         return (
             f"\ndoes not fit: {_gib(found.needed).strip()} GiB needed on each device, "
@@ -74,17 +74,17 @@ def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
     rows = [
         ("arguments", found.arguments),
         ("outputs", found.outputs),
-        ("of these in place of arguments", -found.aliased),
+        ("outputs that reuse arguments", -found.aliased),
         ("temporaries", found.temporaries),
         ("code", found.code),
     ]
     lines = ["", f"compiled in {found.seconds:.0f} s, GiB on each device:"]
     lines += [f"  {_gib(number)}  {name}" for name, number in rows]
     if found.unread:
-        lines += [f"  {_gib(found.unread)}  base weights that trained ones take the place of"]
-    lines += [f"  {_gib(found.total)}  together"]
+        lines += [f"  {_gib(found.unread)}  base weights that trained ones replace"]
+    lines += [f"  {_gib(found.total)}  total"]
     if found.peak is not None:
-        lines += [f"  {_gib(found.needed)}  needed: the most that stands in memory at once"]
+        lines += [f"  {_gib(found.needed)}  needed: the most in use at once"]
     if found.host:
         lines += [f"  {_gib(found.host)}  on the host"]
     if hbm is not None:
@@ -100,23 +100,23 @@ def compiled_text(found: Compiled | Shortfall, hbm: int | None) -> str:
 
 
 def roofline_text(step: Step, found: Roofline) -> str:
-    """Operations and the least time of a step."""
+    """Return the lines on operations and the least time of a step."""
     return (
-        f"\n{step.model_flops / 1e12:,.1f} TFLOP a step, {step.flops / 1e12:,.1f} with what is "
-        f"computed twice\nfrom shapes, each device sends {step.gathered / 1e9:,.3f} GB of weights "
+        f"\n{step.model_flops / 1e12:,.1f} TFLOP a step, {step.flops / 1e12:,.1f} with "
+        f"recomputation\nfrom shapes, each device sends {step.gathered / 1e9:,.3f} GB of weights "
         f"and {step.reduced / 1e9:,.3f} GB of activations and gradients\nat "
         f"the chip's peaks: compute {found.compute:.3f} s, memory "
         f"{found.memory:.3f} s, network {found.network:.3f} s\n"
-        f"a step takes {found.seconds:.3f} s at the least ({found.bound}): "
-        f"{step.tokens / found.seconds:,.0f} tokens/s, MFU {found.mfu:.0%} at the most"
+        f"a step takes {found.seconds:.3f} s at least ({found.bound}): "
+        f"{step.tokens / found.seconds:,.0f} tokens/s, MFU {found.mfu:.0%} at most"
     )
 
 
 def remedies_text(changes: list[Candidate], hbm: int) -> str:
-    """Changes that take less memory, from shapes."""
+    """Return the list of changes that need less memory, from shapes."""
     if not changes:
-        return "\nno change of mesh, micro-batch, remat or dtype of the base takes less memory"
-    lines = ["", "takes less, GiB on each device, from shapes:"]
+        return "\nno change of mesh, micro-batch, remat or dtype of the base needs less memory"
+    lines = ["", "needs less, GiB on each device, from shapes:"]
     for one in changes:
         fits = "fits" if one.total <= hbm else "does not fit either"
         lines += [f"  {_gib(one.total)}  {' '.join(one.overrides)}  ({fits})"]
@@ -124,7 +124,7 @@ def remedies_text(changes: list[Candidate], hbm: int) -> str:
 
 
 def search_text(rows: list[dict[str, Any]], hbm: int | None) -> str:
-    """The best settings, as overrides, the best first."""
+    """Return the table of the best settings as overrides, the best first."""
     if not rows:
         return "\nno mesh, micro-batch or remat policy fits, from shapes"
     lines = ["", "the best of all meshes, micro-batches and remat policies:"]
@@ -145,7 +145,7 @@ def _gib(number: float) -> str:
 
 
 def as_json(part: Any) -> Any:
-    """Nested dataclasses as JSON, with what their properties work out."""
+    """Return nested dataclasses as JSON values, with their properties."""
     if dataclasses.is_dataclass(part):
         fields = {f.name: as_json(getattr(part, f.name)) for f in dataclasses.fields(part)}
         worked = [name for name, own in vars(type(part)).items() if isinstance(own, property)]

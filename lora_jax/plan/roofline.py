@@ -18,18 +18,18 @@ from lora_jax.targets import find_targets
 
 @dataclass(frozen=True)
 class Step:
-    """Of one step, over all devices."""
+    """Work of one step, over all devices."""
 
     tokens: int
-    model_flops: int  # that the result needs: recomputation left out
-    flops: int  # that are done
+    model_flops: int  # operations without recomputation
+    flops: int  # operations with recomputation
     gathered: int  # bytes of weights that a device receives from others
     reduced: int  # bytes of activations and gradients that it sends
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that a step needs at the least, by what bounds it, at the peaks of a chip."""
+    """Least seconds of a step by each bound, at the peaks of a chip."""
 
     compute: float
     memory: float
@@ -38,19 +38,19 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Everything at once: no part waits for another."""
+        """Least seconds of a step, if computation, memory and network overlap."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The bound that takes longest: compute, memory or network."""
         times = {"compute": self.compute, "memory": self.memory, "network": self.network}
         return max(times, key=lambda name: times[name])
 
 
 def count(program: Program) -> Step:
-    """Two operations per weight and token forward; as many backward for the activations, and again
-    for a weight that trains. Full remat runs the layers forward once more.
+    """Count the work of a step: two operations per weight and token forward, the same backward for
+    activations, and again for a trained weight. Full remat runs the layers forward once more.
     """
     config, c = program.config, program.model.config
     tokens = config.train.batch_size * config.data.max_length
@@ -63,11 +63,11 @@ def count(program: Program) -> Step:
     tied = tree.tied_embedding(leaves) is not None
     adapters = tree.flatten(program.adapters)
     targets = find_targets(program.model.params, config.adapter)
-    beside = sum(math.prod(t.lead) * t.rank * sum(t.shape) for t in targets)
+    low_rank = sum(math.prod(t.lead) * t.rank * sum(t.shape) for t in targets)
     # Weights that train themselves; an embedding that is only looked up has no products.
     whole = _numbers(adapters, ("full_kernel", "full_embedding") if tied else ("full_kernel",))
-    forward = attention + tokens * 2 * (layers + beside)
-    backward = 2 * attention + tokens * (2 * layers + 4 * beside + 2 * whole)
+    forward = attention + tokens * 2 * (layers + low_rank)
+    backward = 2 * attention + tokens * (2 * layers + 4 * low_rank + 2 * whole)
     again = {"full": forward, "none": 0}.get(config.train.remat, attention)
     model_flops = forward + backward + tokens * 2 * 2 * head
     return Step(tokens, model_flops, model_flops + again, _gathered(program), _reduced(program))
@@ -78,7 +78,9 @@ def _numbers(leaves: Mapping[tree.Path, Any], names: tuple[str, ...]) -> int:
 
 
 def _products(program: Program) -> tuple[int, int]:
-    """Weights that every token is multiplied with: in the layers, and in an untied head."""
+    """Return the numbers of weights that each token is multiplied with: in the layers, and in an
+    untied head.
+    """
     layers = head = 0
     for path, leaf in tree.flatten(program.model.params).items():
         if path[-1] != "kernel":
@@ -100,8 +102,8 @@ def _pieces(program: Program) -> int:
 
 
 def _gathered(program: Program) -> int:
-    """Every layer is gathered forward and backward, from the fsdp axis, as it is stored; what is
-    not stacked (embedding, head) once in each direction too.
+    """Bytes of weights that a device receives: over the fsdp axis, all layers, embedding and head
+    are gathered once forward and once backward, in their stored dtype.
     """
     parts = program.mesh.shape["fsdp"]
     weights = program.adapters if program.config.adapter.trains_everything else program.base
@@ -110,12 +112,12 @@ def _gathered(program: Program) -> int:
 
 
 def _reduced(program: Program) -> int:
-    """The sum of a layer's two outputs over the tensor axis, forward and backward (and once more
-    where the layer is run again), and the gradients of adapters over data and fsdp.
+    """Bytes that a device sends for sums: the two outputs of each layer over the tensor axis,
+    forward, backward and in recomputation; and the adapters' gradients over data and fsdp.
     """
     s, mesh = sizes(program), program.mesh.shape
     passes = 3 if program.config.train.remat == "full" else 2
-    share = 2 * (s.tensor - 1) / s.tensor  # of a ring's reduction with the result everywhere
+    share = 2 * (s.tensor - 1) / s.tensor  # of an all-reduce in a ring
     streams = _pieces(program) * passes * 2 * s.layers * s.stream * share
     parts = mesh["data"] * mesh["fsdp"]
     leaves = tree.flatten(program.adapters).values()
@@ -124,11 +126,13 @@ def _reduced(program: Program) -> int:
 
 
 def find_bounds(program: Program, chip: Chip, found: Estimate, sent: int | None = None) -> Roofline:
-    """The bounds of a step on `chip`; `sent`: bytes that a device sends, of the compiled step."""
+    """Return the bounds of a step on `chip`; `sent` are the bytes that a device sends, if the step
+    was compiled.
+    """
     step, s = count(program), sizes(program)
     passes = 3 if program.config.train.remat == "full" else 2
-    # Every pass reads the weights of every layer, and writes and reads what stands between its
-    # products; scores are left out, as an attention kernel does.
+    # Each pass reads the weights of all layers, and writes and reads the activations between
+    # products; scores are not counted, as a fused kernel does not store them.
     between = 8 * s.stream + 2 * s.queries + 2 * s.keys + 6 * s.ffn
     traffic = passes * s.layers * (layer_weights(program) * s.number + 2 * between)
     traffic *= _pieces(program)

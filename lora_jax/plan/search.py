@@ -1,4 +1,4 @@
-"""Other settings of the same run: what would make it fit, and what would make it faster."""
+"""Search over other settings of a run: those that fit, and those that are faster."""
 
 import dataclasses
 import itertools
@@ -20,18 +20,18 @@ REMAT = ("none", "dots", "full")
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, as overrides, and what shapes tell of them."""
+    """Changed settings, as overrides, with the estimate from shapes."""
 
     overrides: tuple[str, ...]  # key.sub=value
     total: int  # bytes on each device
-    seconds: float | None  # of a step at the least; None without a chip
+    seconds: float | None  # least time of a step; None without a chip
 
 
 def find_best(
     config: Config, model: Model, devices: int, platform: str, chip: Chip | None, hbm: int | None
 ) -> list[Candidate]:
-    """All meshes, micro-batches and remat policies that fit `hbm`, the fastest first; without a
-    chip, the smallest first.
+    """Return all meshes, micro-batches and remat policies that fit `hbm`, the fastest first;
+    without a chip, the smallest first.
     """
     found = []
     for mesh in _meshes(devices):
@@ -51,8 +51,8 @@ def find_best(
 def remedies(
     config: Config, model: Model, devices: int, platform: str, hbm: int
 ) -> list[Candidate]:
-    """What takes less memory: the best value of every single setting, and, where none of them fits
-    `hbm`, the settings joined, from the one that costs least on, until they do.
+    """Return changes that need less memory: the best value of each single setting and, if none of
+    these fits `hbm`, a combination of settings, the cheapest ones first, until it fits.
     """
 
     def measure(given: Config) -> Candidate | None:
@@ -83,19 +83,19 @@ def remedies(
 
 
 def _changes(config: Config, model: Model, devices: int) -> Iterator[list[dict[str, Any]]]:
-    """The values of every setting that can be changed, from the setting that costs least on."""
+    """Yield the values of each setting that can be changed, cheapest setting first."""
     heads, length = model.config.num_key_value_heads, config.data.max_length
     tensors = [n for n in _divisors(devices) if heads % n == 0]
     yield [{"mesh": MeshConfig(1, devices // tensor, tensor)} for tensor in tensors]
     yield [{"micro_batch_size": rows} for rows in _divisors(config.train.batch_size)]
     yield [{"remat": "full"}]
-    if config.base_dtype != "nf4" and config.adapter.method != "full":
+    if config.base_dtype != "nf4" and not config.adapter.trains_everything:
         yield [{"base_dtype": "nf4"}]
     yield [{"max_length": max(2, length // 2)}, {"max_length": max(2, length // 4)}]
 
 
 def _with(config: Config, **changes: Any) -> Config:
-    """`config` with settings of `train`, a mesh, a dtype of the base or a length replaced."""
+    """Return `config` with changed settings of `train`, mesh, base_dtype or max_length."""
     parts = {name: changes.pop(name) for name in ("mesh", "base_dtype") if name in changes}
     if "max_length" in changes:
         length = changes.pop("max_length")
@@ -136,7 +136,7 @@ def _meshes(devices: int) -> Iterator[MeshConfig]:
 
 
 def _pieces(rows: int, parts: int) -> Iterator[int | None]:
-    """Rows of a micro-batch that `parts` divides; None for all of them."""
+    """Yield micro-batch sizes that `parts` divides; None for the whole batch."""
     for micro in _divisors(rows):
         if micro % parts == 0:
             yield None if micro == rows else micro

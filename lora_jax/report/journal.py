@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import hosts
+from lora_jax.cache import write_atomic
 from lora_jax.report.progress import Display, Phase, format_seconds
 from lora_jax.report.scores import Answer
 from lora_jax.report.trackers import Tracker
@@ -21,14 +22,9 @@ EVERY = 10.0  # seconds between the lines of training
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file at once: it holds what it held before, or all of `text`. Of several hosts the
-    main one does, here and below.
-    """
-    if not hosts.is_main():
-        return
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    """Write a text file atomically. Only the main host writes, here and below."""
+    if hosts.is_main():
+        write_atomic(file, text.encode(), partial=f".{file.name}")
 
 
 def to_text(lines: Iterable[Mapping[str, Any]]) -> str:

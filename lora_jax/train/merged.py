@@ -95,20 +95,19 @@ def _write(
     """Write the directory, with the report and the model card in it."""
     text = card.of_model(config, model, facts.results, versions())
 
-    def write_reports(directory: Path) -> None:
-        merge_report.write(report, directory)
-        (directory / "README.md").write_text(text, encoding="utf-8")
-
-    formats.write_model(
-        target,
-        model,
-        merged,
-        model.directory,
-        max_shard_size=config.export.max_shard_size,
-        chat_template=own_template(config),
-        stops=facts.stops,
-        beside=write_reports,
-    )
+    with formats.new_directory_on_main(target) as directory:
+        formats.write_model_files(
+            directory,
+            model,
+            merged,
+            model.directory,
+            max_shard_size=config.export.max_shard_size,
+            chat_template=own_template(config),
+            stops=facts.stops,
+        )
+        if directory is not None:
+            merge_report.write(report, directory)
+            (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def _compare_bases(original: Mapping, live: Mapping, console: Console) -> dict[str, float]:

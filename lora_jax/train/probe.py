@@ -109,7 +109,6 @@ def _make_hidden(model: Model):
             batch["tokens"],
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
-            compute_dtype=jnp.float32,
             **{name: batch[name] for name in ("token_types",) if name in batch},
         )
         return x.reshape(-1, x.shape[-1])

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from lora_jax.errors import UserError
-from lora_jax.formats.gguf import _gemma3_fields, _llama3_divisors, convert
+from lora_jax.formats.gguf import convert
+from lora_jax.formats.gguf.config import _gemma3_fields, _llama3_divisors
 
 D, F, HEADS, KV_HEADS, HEAD, LAYERS = 64, 96, 4, 2, 16, 2  # 32 divides D and F: a Q8_0 block
 BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
@@ -403,7 +404,7 @@ def test_missing_file_and_occupied_target(tmp_path):
     write(tmp_path / "m.gguf")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="no converted model"):
+    with pytest.raises(UserError, match="not a converted model"):
         convert(tmp_path / "m.gguf", tmp_path / "m")
     assert (tmp_path / "m" / "mine.txt").read_text() == "keep"
     with pytest.raises(UserError, match="cannot write"):

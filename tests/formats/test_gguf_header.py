@@ -46,7 +46,7 @@ HEADERS = {
 def test_counts_are_checked(tmp_path, name):
     content, message = HEADERS[name]
     (tmp_path / "m.gguf").write_bytes(content + bytes(40) * bool(content and "long" not in name))
-    with pytest.raises(UserError, match=f"m.gguf is no GGUF file, or damaged.*{message}"):
+    with pytest.raises(UserError, match=f"m.gguf is not a GGUF file, or damaged.*{message}"):
         convert(tmp_path / "m.gguf", tmp_path / "m")
 
 

@@ -7,14 +7,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.config import MeshConfig
-from lora_jax.formats.safetensors import _part_reader
+from lora_jax.formats.model_reader import _part_reader, _Source
 from lora_jax.sharding import make_mesh
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (64, 48), (2, 7, 9)])
 def test_read_arrays_are_taken_over_without_a_copy(shape, dtype):
-    read, addresses = _part_reader(shape, (), np.dtype(dtype)), []
+    read, addresses = _part_reader(_Source(shape, np.dtype(dtype), ())), []
 
     def remember(index):
         part = read(index)

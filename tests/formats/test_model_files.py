@@ -318,7 +318,9 @@ def test_an_adapter_in_a_model_directory_is_refused(two):
         ):
             call(two[0])
     (two[0] / "config.json").unlink()
-    with pytest.raises(UserError, match="is an adapter's directory; give its base as the model"):
+    with pytest.raises(
+        UserError, match="is the directory of an adapter; give its base as the model"
+    ):
         formats.load(two[0])
 
 

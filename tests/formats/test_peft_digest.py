@@ -220,10 +220,10 @@ def test_tensors_of_integers_are_refused_in_every_file(made, dtype):
     tensors = {n: t.astype(dtype) for n, t in load_file(directory / WEIGHTS).items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / JSON).unlink()
-    with pytest.raises(UserError, match=r"no file of an adapter's weights.*F32, F16") as raised:
+    with pytest.raises(UserError, match=r"does not hold an adapter's weights.*F32, F16") as raised:
         formats.read_adapter(directory, model.params)
     assert "lora_A.weight has dtype " in str(raised.value)
-    with pytest.raises(UserError, match="no file of an adapter's weights"):
+    with pytest.raises(UserError, match="does not hold an adapter's weights"):
         formats.read_loralib(directory / WEIGHTS, model.params, AdapterConfig())
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lora_jax import formats, sharding, tree
 from lora_jax.config import MeshConfig
 from lora_jax.errors import UserError
-from lora_jax.formats import safetensors
+from lora_jax.formats import model_reader
 from lora_jax.formats.tensors import all_finite
 from lora_jax.quantize import SCHEMES, Int8Weight, NF4Weight, dequantize, quantize
 
@@ -85,14 +85,14 @@ def test_the_float_model_never_stands_in_memory(tiny_llama, monkeypatch, scheme)
     config = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=12, head_dim=32)
     directory, _ = tiny_llama(**config)
     formats.load(directory, dtype=scheme)  # compiles
-    quantized = safetensors._quantize
+    quantized = model_reader._quantize
     live = []
 
     def count(tensor, scheme):
         live.append(nbytes(jax.live_arrays()))
         return quantized(tensor, scheme)
 
-    monkeypatch.setattr(safetensors, "_quantize", count)
+    monkeypatch.setattr(model_reader, "_quantize", count)
     before = nbytes(jax.live_arrays())
     tracemalloc.start()
     model = formats.load(directory, dtype=scheme)
@@ -194,7 +194,9 @@ def test_a_value_that_is_not_finite_is_seen_wherever_it_is(dtype):
 def test_a_dtype_that_weights_are_not_stored_in_is_refused(tiny_llama, dtype):
     directory, _ = tiny_llama()
     listed = "float32, float16, bfloat16, int8, nf4, and None"
-    with pytest.raises(UserError, match=f"is no dtype that weights .*; these are: {listed}") as e:
+    with pytest.raises(
+        UserError, match=f"is not a dtype that weights .*; these are: {listed}"
+    ) as e:
         formats.load(directory, dtype=dtype)
     assert repr(dtype) in str(e.value)
     assert dtype != "nf3" or "Did you mean 'nf4'?" in str(e.value)

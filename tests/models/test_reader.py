@@ -250,7 +250,7 @@ REFUSALS = [
     ("llama", dict(layer_types=[FULL]), "layer_types=['full_attention'] must name full_attentio"),
     ("llama", dict(some_field="x" * 99), "some_field='" + "x" * 76 + "... is not understood"),
     ("llama", dict(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config="
-     "'awq': the weights are quantised; give the model in 16 bits that it was made from, and b"),
+     "'awq': the weights are quantised; use the 16-bit model that they were made from, and b"),
     ("llama", dict(quantization={"bits": 4}), "quantization={'bits': 4}: the weights are quantis"),
     ("gemma2", dict(sliding_window_size=8), "sliding_window_size=8 is not supported, only 4096 or"),
     ("gemma2", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar=0 is not above 0"),
@@ -294,7 +294,7 @@ REFUSALS = [
     ("phi3", rope(**LONGROPE | dict(short_factor=2.0)), "short_factor=2.0 is not a list of"),
     ("phi3", rope(**LONGROPE | dict(short_factor=[1.0, "a", 2.0])), "short_factor=[1.0, 'a', 2.0]"),
     ("phi3", rope(**LONGROPE | dict(long_factor=[1.0, 0.0, 2.0])), "long_factor=[1.0, 0.0, 2.0]"),
-    ("phi3", rope(**LONGROPE, partial_rotary_factor=0.7), "and 2 pairs of features turn in a head"),
+    ("phi3", rope(**LONGROPE, partial_rotary_factor=0.7), "for 2 rotated pairs in a head"),
     ("gemma3_text", dict(rope_parameters={FULL: {}, "factor": 2}), "mix layer types and ['fac"),
     ("gemma3_text", dict(rope_parameters={FULL: 3}), "rope of full_attention=3 is not a mapping"),
 ]  # fmt: skip

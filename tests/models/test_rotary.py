@@ -11,7 +11,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lora_jax import UserError, models
 from lora_jax.models.reader import ConfigReader
-from lora_jax.models.rotary import read_rope
+from lora_jax.models.rotary import RopeRules, read_rope
 from lora_jax.nn import rope
 
 from ..families import FAMILIES, FULL, SLIDING, describe
@@ -112,7 +112,7 @@ def test_what_transformers_computes(family, fields):
 
 def read(fields, ignore=(), **options):
     reader = ConfigReader({"model_type": "llama", **fields}, ignore)
-    return reader, read_rope(reader, 128, 6, **options)
+    return reader, read_rope(reader, 128, 6, RopeRules(**options))
 
 
 def test_a_factor_that_is_not_read_is_noted():
@@ -141,7 +141,7 @@ REFUSED = {
     ),
     "a field": (
         dict(rope_scaling=LINEAR | dict(foo=3)),
-        "not understood for rope_type='linear': foo; if they do not change the numbers, set "
+        "not understood for rope_type='linear': foo; if they do not change results, set "
         "ignore_config_fields=[rope_scaling.foo]",
     ),
     "layer types": (

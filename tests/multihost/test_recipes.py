@@ -38,5 +38,5 @@ def test_without_the_hub_a_recipe_says_what_is_missing(tmp_path, monkeypatch, ca
     options = ["mesh.fsdp=1", f"output_dir={tmp_path / 'out'}"]
     assert train_main(["--config", str(PODS / "gpus-8b.yaml"), *options]) == 2
     error = capsys.readouterr().err
-    assert "model='meta-llama/Llama-3.1-8B' is no local directory and could not be" in error
+    assert "model='meta-llama/Llama-3.1-8B' is not a local directory and could not be" in error
     assert "log in with `hf auth login`" in error

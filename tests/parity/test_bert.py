@@ -299,7 +299,7 @@ def test_count_of_roberta_base():
     [
         (dict(is_decoder=True), "is_decoder=True is not supported"),
         (dict(position_embedding_type="relative_key"), "position_embedding_type='relative_key'|="),
-        (dict(id2label={"0": "a", "2": "b"}), "id2label=.* does not number the labels"),
+        (dict(id2label={"0": "a", "2": "b"}), "id2label=.* must number the labels"),
     ],
 )
 def test_configs_that_are_refused(tiny, edit_json, change, message):

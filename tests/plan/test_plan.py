@@ -264,7 +264,7 @@ def test_libtpu_missing_or_of_another_jax(monkeypatch, llama, capsys):
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: versions.get(name) or real(name)
     )
-    with pytest.raises(UserError, match="libtpu 0.0.1.1 does not go with jax") as raised:
+    with pytest.raises(UserError, match="libtpu 0.0.1.1 does not fit jax") as raised:
         compiled.find_libtpu()
     assert f"libtpu{wanted}" in str(raised.value)
     versions["libtpu"] = wanted.removeprefix("==").replace("*", "7")

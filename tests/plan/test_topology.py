@@ -76,7 +76,7 @@ def test_a_step_that_does_not_fit_one_chip(tmp_path):
     overrides = ("train.compute_dtype=bfloat16", "train.batch_size=8", "data.max_length=1024")
     text = plan(tmp_path, "--topology", "v5e:1x1", *overrides, **large, **heads)
     found = re.search(r"does not fit: ([\d.]+) GiB needed .*?([\d,]+) bytes too many", text)
-    shapes = re.search(r"([\d.]+)  together \(of a layer", text)
+    shapes = re.search(r"([\d.]+)  total \(with the larger", text)
     assert found and shapes, text
     needed = float(found[1])
     assert 0.9 < needed / float(shapes[1]) < 1.1

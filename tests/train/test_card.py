@@ -14,7 +14,7 @@ from lora_jax import demo
 from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
 from lora_jax.formats import card, hub
-from lora_jax.formats.safetensors import new_directory
+from lora_jax.formats.directories import new_directory
 
 SYSTEM = 'Say it in "German", with ``` and a | and $HOME.'
 

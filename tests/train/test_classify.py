@@ -217,7 +217,7 @@ def test_texts_beyond_the_learned_positions(files, tmp_path, capsys):
 
 def test_it_writes_no_text(files, capsys):
     assert main(["generate", "--model", str(files / "encoder"), "--prompt", "the cat"]) == 2
-    assert "classifies and writes no text" in capsys.readouterr().err
+    assert "is a classifier and writes no text" in capsys.readouterr().err
 
 
 def test_labels_are_not_for_models_that_write(files, tmp_path, capsys):

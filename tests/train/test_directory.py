@@ -491,7 +491,7 @@ def test_a_finished_run_gets_the_exports_that_are_asked_for_now(again):
         status, told = again(nothing, "export.merged=true", "export.dtype=bfloat16")
         assert status == 0
     assert "nothing is left to do" in told
-    found = formats.safetensors.list_tensors(again.output / "merged").values()
+    found = formats.tensors.list_tensors(again.output / "merged").values()
     assert {tensor.dtype.name for tensor in found} == {"bfloat16"}
 
 

@@ -166,7 +166,7 @@ def test_tied_embeddings_live_merged_and_in_transformers(tmp_path, fields):
     untied = not fields.get("ensure_weight_tying") and "trainable_token_indices" not in fields
     written = json.loads((tmp_path / "merged/config.json").read_text())
     assert written["tie_word_embeddings"] is not untied
-    names = formats.safetensors.list_tensors(tmp_path / "merged")
+    names = formats.tensors.list_tensors(tmp_path / "merged")
     assert ("lm_head.weight" in names) == untied
     again = formats.load(tmp_path / "merged")
     assert distance(again.apply(again.params, tokens), live) < 1e-5
@@ -220,7 +220,7 @@ def test_exports_of_a_finished_run(files, tmp_path, refused):
     assert "only settings of export can be given here, not train.steps=3" in found
     chosen = ("export.quantized_base=original", "export.dtype=bfloat16")
     assert main([str(word) for word in (*command, *chosen)]) == 0
-    tensors = formats.safetensors.list_tensors(tmp_path / "merged").values()
+    tensors = formats.tensors.list_tensors(tmp_path / "merged").values()
     assert {tensor.dtype.name for tensor in tensors} == {"bfloat16"}
     assert not list(tmp_path.glob(".merged*"))
 

@@ -252,7 +252,9 @@ def test_a_conversation_over_a_pipe(writer, capsys):
     assert talk(writer, "one\n\ntwo\n") == f"{first}\n{second}\n"
     assert talk(writer, "one\n/reset\none\n/quit\ntwo\n") == f"{first}\n{first}\n"
     assert "this is a new conversation" in capsys.readouterr().err
-    assert talk(writer, "/nothing\n") == "" and "/nothing is no command" in capsys.readouterr().err
+    assert (
+        talk(writer, "/nothing\n") == "" and "/nothing is not a command" in capsys.readouterr().err
+    )
 
 
 def test_an_answer_that_is_ended_stays_as_far_as_it_came(writer, capsys, monkeypatch):

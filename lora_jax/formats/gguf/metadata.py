@@ -1,4 +1,4 @@
-"""Types of the metadata of a GGUF file, where each value may be of any type."""
+"""Checked values of the metadata of a GGUF file, where each value may be of any type."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.config import shown
-from lora_jax.errors import raise_all
+from lora_jax.errors import UserError, raise_all
 
 _INTEGERS = """
     vocab_size context_length embedding_length block_count feed_forward_length attention.key_length
@@ -27,10 +27,10 @@ _LISTS = {
 
 
 def check_types(metadata: Mapping[str, Any], source: Path) -> None:
-    """Raise for values that a conversion reads and that are of another type than it expects.
+    """Check the types of all values that a conversion reads.
 
     Raises:
-        UserError: every such value.
+        UserError: values of another type, all of them listed.
     """
     name = metadata.get("general.architecture")
     kinds: dict[str, tuple[tuple[type, ...], str]] = {
@@ -60,3 +60,22 @@ def _fits(value: Any, types: tuple[type, ...]) -> bool:
 
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
+def metadata_value(metadata: dict[str, Any], key: str, kind: type, source: Path) -> Any:
+    """Return a required value of type `kind`; an int must be positive.
+
+    Raises:
+        UserError: the value is missing, or of another type.
+    """
+    if key not in metadata:
+        raise UserError(f"{source} has no metadata {key!r}, which a conversion needs")
+    value = metadata[key]
+    if not isinstance(value, (int, float) if kind is float else kind) or (
+        kind is int and value < 1
+    ):
+        raise UserError(
+            f"{source}: metadata {key}={shown(repr(value))} is not supported; it must be one "
+            f"positive {kind.__name__}"
+        )
+    return value

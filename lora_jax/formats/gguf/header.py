@@ -1,4 +1,4 @@
-"""Check of the header of a GGUF file before `gguf` reads it, which trusts its counts.
+"""Check of the header of a GGUF file. The package `gguf` trusts its counts, so this comes first.
 
 magic, version, number of tensors, number of metadata
 key, type, value                  once per metadata; arrays hold a type, a length and items
@@ -14,14 +14,14 @@ _MAGIC = b"GGUF"
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type
 _TEXT, _ARRAY = 8, 9
 _MOST_FIELDS, _MOST_TENSORS = 10_000, 100_000
-# Of all arrays: tokens, their types and scores, merges. Gemma 3 has 0.8 million; `gguf` reads
+# Items of all arrays: tokens, their types and scores, merges. Gemma 3 has 0.8 million; `gguf` reads
 # 50,000 in a second.
 _MOST_ITEMS = 1_000_000
 _MOST_DEPTH = 4
 
 
 class _Header:
-    """A place in a file, moved on by what is read."""
+    """A reader of header fields, with its position in the file."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.place, self.items = data, 0, 0
@@ -57,16 +57,16 @@ class _Header:
 
 
 def check_header(source: Path) -> None:
-    """Raise for a file whose header is cut short or asks for more than a file can hold.
+    """Check that a header is complete, and that its counts are possible.
 
     Raises:
-        UserError: what is wrong with it.
+        UserError: the file is not a GGUF file, is cut short, or has counts that are too large.
     """
     try:
         with source.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
             _check(_Header(data))
-    except (struct.error, ValueError) as error:  # ValueError: also of a file that is empty
-        raise UserError(f"{source} is no GGUF file, or damaged or truncated: {error}") from error
+    except (struct.error, ValueError) as error:  # mmap raises ValueError for an empty file
+        raise UserError(f"{source} is not a GGUF file, or damaged or truncated: {error}") from error
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
 

@@ -1,0 +1,310 @@
+"""The decoder that Llama, Mistral, Qwen, Gemma, Phi and OLMo share: rotary positions,
+grouped-query attention and a gated MLP.
+
+model / embed_tokens / embedding                        (vocab, d)
+model / layers / {input,post_attention}_layernorm / scale   (layers, d)
+model / layers / self_attn / {q,k,v,o}_proj / kernel    (layers, in, out)
+model / layers / mlp / {gate,up,down}_proj / kernel     (layers, in, out)
+model / norm / scale                                    (d,)
+lm_head / kernel                                        (d, vocab), unless tied
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.models.common import PLAIN, Execution, Routing, scan_layers
+from lora_jax.models.reader import FULL, SLIDING, ConfigReader
+from lora_jax.models.rotary import PLAIN_ROPE, RopeRules, read_rope
+from lora_jax.nn.attention import KVContext, attend, mask_specs
+from lora_jax.nn.cache import Cache
+from lora_jax.nn.modules import ACTIVATIONS, Embed, Linear, RMSNorm
+from lora_jax.nn.rope import by_length, rope, rotate, text_lengths
+from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
+
+RULES = (
+    (r"model\.embed_tokens\.embedding", P("tensor", "fsdp")),
+    (r"model\.layers\..*\.(q|k|v|qkv|gate|up|gate_up)_proj\.kernel", P("fsdp", "tensor")),
+    (r"model\.layers\..*\.(o|down)_proj\.kernel", P("tensor", "fsdp")),
+    (r"model\.layers\..*\.(q|k|v|gate|up)_proj\.bias", P("tensor")),
+    (r"model\.layers\..*\.(o|down)_proj\.bias", P(None)),
+    (r"model\.(layers\..*)?norm\.scale", P(None)),
+    (r"lm_head\.kernel", P("fsdp", "tensor")),
+)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Fields of a Hugging Face config that affect the results of every decoder, by their names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    hidden_act: str
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_parameters: dict[str, dict[str, Any]]  # by layer type
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
+
+    @property
+    def ropes_by_length(self) -> list[dict[str, Any]]:
+        """Rotary settings of the layers whose frequencies depend on the length of the text."""
+        settings = [self.rope_parameters[kind] for kind in sorted({*self.layer_types})]
+        return [parameters for parameters in settings if by_length(parameters)]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Defaults of a family's config class in transformers."""
+
+    # vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
+    sizes: tuple[int, int, int, int, int] = (32000, 4096, 11008, 32, 32)
+    max_position_embeddings: int = 2048
+    num_key_value_heads: int | None = None  # None: num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-6
+    hidden_act: tuple[str, str] = ("hidden_act", "silu")  # the name of the field, and its default
+    tie_word_embeddings: bool = False
+
+
+def read_decoder(
+    reader: ConfigReader,
+    defaults: Defaults = Defaults(),
+    *,
+    sliding_window: int | None = None,
+    slides: Callable[[int], bool] | None = None,
+    rope_rules: RopeRules = PLAIN_ROPE,
+) -> dict[str, Any]:
+    """Read the fields of a `DecoderConfig` from config.json.
+
+    Args:
+        reader: the fields of config.json.
+        defaults: values of the fields that it lacks.
+        sliding_window: window of the layers that have one, in tokens.
+        slides: True for a layer (from 0) that has a window, where `layer_types` is absent. Without
+            it, all layers have the window or none has, and `layer_types` is not read.
+        rope_rules: defaults and supported values of rotary settings.
+    """
+    names = ("vocab_size", "hidden_size", "intermediate_size")
+    names += ("num_hidden_layers", "num_attention_heads")
+    vocab, hidden, intermediate, layers, heads = map(reader.size, names, defaults.sizes)
+    positions = reader.integer("max_position_embeddings", defaults.max_position_embeddings)
+    layer_types = reader.layer_types(
+        layers, slides or (lambda layer: sliding_window is not None), read=slides is not None
+    )
+    kv_heads = reader.optional_integer("num_key_value_heads", defaults.num_key_value_heads)
+    if defaults.head_dim is None:
+        head_dim = reader.optional_integer("head_dim", None) or max(1, hidden // heads)
+    else:
+        head_dim = reader.integer("head_dim", defaults.head_dim)
+    if SLIDING in layer_types and sliding_window is None:
+        reader.refuse(f"there are layers with {SLIDING}, and sliding_window is null or not in use")
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": reader.number("rms_norm_eps", defaults.rms_norm_eps, least=0),
+        "hidden_act": reader.choice(*defaults.hidden_act, ACTIVATIONS),
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": reader.boolean("tie_word_embeddings", defaults.tie_word_embeddings),
+        "rope_parameters": read_rope(reader, positions, head_dim, rope_rules),
+        "sliding_window": sliding_window,
+        "layer_types": layer_types,
+    }
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Inputs of a layer that depend on positions and segments only, not on hidden states."""
+
+    cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
+    masks: Any  # (b, t, s) for each block of keys, or the `MaskSpec` of a fused kernel
+    real: jax.Array  # (b, t) bool; False for padding
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions. A family that computes queries, keys and
+    values otherwise overrides `project`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        use_bias: bool = False,
+        output_bias: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        d, h = config.hidden_size, config.head_dim
+        n, k = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(d, n * h, use_bias=use_bias, rngs=rngs)
+        self.k_proj = Linear(d, k * h, use_bias=use_bias, rngs=rngs)
+        self.v_proj = Linear(d, k * h, use_bias=use_bias, rngs=rngs)
+        self.o_proj = Linear(n * h, d, use_bias=output_bias, rngs=rngs)
+        self.head_dim, self.softcap = h, softcap
+        self.scale = h**-0.5 if scale is None else scale
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries (b, t, n, h), keys and values (b, t, k, h), not yet rotated."""
+        return self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+
+    def heads(self, x: jax.Array) -> jax.Array:
+        """Reshape (b, t, heads * h) to (b, t, heads, h)."""
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
+    ) -> tuple[jax.Array, Any]:
+        """Return the output (b, t, d) for x (b, t, d), and the new keys and values (b, k, t, h)."""
+        q, k, v = self.project(x)
+        q, k = rotate(q, inputs.cos_sin), rotate(k, inputs.cos_sin)
+        new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        mixed = attend(q, new, kv, inputs.masks, self.scale, self.softcap)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), new
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, *, use_bias: bool = False, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(d, f, use_bias=use_bias, rngs=rngs)
+        self.up_proj = Linear(d, f, use_bias=use_bias, rngs=rngs)
+        self.down_proj = Linear(f, d, use_bias=use_bias, rngs=rngs)
+        self.act = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """A layer with norms before attention and MLP, both given by the family."""
+
+    def __init__(self, config: DecoderConfig, attention: Any, mlp: Any, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.mlp = mlp
+
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
+    ) -> tuple[jax.Array, Any, Any]:
+        y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), new, None
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: Any, block: Callable, norm: Callable, *, rngs: nnx.Rngs):
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.vmap(lambda own: block(config, rngs=own))(
+            rngs.split(config.num_hidden_layers)
+        )
+        self.norm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+
+
+class CausalLM(nnx.Module):
+    """Embedding, layers, norm and output head.
+
+    `block(config, rngs=...)` makes one layer. Its call returns its output, its new keys and values,
+    and its `Routing` (None without experts).
+    """
+
+    def __init__(
+        self, config: DecoderConfig, block: Callable, norm: Callable = RMSNorm, *, rngs: nnx.Rngs
+    ):
+        self.config: Any = config  # the family's
+        self.model = Decoder(config, block, norm, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+
+    def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """Return the embeddings (b, t, d) of tokens (b, t)."""
+        return self.model.embed_tokens(tokens).astype(dtype)
+
+    def hidden(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
+        """Return the first two results of `hidden_and_routing`."""
+        return self.hidden_and_routing(tokens, **inputs)[:2]
+
+    def hidden_and_routing(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        lengths: jax.Array | None = None,
+        cache: Cache | None = None,
+        prefix: Virtual | None = None,
+        execution: Execution = PLAIN,
+    ) -> tuple[jax.Array, Cache | None, Routing | None]:
+        """Return final hidden states (b, t, d) of tokens (b, t); the cache with the tokens written,
+        if one is given; and the `Routing` of all layers, if there are experts.
+
+        With a `Prompt`, each text of the batch must begin with placeholders for it.
+
+        `lengths` (b, t), of the text that each token belongs to, choose the rotary frequencies of
+        dynamic and longrope. By default a text ends with its last token here. For a chunk of a
+        longer text give its final length: cached keys keep the frequencies they were rotated with.
+        """
+        config = self.config
+        if lengths is None and config.ropes_by_length:
+            lengths = text_lengths(positions, segment_ids)
+        x = put_in(self.embed(tokens, execution.dtype), positions, prefix)
+        positions = positions + first_position(prefix)
+        lengths = None if lengths is None else lengths + first_position(prefix)
+        own = by_layer(prefix)
+        kinds = sorted(set(config.layer_types))
+        windows = {FULL: None, SLIDING: config.sliding_window}
+        own_windows = [windows[kind] for kind in kinds]
+        prefix_masks = [own.visible(positions, window) for window in own_windows] if own else []
+        seen = mask_specs(execution.kernel, segment_ids, cache, own_windows, prefix_masks)
+        inputs_by_kind = [
+            AttentionInputs(
+                rope(positions, config.head_dim, config.rope_parameters[kind], lengths),
+                masks,
+                segment_ids != 0,
+            )
+            for kind, masks in zip(kinds, seen, strict=True)
+        ]
+        kind_of_layer = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
+        kv = KVContext(None if cache is None else (cache.keys, cache.values), own)
+
+        def block(x, layer, own):
+            kv, kind = own
+            inputs = inputs_by_kind[0]
+            if len(inputs_by_kind) > 1:
+                inputs = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *inputs_by_kind)
+            x, new, routing = layer(x, inputs, kv)
+            return x, (None if cache is None else new, routing)
+
+        x, (new, routing) = scan_layers(
+            block, self.model.layers, x, (kv, kind_of_layer), execution.remat
+        )
+        cache = None if cache is None else cache.write(new[0], new[1], segment_ids)
+        return self.model.norm(x), cache, routing
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return logits (..., vocab) of hidden states (..., d), in their dtype."""
+        return (
+            self.model.embed_tokens.attend(hidden)
+            if self.config.tie_word_embeddings
+            else self.lm_head(hidden)
+        )

@@ -1,0 +1,156 @@
+"""Grouped-query attention: masks, and attention over new tokens, a cache and a prefix.
+
+Shape letters: b batch, t time (queries), s source time (keys), d model, n heads, k kv heads, g = n
+/ k, h head size, p prefix length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.nn import kernels
+from lora_jax.nn.cache import Cache
+from lora_jax.nn.kernels import MaskSpec
+from lora_jax.nn.virtual import Prefix
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVContext:
+    """Keys and values that a layer attends to in addition to those of the new tokens."""
+
+    cached: tuple[jax.Array, jax.Array] | None = None  # keys and values (b, k, s, h)
+    prefix: Prefix | None = None  # the slice of this layer
+
+
+def attention_masks(
+    segment_ids: jax.Array, cache: Cache | None, window: int | None = None
+) -> tuple[jax.Array, ...]:
+    """Return causal masks: (b, t, t) among the new tokens and, with a cache, (b, t, s) for the
+    tokens before them.
+
+    A query sees the keys of its own segment up to itself and, with a `window`, only the last
+    `window` tokens (itself included). The tokens of a segment are adjacent, so distance in slots
+    is distance in positions.
+    """
+    time = jnp.arange(segment_ids.shape[1])
+
+    def visible(distance: jax.Array, key_segments: jax.Array) -> jax.Array:
+        near = distance >= 0
+        if window is not None:
+            near &= distance < window
+        return near[None] & (segment_ids[:, :, None] == key_segments[:, None, :])
+
+    new = visible(time[:, None] - time[None, :], segment_ids)
+    if cache is None:
+        return (new,)
+    slots = jnp.arange(cache.segment_ids.shape[1])
+    old = visible(cache.length + time[:, None] - slots[None, :], cache.segment_ids)
+    return new, old & (slots < cache.length)[None, None, :]
+
+
+def mask_specs(
+    kernel: str,
+    segment_ids: jax.Array,
+    cache: Cache | None = None,
+    windows: Sequence[int | None] = (None,),
+    prefix_masks: Sequence[jax.Array] = (),
+) -> list[Any]:
+    """Return the masks argument of `attention` for each of `windows`: a tuple of masks or, for a
+    fused kernel without cache and prefix, a `MaskSpec`. `prefix_masks` (b, t, p), one per window,
+    are the masks of a prefix.
+    """
+    if prefix_masks:
+        return [
+            (*attention_masks(segment_ids, cache, window), mask)
+            for window, mask in zip(windows, prefix_masks, strict=True)
+        ]
+    if kernel == "xla" or cache is not None:
+        return [attention_masks(segment_ids, cache, window) for window in windows]
+    kinds = range(len(windows))
+    return [MaskSpec(segment_ids, jnp.int32(i), kernel, tuple(windows)) for i in kinds]
+
+
+def apply_softcap(x: jax.Array, limit: float) -> jax.Array:
+    """limit * tanh(x / limit): about x where x is small, between -limit and limit everywhere."""
+    return limit * jnp.tanh(x / limit)
+
+
+def attention(
+    queries: jax.Array,
+    keys_values: list[tuple[jax.Array, jax.Array]],
+    masks: tuple[jax.Array, ...] | MaskSpec,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Grouped-query attention (arXiv 2305.13245) over one or more blocks of keys and values.
+
+    queries (b, t, n, h); each block is keys and values (b, k, s, h) with a mask (b, t, s). Returns
+    (b, t, n, h). Scores and softmax are in float32; `softcap` limits the scores (arXiv 2408.00118).
+    Only scores are concatenated over blocks, so that a cache is not copied.
+
+    With a `MaskSpec` in place of masks, a fused kernel computes it over one block.
+    """
+    if isinstance(masks, MaskSpec):
+        ((keys, values),) = keys_values
+        return kernels.attend(queries, keys, values, masks, scale, softcap)
+    b, t, n, h = queries.shape
+    kv_heads = keys_values[0][0].shape[1]
+    group = n // kv_heads
+    # One batched product over kv heads: (b, k, g * t, h) x (b, k, s, h).
+    grouped = (
+        queries.reshape(b, t, kv_heads, group, h)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(b, kv_heads, group * t, h)
+    )
+    scores = []
+    for (keys, _), mask in zip(keys_values, masks, strict=True):
+        block = jnp.einsum(
+            "bkqh,bksh->bkqs",
+            grouped,
+            keys.astype(queries.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        block = block.reshape(b, kv_heads, group, t, -1) * scale
+        block = block if softcap is None else apply_softcap(block, softcap)
+        scores.append(jnp.where(mask[:, None, None], block, -1e30))
+    probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
+    probabilities = probabilities.reshape(b, kv_heads, group * t, -1)
+    ends = np.cumsum([keys.shape[2] for keys, _ in keys_values])
+    mixed = sum(
+        jnp.einsum("bkqs,bksh->bkqh", part, values.astype(queries.dtype))
+        for part, (_, values) in zip(
+            jnp.split(probabilities, ends[:-1], axis=-1), keys_values, strict=True
+        )
+    )
+    mixed = jnp.asarray(mixed)
+    return mixed.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def attend(
+    queries: jax.Array,
+    new: tuple[jax.Array, jax.Array],
+    kv: KVContext,
+    masks: tuple[jax.Array, ...],
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`attention` over the `new` keys and values (b, k, t, h), the cache and the prefix of `kv`.
+
+    A prefix with a gate has a softmax of its own, and its result is added times tanh(gate) (arXiv
+    2303.16199).
+    """
+    blocks = [new] if kv.cached is None else [new, kv.cached]
+    prefix = kv.prefix
+    if prefix is None:
+        return attention(queries, blocks, masks, scale, softcap)
+    own = prefix.heads(queries.shape[0], queries.shape[-1])
+    if prefix.gate is None:
+        return attention(queries, [*blocks, own], masks, scale, softcap)
+    mixed = attention(queries, blocks, masks[:-1], scale, softcap)
+    gated = attention(queries, [own], masks[-1:], scale, softcap)
+    return mixed + jnp.tanh(prefix.gate).astype(mixed.dtype) * gated
