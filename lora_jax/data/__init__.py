@@ -50,6 +50,7 @@ from .sources import raise_first as raise_first
 from .sources import read as read
 from .sources import records as records
 from .sources import source_files as source_files
+from .stream import Blocks as Blocks
 from .stream import StreamLoader as StreamLoader
 from .templates import encode as encode
 from .templates import encode_all as encode_all

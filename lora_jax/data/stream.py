@@ -1,11 +1,12 @@
 """Training batches from a source that is read as needed, never entirely.
 
-    read(0) -> records -> blocks of `block_rows` -> encode -> pack and shuffle -> rows -> batches
+    read(0) -> records -> blocks -> encode -> pack and shuffle -> rows -> batches
 
-    loader = StreamLoader(read, encode, batch_size=8, max_length=512, block_rows=4096)
+    blocks = Blocks(read, encode, rows=4096)
+    loader = StreamLoader(blocks, batch_size=8, max_length=512)
     for step in range(100):
         batch = loader.batch(step)
-    later = StreamLoader(read, encode, batch_size=8, ..., state=loader.state)
+    later = StreamLoader(blocks, batch_size=8, max_length=512, state=loader.state)
     later.batch(100)  # bit for bit the next batch of `loader`
 
 Records are shuffled and packed only inside their block. A source that is sorted by topic needs
@@ -18,6 +19,7 @@ contents of a batch do not depend on the number of processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,18 +30,25 @@ from lora_jax.data.loader import Loader, batch_rows, stack
 from lora_jax.errors import UserError
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A source as blocks of examples, each shuffled and packed separately."""
+
+    read: Callable[[int], Iterator[Any]]  # (start): records from that index on, always the same
+    encode: Callable[[list[Any]], Sequence[Example]]  # examples, maybe fewer than records
+    rows: int = 4096  # records of a block; at most two blocks are in memory
+
+
 class StreamLoader:
     """Training batches in the order of their steps.
 
-    read(start): yields the records of the source from index `start` on, the same on every call
-    encode(records): returns their examples of at most `max_length` tokens, maybe fewer than records
-    block_rows: records that are shuffled and packed together; at most two blocks are in memory
+    blocks: of examples with at most `max_length` tokens
     state: of another loader with the same arguments, to continue from
 
     row_length: tokens per row, always `max_length`
 
     Raises:
-        UserError: a state that is damaged, or was made with another `block_rows`; on the first
+        UserError: a state that is damaged, or was made with blocks of another size; on the first
             batch, a state that does not fit the source; a source without records, or an epoch
             without an example.
         ValueError: sizes below 1; from `batch`, see `Loader`.
@@ -47,27 +56,24 @@ class StreamLoader:
 
     def __init__(
         self,
-        read: Callable[[int], Iterator[Any]],
-        encode: Callable[[list[Any]], Sequence[Example]],
+        blocks: Blocks,
         batch_size: int,
         max_length: int,
         packing: bool = True,
         shuffle: bool = True,
         seed: int = 0,
-        block_rows: int = 4096,
         state: Mapping[str, int] | None = None,
     ):
-        for name, size in (("batch_size", batch_size), ("block_rows", block_rows)):
+        for name, size in (("batch_size", batch_size), ("block_rows", blocks.rows)):
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
         self.batch_size = batch_size
         self.row_length = max_length
-        self._read, self._encode = read, encode
+        self._blocks = blocks
         self._options = (batch_size, max_length, packing, shuffle)
         self._seed = seed
-        self._block_rows = block_rows
         start = dict.fromkeys(_STATE, 0) if state is None else state
-        self._state = _checked(start, block_rows)
+        self._state = _checked(start, blocks.rows)
         self._rows = self._all_rows()
         self._last: tuple[dict[str, int], list[list[Example]]] | None = None
 
@@ -111,8 +117,8 @@ class StreamLoader:
     def _all_rows(self) -> Iterator[list[Example]]:
         """Yield rows from the state on, without end, and update the state."""
         _, block, offset, epoch, used = (self._state[name] for name in _STATE)
-        records = iter(self._read(offset))
-        found = False  # an example in this epoch
+        records = iter(self._blocks.read(offset))
+        found = False  # an example in this epoch; the block of a resumed state always has one
         while True:
             count, loader = self._next_block(records, block)
             if not (count or offset):
@@ -128,16 +134,16 @@ class StreamLoader:
                 self._state.update(block=block, offset=offset, epoch=epoch, row=row + 1)
                 yield loader.row(row)
             block, offset, used, found = block + 1, offset + count, 0, found or rows > 0
-            if count < self._block_rows:
+            if count < self._blocks.rows:
                 if not found:
                     raise UserError(f"none of the {offset} records of the source makes an example")
-                records = iter(self._read(0))
+                records = iter(self._blocks.read(0))
                 epoch, offset, found = epoch + 1, 0, False
 
     def _next_block(self, records: Iterator[Any], block: int) -> tuple[int, Loader | None]:
         """Return the number of records of the next block, and a loader of its rows, if any."""
-        chosen = list(islice(records, self._block_rows))
-        examples = self._encode(chosen) if chosen else ()
+        chosen = list(islice(records, self._blocks.rows))
+        examples = self._blocks.encode(chosen) if chosen else ()
         if not examples:
             return len(chosen), None
         seed = np.random.SeedSequence([self._seed, block]).generate_state(1, np.uint64)

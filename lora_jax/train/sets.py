@@ -453,13 +453,12 @@ def make_loader(
         source: str = train.stream
         read: Callable[[int], Iterator[data.Record]] = lambda start: data.records(source, start)  # noqa: E731
         console.print(f"{shape} x {settings.max_length} tokens, streamed from {source}")
-        return data.StreamLoader(
+        blocks = data.Blocks(
             read,
             lambda records: data.with_places(encoder.block(records), encoder.places),
-            *options,
-            block_rows=settings.stream_rows,
-            state=position,
+            settings.stream_rows,
         )
+        return data.StreamLoader(blocks, *options, state=position)
     loaders = {
         name: data.Loader(data.with_places(one.examples, encoder.places), *options)
         for name, one in train.sets.items()
