@@ -67,10 +67,10 @@ HARMLESS_ENDS = (
 )
 _SHOWN = 50  # keys named in one message
 _TIMES = (datetime.date, datetime.time, datetime.timedelta)
-_PREFERENCE = "this trains on one answer, and preference data have two or a label"
+_PREFERENCE = "a row has one answer to train on, but preference data have two, or a label"
 _MEDIA = "only text can be read"
 _ARGUMENT = "an argument of the chat template goes into 'chat_template_kwargs'"
-_WEIGHT = "a row has no weight of its own; give sources weights in data.train"
+_WEIGHT = "rows have no weights; give weights to sources in data.train"
 _REASONS = {
     **dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_weights"), _WEIGHT),
     **dict.fromkeys(("chosen", "rejected", "label", "kto_tag"), _PREFERENCE),
@@ -95,8 +95,8 @@ class UnknownKeys(BadRow):
         self,
         keys: Iterable[str],
         known: Collection[str] = (),
-        about: str = "keys not known",
-        remedy: str = "What is not used is left out by data.ignore_columns, a list of names",
+        about: str = "unknown keys",
+        remedy: str = "List keys to leave out in data.ignore_columns",
     ):
         self.keys, self.known = tuple(dict.fromkeys(keys)), known
         self.about, self.remedy = about, remedy
@@ -187,7 +187,7 @@ def check_read(row: Row, template: str | None) -> None:
     }
     if unread := sorted(key for key in given - known if not reads(template, key)):
         raise UnknownKeys(
-            unread, about="keys of messages that are not known, nor read by the chat template"
+            unread, about="keys of messages that are unknown and never read by the chat template"
         )
     options = row.chat_template_kwargs
     if unread := sorted(k for k, value in options.items() if value and not reads(template, k)):

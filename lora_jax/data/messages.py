@@ -122,7 +122,7 @@ def _set_train(checked: dict[str, Any], name: str) -> None:
             raise BadRow(f"{name}.train is {kind(value)}, not true or false")
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             given = kind(value) if isinstance(value, list | dict) else printable(repr(value))
-            raise BadRow(f"{name}.{key} is {given}: a turn is trained on (1) or not (0)")
+            raise BadRow(f"{name}.{key} is {given}: give 1 to train on the turn, or 0")
         if value and checked["role"] != "assistant":
             shown = "true" if isinstance(value, bool) else "1"
             raise BadRow(
@@ -155,7 +155,7 @@ def _joined(parts: list, name: str) -> str:
         found = [part.get("type"), part.get("text")] if isinstance(part, dict) else []
         if list(map(type, found)) != [str, str] or found[0] != "text":
             raise BadRow(
-                f'{name}[{index}] is no {{"type": "text", "text": ".."}}: only text can be read'
+                f'{name}[{index}] is not {{"type": "text", "text": ".."}}: only text can be read'
             )
     return "".join(part["text"] for part in parts)
 
@@ -237,7 +237,7 @@ def parse_json(value: str, name: str) -> Any:
     try:
         return text.parse_json(value)
     except text.BadJSON as error:
-        raise BadRow(f"{name} is a string that is no JSON: {printable(str(error))}") from error
+        raise BadRow(f"{name} is not valid JSON: {printable(str(error))}") from error
 
 
 def tools_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -249,7 +249,7 @@ def tools_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     key = "tools" if is_empty(given.get("functions")) else "functions"
     value = given.get(key, "")
     if key == "functions" and not is_empty(given.get("tools")):
-        raise BadRow("'tools' and 'functions' are both there: keep one")
+        raise BadRow("the row has both 'tools' and 'functions': keep one")
     if isinstance(value, str):
         value = parse_json(value, repr(key)) if value else None
     if value is None:

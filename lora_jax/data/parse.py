@@ -131,7 +131,7 @@ def parse_row(
     """
     first, *others = parse_rows(record, where, prompt, completion, ignore_columns)
     if others:
-        raise BadRow(f"{1 + len(others)} packed sequences, which are as many rows")
+        raise BadRow(f"a record of {1 + len(others)} packed sequences, where one row is expected")
     return first
 
 
@@ -262,7 +262,7 @@ def _turns(*pairs: Sequence[str]) -> list[dict[str, Any]]:
 def _text_row(given: Mapping[str, Any], where: str) -> TextRow:
     others = [key for key in _HALVES if key in given]
     if others:
-        raise BadRow(f"'text' next to {others[0]!r} could mean two things; {_needed(dict(given))}")
+        raise BadRow(f"'text' next to {others[0]!r} is ambiguous; {_needed(dict(given))}")
     text = given["text"]
     if not isinstance(text, str):
         raise BadRow(f"'text' is {kind(text)}, not a string")

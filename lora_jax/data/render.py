@@ -106,7 +106,7 @@ def check_kwargs(rendering: Rendering) -> None:
     if reserved := sorted(RESERVED & {*given}):
         raise UserError(
             f"data.chat_template_kwargs cannot hold {', '.join(map(repr, reserved))}: rows and "
-            "settings decide these; take it out"
+            "settings determine these; remove them"
         )
     chat_template = rendering.chat_template
     source = template_text(rendering.tokenizer, chat_template)
@@ -117,7 +117,7 @@ def check_kwargs(rendering: Rendering) -> None:
         raise UserError(
             f"data.chat_template_kwargs names {', '.join(map(repr, unread))}, and the chat "
             f"template of {own if chat_template is None else repr(chat_template)} "
-            "reads no such argument; take it out, or use another data.chat_template"
+            "never reads that; remove it, or use another data.chat_template"
         )
 
 

@@ -60,7 +60,7 @@ def token_rows(given: dict, where: str) -> tuple[TokenRow, ...]:
         loss_weights = np.asarray(weights, np.float32)
     wrong = np.flatnonzero(~(np.isfinite(loss_weights) & (loss_weights >= 0)))
     if wrong.size:
-        raise BadRow(f"{weights[wrong[0]]!r} in 'loss_weights' is not finite and at least 0")
+        raise BadRow(f"{weights[wrong[0]]!r} in 'loss_weights' must be finite and at least 0")
     spans = list(zip(starts, [*starts[1:], len(tokens)], strict=True))
     if not any(loss_weights[start + 1 : end].any() for start, end in spans):
         raise BadRow("no token after the first is supervised: nothing to learn from")
@@ -169,7 +169,7 @@ def _check_numbers(numbers: list[int], key: str) -> list[int]:
     runs = [there[i] for i in _changes(there)] if there else []
     if len(set(runs)) < len(runs):
         again = next(number for i, number in enumerate(runs) if number in runs[:i])
-        raise BadRow(f"{key!r} has the sequence {again} in several places")
+        raise BadRow(f"{key!r}: the tokens of sequence {again} are not contiguous")
     return numbers
 
 
@@ -178,8 +178,8 @@ def _zeros(positions: list[int]) -> list[int]:
         if position != 0 and (i == 0 or position != positions[i - 1] + 1):
             wanted = f"0 or {positions[i - 1] + 1}" if i else "0"
             raise BadRow(
-                f"'position_ids' has {position} where {wanted} comes next: positions that skip or "
-                "repeat cannot be kept"
+                f"'position_ids' has {position} where {wanted} comes next: gaps and repeats of "
+                "positions are not supported"
             )
     return [i for i, position in enumerate(positions) if position == 0] or [0]
 

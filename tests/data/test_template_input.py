@@ -157,7 +157,7 @@ def test_keys_of_messages_that_the_template_reads():
         encode_rows([*rows, *rows], Rendering(tokenizer), max_length=100)
     told = str(caught.value)
     assert told.count("\n") == 0 and told.count("'pose'") == 1 and "mood" not in told
-    assert told.startswith("f:1 and 3 more rows: keys of messages that are not known, nor read by")
+    assert told.startswith("f:1 and 3 more rows: keys of messages that are unknown and never")
     examples, counts = encode_rows(rows, Rendering(tokenizer), max_length=100, on_bad_row="drop")
     assert (len(examples), counts.bad) == (2, 2)
     ignored = row({"messages": [ASK, ANSWER | {"pose": 1}]}, ignore_columns=["pose"])
