@@ -180,14 +180,16 @@ class Encoder:
             check_vocabulary(examples, self.config.model, self.vocab_size)
 
     def options(self) -> dict[str, Any]:
-        """The arguments of `data.encode_all` and its like."""
+        """Arguments of `data.encode_rows`."""
         settings = self.config.data
         return {
-            "tokenizer": self.tokenizer,
-            "system_prompt": settings.system_prompt,
-            "chat_template": settings.chat_template,
-            "chat_template_kwargs": settings.chat_template_kwargs,
-            "template_date": settings.template_date,
+            "rendering": data.Rendering(
+                self.tokenizer,
+                system_prompt=settings.system_prompt,
+                chat_template=settings.chat_template,
+                chat_template_kwargs=settings.chat_template_kwargs,
+                template_date=settings.template_date,
+            ),
             "max_length": self.max_length,
             "too_long": settings.too_long,
             "on_bad_row": settings.on_bad_row,
@@ -432,13 +434,12 @@ def make_loader(
         source: str = train.stream
         read: Callable[[int], Iterator[data.Record]] = lambda start: data.records(source, start)  # noqa: E731
         console.print(f"{shape} x {settings.max_length} tokens, streamed from {source}")
-        return data.StreamLoader(
+        blocks = data.Blocks(
             read,
             lambda records: data.with_places(encoder.block(records), encoder.places),
-            *options,
-            block_rows=settings.stream_rows,
-            state=position,
+            settings.stream_rows,
         )
+        return data.StreamLoader(blocks, *options, state=position)
     loaders = {
         name: data.Loader(data.with_places(one.examples, encoder.places), *options)
         for name, one in train.sets.items()

@@ -69,8 +69,8 @@ def test_columns_by_name():
         ({"text": 3, "label": "x"}, "'text' is a number, not a string"),
         ({"text": "a", "label": 0.5}, "'label' is a number"),
         ({"text": "a\ud800", "label": "x"}, "not valid Unicode"),
-        ({"text": "a", "label": "x", "context": "b"}, "keys not known: 'context'"),
-        ({"text": "a", "label": "x", "weight": 2}, "'weight': a row has no weight of its own"),
+        ({"text": "a", "label": "x", "context": "b"}, "unknown keys: 'context'"),
+        ({"text": "a", "label": "x", "weight": 2}, "'weight': rows have no weights"),
     ],
 )
 def test_bad_records(record, message):

@@ -81,11 +81,11 @@ LINES = {
         ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, HELLO + HELLO),
         ({"instruction": "q", "output": "a", "text": "all of it"}, HELLO),
     ],
-    "`text`": [({"text": "t"}, TextRow("t", "f:1")), ({"text": "t", "prompt": "q"}, "two things")],
+    "`text`": [({"text": "t"}, TextRow("t", "f:1")), ({"text": "t", "prompt": "q"}, "ambiguous")],
     "`chosen`, `rejected`": [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "are a preference pair"),
         ({"chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]}, "are a preference pair"),
-        (chat(*HELLO, chosen=[], rejected=[ASK]), "'rejected': this trains on one answer"),
+        (chat(*HELLO, chosen=[], rejected=[ASK]), "'rejected': a row has one answer"),
     ],
     "`segments`": [({"segments": [{"label": True, "text": "t"}]}, "its keys: 'segments'")],
     "`system`": [
@@ -126,7 +126,7 @@ LINES = {
     ],
     "`functions`": [
         (PAIR | {"functions": [{"name": "f"}]}, Row(HELLO, "f:1", ({"name": "f"},))),
-        (PAIR | {"functions": [TOOL], "tools": [TOOL]}, "are both there"),
+        (PAIR | {"functions": [TOOL], "tools": [TOOL]}, "has both 'tools' and 'functions'"),
     ],
     "`chat_template_kwargs`": [
         (
@@ -135,7 +135,7 @@ LINES = {
         ),
         (PAIR | {"chat_template_kwargs": '{"x": 1}'}, Row(HELLO, "f:1", (), {"x": 1})),
         (PAIR | {"chat_template_kwargs": None}, Row(HELLO, "f:1")),
-        (PAIR | {"chat_template_kwargs": "x"}, "is a string that is no JSON"),
+        (PAIR | {"chat_template_kwargs": "x"}, "is not valid JSON"),
         (PAIR | {"chat_template_kwargs": [1]}, "is a list, not an object"),
         (PAIR | {"chat_template_kwargs": {"tools": []}}, "cannot hold 'tools'"),
     ],
@@ -148,13 +148,13 @@ LINES = {
     ],
     "`parallel_tool_calls`": [(PAIR | {"parallel_tool_calls": False}, HELLO)],
     "`weight`, `sample_weight`": [
-        (PAIR | {"weight": 0.5}, "'weight': a row has no weight of its own"),
-        (PAIR | {"sample_weight": 0}, "'sample_weight': a row has no weight of its own"),
-        ({"text": "t", "weight": 2}, "'weight': a row has no weight of its own"),
+        (PAIR | {"weight": 0.5}, "'weight': rows have no weights"),
+        (PAIR | {"sample_weight": 0}, "'sample_weight': rows have no weights"),
+        ({"text": "t", "weight": 2}, "'weight': rows have no weights"),
         (PAIR | {"weight": None}, HELLO),
     ],
     "`label`": [
-        (PAIR | {"label": False}, "'label': this trains on one answer"),
+        (PAIR | {"label": False}, "'label': a row has one answer"),
         ({"text": "t", "label": 1}, TextRow("t", "f:1")),
     ],
     "`images`, `audio`, `videos`": [
@@ -176,15 +176,15 @@ LINES = {
         (turn(when=DATE), HELLO),
     ],
     "any other key": [
-        (PAIR | {"persona": "p", "id": 1, "mask": [1]}, "keys not known: 'persona', 'mask'."),
-        (PAIR | {"instruction": "Be brief."}, "keys not known: 'instruction'"),
-        (PAIR | {"context": "c"}, "keys not known: 'context'"),
+        (PAIR | {"persona": "p", "id": 1, "mask": [1]}, "unknown keys: 'persona', 'mask'."),
+        (PAIR | {"instruction": "Be brief."}, "unknown keys: 'instruction'"),
+        (PAIR | {"context": "c"}, "unknown keys: 'context'"),
         (PAIR | {"sytem": "s"}, "Did you mean 'system'?"),
-        (PAIR | {"train": False}, "keys not known: 'train'"),
-        (PAIR | {"persona": b"p"}, "keys not known: 'persona'"),
-        (PAIR | {"seq_lengths": [1]}, "keys not known: 'seq_lengths'"),
-        (tokens(pixel_values=[1.0]), "keys not known: 'pixel_values'"),
-        ({"text": "t", "train_on_inputs": True}, "keys not known: 'train_on_inputs'"),
+        (PAIR | {"train": False}, "unknown keys: 'train'"),
+        (PAIR | {"persona": b"p"}, "unknown keys: 'persona'"),
+        (PAIR | {"seq_lengths": [1]}, "unknown keys: 'seq_lengths'"),
+        (tokens(pixel_values=[1.0]), "unknown keys: 'pixel_values'"),
+        ({"text": "t", "train_on_inputs": True}, "unknown keys: 'train_on_inputs'"),
         (PAIR | {"persona": "", "traits": [], "extra": {}, "more": None}, HELLO),
     ],
     "`role`": [
@@ -204,7 +204,10 @@ LINES = {
             shared(("human", "q"), ("function_call", json.dumps(CALL)), ("tool", "1")),
             (ASK, ANSWER | {"content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "1"}),
         ),
-        (shared(("human", "q"), ("function_call", "f(1)")), "value is a string that is no JSON"),
+        (
+            shared(("human", "q"), ("function_call", "f(1)")),
+            "value is not valid JSON",
+        ),
         (shared(("human", "q"), ("bot", "a")), "from is 'bot', not one of"),
     ],
     "`content`": [
@@ -284,7 +287,10 @@ LINES = {
             (called(name="f", arguments=none), (ASK, called(name="f", arguments={})["messages"][1]))
             for none in ("", None, "{}")
         ),
-        (called(name="f", arguments="x=1"), "tool_calls[0].arguments is a string that is no JSON"),
+        (
+            called(name="f", arguments="x=1"),
+            "tool_calls[0].arguments is not valid JSON",
+        ),
         (called(name="f", arguments="[1]"), "tool_calls[0].arguments is a list, not an object"),
         (called(name="f", arguments=3), "tool_calls[0].arguments is a number, not an object"),
     ],
@@ -296,8 +302,8 @@ LINES = {
                 called(id="1", type="function", name="f", arguments={}, index=0)["messages"][1],
             ),
         ),
-        (called(name="f", parameters={"x": 1}), "has 'parameters', not known of a call"),
-        (called(type="tool_use", name="f", input={"x": 1}), "has 'input', not known of a call"),
+        (called(name="f", parameters={"x": 1}), "has 'parameters', not known in a call"),
+        (called(type="tool_use", name="f", input={"x": 1}), "has 'input', not known in a call"),
         (called(function={"name": "f", "arguments": {}}, weight=0), "has 'weight', not known"),
     ],
     "`function_call`": [
@@ -346,11 +352,17 @@ LINES = {
         (tokens(attention_mask=[[SQUARE.tolist()]]), CUT),
         (tokens(attention_mask=(SQUARE > 0).tolist()), CUT),
         (tokens(attention_mask=np.tril(np.ones((5, 5))).tolist()), WHOLE),
-        (tokens(attention_mask=np.ones((5, 5)).tolist()), "is no causal mask of 5 x 5"),
-        (tokens(attention_mask=(np.tril(SQUARE) - np.eye(5)).tolist()), "is no causal mask"),
-        (tokens(attention_mask=[[1] * 5]), "of shape [1, 5] is no causal mask"),
-        (tokens(attention_mask=[[1], [1, 1]]), "is no causal mask"),
-        (tokens(attention_mask=[1, 2, 1, 1, 1]), "has the sequence 1 in several places"),
+        (
+            tokens(attention_mask=np.ones((5, 5)).tolist()),
+            "not a block-diagonal causal mask of 5",
+        ),
+        (
+            tokens(attention_mask=(np.tril(SQUARE) - np.eye(5)).tolist()),
+            "is not a block-diagonal",
+        ),
+        (tokens(attention_mask=[[1] * 5]), "of shape [1, 5] is not a block-diagonal causal mask"),
+        (tokens(attention_mask=[[1], [1, 1]]), "is not a block-diagonal"),
+        (tokens(attention_mask=[1, 2, 1, 1, 1]), "the tokens of sequence 1 are not contiguous"),
         (tokens(attention_mask=[1, 1, 1, 1, -1]), "attention_mask[4] is below 0"),
     ],
     "`position_ids`": [
@@ -378,17 +390,17 @@ LINES = {
         (tokens(segment_ids=[1, 1, 2, 2, 0]), split(2, 2)),
         (tokens(seq_idx=[0, 0, 0, 1, 1]), CUT),
         (tokens(document_ids=[7, 7, 7, 3, 3]), CUT),
-        (tokens(doc_ids=[0, 0, 1, 0, 0]), "in several places"),
+        (tokens(doc_ids=[0, 0, 1, 0, 0]), "not contiguous"),
         (tokens(segment_ids=[2, 2, 1, 0, 1]), "token 3 is padding in the middle"),
     ],
     "any other list of numbers": [
         (tokens(document_id=[0, 0, 0, 1, 1]), "'document_id'. Did you mean 'document_ids'?"),
-        (tokens(length=[3, 2], index=np.asarray([0, 1])), "keys not known: 'length', 'index'"),
+        (tokens(length=[3, 2], index=np.asarray([0, 1])), "unknown keys: 'length', 'index'"),
         (tokens(length=5, source_id=["a", "b"]), WHOLE),
     ],
     "`token_type_ids`": [
         (tokens(token_type_ids=[0] * 5), WHOLE),
-        (tokens(token_type_ids=[0, 0, 0, 1, 1]), "'token_type_ids' is not 0 throughout"),
+        (tokens(token_type_ids=[0, 0, 0, 1, 1]), "'token_type_ids' is not 0 everywhere"),
     ],
     "`special_tokens_mask`, `max_length_q`": [
         (tokens(special_tokens_mask=[1, 0, 0, 0, 0], offset_mapping=[[0, 1]], max_seqlen=3), WHOLE)
@@ -445,7 +457,7 @@ def test_arguments_of_the_template_have_their_own_place():
 @pytest.mark.parametrize("value", [False, 0])
 def test_keys_of_messages_that_say_no_are_no_absent_keys(value):
     (row,) = parse_rows(turn(trainable=value), "f:1")
-    with pytest.raises(BadRow, match="nor read by the chat template: 'trainable'"):
+    with pytest.raises(BadRow, match="never read by the chat template: 'trainable'"):
         keys.check_read(row, "{{ messages }}")
     keys.check_read(row, "{{ messages[0].trainable }}")
 

@@ -185,7 +185,10 @@ def test_tokens(extra, tokens, weights):
         ({"messages": [ASK | {"train": True}, ANSWER]}, "train is true on a 'user' turn"),
         ({"prompt": "\ud800", "completion": "a"}, "the unpaired surrogate \\ud800"),
         ({"messages": [ASK | {"x": ["\udfff"]}, ANSWER]}, "the unpaired surrogate \\udfff"),
-        ({"messages": [ASK | {"x": b""}, ANSWER]}, "holds what JSON has not: Object of type bytes"),
+        (
+            {"messages": [ASK | {"x": b""}, ANSWER]},
+            "value outside JSON: Object of type bytes",
+        ),
         ({"conversations": "hi"}, "'conversations' is a string, not a list"),
         ({"conversations": [{"from": 3, "value": "x"}]}, "conversations[0].from is a number"),
         (
@@ -202,30 +205,36 @@ def test_tokens(extra, tokens, weights):
         ({"instruction": "q", "input": [], "output": "a"}, "'input' is a list, not a string"),
         ({"instruction": "q"}, "'instruction' and 'output'"),
         ({"instruction": "q", "output": "a", "history": "x"}, "'history' is a string"),
-        ({"instruction": "q", "output": "a", "history": [["x"]]}, "history[0] is no list of a"),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, "history[0] is not a list of a"),
         (PAIR | {"system": 3}, "'system' is a number, not a string"),
         (PAIR | {"tools": {}}, "'tools' is an object, not a list of JSON schemas"),
         (PAIR | {"tools": ["f"]}, "tools[0] is a string, not an object"),
-        (PAIR | {"tools": "{"}, "'tools' is a string that is no JSON: Expecting property name"),
-        (PAIR | {"tools": "[" * 100_000}, "'tools' is a string that is no JSON: nested too deeply"),
+        (
+            PAIR | {"tools": "{"},
+            "'tools' is not valid JSON: Expecting property name",
+        ),
+        (
+            PAIR | {"tools": "[" * 100_000},
+            "'tools' is not valid JSON: nested too deeply",
+        ),
         (PAIR | {"tools": [{"x": "\ud800"}]}, "the unpaired surrogate \\ud800"),
         ({"text": 3}, "'text' is a number, not a string"),
         ({"text": " \n"}, "'text' is empty"),
         ({"text": "\ud800"}, "the unpaired surrogate \\ud800"),
         (
             {"text": "t", "prompt": "p"},
-            "'text' next to 'prompt' could mean two things; a row needs",
+            "'text' next to 'prompt' is ambiguous; a row needs",
         ),
         (
             {"text": "t", "output": "p"},
-            "'text' next to 'output' could mean two things; a row needs",
+            "'text' next to 'output' is ambiguous; a row needs",
         ),
         ({"input_ids": "5 6"}, "'input_ids' is a string, not a list of numbers"),
         ({"input_ids": []}, "'input_ids' is empty"),
         ({"input_ids": [5, -1]}, "input_ids[1] is not between 0 and 2147483647"),
         ({"input_ids": [5, 2**31]}, "input_ids[1] is not between 0 and 2147483647"),
         ({"input_ids": [5, True]}, "input_ids[1] is a boolean, not an integer"),
-        ({"input_ids": [5, 6.0]}, "input_ids[1] is no whole number, not an integer"),
+        ({"input_ids": [5, 6.0]}, "input_ids[1] is a float, not an integer"),
         ({"input_ids": [5, None]}, "input_ids[1] is null, not an integer"),
         ({"input_ids": [[5], [6]]}, "input_ids[0] is a list, not an integer"),
         ({"input_ids": [5]}, "no token after the first is supervised"),
@@ -236,10 +245,10 @@ def test_tokens(extra, tokens, weights):
         ({"input_ids": [5, 6], "labels": [5, 6], "loss_weights": [1, 1]}, "'loss_weights' and"),
         ({"input_ids": [5, 6], "loss_weights": [0, 0]}, "no token after the first is supervised"),
         ({"input_ids": [5, 6], "loss_weights": [0, 1e-60]}, "no token after the first"),
-        ({"input_ids": [5, 6], "loss_weights": [1, math.nan]}, "nan in 'loss_weights' is not"),
-        ({"input_ids": [5, 6], "loss_weights": [1, math.inf]}, "inf in 'loss_weights' is not"),
-        ({"input_ids": [5, 6], "loss_weights": [1, 1e39]}, "1e+39 in 'loss_weights' is not"),
-        ({"input_ids": [5, 6], "loss_weights": [1, -0.5]}, "-0.5 in 'loss_weights' is not"),
+        ({"input_ids": [5, 6], "loss_weights": [1, math.nan]}, "nan in 'loss_weights' must be"),
+        ({"input_ids": [5, 6], "loss_weights": [1, math.inf]}, "inf in 'loss_weights' must be"),
+        ({"input_ids": [5, 6], "loss_weights": [1, 1e39]}, "1e+39 in 'loss_weights' must be"),
+        ({"input_ids": [5, 6], "loss_weights": [1, -0.5]}, "-0.5 in 'loss_weights' must be"),
         ({"input_ids": [5, 6], "loss_weights": [1, 10**400]}, "is too large"),
         ({"input_ids": [5, 6], "loss_weights": [1, True]}, "loss_weights[1] is a boolean"),
         ({"input_ids": [5, 6], "loss_weights": [1]}, "'loss_weights' has 1 elements"),
@@ -326,7 +335,7 @@ def test_values_that_are_no_strings_stand_as_json(value, text):
             "data.prompt='question' is a column's name: write {question}",
         ),
         ({"x": math.nan}, {"prompt": "{x}", "completion": "c"}, "column 'x' cannot be written"),
-        ({"x": b"b"}, {"prompt": "{x}", "completion": "c"}, "bytes is no JSON type"),
+        ({"x": b"b"}, {"prompt": "{x}", "completion": "c"}, "bytes is not a JSON type"),
         ({"x": None}, {"prompt": "p", "completion": "{x}"}, "column 'x' of data.completion is nul"),
         ({"x": "\ud800"}, {"prompt": "{x}", "completion": "c"}, "the unpaired surrogate"),
         (3, {"prompt": "{x}", "completion": "c"}, "a row must be an object"),
@@ -340,7 +349,7 @@ def test_rows_that_do_not_fit_the_named_columns(record, templates, message):
     "template", ["{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:}", "{a", "a}", "{a{b}}", "}{"]
 )
 def test_templates_with_other_braces(template):
-    with pytest.raises(UserError, match=r"data\.prompt='.*no \{column\}.*written \{\{ or \}\}"):
+    with pytest.raises(UserError, match=r"data\.prompt='.*not a \{column\}.*brace as \{\{ or \}\}"):
         columns(template, "data.prompt")
     with pytest.raises(UserError, match=r"data\.completion="):
         parse_row({"a": "b", "prompt": "q"}, "f:1", completion=template)

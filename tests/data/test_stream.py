@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data import Example, StreamLoader
+from lora_jax.data import Blocks, Example, StreamLoader
 from lora_jax.errors import UserError
 
 LENGTH = 24
@@ -42,15 +42,8 @@ def encoder(every: int = 1, first: int = 0):
 
 
 def make(count, batch_size=3, block_rows=7, every=1, first=0, state=None, **options):
-    return StreamLoader(
-        reader(count),
-        encoder(every, first),
-        batch_size,
-        LENGTH,
-        block_rows=block_rows,
-        state=state,
-        **options,
-    )
+    blocks = Blocks(reader(count), encoder(every, first), block_rows)
+    return StreamLoader(blocks, batch_size, LENGTH, state=state, **options)
 
 
 def numbers(batch) -> list[int]:
@@ -175,7 +168,7 @@ def test_rows_of_the_last_batch_may_be_asked_for_again():
 def test_only_one_step_after_the_other():
     loader = make(50)
     with pytest.raises(
-        ValueError, match="batch 1 of a stream was asked for, and the next one is 0"
+        ValueError, match="batch 1 of a stream was requested, but the next one is 0"
     ):
         loader.batch(1)
     loader.batch(0)
@@ -213,7 +206,7 @@ def test_never_more_than_two_blocks_in_memory():
         most[1] = max(most[1], len(examples))
         return made
 
-    loader = StreamLoader(watched, encode, 4, LENGTH, block_rows=50)
+    loader = StreamLoader(Blocks(watched, encode, 50), 4, LENGTH)
     assert read == 0
     seen = 0
     for step in range(250):
@@ -236,7 +229,7 @@ def test_a_failed_read_uses_nothing_up():
                 raise OSError("connection lost")
             yield Record(number)
 
-    loader = StreamLoader(read, encoder(), 3, LENGTH, block_rows=7)
+    loader = StreamLoader(Blocks(read, encoder(), 7), 3, LENGTH)
     for step, batch in enumerate(expected):
         while True:
             state = loader.state
@@ -266,7 +259,7 @@ def test_an_epoch_that_has_no_example_any_more_ends_with_an_error():
         assert len(reads) < 5, "reads without end"
         return iter([Record(0 if len(reads) < 3 else 1)])
 
-    loader = StreamLoader(read, encoder(every=2), 1, LENGTH)
+    loader = StreamLoader(Blocks(read, encoder(every=2)), 1, LENGTH)
     assert [numbers(loader.batch(step)) for step in range(2)] == [[0], [0]]
     with pytest.raises(UserError, match="none of the 1 records of the source makes an example"):
         loader.batch(2)
@@ -306,7 +299,7 @@ def test_a_source_that_loses_its_records_is_reported():
 )
 def test_a_damaged_state_is_refused(change):
     state = {} if change is None else make(5).state | change
-    with pytest.raises(UserError, match="the state of the data is damaged: .* must hold whole num"):
+    with pytest.raises(UserError, match="the state of the data is damaged: .* must have whole num"):
         make(5, state=state)
 
 
@@ -325,6 +318,6 @@ def test_what_cannot_be_streamed():
     with pytest.raises(ValueError, match="block_rows=0 must be at least 1"):
         make(5, block_rows=0)
     long = Example(np.ones(60, np.int32), np.ones(60, np.float32), "f:1")
-    loader = StreamLoader(reader(5), lambda records: [long], 2, LENGTH)
+    loader = StreamLoader(Blocks(reader(5), lambda records: [long]), 2, LENGTH)
     with pytest.raises(ValueError, match="an example has 60 tokens, more than max_length=24"):
         loader.batch(0)

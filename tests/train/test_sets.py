@@ -449,7 +449,7 @@ def test_unknown_keys_are_told_once_for_all_rows(read, tmp_path):
             found = read(f"data.train={source}", *more)
             found.encoder.block(list(data.records(source)))
         told, other = str(caught.value).splitlines()
-        assert told.startswith("rows.jsonl:1 and 2 more rows: keys not known: 'persona', 'mood'.")
+        assert told.startswith("rows.jsonl:1 and 2 more rows: unknown keys: 'persona', 'mood'.")
         assert "data.ignore_columns" in told and "'id'" not in told
         assert other == "rows.jsonl:5: 'prompt' is a number, not a string"
     dropped = read(f"data.train={source}", "data.on_bad_row=drop")
