@@ -109,6 +109,12 @@ def quantize(w: Any, scheme: str) -> QuantizedWeight:
 
     Raises:
         UserError: `scheme` is not one of SCHEMES.
+
+    Example:
+        >>> from lora_jax.quantize import dequantize, quantize
+        >>> w = jnp.linspace(-1, 1, 128).reshape(64, 2)
+        >>> bool(abs(dequantize(quantize(w, "int8")) - w).max() < 0.005)
+        True
     """
     check_scheme(scheme)
     w = jnp.asarray(w)

@@ -59,6 +59,12 @@ def init(
     Raises:
         UserError: what `lora_jax.targets.find_trainable` refuses; an init that would take its part
             out of a quantised weight; one without the data, the model or the scheme that it needs.
+
+    Example:
+        >>> tree = {"proj": {"kernel": jnp.ones((4, 3))}}
+        >>> params, adapters = lora.init(jax.random.key(0), tree, AdapterConfig(rank=2))
+        >>> jax.tree.map(jnp.shape, adapters)
+        {'proj': {'lora_a': (4, 2), 'lora_b': (2, 3)}}
     """
     check_parameters(params, "init takes a key, params and a config, in this order")
     found = find_trainable(params, config)
@@ -124,6 +130,10 @@ def shapes(params: Mapping, config: AdapterConfig) -> dict:
 
     Raises:
         UserError: as `find_trainable`.
+
+    Example:
+        >>> lora.shapes({"proj": {"kernel": jnp.ones((4, 3))}}, AdapterConfig(rank=2))["proj"]["lora_a"]
+        ShapeDtypeStruct(shape=(4, 2), dtype=float32)
     """
     leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Absent) else leaf
@@ -169,6 +179,11 @@ def bind(
 
     Raises:
         UserError: adapters whose paths or shapes are not those that `config` gives for `params`.
+
+    Example:
+        >>> bound = lora.bind(params, adapters, config)
+        >>> type(bound["proj"]["kernel"]).__name__
+        'LoraWeight'
     """
     _check_order(params, adapters, config)
     expected = shapes(params, config)
@@ -215,6 +230,11 @@ def merge(bound: Mapping) -> dict:
 
     Raises:
         UserError: adapters, or no tree.
+
+    Example:
+        >>> merged = lora.merge(lora.bind(params, adapters, config))  # lora_b starts at zero
+        >>> bool((merged["proj"]["kernel"] == params["proj"]["kernel"]).all())
+        True
     """
     call = "merge takes a bound tree, lora.merge(lora.bind(params, adapters, config))"
     check_parameters(bound, call)

@@ -60,7 +60,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(content: Mapping, overrides: Sequence[str] = (), source: str = "config") -> Config:
-    """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win)."""
+    """A checked `Config` from a mapping and `key.sub=value` overrides (later ones win).
+
+    Example:
+        >>> from lora_jax.config import parse
+        >>> parse({"model": "org/name", "train": {"steps": 5}}, ["adapter.rank=4"]).adapter.rank
+        4
+    """
     problems: list[str] = []
     given = dict(_settings(content, Config, "", source, problems))
     for override in overrides:

@@ -79,6 +79,12 @@ def read(
         UserError: nothing readable there; a file without records, or damaged; malformed `prompt` or
             `completion`; bad records, or under "drop" nothing else: the first ten, each beginning
             with its file and line, and the number of the others.
+
+    Example:
+        >>> from lora_jax import data
+        >>> row = data.read(rows).rows[0]  # the path of a .jsonl file
+        >>> [message["role"] for message in row.messages]
+        ['user', 'assistant']
     """
     for setting, template in (("data.prompt", prompt), ("data.completion", completion)):
         if template is not None:

@@ -107,6 +107,13 @@ def encode(
 
     Raises:
         UserError: as `encode_all`.
+
+    Example:
+        >>> from lora_jax import data
+        >>> row = data.parse_row({"prompt": "one", "completion": "eins"}, "row")
+        >>> example = data.encode(row, tokenizer, max_length=64)
+        >>> tokenizer.decode(example.tokens[example.loss_weights > 0])  # what the loss covers
+        'eins<|im_end|>'
     """
     examples, _ = encode_rows(
         [row],

@@ -50,6 +50,11 @@ def describe(
     Raises:
         UserError: a config.json that cannot be read or is not supported; an adapter in the same
             directory; files that cannot be read.
+
+    Example:
+        >>> model = formats.describe(directory)
+        >>> type(model.params["model"]["norm"]["scale"]).__name__
+        'ShapeDtypeStruct'
     """
     directory = expand(directory)
     content = read_json(directory / "config.json")
@@ -88,6 +93,12 @@ def load(
     Raises:
         UserError: the model cannot be found, is not supported, or its files do not hold what
             config.json describes, or weights that are not finite.
+
+    Example:
+        >>> model = formats.load(directory)
+        >>> logits = model.apply(model.params, np.array([[1, 2, 3]]))
+        >>> logits.shape == (1, 3, model.config.vocab_size)
+        True
     """
     directory = resolve(str(spec))
     model = describe(directory, ignore, labels)

@@ -179,6 +179,13 @@ def make_generate(model: Model, compute_dtype: Any = jnp.float32) -> Callable[..
     Raises:
         UserError: as `check_prompts`; max_new_tokens below 1; prompt and answer together longer
             than learned positions reach.
+
+    Example:
+        >>> from lora_jax.generate import make_generate
+        >>> generate = make_generate(model)
+        >>> answers = generate(model.params, [[1, 2, 3]], max_new_tokens=4, stop_tokens=())
+        >>> [len(answer) for answer in answers]
+        [4]
     """
     start, go_on = _make_decode(model, compute_dtype)
 
