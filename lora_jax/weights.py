@@ -328,7 +328,8 @@ def materialize(w: Weight) -> Any:
 
     Example:
         >>> from lora_jax.weights import LoraWeight, materialize
-        >>> materialize(LoraWeight(base=jnp.eye(2), a=jnp.ones((2, 1)), b=jnp.ones((1, 2)))).tolist()
+        >>> w = LoraWeight(base=jnp.eye(2), a=jnp.ones((2, 1)), b=jnp.ones((1, 2)))
+        >>> materialize(w).tolist()
         [[2.0, 1.0], [1.0, 2.0]]
     """
     if isinstance(w, Untied):

@@ -132,7 +132,7 @@ def shapes(params: Mapping, config: AdapterConfig) -> dict:
         UserError: as `find_trainable`.
 
     Example:
-        >>> lora.shapes({"proj": {"kernel": jnp.ones((4, 3))}}, AdapterConfig(rank=2))["proj"]["lora_a"]
+        >>> lora.shapes(params, AdapterConfig(rank=2))["proj"]["lora_a"]
         ShapeDtypeStruct(shape=(4, 2), dtype=float32)
     """
     leaves = {
