@@ -4,6 +4,9 @@ import re
 import shutil
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 HERE = Path(__file__).parent
 # Sphinx reads pages below this directory only. The notebooks are shown as they are stored.
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
@@ -20,6 +23,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "text"  # indented blocks are output and error texts
 
+html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
 html_theme_options = {
     "show_toc_level": 2,
@@ -51,5 +55,13 @@ def escape(app, what, name, obj, options, lines):
             lines[index] = "".join(parts)
 
 
+def write_math(self, node):
+    """Write a formula as MathML, which browsers draw without a script from elsewhere."""
+    formula = tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+    self.body.append(formula if isinstance(node, nodes.math) else f"<p>{formula}</p>")
+    raise nodes.SkipNode
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", escape, priority=900)
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))

@@ -150,7 +150,7 @@ def test_links_of_the_readme_lead_to_pages_and_headings():
 
 def test_the_api_pages_name_what_exists_and_describes_itself():
     pages = "".join(file.read_text() for file in (ROOT / "docs" / "api").glob("*.md"))
-    names = re.findall(r"^\.\. auto\w+:: lora_jax\.(\S+)$", pages, re.M)
+    names = re.findall(r"^\.\. (?:auto|py:)\w+:: lora_jax\.([\w.]+)", pages, re.M)
     assert len(names) > 50 and len(names) == len(set(names))
     for name in names:
         found, *rest = importlib.import_module("lora_jax"), *name.split(".")
