@@ -126,6 +126,12 @@ def linear(x: jax.Array, w: Weight) -> jax.Array:
 
     Leading axes are flattened first: one contraction over one row axis is what every backend does
     best.
+
+    Example:
+        >>> from lora_jax.weights import LoraWeight, linear
+        >>> w = LoraWeight(base=jnp.eye(2), a=jnp.ones((2, 1)), b=jnp.full((1, 2), 0.5))
+        >>> linear(jnp.array([[1.0, 2.0]]), w).tolist()  # x @ W + (x @ a) @ b
+        [[2.5, 3.5]]
     """
     rows = x.reshape(-1, x.shape[-1])
     return _matmul(rows, w).reshape(*x.shape[:-1], w.shape[-1])
@@ -319,6 +325,12 @@ def materialize(w: Weight) -> Any:
     of an `Untied`, both its arrays.
 
     Entries that the update does not move keep their bits, the sign of zero included.
+
+    Example:
+        >>> from lora_jax.weights import LoraWeight, materialize
+        >>> w = LoraWeight(base=jnp.eye(2), a=jnp.ones((2, 1)), b=jnp.ones((1, 2)))
+        >>> materialize(w).tolist()
+        [[2.0, 1.0], [1.0, 2.0]]
     """
     if isinstance(w, Untied):
         return Untied(materialize(w.embed), materialize(w.head))

@@ -30,7 +30,8 @@ def version_of(python):
 def test_every_dependency_has_a_version_in_its_range(python):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = pinned(python)
-    for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["test"], *extras["docs"]]:
         wanted = Requirement(text)
         version = versions[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(version), f"{text}, constraints.txt: {version}"

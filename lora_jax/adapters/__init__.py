@@ -59,6 +59,12 @@ def init(
     Raises:
         UserError: what `lora_jax.targets.find_trainable` refuses; an init that would take its part
             out of a quantised weight; one without the data, the model or the scheme that it needs.
+
+    Example:
+        >>> tree = {"proj": {"kernel": jnp.ones((4, 3))}}
+        >>> params, adapters = lora.init(jax.random.key(0), tree, AdapterConfig(rank=2))
+        >>> jax.tree.map(jnp.shape, adapters)
+        {'proj': {'lora_a': (4, 2), 'lora_b': (2, 3)}}
     """
     check_parameters(params, "init takes a key, params and a config, in this order")
     found = as_trainable(params, config)
@@ -127,6 +133,10 @@ def shapes(params: Mapping, config: AdapterConfig | Trainable) -> dict:
 
     Raises:
         UserError: as `find_trainable`.
+
+    Example:
+        >>> lora.shapes(params, AdapterConfig(rank=2))["proj"]["lora_a"]
+        ShapeDtypeStruct(shape=(4, 2), dtype=float32)
     """
     return as_trainable(params, config).shapes
 
@@ -171,6 +181,11 @@ def bind(
 
     Raises:
         UserError: adapters whose paths or shapes are not those that `config` gives for `params`.
+
+    Example:
+        >>> bound = lora.bind(params, adapters, config)
+        >>> type(bound["proj"]["kernel"]).__name__
+        'LoraWeight'
     """
     _check_order(params, adapters, config)
     found = as_trainable(params, config)
@@ -217,6 +232,11 @@ def merge(bound: Mapping) -> dict:
 
     Raises:
         UserError: adapters, or no tree.
+
+    Example:
+        >>> merged = lora.merge(lora.bind(params, adapters, config))  # lora_b starts at zero
+        >>> bool((merged["proj"]["kernel"] == params["proj"]["kernel"]).all())
+        True
     """
     call = "merge takes a bound tree, lora.merge(lora.bind(params, adapters, config))"
     check_parameters(bound, call)

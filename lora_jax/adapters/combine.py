@@ -96,6 +96,12 @@ def combine(
         UserError: settings that do not go together or are out of range, a rank that no module can
             use, an exact sum of DoRA, tokens that train where an embedding does too, adapters that
             do not fit their config.
+
+    Example:
+        >>> from lora_jax.adapters.combine import Part, combine
+        >>> made = combine(params, [Part(adapters, config, 0.7), Part(adapters, config, -0.3)])
+        >>> made.config.rank, made.error < 1e-6  # ranks add up to the smaller side of the weight
+        (3, True)
     """
     made = plan(params, parts, method, rank=rank, density=density, seed=seed)
     return carry_out(made, read or reader(params))

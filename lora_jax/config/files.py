@@ -64,6 +64,11 @@ def parse(content: Mapping, overrides: Sequence[str] = (), source: str = "config
 
     Raises:
         UserError: as `load`.
+
+    Example:
+        >>> from lora_jax.config import parse
+        >>> parse({"model": "org/name", "train": {"steps": 5}}, ["adapter.rank=4"]).adapter.rank
+        4
     """
     problems: list[str] = []
     given = dict(_settings(content, Config, "", source, problems))

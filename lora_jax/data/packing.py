@@ -28,6 +28,11 @@ def pack(lengths: Sequence[int], max_length: int, window: int = 256) -> list[lis
 
     Raises:
         ValueError: a length that is not in 1..max_length.
+
+    Example:
+        >>> from lora_jax.data import pack
+        >>> pack([5, 2, 3, 6], max_length=8)
+        [[0, 2], [1, 3]]
     """
     rows: list[list[int]] = []
     start = tokens = 0

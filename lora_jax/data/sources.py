@@ -80,6 +80,12 @@ def read(
         UserError: the source cannot be read; a file without records, or a damaged one; malformed
             `prompt` or `completion`; bad records, or under "drop" only bad records. Ten of them are
             listed with file and line, and the others counted.
+
+    Example:
+        >>> from lora_jax import data
+        >>> row = data.read(rows).rows[0]  # the path of a .jsonl file
+        >>> [message["role"] for message in row.messages]
+        ['user', 'assistant']
     """
     for setting, template in (("data.prompt", prompt), ("data.completion", completion)):
         if template is not None:

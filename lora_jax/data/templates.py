@@ -59,6 +59,13 @@ def encode(
 
     Raises:
         UserError: see `encode_all`.
+
+    Example:
+        >>> from lora_jax import data
+        >>> row = data.parse_row({"prompt": "one", "completion": "eins"}, "row")
+        >>> example = data.encode(row, tokenizer, max_length=64)
+        >>> tokenizer.decode(example.tokens[example.loss_weights > 0])  # what the loss covers
+        'eins<|im_end|>'
     """
     settings = Rendering(tokenizer, **rendering)
     examples, _ = encode_rows([row], settings, max_length=max_length, too_long=too_long)

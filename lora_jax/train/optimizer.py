@@ -44,6 +44,13 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
 
     The first step already moves: step i of a warm-up over n steps has rate (i + 1) / n of the peak.
     The last step has the rate just above the end of the decay, so no step has rate zero.
+
+    Example:
+        >>> from lora_jax.config import TrainConfig
+        >>> from lora_jax.train.optimizer import make_schedule
+        >>> rate = make_schedule(TrainConfig(steps=10, learning_rate=1.0, schedule="linear"))
+        >>> [round(float(rate(step)), 2) for step in (0, 5, 9)]
+        [1.0, 0.5, 0.1]
     """
     peak, warm = config.learning_rate, config.warmup_steps
     rest = max(1, config.total_steps - warm)

@@ -1,0 +1,145 @@
+"""The table of checkpoints in README.md: the sizes are those of the models that are built."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lora_jax import models, tree
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| (`\w[^|]*?) \| ([^|]*\(\d[^|]*) \|$", README, re.M))
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 8}
+FINE = {
+    **{"num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1},
+    **{"mlp_only_layers": [], "norm_topk_prob": True},
+}
+
+
+def decoder(vocabulary, width, inner, layers, heads, kv_heads, **more):
+    """The fields of a published config.json that decide the size of a decoder."""
+    return {
+        **{"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads},
+        **{"num_key_value_heads": kv_heads, "tie_word_embeddings": False},
+    } | more
+
+
+def tied(*sizes, **more):
+    return decoder(*sizes, tie_word_embeddings=True, **more)
+
+
+def encoder(vocabulary, width=768, layers=12, heads=12, **more):
+    return {
+        **{"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 4 * width},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads},
+    } | more
+
+
+ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
+PUBLISHED = {
+    "llama": {
+        "Llama-3.2-1B": tied(128256, 2048, 8192, 16, 32, 8),
+        "Llama-3.2-3B": tied(128256, 3072, 8192, 28, 24, 8),
+        "Llama-3.1-8B": decoder(128256, 4096, 14336, 32, 32, 8),
+        "Llama-3.3-70B-Instruct": decoder(128256, 8192, 28672, 80, 64, 8),
+        "Llama-2-7b-hf": decoder(32000, 4096, 11008, 32, 32, 32),
+        "SmolLM2-135M": tied(49152, 576, 1536, 30, 9, 3),
+        "SmolLM2-360M": tied(49152, 960, 2560, 32, 15, 5),
+        "SmolLM2-1.7B": tied(49152, 2048, 8192, 24, 32, 32),
+        "TinyLlama-1.1B-Chat-v1.0": decoder(32000, 2048, 5632, 22, 32, 4),
+    },
+    "mistral": {
+        "Mistral-7B-v0.3": decoder(32768, 4096, 14336, 32, 32, 8),
+        "Mistral-Nemo-Base-2407": decoder(131072, 5120, 14336, 40, 32, 8, head_dim=128),
+        "Mistral-Small-24B-Base-2501": decoder(131072, 5120, 32768, 40, 32, 8, head_dim=128),
+    },
+    "ministral": {"Ministral-8B-Instruct-2410": decoder(131072, 4096, 12288, 36, 32, 8)},
+    "qwen2": {
+        "Qwen2.5-0.5B": tied(151936, 896, 4864, 24, 14, 2),
+        "Qwen2.5-1.5B": tied(151936, 1536, 8960, 28, 12, 2),
+        "Qwen2.5-7B": decoder(152064, 3584, 18944, 28, 28, 4),
+        "Qwen2.5-32B": decoder(152064, 5120, 27648, 64, 40, 8),
+        "Qwen2.5-72B": decoder(152064, 8192, 29568, 80, 64, 8),
+    },
+    "qwen3": {
+        "Qwen3-0.6B": tied(151936, 1024, 3072, 28, 16, 8, head_dim=128),
+        "Qwen3-1.7B": tied(151936, 2048, 6144, 28, 16, 8, head_dim=128),
+        "Qwen3-4B": tied(151936, 2560, 9728, 36, 32, 8, head_dim=128),
+        "Qwen3-8B": decoder(151936, 4096, 12288, 36, 32, 8, head_dim=128),
+        "Qwen3-32B": decoder(151936, 5120, 25600, 64, 64, 8, head_dim=128),
+    },
+    "seed_oss": {
+        "Seed-OSS-36B-Instruct": decoder(
+            *(155136, 5120, 27648, 64, 80, 8),
+            **{"head_dim": 128, "attention_bias": True, "attention_out_bias": False},
+        )
+    },
+    "gemma2": {
+        "gemma-2-2b": tied(256000, 2304, 9216, 26, 8, 4, head_dim=256),
+        "gemma-2-9b": tied(256000, 3584, 14336, 42, 16, 8, head_dim=256),
+        "gemma-2-27b": tied(256000, 4608, 36864, 46, 32, 16, head_dim=128),
+    },
+    "gemma3_text": {
+        "gemma-3-270m": tied(262144, 640, 2048, 18, 4, 1, head_dim=256),
+        "gemma-3-1b-it": tied(262144, 1152, 6912, 26, 4, 1, head_dim=256),
+    },
+    "phi3": {
+        "Phi-3.5-mini-instruct": decoder(32064, 3072, 8192, 32, 32, 32),
+        "phi-4": decoder(100352, 5120, 17920, 40, 40, 10),
+    },
+    "gpt2": {
+        "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+        "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+    },
+    "olmo2": {
+        "OLMo-2-0425-1B": decoder(100352, 2048, 8192, 16, 16, 16),
+        "OLMo-2-1124-7B": decoder(100352, 4096, 11008, 32, 32, 32),
+        "OLMo-2-1124-13B": decoder(100352, 5120, 13824, 40, 40, 40),
+        "OLMo-2-0325-32B": decoder(100352, 5120, 27648, 64, 40, 8),
+    },
+    "mixtral": {
+        "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
+        "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),
+    },
+    "qwen3_moe": {
+        "Qwen3-30B-A3B": decoder(
+            *(151936, 2048, 6144, 48, 32, 4), head_dim=128, moe_intermediate_size=768, **FINE
+        ),
+        "Qwen3-235B-A22B": decoder(
+            *(151936, 4096, 12288, 94, 64, 4), head_dim=128, moe_intermediate_size=1536, **FINE
+        ),
+    },
+    "bert": {
+        "bert-base-uncased": encoder(30522),
+        "bert-large-uncased": encoder(30522, 1024, 24, 16),
+        "all-MiniLM-L6-v2": encoder(30522, 384, 6),
+    },
+    "roberta": {"roberta-base": encoder(50265, **ROBERTA)},
+    "xlm-roberta": {"xlm-roberta-base": encoder(250002, **ROBERTA)},
+    "camembert": {"camembert-base": encoder(32005, **ROBERTA)},
+}
+
+
+def listed(family):
+    """Checkpoints and sizes in the table's row of a family; names without the owner."""
+    (text,) = [text for kinds, text in ROWS.items() if f"`{family}`" in kinds]
+    return dict(re.findall(r"([\w.-]+) \(([\d.]+[MB])\)", text))
+
+
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+def test_sizes_are_those_of_the_models(family):
+    for name, fields in PUBLISHED[family].items():
+        leaves = tree.flatten(models.describe({"model_type": family} | fields).params)
+        count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+        scale, unit = (1e9, "B") if count >= 0.9995e9 else (1e6, "M")
+        number, text = count / scale, listed(family)[name]
+        digits = len(text.rstrip("MB").partition(".")[2])
+        assert text == f"{number:.{digits}f}{unit}", name
+
+
+def test_the_table_lists_every_family_and_nothing_that_is_not_checked():
+    assert set(PUBLISHED) == set(models.FAMILIES)
+    names = {name for sizes in PUBLISHED.values() for name in sizes}
+    assert {name for family in PUBLISHED for name in listed(family)} == names

@@ -1,0 +1,111 @@
+"""The recipes in configs/: what they train on can be fetched, and each passes a dry run."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from lora_jax import demo
+from lora_jax.cli import train_main
+
+from .train.conftest import write_model
+from .train.test_classify import write_encoder
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+E2E_LINES = {
+    "name : Aromi | family friendly : no||Aromi isn 't family - friendly , it 's £ 20 .": (
+        "Aromi isn 't family-friendly, it's £20."
+    ),
+    "name : Aromi | area : riverside||Families do n't go there !": "Families don't go there!",
+}
+MESSAGES = [
+    {
+        "userInput": {"text": "6 a.m."},
+        "context": {"requestedSlots": ["time"]},
+        "labels": [{"slot": "time", "valueSpan": {"endIndex": 6}}],
+    },
+    {
+        "userInput": {"text": "A table for 4 on Sunday"},
+        "context": {},
+        "labels": [
+            {"slot": "people", "valueSpan": {"startIndex": 12, "endIndex": 13}},
+            {"slot": "date", "valueSpan": {"startIndex": 17, "endIndex": 23}},
+        ],
+    },
+    {"userInput": {"text": "Thanks"}},
+]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """`configs/fetch.py`, and an address with small files in the place of those of GitHub."""
+    names = runpy.run_path(str(CONFIGS / "fetch.py"))
+    texts = {"e2e": "\n".join(E2E_LINES) + "\n", "restaurant8k": json.dumps(MESSAGES)}
+    counts = {"e2e": len(E2E_LINES), "restaurant8k": len(MESSAGES)}
+    for recipe, files in names["FILES"].items():
+        for name, (place, _) in files.items():
+            source = tmp_path / "source" / place
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text(texts[recipe], encoding="utf-8")
+            files[name] = (place, counts[recipe])
+    return names, f"{(tmp_path / 'source').as_uri()}/"
+
+
+def test_fetched_files_become_rows(script, tmp_path):
+    names, base = script
+    for recipe in names["FILES"]:
+        names["fetch"](recipe, tmp_path / "data", base)
+    rows = [json.loads(x) for x in (tmp_path / "data/e2e_test.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == list(E2E_LINES.values())
+    assert rows[0]["prompt"] == "name : Aromi | family friendly : no"
+    lines = (tmp_path / "data/restaurant8k_train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": "6 a.m.", "context": ["time"], "completion": '{"time": "6 a.m."}'},
+        {
+            "prompt": "A table for 4 on Sunday",
+            "context": [],
+            "completion": '{"people": "4", "date": "Sunday"}',
+        },
+        {"prompt": "Thanks", "context": [], "completion": "{}"},
+    ]
+
+
+def test_a_source_that_is_missing_or_has_changed_ends_in_one_line(script, tmp_path):
+    names, base = script
+    name, (place, _) = next(iter(names["FILES"]["e2e"].items()))
+    names["FILES"]["e2e"][name] = (place, 5)
+    with pytest.raises(SystemExit, match="has 2 rows, not 5: it has changed"):
+        names["fetch"]("e2e", tmp_path / "data", base)
+    with pytest.raises(SystemExit, match=r"cannot fetch file:.*put the rows .* by hand"):
+        names["fetch"]("restaurant8k", tmp_path / "data", f"{base}none/")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_passes_a_dry_run(recipe, script, tmp_path, monkeypatch, capsys):
+    """The base is a tiny one of the same kind, and the demo's rows are two of the same form."""
+    names, base = script
+    monkeypatch.chdir(tmp_path)
+    is_classifier = recipe == "names"
+    form = ("text", "label") if is_classifier else ("prompt", "completion")
+    rows = [dict(zip(form, pair, strict=True)) for pair in (("the cat", "a"), ("oslo", "b"))]
+    Path("demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(demo, "path", lambda name: tmp_path / "demo.jsonl")
+    monkeypatch.setattr(demo, "is_cached", lambda name: True)
+    (write_encoder if is_classifier else write_model)(tmp_path / "tiny")
+    command = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--dry-run", "model=tiny"]
+    if recipe in names["FILES"]:
+        assert train_main(command) == 2
+        assert f"data file data/{recipe}" in capsys.readouterr().err
+        names["fetch"](recipe, Path("data"), base)
+    assert train_main(command) == 0
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed
+    assert "data.train" in printed and "rows read" in printed
+
+
+def test_recipes_name_nothing_outside_of_the_repository():
+    for recipe in RECIPES:
+        assert "../" not in (CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8")
