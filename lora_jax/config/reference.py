@@ -48,7 +48,7 @@ def _fields_as_written(kind: type) -> dict[str, tuple[str, str]]:
     """Return name -> (annotation, comment on the lines above the field)."""
     source = inspect.getsource(kind)
     lines = source.splitlines()
-    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign)]
     return {
         ast.unparse(node.target): (
             ast.unparse(node.annotation),
