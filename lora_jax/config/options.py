@@ -165,11 +165,11 @@ def type_problems(values: Any, prefix: str = "") -> Iterator[str]:
     for f in dataclasses.fields(values):
         value, name = getattr(values, f.name), f"{prefix}{f.name}"
         if dataclasses.is_dataclass(f.type):
-            section = typing.cast(type, f.type)
-            if not isinstance(value, section):
-                yield f"{name}={as_setting(value)} is not {section.__name__}(..)"
-            else:
+            kind = typing.cast(type, f.type)
+            if isinstance(value, kind):
                 yield from type_problems(value, f"{name}.")
+            else:
+                yield f"{name}={as_setting(value)} is not {kind.__name__}(..)"
         elif not fits(value, f.type):
             yield f"{name}={as_setting(value)} is not {describe(f.type)}"
 
