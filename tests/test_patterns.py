@@ -107,7 +107,7 @@ def test_a_long_pattern_is_cut_in_messages():
 
 def test_repeats_inside_of_each_other_are_limited():
     for text in ("(?:" * 90 + "a" + "){2,9}" * 90, "(" * 7 + "q" + "){2}" * 7):
-        with pytest.raises(UserError, match="more than 6 counted repeats"):
+        with pytest.raises(UserError, match="more than 6 nested counted repeats"):
             Pattern(text)
     for text in ("(" * 6 + "q" + "){1,2}" * 6, "(q){1}" * 50, r"[(](q){1}\)?", "(" * 50 + ")" * 50):
         Pattern(text)

@@ -76,7 +76,7 @@ def read_fields(reader: ConfigReader, vocab_size: int, pad_token_id: int) -> dic
     reader.inert("pooler_size_per_head", "pooler_type")
     for name in ("is_decoder", "add_cross_attention"):
         reader.only(name, False, None)
-    reader.only("is_causal", False, None, why="tokens would not see those after them")
+    reader.only("is_causal", False, None, why="transformers then masks the tokens after each")
     reader.only("position_embedding_type", "absolute", None)
     reader.only("problem_type", "single_label_classification", None, why="one class for a text")
     heads, hidden = reader.size("num_attention_heads", 12), reader.size("hidden_size", 768)

@@ -290,7 +290,7 @@ REFUSALS = [
     ("llama", dict(rope_theta=-1.0), "rope_theta=-1.0 is not above 0"),
     ("phi3", rope(partial_rotary_factor=1.5), "partial_rotary_factor=1.5 is above 1"),
     ("phi3", rope(partial_rotary_factor="half"), "partial_rotary_factor='half' is not a number"),
-    ("phi3", rope(**LONGROPE | dict(long_factor=[1.0, 2.0])), "long_factor has 2 numbers, and 3"),
+    ("phi3", rope(**LONGROPE | dict(long_factor=[1.0, 2.0])), "long_factor has 2 numbers, for 3"),
     ("phi3", rope(**LONGROPE | dict(short_factor=2.0)), "short_factor=2.0 is not a list of"),
     ("phi3", rope(**LONGROPE | dict(short_factor=[1.0, "a", 2.0])), "short_factor=[1.0, 'a', 2.0]"),
     ("phi3", rope(**LONGROPE | dict(long_factor=[1.0, 0.0, 2.0])), "long_factor=[1.0, 0.0, 2.0]"),
