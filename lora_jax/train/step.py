@@ -19,7 +19,6 @@ from lora_jax.models.common import Model
 from lora_jax.nn import kernels
 from lora_jax.nn.virtual import Virtual
 from lora_jax.objectives import Bound, Compute, Forward, Objective, cross_entropy, router, run_model
-from lora_jax.targets import changes_base
 
 Batch = dict[
     str, jax.Array
@@ -83,7 +82,7 @@ def make_train_step(
     router.check_experts(model, config)
     objective = objectives.choose(config, objective)
     compute = _compute(config, _kernel(model, config, placement), config.train.remat)
-    init = config.adapter.init if changes_base(config.adapter) else None
+    init = config.adapter.init if config.adapter.changes_base else None
 
     def micro_loss(adapters, params, micro, key, batch):
         """Return what is differentiated, and the weight and sums for the metrics."""
