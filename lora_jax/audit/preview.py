@@ -1,4 +1,4 @@
-"""What an inspection found, and how it looks: as text and as a plot."""
+"""Report of an inspection, as text and as a plot."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the examples of one source fill the rows of the run."""
+    """Packing of the examples of one source into the rows of the run."""
 
     share: float  # of the rows of the run
     rows_per_epoch: int
@@ -55,7 +55,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run would train on. Sets are named by their settings."""
+    """Data that a run would train on. Sets are named by their settings."""
 
     config: Config
     records: int | None  # read of a stream; None: all the training data were read

@@ -62,7 +62,7 @@ def _style(command: ModuleType) -> dict[str, Any]:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """As `parse_args`, with overrides in several places; argparse takes those of the first only."""
+    """Parse arguments with overrides in several places; argparse reads only the first of them."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     for text in given:
         if not _is_text(text):

@@ -29,6 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="DIR", help="a PEFT adapter directory, such as OUTPUT_DIR/adapter"
     )
+    _add_prompts(parser)
+    _add_template(parser)
+    _add_sampling(parser)
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--base-dtype",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+        help="of the frozen weights, as base_dtype in training (default: as in the files)",
+    )
+    arguments.add_ignore(parser)
+    arguments.add_allow_change(parser)
+    arguments.add_verbose(parser)
+    parser.set_defaults(function=run)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which prompts are answered."""
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", help="a user turn; may be given several times")
     asked.add_argument(
@@ -53,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts that are answered together (default: 16)",
     )
+
+
+def _add_template(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the text around a prompt."""
     parser.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as in training")
     parser.add_argument(
         "--chat-template",
@@ -65,6 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="as data.chat_template_kwargs in training (default: those of the adapter)",
     )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of an answer's tokens."""
     parser.add_argument(
         "--max-new-tokens", type=arguments.positive, default=200, metavar="N", help="(default: 200)"
     )
@@ -84,16 +109,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=arguments.seed, default=0, help="of the sampling (default: 0)"
     )
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--base-dtype",
-        choices=("float32", "bfloat16", "int8", "nf4"),
-        help="of the frozen weights, as base_dtype in training (default: as in the files)",
-    )
-    arguments.add_ignore(parser)
-    arguments.add_allow_change(parser)
-    arguments.add_verbose(parser)
-    parser.set_defaults(function=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from lora_jax.errors import UserError, nearest, raise_all
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt, what may be answered to it, and what was."""
+    """A prompt with its reference answers and the generated answer."""
 
     prompt: str
     references: tuple[str, ...]
@@ -29,13 +29,13 @@ class Answer:
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """The share of answers that are the same as any of their references, by `same_answer`."""
+    """Return the share of answers that equal one of their references, by `same_answer`."""
     right = [any(same_answer(one.answer, wanted) for wanted in one.references) for one in answers]
     return sum(right) / len(right)
 
 
 def accuracy(answers: Sequence[Answer]) -> float:
-    """The share of texts that got their label."""
+    """Return the share of texts whose label is right."""
     return sum(one.answer in one.references for one in answers) / len(answers)
 
 
@@ -129,9 +129,11 @@ METRICS: Mapping[str, Callable[[Sequence[Answer]], float]] = {
 _PACKAGES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
 
 
-def check(names: Iterable[str], references: Iterable[str] = ()) -> None:
-    """Raise what `compute` could not do, before anything slow: one `UserError` for unknown names,
-    missing packages, and references without slots where slots are to be compared.
+def check_metrics(names: Iterable[str], references: Iterable[str] = ()) -> None:
+    """Check metrics and their references before anything slow starts.
+
+    Raises:
+        UserError: unknown names; missing packages; references without slots for a metric of slots.
     """
     problems = []
     for name in dict.fromkeys(names):

@@ -39,7 +39,7 @@ def open_run(config: Config, held: contextlib.ExitStack) -> tuple[Run, dict[str,
     return Run(output, place, found["content"], found["begun"], locks), found["record"]
 
 
-def preview(config: Config) -> str | None:
+def find_refusal(config: Config) -> str | None:
     """Look at the directories of a run and change nothing. Return why a run would be refused that
     found them as they are, or None.
 

@@ -14,7 +14,7 @@ _ROWS = 20
 _Parse = Callable[[Any, str], Sequence[data.AnyRow]]
 
 
-def check(config: Config, classifies: bool) -> Iterator[str]:
+def preview_sources(config: Config, classifies: bool) -> Iterator[str]:
     """Read the first rows of every source, and yield a line on each: what was read, the columns
     that are not used, or why nothing was read.
 
