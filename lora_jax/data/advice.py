@@ -1,7 +1,7 @@
-"""Remedies for a row that a chat template refuses: changes to the row, each of them tried.
+"""Remedies for a row that a chat template refuses: changes to the row that were tried.
 
-A change is advised only where the template takes the row changed so; another template is the
-remedy of every row.
+A change is advised only if the template accepts the changed row. "Use another template" is always
+advised.
 """
 
 import json
@@ -18,7 +18,7 @@ Message = dict[str, Any]
 
 
 def advice(row: Row, works: Callable[[Row], bool]) -> str:
-    """Up to two changes after which the row `works`, and another template."""
+    """Return up to two changes after which the row `works`, and "use another template"."""
     found = []
     for words, rows in _changes(row):
         if len(found) == _MOST or any(simpler in words for simpler in found):
@@ -84,7 +84,7 @@ def _train_only(row: Row, kept: set[int]) -> Row:
 
 
 def _split(message: Message) -> tuple[str, str]:
-    """The thought of a message, "" where it has none, and the rest of its content."""
+    """Return the thought of a message ("" if there is none) and the rest of its content."""
     said = message.get("content") or ""
     thought = next((message[key] for key in REASONING if message.get(key)), "")
     for opening, closing in THOUGHTS if message["role"] == "assistant" else ():

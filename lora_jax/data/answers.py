@@ -1,29 +1,31 @@
-"""Answers as text: what was supervised and what was generated, read alike and so comparable.
+"""Supervised and generated answers as text, in one form so that they can be compared.
 
     supervised    <think>\\n\\n</think>\\n\\n {"city": "Rome"} <|im_end|>
     generated     <think>\\n so: Rome \\n</think>\\n\\n {"city": "Rome"}
     compared      {"city": "Rome"}
 
 The reference of a row is the text of its last supervised turn as the template writes it, uncut. It
-is tokenised and read as a generation is: it ends before its first stop token, what the template
-writes before every answer is left out, and special tokens are skipped. With `strip_thoughts` the
-thought is left out, too. An answer with tool calls is compared in the form of `calls.canonical`.
+is tokenised and read in the same way as a generation: it ends before its first stop token, the text
+that the template writes before every answer is left out, and special tokens are skipped. With
+`strip_thoughts`, the thought is left out too. An answer with tool calls is compared in the form of
+`calls.canonical`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from lora_jax.data.calls import canonical
-from lora_jax.data.render import Template, content, with_kwargs
+from lora_jax.data.chat_templates import Template, find_template
+from lora_jax.data.render import Rendering, content, with_kwargs
 from lora_jax.data.rows import THOUGHTS, Row
-from lora_jax.data.spans import to_text
-from lora_jax.data.templates import find_template, prompt_tokens
+from lora_jax.data.templates import encode_prompt
+from lora_jax.data.texts import to_text
 
-# Models that think in a message of its own open and close it so.
+# (opening, closing) of models that write the thought as a separate message.
 _MESSAGES = (
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),  # gpt-oss
     ("to=self<|message|>", "<|eom|><|start|>assistant"),  # Muse
@@ -34,32 +36,25 @@ _MESSAGES = (
 class AnswerReader:
     """Prompts, references and answers of held-out rows under one chat template."""
 
-    tokenizer: Any
+    rendering: Rendering
     stop_tokens: frozenset[int]
-    system_prompt: str | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template_date: str | None = None
     strip_thoughts: bool = True
-    # By "has tools" and the arguments of the template.
+    # Templates in use, by (row has tools, arguments of the template).
     templates: dict[tuple[bool, str], Template | None] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.rendering.tokenizer
 
     def prompt(self, row: Row) -> np.ndarray:
         """Return the tokens before the last supervised turn, up to where its answer begins."""
-        return prompt_tokens(
-            row.to_supervised(),
-            self.tokenizer,
-            system_prompt=self.system_prompt,
-            chat_template=self.chat_template,
-            chat_template_kwargs=self.chat_template_kwargs,
-            template_date=self.template_date,
-        )
+        return encode_prompt(row.to_supervised(), self.rendering)
 
     def references(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """Return the distinct references of rows that share a prompt.
 
         Raises:
-            UserError: as `encode_all`.
+            UserError: see `encode_all`.
         """
         found = map(self._reference, rows)
         return tuple(dict.fromkeys(map(canonical, found) if _call_tools(rows) else found))
@@ -67,38 +62,32 @@ class AnswerReader:
     def read(
         self, rows: Sequence[Row], prompt: Sequence[int], tokens: Sequence[int]
     ) -> tuple[str, str]:
-        """Return (thought, answer) in the tokens generated after `prompt`, which `rows` share."""
+        """Return (thought, answer) of tokens generated after `prompt`, the prompt of all `rows`."""
         before = self.tokenizer.decode(prompt, skip_special_tokens=False)
         thought, answer = self._read(tokens, before, self._template(rows[0]))
         return thought, canonical(answer) if _call_tools(rows) else answer
 
     def _reference(self, row: Row) -> str:
-        """Return the last supervised turn, read as a generation of the same tokens is."""
+        """Return the last supervised turn, read like a generation of the same tokens."""
         template = self._template(row)
-        full = with_kwargs(row, self.chat_template_kwargs)
-        found = to_text(full, self.tokenizer, template, self.system_prompt)
+        full = with_kwargs(row, self.rendering.chat_template_kwargs)
+        found = to_text(full, self.rendering, template)
         spans = [found.text[start:end] for start, end in found.spans if start >= found.prompt_end]
         ids = self.tokenizer("".join(spans), add_special_tokens=False, verbose=False)["input_ids"]
         return self._read(ids, found.text[: found.prompt_end], template)[1]
 
     def _template(self, row: Row) -> Template | None:
         """Return the row's template, read once for each source and arguments."""
-        arguments = with_kwargs(row, self.chat_template_kwargs).chat_template_kwargs
+        arguments = with_kwargs(row, self.rendering.chat_template_kwargs).chat_template_kwargs
         key = bool(row.tools), repr(arguments)
         if key not in self.templates:
-            self.templates[key] = find_template(
-                row,
-                self.tokenizer,
-                self.chat_template,
-                self.chat_template_kwargs,
-                self.template_date,
-            )
+            self.templates[key] = find_template(row, self.rendering)
         return self.templates[key]
 
     def _read(
         self, tokens: Sequence[int], before: str, template: Template | None
     ) -> tuple[str, str]:
-        """Return (thought, answer) in some tokens that follow the text `before`."""
+        """Return (thought, answer) of tokens generated after the text `before`."""
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), None)
         tokens = list(tokens[:stop])
         text = self.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -108,7 +97,7 @@ class AnswerReader:
         head = template.head.strip() if template is not None else ""
         if head and answer.lstrip().startswith(head):
             answer = answer.lstrip().removeprefix(head)
-        if self.strip_thoughts:  # one in the content, which some templates write after their own
+        if self.strip_thoughts:  # the content's own, after an empty one
             inner, answer = split_thought("", answer)
         if answer == text:
             return "", self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -119,7 +108,7 @@ class AnswerReader:
         special = [
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
         ]
-        # The longest first, as the tokenizer takes it where one begins another.
+        # Longest first: if one token is a prefix of another, the tokenizer takes the longer.
         special.sort(key=len, reverse=True)
         return re.sub("|".join(map(re.escape, special)), "", text) if special else text
 
@@ -133,8 +122,8 @@ def _call_tools(rows: Sequence[Row]) -> bool:
 def split_thought(before: str, text: str) -> tuple[str, str]:
     """Split text that follows `before` into its thought and what comes after it.
 
-    A thought is at the beginning, or was opened by `before`. Text that never closes it is an answer
-    as it is: a wrong one, unless the reference is the same.
+    The thought begins the text, or was opened by `before`. A text that never closes its thought is
+    returned as the answer.
 
         >>> split_thought("assistant\\n", "<think>\\nhm</think> yes")
         ('\\nhm', ' yes')

@@ -1,9 +1,9 @@
-"""Tool calls in one form, so that answers with the same calls are the same text.
+"""Tool calls in a canonical form, so that answers with the same calls are equal texts.
 
     <tool_call>\\n{"name": "add", "arguments": {"b": 2,"a": 1}}\\n</tool_call>
     <tool_call> {"arguments": {"a": 1, "b": 2}, "name": "add"} </tool_call>
 
-Only the writing of JSON changes: the marks and names around it remain, as a server needs them.
+Only the formatting of JSON changes. Marks and names around it remain, because a server needs them.
 """
 
 import ast
@@ -14,23 +14,23 @@ from typing import Any
 
 _DECODER = json.JSONDecoder()
 _OPENING = re.compile(r"[{\[]")
-# One argument as Qwen3-Coder, MiniMax and their like write it, or as GLM does.
+# One argument in XML: <parameter=..> of Qwen3-Coder and MiniMax, or <arg_key> of GLM.
 _ARGUMENT = re.compile(
     r'<((?:\w+:)?parameter)(?:=|\s+name=")([^">]+)"?[^>]*>(.*?)</\1>'
     r"|<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>",
     re.DOTALL,
 )
 _ARGUMENTS = re.compile(rf"(?:(?:{_ARGUMENT.pattern})\s*)+", re.DOTALL)
-_PYTHON = re.compile(r"\[\s*[\w.]+\(.*\)\s*\]", re.DOTALL)  # [add(a=1, b=2)], as LFM2 writes it
+_PYTHON = re.compile(r"\[\s*[\w.]+\(.*\)\s*\]", re.DOTALL)  # [add(a=1, b=2)], the format of LFM2
 _TAG = re.compile(r"</?[\w:]+(?:=[^<>\s]+)?>")
-_IDS = ("id", "index", "type")  # of a call: no part of what is called
+_IDS = ("id", "index", "type")  # keys of a call that are left out
 
 
 def canonical(text: str) -> str:
-    """Text with the JSON in it compact and its keys sorted, and other whitespace as one space.
+    """Return text whose JSON is compact with sorted keys, and other whitespace one space.
 
-    Arguments that are a string of JSON are parsed, the IDs of calls left out, and arguments in XML
-    or as Python written as JSON. Everything else is compared as it is.
+    Arguments that are a string of JSON are parsed, IDs of calls are left out, and arguments in XML
+    or Python are rewritten as JSON. Other text is unchanged.
     """
     text = _PYTHON.sub(lambda found: _from_python(found[0]), text)
     text = _ARGUMENTS.sub(lambda found: _from_xml(found[0]), text)
@@ -49,7 +49,7 @@ def canonical(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Words and tags of text without JSON."""
+    """Return the words and tags of text without JSON."""
     return _TAG.sub(r" \g<0> ", text).split()
 
 
@@ -58,7 +58,7 @@ def _write(value: Any) -> str:
 
 
 def _call(value: Any) -> Any:
-    """A call, or a list of calls, without IDs and with parsed arguments; other JSON as it is."""
+    """Return a call or list of calls without IDs and with parsed arguments, or other JSON."""
     if isinstance(value, list):
         return [_call(one) for one in value]
     if not isinstance(value, dict) or "name" not in value:
@@ -71,7 +71,7 @@ def _call(value: Any) -> Any:
 
 
 def _parsed(value: Any) -> Any:
-    """The object or list that a string holds; any other value as it is."""
+    """Return the object or list in a JSON string; return any other value unchanged."""
     try:
         found = json.loads(value) if isinstance(value, str) else None
     except (ValueError, RecursionError):
@@ -87,7 +87,7 @@ def _from_xml(text: str) -> str:
 
 
 def _from_python(text: str) -> str:
-    """A list of Python calls with keywords as JSON; other text as it is."""
+    """Return a list of Python calls with keywords as JSON; return other text unchanged."""
     try:
         with warnings.catch_warnings(action="ignore"):  # escapes that Python does not know
             listed = ast.parse(text, mode="eval").body

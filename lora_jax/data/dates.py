@@ -1,7 +1,7 @@
-"""Templates that render the same text every day: the date is an argument, chance is refused.
+"""Chat templates that render the same text every day: a fixed date, and no randomness.
 
-transformers gives chat templates the function `strftime_now`, which reads the clock. A template
-that calls it begins here with a macro of that name, whose day is fixed:
+transformers gives chat templates the function `strftime_now`, which reads the clock. Here, a macro
+of that name with a fixed day is put in front of a template that calls it:
 
     {% macro strftime_now(format) %}...{% endmacro %}
     Today Date: {{ strftime_now("%d %b %Y") }}      ->      Today Date: 26 Nov 2026
@@ -35,22 +35,22 @@ def reads_date(source: str) -> bool:
 def with_date(source: str, date: str | None) -> str:
     """Return the template with `strftime_now` fixed to `date` (YYYY-MM-DD), at 00:00.
 
-    A template that reads no date is returned as it is; so is any other without a `date`, and then
-    the clock decides.
+    A template that reads no date is returned unchanged. With `date` None, every template is: then
+    it reads the clock.
     """
     if date is None or not reads_date(source):
         return source
     day = datetime.fromisoformat(date)
-    # "%%" is a percent sign; the letter after it is no code.
+    # "%%" is a percent sign; a letter after it is not a code.
     codes = [["%%", "\0"]]
-    # A template may also put a code together: '%' ~ 'Y'. The longer go first: %Ey before %E.
+    # A template may also concatenate a code: '%' ~ 'Y'. Longer codes go first: %Ey before %E.
     found = {*_DIRECTIVE.findall(source), *(f"%{letter}" for letter in ascii_letters)}
     codes += [[code, day.strftime(code)] for code in sorted(found, key=lambda c: (-len(c), c))]
     return _MACRO % json.dumps([*codes, ["\0", "%"]]) + source
 
 
 def check_repeatable(source: str, tokenizer: str) -> None:
-    """Raise for a template whose text depends on chance.
+    """Refuse a template whose text is random.
 
     Raises:
         UserError: it uses the filter `random` or the function `lipsum` of Jinja.
@@ -58,9 +58,9 @@ def check_repeatable(source: str, tokenizer: str) -> None:
     try:
         lexed = jinja2.Environment().lex(source)
         words = [(kind, text) for _, kind, text in lexed if kind != "whitespace"]
-    except jinja2.TemplateSyntaxError:  # rendering says so, with the row
+    except jinja2.TemplateSyntaxError:  # reported by rendering, with the row
         return
-    problem = next((name for name in map(_by_chance, pairwise(words)) if name), None)
+    problem = next((name for name in map(_random_name, pairwise(words)) if name), None)
     if problem is not None:
         raise UserError(
             f"the chat template of {tokenizer} uses Jinja's {problem!r}: it renders another text "
@@ -68,7 +68,7 @@ def check_repeatable(source: str, tokenizer: str) -> None:
         )
 
 
-def _by_chance(pair: tuple[tuple[str, str], tuple[str, Any]]) -> str | None:
+def _random_name(pair: tuple[tuple[str, str], tuple[str, Any]]) -> str | None:
     (before, opening), (kind, text) = pair
     if kind == "name" and text == "lipsum" and (before, opening) != ("operator", "."):
         return text

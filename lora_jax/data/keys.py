@@ -1,10 +1,10 @@
-"""Keys of records and messages that are no part of their text.
+"""Keys of records and messages that do not belong to their text.
 
-    is_harmless("created_at", value)   an id, a time, a source: left out
-    check_keys(given, known)           any other key that is not known is refused by name
+    is_harmless("created_at", value)   an ID, a time, a source: left out
+    check_keys(given, known)           any other unknown key is refused by name
 
-A key is harmless by its name, or because its value is a date or a time. null and "" count as
-absent, and so do an empty list and an empty object under a key that is not known.
+A key is harmless because of its name, or because its value is a date or a time. null and "" count
+as absent. Under an unknown key, an empty list or object counts as absent too.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from typing import Any
 from lora_jax.data.rows import REASONING, BadRow, Row, printable
 from lora_jax.errors import nearest
 
-# Identity, origin, time, language, statistics, and settings of the request that made an answer.
+# Identity, origin, time, language, statistics, and settings of the request for an answer.
 HARMLESS = (
     *("id", "ids", "idx", "index", "uuid", "uid", "guid", "hash", "sha", "md5", "number", "row"),
     *("source", "sources", "origin", "provenance", "dataset", "datasets", "data_source", "subset"),
@@ -55,7 +55,7 @@ MESSAGE_KEYS = (
     *("role", "content", "train", "tool_calls", "tool_call_id", "name"),
     *REASONING,
 )
-# Arguments of `apply_chat_template` that are the program's own.
+# Arguments of `apply_chat_template` that rows and settings cannot set.
 RESERVED = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors"),
@@ -84,11 +84,11 @@ _REASONS = {
 
 
 class UnknownKeys(BadRow):
-    """Keys of a record that are not known, or that cannot be used.
+    """Unknown or unusable keys of a record.
 
-    known: keys that are understood, to suggest one
+    known: keys to suggest one from
     about: the text before the keys
-    remedy: the sentence at the end
+    remedy: the last sentence
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class UnknownKeys(BadRow):
 
 
 def is_empty(value: Any) -> bool:
-    """Return True if a value counts as absent under a key that is not known."""
+    """Return True if a value under an unknown key counts as absent."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def is_harmless(key: str, value: Any) -> bool:
-    """Return True if a key says nothing about the text of its record or message."""
+    """Return True if a key has no effect on the text of its record or message."""
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_").replace(" ", "_")
     return (
         plain in HARMLESS
@@ -127,10 +127,10 @@ def is_harmless(key: str, value: Any) -> bool:
 
 
 def check_keys(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse keys that are neither known nor harmless, all of them together.
+    """Refuse keys that are neither known nor harmless.
 
     Raises:
-        UnknownKeys: there are some.
+        UnknownKeys: names all of them.
     """
     unknown = [
         str(key)
@@ -142,10 +142,10 @@ def check_keys(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def describe_problems(problems: Sequence[tuple[str, str | BadRow]]) -> list[str]:
-    """Return the problems of records, each after its place, as (place, problem) pairs name them.
+    """Return one line for each problem of records, given as (where, problem) pairs.
 
-    A problem that several records have is one line, and so are unknown keys of a kind, which come
-    first.
+    The same problem of several records is one line, with the first place and a count of the others.
+    Unknown keys come first, one line for each kind.
     """
     alike: dict[str, list[str]] = {}
     unknown: dict[str, list[tuple[str, UnknownKeys]]] = {}
@@ -154,7 +154,7 @@ def describe_problems(problems: Sequence[tuple[str, str | BadRow]]) -> list[str]
             unknown.setdefault(found.about, []).append((where, found))
         else:
             alike.setdefault(str(found), []).append(where)
-    lines = [f"{_places(places)}: {text}" for text, places in alike.items()]
+    lines = [f"{_first_place(wheres)}: {text}" for text, wheres in alike.items()]
     return [*map(_in_one_line, unknown.values()), *lines]
 
 
@@ -162,24 +162,24 @@ def _in_one_line(unknown: Sequence[tuple[str, UnknownKeys]]) -> str:
     found = unknown[0][1]
     keys = [key for _, one in unknown for key in one.keys]
     every = UnknownKeys(keys, found.known, found.about, found.remedy)
-    return f"{_places([where for where, _ in unknown])}: {every}"
+    return f"{_first_place([where for where, _ in unknown])}: {every}"
 
 
-def _places(places: Sequence[str]) -> str:
-    more = len(places) - 1
-    return places[0] + (f" and {more} more row{'s' * (more > 1)}" if more else "")
+def _first_place(wheres: Sequence[str]) -> str:
+    more = len(wheres) - 1
+    return wheres[0] + (f" and {more} more row{'s' * (more > 1)}" if more else "")
 
 
 # Keys that a chat template may read
 
 
 def check_read(row: Row, template: str | None) -> None:
-    """Refuse what a conversation gives its chat template and the template does not read.
+    """Refuse keys that a conversation passes to its chat template and the template never reads.
 
-    template: the source of the template; None reads nothing
+    template: the source of the template; None reads no key
 
     Raises:
-        UnknownKeys: keys of messages that are not known, or of `chat_template_kwargs`.
+        UnknownKeys: names unknown keys of messages, or keys of `chat_template_kwargs`.
     """
     known = set(MESSAGE_KEYS)
     given = {

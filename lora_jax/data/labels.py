@@ -3,12 +3,12 @@
     {"text": "Parker & Sons Ltd", "label": "company"}
     {"sentence1": "..", "sentence2": "..", "label": 1}
 
-    tokens        [CLS] Parker & Sons Ltd [SEP]  1      the last one is the number of the label
-    loss_weights    0     0    0  0    0    0    1      and the only one to be predicted
+    tokens        [CLS] Parker & Sons Ltd [SEP]  1      the last token is the index of the label
+    loss_weights    0     0    0  0    0    0    1      and the only target
 
-So a labelled text packs, caches, shuffles and is weighted as any other example. The columns of the
-text are those that data.text names, or the first of FORMS that a record has; the label is a string,
-a whole number or a boolean in the column data.label.
+So a labelled text is packed, cached, shuffled and weighted like any other example. The text is in
+the columns of data.text, or in the first of FORMS whose columns a record has. The label is a
+string, a whole number or a boolean in the column data.label.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.data.examples import Counts, Example
 from lora_jax.data.keys import check_keys
 from lora_jax.data.rows import BadRow, LabelRow, kind, listed
 from lora_jax.data.sources import raise_first
-from lora_jax.data.templates import Counts, Example
 from lora_jax.errors import UserError
 
-# Columns of a text or a pair: those of the GLUE tasks among them.
+# Columns of a text or a pair, including those of the GLUE tasks.
 FORMS = (
     ("text",),
     ("sentence1", "sentence2"),
@@ -40,13 +40,13 @@ def parse_label_row(
     label: str,
     ignore_columns: Collection[str] = (),
 ) -> LabelRow:
-    """Return the row of a record; `columns` of its text or pair, None: as in FORMS.
+    """Return the row of a record.
 
-    Where the columns are not named, others are refused unless they are harmless or ignored, as
-    `lora_jax.data.keys` has it.
+    columns: of its text or pair; None finds them in FORMS. Other columns are then refused, unless
+        they are ignored or harmless (`lora_jax.data.keys`)
 
     Raises:
-        BadRow: a column that is missing or is no text, a label that is none.
+        BadRow: a column is missing or is not a text, or the label is not a string or number.
     """
     if not isinstance(record, dict):
         raise BadRow(f"a row must be an object, not {kind(record)}")
@@ -77,7 +77,7 @@ def parse_label_row(
 
 
 def label_names(rows: Iterable[LabelRow]) -> tuple[str, ...]:
-    """The labels that occur, numbers in their order, others in that of the alphabet."""
+    """Return the labels that occur: numbers in numerical order, others in alphabetical order."""
     found = {row.label for row in rows}
     numbers = all(name.lstrip("-").isdigit() for name in found)
     return tuple(sorted(found, key=int) if numbers else sorted(found))
@@ -92,9 +92,10 @@ def encode_labelled(
     too_long: str = "truncate",
     on_bad_row: str = "error",
 ) -> tuple[list[Example], Counts]:
-    """Every row as an `Example` of at most `max_length` tokens, its label among them; `too_long`
-    and `on_bad_row` are those of `templates.encode_all`. Of a pair that is too long, the longer
-    text is cut.
+    """Return an `Example` of at most `max_length` tokens for every row, including its label.
+
+    `too_long` and `on_bad_row` are those of `templates.encode_all`. The longer text of a pair that
+    is too long is cut.
 
     Raises:
         UserError: labels that are not in `labels`; rows too long under "error".
@@ -142,9 +143,7 @@ def encode_labelled(
 def _tokenized(
     rows: Sequence[LabelRow], tokenizer: Any, limit: int | None = None
 ) -> Iterable[tuple[LabelRow, list[int], int]]:
-    """The ids of each row with the tokenizer's special tokens, and where its second text begins:
-    at the end, if it has one only.
-    """
+    """Yield (row, ids with special tokens, start of the second text or the end without one)."""
     for row in rows:
         try:
             out = tokenizer(

@@ -1,17 +1,16 @@
-"""Batches of rows in an order that is a pure function of seed, epoch and step.
+"""Training batches whose order is a pure function of seed, epoch and step.
 
     loader = Loader(examples, batch_size=8, max_length=512, packing=True, shuffle=True, seed=0)
-    batch = loader.batch(step)  # any step, in any order: nothing to save but the step, to resume
+    batch = loader.batch(step)  # any step, in any order: to resume, only the step is needed
 
-Examples are packed into rows once; every epoch goes through all rows in an order of its own.
-Epochs follow one another without end: a batch may begin in one and end in the next, so that every
-example is seen once an epoch, whatever the batch size.
+Examples are packed into rows once, and every epoch visits all rows in a new order. A batch may
+begin in one epoch and end in the next, so every example is seen once per epoch for any batch size.
 
     mixture = Mixture({"a": loader_a, "b": loader_b}, {"a": 3, "b": 1})
-    batch = mixture.batch(step)  # three rows of a to one of b, each through epochs of its own
+    batch = mixture.batch(step)  # three rows of a to one of b; each source has its own epochs
 
-`batch(step, rows)` builds some rows of a batch alone, for a host that needs no others. What is in
-a batch never depends on who asks for which of its rows.
+`batch(step, rows)` builds only some rows of a batch, for a host that needs no others. The contents
+of a batch do not depend on which rows are requested.
 """
 
 import math
@@ -20,19 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.data.examples import Example
 from lora_jax.data.packing import pack, to_row
-from lora_jax.data.templates import Example
 from lora_jax.errors import UserError, raise_all
 
-_MULTIPLE = 64  # unpacked rows are padded to a multiple of it
-_CYCLE = 1000  # rows of a mixture after which its sources alternate as before
+_MULTIPLE = 64  # the length of unpacked rows is rounded up to a multiple
+_CYCLE = 1000  # rows after which the order of the sources of a mixture repeats
 
 
 def order(count: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """(count,) integers: the order of `count` things in an epoch, the same on every machine."""
+    """Return (count,) integers: a permutation for an epoch, the same on every machine."""
     if not shuffle:
         return np.arange(count)
-    # RandomState's stream is fixed for good, Generator's may change with numpy's version.
+    # RandomState is frozen across versions of numpy; Generator may change.
     state = np.random.SeedSequence([seed, epoch]).generate_state(8)
     return np.random.RandomState(state).permutation(count)
 
@@ -40,9 +39,9 @@ def order(count: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray
 class Loader:
     """Training batches by step.
 
-    rows_per_epoch: rows in which every example stands exactly once
+    rows_per_epoch: number of rows that hold every example exactly once
     row_length: tokens per row: `max_length` when packing, else the longest example rounded up
-    efficiency: the share of the tokens of an epoch that is not padding
+    efficiency: fraction of the tokens of an epoch that is not padding
 
     Raises:
         ValueError: no examples, one without tokens or with more than `max_length`; a batch size
@@ -73,8 +72,8 @@ class Loader:
         if min(lengths) < 1:
             raise ValueError(f"{examples[lengths.index(0)].where}: an example without tokens")
         if packing:
-            # Shuffled before packing, so that neighbours in the file do not always train together.
-            # Epochs count from 1 in `_epoch`: this order is not that of any of them.
+            # Shuffled before packing, so that neighbours in the file do not always share a row.
+            # Epochs are shuffled with 1, 2, ..: 0 gives an order that no epoch has.
             first = order(len(examples), seed, 0, shuffle)
             rows = pack([lengths[i] for i in first], max_length)
             self._rows = [[int(first[i]) for i in row] for row in rows]
@@ -87,54 +86,55 @@ class Loader:
         self._orders: dict[int, np.ndarray] = {}
 
     def batch(self, step: int, rows: slice | range = slice(None)) -> dict[str, np.ndarray]:
-        """Batch number `step` from 0: arrays of (rows, row_length), as `packing.to_row`; all
-        `batch_size` rows, or those that `rows` picks.
+        """Return batch `step`, counted from 0: the arrays of `packing.to_row`, (rows, row_length).
+
+        rows: selects some of the `batch_size` rows
 
         Raises:
-            ValueError: a step below 0; `rows` that are none, or not all inside the batch.
+            ValueError: a step below 0; `rows` selects no row, or one outside of the batch.
         """
         numbers = batch_rows(step, self.batch_size, rows)
         return stack([self.row(number) for number in numbers], self.row_length)
 
     def indices(self, step: int) -> list[list[int]]:
-        """The indices of the examples in each row of batch `step`."""
+        """Return the indices of the examples in each row of batch `step`."""
         return [self._row(n) for n in batch_rows(step, self.batch_size, slice(None))]
 
     def row(self, number: int) -> list[Example]:
-        """The examples of row `number` from 0, of the rows of all epochs one after the other."""
+        """Return the examples of row `number`, counted from 0 over all epochs."""
         return [self.examples[i] for i in self._row(number)]
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where batch `step` begins: its epoch, and the row in it, both from 0."""
+        """Return the epoch at which batch `step` begins and the row in it, both counted from 0."""
         epoch, row = divmod(step * self.batch_size, self.rows_per_epoch)
         return {"step": step, "epoch": epoch, "row": row}
 
     def _row(self, number: int) -> list[int]:
-        epoch, place = divmod(number, self.rows_per_epoch)
+        epoch, index = divmod(number, self.rows_per_epoch)
         if epoch not in self._orders:
-            if len(self._orders) >= 2:  # a batch that straddles two epochs must not thrash
+            if len(self._orders) >= 2:  # two: a batch may span two epochs
                 self._orders.pop(min(self._orders))
             self._orders[epoch] = order(self.rows_per_epoch, self.seed, epoch + 1, self.shuffle)
-        return self._rows[self._orders[epoch][place]]
+        return self._rows[self._orders[epoch][index]]
 
 
 class Mixture:
-    """Training batches from several sources, by step, with the methods of `Loader`.
+    """Training batches from several sources, with the methods of `Loader`.
 
-    A weight is a source's share of the rows, so roughly of the tokens: rows are of one length, and
-    padding is small when packing. Every source is packed on its own and goes through epochs of its
-    own: in one of them each of its examples stands once. In any number of rows from the start each
-    source has its share to within one row.
+    A weight is a source's share of the rows, and roughly of the tokens: rows have one length, and
+    packing leaves little padding. Every source is packed separately and has its own epochs, each of
+    which visits every example once. After any number of rows, each source has had its share to
+    within one row.
 
-    loaders: one for each source by name; their batch size is that of the mixture
+    loaders: one for each source, by name; the mixture has their batch size
     weights: by the same names, above 0; they need not add up to 1
-    shares: by name, the share of rows that each source gets: its weight in thousandths
+    shares: by name, the fraction of rows that a source gets: its weight in thousandths
     row_length: tokens per row, the largest of the sources
-    efficiency: the share of the tokens of all rows that is not padding
+    efficiency: fraction of the tokens of all rows that is not padding
 
     Raises:
-        UserError: no sources; weights that are not finite, negative, below a thousandth of their
-            sum, or not those of the sources.
+        UserError: no sources; weights for other names, or weights that are not finite, not above 0
+            or less than a thousandth of their sum.
         ValueError: loaders of different batch sizes.
     """
 
@@ -151,30 +151,30 @@ class Mixture:
             share * loaders[name].efficiency * loaders[name].row_length / self.row_length
             for name, share in self.shares.items()
         )
-        self._names = sorted(loaders)  # a mapping written in another order is the same mixture
+        self._names = sorted(loaders)  # the order of the mapping must not matter
         self._counts = np.array([counts[name] for name in self._names])
         self._cycle = _spread(self._counts)
-        # used[r, s]: rows of source s among the first r of a cycle
+        # _used[r, s]: rows of source s among the first r of a cycle
         drawn = self._cycle[:, None] == np.arange(len(self._names))
         self._used = np.concatenate([np.zeros_like(drawn[:1], int), drawn.cumsum(axis=0)])
 
     def batch(self, step: int, rows: slice | range = slice(None)) -> dict[str, np.ndarray]:
-        """As `Loader.batch`."""
+        """Return batch `step`; see `Loader.batch`."""
         numbers = batch_rows(step, self.batch_size, rows)
         return stack([self.row(number) for number in numbers], self.row_length)
 
     def row(self, number: int) -> list[Example]:
-        """The examples of row `number` from 0 of the mixture."""
+        """Return the examples of row `number` of the mixture, counted from 0."""
         name, row = self.place(number)
         return self.loaders[name].row(row)
 
     def place(self, number: int) -> tuple[str, int]:
-        """The source of row `number` of the mixture, and the number of that row in its source."""
+        """Return the source of row `number` of the mixture, and the number of that row in it."""
         source = self._cycle[number % _CYCLE]
         return self._names[source], int(self._rows_before(number)[source])
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where batch `step` begins: for every source its epoch, and the row in it, from 0."""
+        """Return the position of every source at the beginning of batch `step`; see `Loader`."""
         before = self._rows_before(step * self.batch_size)
         sources = {}
         for name, row in zip(self._names, before, strict=True):
@@ -183,12 +183,12 @@ class Mixture:
         return {"step": step, "sources": sources}
 
     def _rows_before(self, number: int) -> np.ndarray:
-        cycle, place = divmod(number, _CYCLE)
-        return cycle * self._counts + self._used[place]
+        cycle, index = divmod(number, _CYCLE)
+        return cycle * self._counts + self._used[index]
 
 
 def _thousandths(loaders: Mapping[str, Loader], weights: Mapping[str, float]) -> dict[str, int]:
-    """Rows of a cycle by source, `_CYCLE` together: rounded by the largest remainder."""
+    """Return rows of a cycle by source, `_CYCLE` in all, rounded by the largest remainder."""
     if not loaders:
         raise UserError("a mixture needs at least one source")
     given, known = ", ".join(map(repr, weights)), ", ".join(map(repr, loaders))
@@ -219,10 +219,11 @@ def _thousandths(loaders: Mapping[str, Loader], weights: Mapping[str, float]) ->
 
 
 def _spread(counts: np.ndarray) -> np.ndarray:
-    """(sum of counts,) the source of each row of a cycle, `counts[s]` times source s, evenly.
+    """Return (sum of counts,) the source of each row of a cycle: `counts[s]` rows of s, evenly.
 
-    Row j of a source is due in slots floor(j * cycle / count) to ceil((j + 1) * cycle / count): the
-    earliest end first keeps all of them, so every source is always within one row of its share.
+    Row j of a source is due in slots floor(j * cycle / count) to ceil((j + 1) * cycle / count).
+    Taking the earliest deadline first meets all of them, so every source is always within one row
+    of its share.
     """
     total = int(counts.sum())
     done = [0] * len(counts)
@@ -241,9 +242,9 @@ def _spread(counts: np.ndarray) -> np.ndarray:
 def eval_batches(
     examples: Sequence[Example], batch_size: int, max_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, packed in order: arrays of (batch_size, max_length), as `packing.to_row`.
+    """Yield every example once, packed in order: the arrays of `packing.to_row`.
 
-    The last batch is filled up with rows of padding, so that every batch has the same shape.
+    Every batch is (batch_size, max_length); the last one is filled with rows of padding.
     """
     rows = pack([len(example.tokens) for example in examples], max_length)
     for first in range(0, len(rows), batch_size):
@@ -252,16 +253,16 @@ def eval_batches(
 
 
 def batch_rows(step: int, batch_size: int, rows: slice | range) -> range:
-    """The numbers, counted over all batches, of the rows of batch `step` that `rows` picks.
+    """Return the numbers, counted over all batches, of the rows that `rows` selects of a batch.
 
     Raises:
-        ValueError: a step below 0; `rows` that are none, or not all inside the batch.
+        ValueError: a step below 0; `rows` selects no row, or one outside of the batch.
     """
     if step < 0:
         raise ValueError(f"step={step} must be at least 0")
     chosen = range(*rows.indices(batch_size)) if isinstance(rows, slice) else rows
     ends = (rows.start, rows.stop) if isinstance(rows, slice) else ()
-    # A slice is cut to what there is without a word; rows that are missing are a mistake.
+    # Python silently clips a slice to the batch; here, missing rows are an error.
     if any(end is not None and not 0 <= end <= batch_size for end in ends):
         chosen = range(0)
     if not chosen or not (0 <= min(chosen) and max(chosen) < batch_size):
@@ -271,8 +272,8 @@ def batch_rows(step: int, batch_size: int, rows: slice | range) -> range:
 
 
 def stack(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
-    """Arrays of (rows, length), as `packing.to_row` makes each row."""
+    """Stack the rows of `packing.to_row`: arrays of (rows, length)."""
     built = [to_row(row, length) for row in rows]
     names = dict.fromkeys(name for row in built for name in row)
-    empty = np.zeros(length, np.int32)  # of a row without labelled texts
+    empty = np.zeros(length, np.int32)  # token_types of a row without labelled texts
     return {name: np.stack([row.get(name, empty) for row in built]) for name in names}

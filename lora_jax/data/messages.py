@@ -1,18 +1,18 @@
-"""The messages and tools of a record, checked, in one form whoever wrote them.
+"""Messages and tools of a record, checked and converted to one form.
 
-A message is {"role": .., "content": ..}. What else is known in one:
+A message is {"role": .., "content": ..}. Other known keys:
 
     train, training, loss, weight    true or 1 trains an assistant turn, false or 0 does not;
       loss_weight, loss_scale        kept as "train"
-    tool_calls                       [{"function": {"name": .., "arguments": {..}}}, ..], or each
-                                     without "function"; arguments that are JSON text become objects
+    tool_calls                       [{"function": {"name": .., "arguments": {..}}}, ..], or without
+                                     "function"; arguments as JSON text become objects
     function_call                    OpenAI's older form of one call
     reasoning_content, thinking,     strings, for the chat template
       reasoning, name, tool_call_id
 
-Content is a string, or a list of {"type": "text", "text": ..} parts, which are joined; that of a
-tool may be any object or list, and becomes JSON. Harmless keys are left out; others go to the chat
-template, which must read them.
+The content is a string, or a list of {"type": "text", "text": ..} parts, which are joined. The
+content of a tool may be any object or list, and becomes JSON. Harmless keys are left out; others
+are passed to the chat template, which must read them.
 """
 
 import json
@@ -40,10 +40,13 @@ _REFUSED = {
 def messages_of(
     value: Any, key: str, first: bool = True, ignore: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Return checked messages; `first`: they begin the conversation, where a system turn may be.
+    """Return checked messages of the column `key`.
+
+    first: they begin the conversation, so the first may be a system turn
+    ignore: keys of messages to leave out
 
     Raises:
-        BadRow: what is wrong with one, by its place in `key`.
+        BadRow: names the problem and its position in `key`.
     """
     if not isinstance(value, list):
         raise BadRow(f"{key!r} is {kind(value)}, not a list of messages")
@@ -69,7 +72,7 @@ def _message(message: Any, name: str, first: bool, ignore: Collection[str]) -> d
     if role == "function":  # OpenAI's older name
         role = checked["role"] = "tool"
     calls = _calls(checked, name) if role == "assistant" else []
-    # An assistant that calls tools need not say anything.
+    # An assistant turn with calls needs no content.
     if role is None or not (calls or "content" in checked):
         missing = "role" if role is None else "content"
         raise BadRow(f"{name} has no {missing!r}; its keys: {listed([*map(repr, checked)])}")
@@ -112,7 +115,7 @@ def _without_harmless(checked: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _set_train(checked: dict[str, Any], name: str) -> None:
-    """Put what a message says of its training under `train`."""
+    """Move the key that says if a turn is trained on to `train`."""
     found = {key: checked.pop(key) for key in _TRAIN if key in checked}
     for key, value in found.items():
         if key == "train" and not isinstance(value, bool):
@@ -136,7 +139,7 @@ def _set_train(checked: dict[str, Any], name: str) -> None:
 
 
 def _are_parts(content: Any) -> bool:
-    """Return True if a content is a list of parts, not a list that a tool returned."""
+    """Return True if a content is a list of parts, not the result of a tool."""
     return isinstance(content, list) and any(
         isinstance(part, dict)
         and isinstance(part.get("type"), str)
@@ -168,19 +171,20 @@ def _as_json(value: Any, name: str) -> str:
 
 
 def _calls(checked: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the checked calls of an assistant turn, and put them in their place."""
+    """Check the calls of an assistant turn, store them in it as `tool_calls`, and return them."""
     calls, older = checked.get("tool_calls", []), checked.pop("function_call", None)
-    place = f"{name}.tool_calls"
+    calls_name = f"{name}.tool_calls"
     if older is not None:
         if not is_empty(calls):
             raise BadRow(f"{name} has both 'tool_calls' and 'function_call': keep one")
-        calls, place = [{"type": "function", "function": older}], f"{name}.function_call"
+        calls = [{"type": "function", "function": older}]
+        calls_name = f"{name}.function_call"
     if not isinstance(calls, list):
-        raise BadRow(f"{place} is {kind(calls)}, not a list of calls")
+        raise BadRow(f"{calls_name} is {kind(calls)}, not a list of calls")
     if older is not None:
-        calls = [_call(calls[0], place)]
+        calls = [_call(calls[0], calls_name)]
     else:
-        calls = [_call(call, f"{place}[{index}]") for index, call in enumerate(calls)]
+        calls = [_call(call, f"{calls_name}[{index}]") for index, call in enumerate(calls)]
     checked.pop("tool_calls", None)
     if calls:
         checked["tool_calls"] = calls
@@ -199,7 +203,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
     keys = {*call, *function}
     if unknown := sorted(str(key) for key in keys if not _is_of_call(key, call, function)):
         raise BadRow(
-            f"{name} has {listed([*map(repr, unknown)])}, not known of a call: it has a 'name' and "
+            f"{name} has {listed([*map(repr, unknown)])}, not known in a call: it has a 'name' and "
             "'arguments'"
         )
     if "arguments" in function:
@@ -208,13 +212,13 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 
 def _is_of_call(key: Any, call: Mapping[str, Any], function: Mapping[str, Any]) -> bool:
-    """Return whether a key belongs to a call, or says nothing."""
+    """Return True if a key belongs to a call, is empty or is harmless."""
     value = function.get(key, call.get(key))
     return key in _OF_CALLS or is_empty(value) or is_harmless(str(key), value)
 
 
 def _arguments(value: Any, name: str) -> dict[str, Any]:
-    """Return the arguments of a call as an object; OpenAI has them as JSON text."""
+    """Return the arguments of a call as an object; those of OpenAI are JSON text."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):
@@ -225,10 +229,10 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
 
 
 def parse_json(value: str, name: str) -> Any:
-    """Parse JSON text of a record; `name` is that of its place in messages.
+    """Parse JSON text of a record; `name` names it in errors.
 
     Raises:
-        BadRow: it is no JSON.
+        BadRow: it is not valid JSON.
     """
     try:
         return text.parse_json(value)
@@ -240,7 +244,7 @@ def tools_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Return the tools of a record, from `tools` or OpenAI's older `functions`.
 
     Raises:
-        BadRow: what is wrong with them.
+        BadRow: names the problem.
     """
     key = "tools" if is_empty(given.get("functions")) else "functions"
     value = given.get(key, "")

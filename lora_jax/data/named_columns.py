@@ -1,9 +1,9 @@
-"""Texts with {column} in them, as data.prompt and data.completion are.
+"""Format strings with {column} in them, such as data.prompt and data.completion.
 
     fill({"a": 1, "b": [2]}, "prompt", "{a} of {b}")  # "1 of [2]"
 
-{{ and }} stand for braces. Values that are no strings stand there as JSON: 3, true, null,
-["a", "b"]; dates as in ISO 8601.
+{{ and }} are literal braces. Values other than strings are written as JSON: 3, true, null,
+["a", "b"]; dates in ISO 8601.
 """
 
 import functools
@@ -18,21 +18,22 @@ _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 def columns(template: str, setting: str) -> tuple[str, ...]:
-    """The columns that `template`, the value of `setting`, names.
+    """Return the columns named by `template`, the value of `setting`.
 
     Raises:
-        UserError: `template` has braces that are no {column}, {{ or }}.
+        UserError: `template` has braces that are not {column}, {{ or }}.
     """
     return tuple(column for _, column in _pieces(template, setting) if column is not None)
 
 
 def fill(record: dict, key: str, template: str | None, setting: str | None = None) -> str:
-    """`template` with the columns of a record, or its string column `key` where there is none.
-    `setting` is the template's name in messages: data.KEY, unless given.
+    """Return `template` with the columns of a record put in; None is the string column `key`.
+
+    setting: the name of the template in errors; data.KEY by default
 
     Raises:
-        BadRow: columns that the record does not have, or that cannot be written.
-        UserError: as `columns`.
+        BadRow: columns that the record does not have, or that cannot be written as text.
+        UserError: see `columns`.
     """
     names = listed([*map(repr, record)])
     setting = setting or f"data.{key}"
@@ -42,7 +43,7 @@ def fill(record: dict, key: str, template: str | None, setting: str | None = Non
         if not isinstance(record[key], str):
             raise BadRow(f"{key!r} is {kind(record[key])}, not a string; set {setting}")
         return record[key]
-    if template in record:  # else every row would have the column's name for its text
+    if template in record:  # otherwise the text of every row would be the column's name
         raise BadRow(f"{setting}={template!r} is a column's name: write {{{template}}}")
     filled = ""
     for text, column in _pieces(template, setting):
@@ -59,7 +60,7 @@ def fill(record: dict, key: str, template: str | None, setting: str | None = Non
 
 @functools.lru_cache(maxsize=16)
 def _pieces(template: str, setting: str) -> tuple[tuple[str, str | None], ...]:
-    """(text before, column) of every column; last the text at the end, and None."""
+    """Return (text before, column) for every column, and (text at the end, None)."""
     pieces, text, end = [], "", 0
     for found in _BRACES.finditer(template):
         text += template[end : found.start()]
@@ -72,8 +73,8 @@ def _pieces(template: str, setting: str) -> tuple[tuple[str, str | None], ...]:
         else:
             raise UserError(
                 f"{setting}={printable(repr(template))} has {printable(found[0])!r}, which is "
-                "no {column}: a column's name alone stands in braces, without . [ ] ! or :, and a "
-                "brace of the text is written {{ or }}"
+                "not a {column}: put only the name of a column in braces, without . [ ] ! or :, "
+                "and write a literal brace as {{ or }}"
             )
     return (*pieces, (text + template[end:], None))
 
@@ -93,4 +94,4 @@ def _outside_json(value: Any) -> Any:
         return value.isoformat()
     if hasattr(value, "tolist"):  # arrays and scalars of numpy
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} is no JSON type")
+    raise TypeError(f"{type(value).__name__} is not a JSON type")

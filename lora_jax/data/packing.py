@@ -1,12 +1,12 @@
-"""Several examples in one row, kept apart by segment ids and positions.
+"""Packing of several examples into one row, separated by segment IDs and positions.
 
     tokens        a b c d e f 0 0
-    loss_weights  0 0 1 0 1 1 0 0     belongs to the token at the same index, as a target
+    loss_weights  0 0 1 0 1 1 0 0     weight of the token at the same index, as a target
     segment_ids   1 1 1 2 2 2 0 0     0 is padding
     positions     0 1 2 0 1 2 0 0
 
-The loss predicts tokens[i + 1] from position i with weight loss_weights[i + 1]. The first token of
-every segment has weight 0, so no prediction ever crosses from one example into the next.
+Position i predicts tokens[i + 1] with weight loss_weights[i + 1]. The first token of every segment
+has weight 0, so no prediction crosses from one example into the next.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.data.templates import Example
+from lora_jax.data.examples import Example
 
 
 def pack(lengths: Sequence[int], max_length: int, window: int = 256) -> list[list[int]]:
-    """Indices of examples, row by row: every example in exactly one row, none split.
+    """Return the indices of the examples in each row. Every example is in one row, and not split.
 
-    Best fit decreasing among neighbours: the examples are taken in the order given, as many at a
-    time as fill `window` rows; the longest of those goes first, each into the fullest row that has
-    room for it. So the order given is kept but for a window, and the time is O(n log n). Rows and
-    what is in them stand in the order of their indices.
+    Best fit decreasing inside a window: the examples are taken in the given order, as many at a
+    time as fill `window` rows. Of these, the longest goes first, into the fullest row that has room
+    for it. So the given order is kept except within a window, and the time is O(n log n). Rows and
+    the examples in them are in the order of their indices.
 
     Raises:
         ValueError: a length that is not in 1..max_length.
@@ -43,18 +43,18 @@ def pack(lengths: Sequence[int], max_length: int, window: int = 256) -> list[lis
 
 def _pack_window(lengths: Sequence[int], indices: range, max_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # room -> the rows that have it
-    rooms: list[int] = []  # those of `by_room` that have a row, sorted
+    by_room: dict[int, list[int]] = {}  # free tokens -> rows that have so many
+    rooms: list[int] = []  # sorted keys of `by_room` that have a row
     for index in sorted(indices, key=lambda i: -lengths[i]):
-        place = bisect_left(rooms, lengths[index])
-        if place == len(rooms):
+        found = bisect_left(rooms, lengths[index])
+        if found == len(rooms):
             room, row = max_length, len(rows)
             rows.append([])
         else:
-            room = rooms[place]
+            room = rooms[found]
             row = by_room[room].pop()
             if not by_room[room]:
-                del rooms[place]
+                del rooms[found]
         rows[row].append(index)
         room -= lengths[index]
         if room:
@@ -66,8 +66,9 @@ def _pack_window(lengths: Sequence[int], indices: range, max_length: int) -> lis
 
 
 def with_places(examples: Sequence[Example], count: int) -> list[Example]:
-    """The examples with `count` tokens in front that stand for virtual ones: what they are does not
-    matter, and none is predicted.
+    """Return the examples with `count` tokens in front, to be replaced by virtual tokens.
+
+    Their value has no effect, and none is predicted.
     """
     if not count:
         return list(examples)
@@ -82,14 +83,14 @@ def with_places(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray]:
-    """One row of `tokens`, `loss_weights`, `segment_ids` and `positions`, each (max_length,).
+    """Return one row of `tokens`, `loss_weights`, `segment_ids` and `positions`: (max_length,).
 
-    Integers are int32 and weights float32; what the examples leave is padding of zeros. Labelled
-    texts have `token_types` besides, 1 in the second text of a pair; the place of the label is
-    padding that is predicted.
+    Integers are int32 and weights float32; the rest is padding with zeros. Labelled texts also have
+    `token_types`, 1 in the second text of a pair. The position of a label is padding, and the only
+    target.
 
     Raises:
-        ValueError: the examples have more than `max_length` tokens together.
+        ValueError: the examples have more than `max_length` tokens in total.
     """
     total = sum(len(example.tokens) for example in examples)
     if total > max_length:
@@ -108,7 +109,7 @@ def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray
         row["loss_weights"][start : start + 1] = 0
         row["segment_ids"][start:end] = segment
         row["positions"][start:end] = np.arange(end - start)
-        if example.pair_start is not None:  # its label is no part of the text
+        if example.pair_start is not None:  # the last token is a label, not text
             row["segment_ids"][end - 1] = row["positions"][end - 1] = 0
             types = row.setdefault("token_types", np.zeros(max_length, np.int32))
             types[start + example.pair_start : end - 1] = 1

@@ -2,13 +2,13 @@
 
     (row,) = parse_rows({"prompt": "2+2?", "completion": "4"}, where="train.jsonl:1")
 
-The keys of a record decide its form. The first of these whose keys are all there, and not null, is
-taken. docs/data.md lists every key, and who writes it.
+The keys of a record decide its form: the first of these whose keys are all present and not null.
+docs/data.md lists every key and the tools that write it.
 
     columns named in data.prompt or data.completion     a user turn and its answer
     {"input_ids": [5, 7, ..]}                           tokens: `lora_jax.data.token_rows`
     {"messages": [{"role": .., "content": ..}, ..]}     every assistant turn is trained on
-    {"conversations": [{"from": .., "value": ..}, ..]}  the same as ShareGPT writes it; or messages
+    {"conversations": [{"from": .., "value": ..}, ..]}  the format of ShareGPT; or messages
     {"prompt": "..", "completion": ".."}                a user turn and its answer
     {"prompt": [message, ..], "completion": [message, ..]}  the completion's turns are trained on
     {"instruction": "..", "output": ".."}               Alpaca; "input" follows the instruction
@@ -16,21 +16,21 @@ taken. docs/data.md lists every key, and who writes it.
                                                         [[question, answer], ..], comes before it
     {"text": ".."}                                      a plain text, all of it trained on; refused
                                                         next to a prompt, completion, instruction or
-                                                        output, for which it could be the other half
+                                                        output, because it could be the other half
 
-Every form that makes a conversation may have "system" (or "system_prompt", "system_message"), a
-string that becomes the first turn; "tools", a list of JSON schemas or that list as a JSON string,
-or OpenAI's older "functions"; and "chat_template_kwargs", an object of arguments for the chat
-template. null and "" are as if absent. `lora_jax.data.messages` says what a message may be.
+Every form of a conversation may have "system" (or "system_prompt", "system_message"), a string that
+becomes the first turn; "tools", a list of JSON schemas or that list as a JSON string, or OpenAI's
+older "functions"; and "chat_template_kwargs", an object of arguments for the chat template. null
+and "" count as absent. `lora_jax.data.messages` defines messages.
 
-Other keys are left out where they are harmless, and refused by name otherwise: `lora_jax.data.keys`
-says which. `ignore_columns` (data.ignore_columns) are left out in any case, of messages too. Where
-the columns are named, all others are left out.
+Other keys are left out if they are harmless, and refused by name otherwise (`lora_jax.data.keys`).
+`ignore_columns` (data.ignore_columns) are always left out, also of messages. If columns are named
+by `prompt` or `completion`, all others are left out.
 
-`prompt` and `completion` (data.prompt, data.completion) are texts with {column} in them, as
-`lora_jax.data.named_columns` fills them: "{question}\\nContext: {context}". One of the two may be
-left out: then it is the string 'prompt' or 'completion' of the record. A null in the completion is
-refused: there is no answer.
+`prompt` and `completion` (data.prompt, data.completion) are format strings with {column} in them
+(`lora_jax.data.named_columns`): "{question}\\nContext: {context}". If only one is given, the other
+is the string column 'prompt' or 'completion' of the record. A null in the completion is refused:
+there is no answer.
 """
 
 import json
@@ -57,7 +57,7 @@ _HALVES = ("prompt", "completion", "instruction", "output")
 _SYSTEM = ("system", "system_prompt", "system_message")
 _CONTEXT = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
 _CONVERSATION = (*_CONTEXT, "tool_choice", "function_call", "response_format")
-# Columns that hold once more what a form has already: texts that its tokens or turns were made of.
+# Columns from which the tokens or turns of a form may have been made; they are left out.
 _ORIGINS = ("messages", "conversations", "text", "prompt", "completion", "instruction", "input")
 _KNOWN = {
     "input_ids": (*TOKEN_KEYS, *_ORIGINS, "output", *_CONTEXT),
@@ -76,11 +76,13 @@ def parse_rows(
     completion: str | None = None,
     ignore_columns: Collection[str] = (),
 ) -> tuple[AnyRow, ...]:
-    """Return the row of a record, or the several rows of packed tokens; `prompt`,
-    `completion` and `ignore_columns` as in the module's text.
+    """Return the row of a record, or the several rows of packed tokens.
+
+    where: the place of the record, for errors
+    prompt, completion, ignore_columns: see the docstring of the module
 
     Raises:
-        BadRow: the record is of no known form, or wrong in one.
+        BadRow: the record has no known form, or an error in it.
         UserError: `prompt` or `completion` is malformed.
     """
     if not isinstance(record, dict):
@@ -121,11 +123,11 @@ def parse_row(
     completion: str | None = None,
     ignore_columns: Collection[str] = (),
 ) -> AnyRow:
-    """Return the one row of a record, as `parse_rows` does.
+    """Return the only row of a record; see `parse_rows`.
 
     Raises:
-        BadRow: as `parse_rows`; packed tokens, which make several rows.
-        UserError: as `parse_rows`.
+        BadRow: see `parse_rows`; packed tokens, which become several rows.
+        UserError: see `parse_rows`.
     """
     first, *others = parse_rows(record, where, prompt, completion, ignore_columns)
     if others:
@@ -152,7 +154,7 @@ def _needed(record: dict) -> str:
 
 
 def _conversation(messages: list[dict], given: Mapping[str, Any], where: str) -> Row:
-    """Return messages of any form, with the record's own system turn and tools, checked."""
+    """Return a checked row of messages, with the system turn and tools of the record."""
     _check_requests(given)
     system = _system(given)
     if system and messages[0]["role"] not in SYSTEM_ROLES:
@@ -160,7 +162,7 @@ def _conversation(messages: list[dict], given: Mapping[str, Any], where: str) ->
     elif system and messages[0]["content"] != system:
         raise BadRow("'system' differs from the system turn that the conversation begins with")
     tools = tools_of(given)
-    if tools and _tells_tools(messages[0], tools):
+    if tools and _lists_tools(messages[0], tools):
         tools = ()
     options = _template_kwargs(given.get("chat_template_kwargs"))
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -183,8 +185,8 @@ def _system(given: Mapping[str, Any]) -> str:
     return texts[0] if texts else ""
 
 
-def _tells_tools(first: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a system turn lists the tools already, as those of Hermes do."""
+def _lists_tools(first: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if a system turn already lists the tools, as in data of Hermes."""
     text = first["content"] if first["role"] in SYSTEM_ROLES else ""
     names = [tool.get("function", tool).get("name") for tool in tools]
     return "<tools>" in text and all(isinstance(name, str) and name in text for name in names)
@@ -203,7 +205,7 @@ def _template_kwargs(value: Any) -> dict[str, Any]:
 
 
 def _check_requests(given: Mapping[str, Any]) -> None:
-    """Refuse requests for another form of the answer than the conversation has."""
+    """Refuse settings of a request that would change the form of the answer."""
     for key in ("tool_choice", "function_call", "response_format"):
         value = given.get(key, "")
         kept = value.get("type") if isinstance(value, dict) else value
@@ -239,7 +241,7 @@ def _alpaca(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise BadRow(f"'history' is {kind(history)}, not a list of [question, answer]")
     for index, pair in enumerate(history):
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise BadRow(f"history[{index}] is no list of a question and an answer")
+            raise BadRow(f"history[{index}] is not a list of a question and an answer")
     question = "\n\n".join(filter(None, (asked["instruction"], asked["input"])))
     return _turns(*history, (question, asked["output"]))
 
@@ -271,15 +273,15 @@ def _text_row(given: Mapping[str, Any], where: str) -> TextRow:
 
 
 def _check_text(value: Any) -> None:
-    """Refuse what no tokenizer or template accepts: lone surrogates, values outside JSON."""
+    """Refuse unpaired surrogates and values outside JSON: no tokenizer or template accepts them."""
     if is_deep(value):
         raise BadRow("nested too deeply")
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud800" is JSON but no text
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
-        raise BadRow(f"a string holds the unpaired surrogate {surrogate}") from error
+        raise BadRow(f"a string has the unpaired surrogate {surrogate}") from error
     except (TypeError, ValueError) as error:
         raise BadRow(
-            f"a message, a tool or an argument holds what JSON has not: {error}; write it as text"
+            f"a message, a tool or an argument has a value outside JSON: {error}; write it as text"
         ) from error

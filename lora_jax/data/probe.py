@@ -1,15 +1,15 @@
-"""Parts of a conversation that a chat template leaves out, repeats, or moves.
+"""Detection of parts of a conversation that a chat template leaves out, repeats or moves.
 
     row     user "2+2?"    assistant "4", add(a=2)              tool "4"
     probe   user "zq0qz"   assistant "zq1qz", zq2qz(zq3qz=7319000004)  tool "zq5qz"
 
-A text such as "4" is found in nearly any prompt by accident. So a conversation of the same shape is
-rendered too, with a mark in place of every text, name, key and number: a mark occurs only where
-the template wrote its part. Rows of one shape have equal probes, so the findings are cached by
-the probe. Each row is searched as well, in order: a template may treat one text unlike another.
+A text such as "4" occurs in nearly any prompt by accident. So a probe of the same shape is rendered
+too, with a mark in place of every text, name, key and number: a mark occurs only where the template
+wrote that part. Rows of one shape have equal probes, so the findings are cached by the probe. Each
+row is searched too, in order, because a template may treat different texts differently.
 
-Templates may drop the thoughts of earlier turns, as they do when the model generates; so a thought
-is required in supervised turns alone.
+Templates may drop the thoughts of earlier turns, as they do in generation. So a thought is required
+only in supervised turns.
 """
 
 import json
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     value: Any
     mark: str
     thought: bool = False
-    shared: bool = False  # a name or a key, which may occur anywhere else too
+    shared: bool = False  # a name or a key, which may also occur in other parts
 
 
 class Finding(NamedTuple):
@@ -89,7 +89,7 @@ class _Marks:
             self.parts.append(Part(turn, label, text, mark))
             return mark
         pieces = []
-        at, opened = 0, tags[0].group(2) is not None  # the prompt may have opened the thought
+        at, opened = 0, tags[0].group(2) is not None  # opened by the prompt
         for tag in [*tags, None]:
             if (said := text[at : tag.start() if tag else None]).strip():
                 pieces.append(self.mark())
@@ -142,11 +142,13 @@ class _Marks:
         return int(mark) if isinstance(value, int) else int(mark) + 0.5
 
     def id(self, value: Any) -> str:
-        return self.ids.setdefault(value, f"call{len(self.ids):05d}")  # some want 9 characters
+        return self.ids.setdefault(
+            value, f"call{len(self.ids):05d}"
+        )  # 9 characters: some require that
 
 
 def probe(messages: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Part]]:
-    """The messages with marks in place of their texts, and the parts that they replace."""
+    """Return the messages with marks in place of their texts, and the parts that these replace."""
     marks = _Marks()
     return [marks.message(i, message) for i, message in enumerate(messages)], marks.parts
 
@@ -157,12 +159,13 @@ def findings(
     trained: Collection[int],
     spans: Mapping[int, Sequence[tuple[int, int]]] | None,
 ) -> Finding | None:
-    """The first defect of a rendered probe; `spans`: what is supervised of each trained turn, None
-    where that cannot be found.
+    """Return the first defect of a rendered probe, or None.
+
+    spans: supervised spans of each trained turn; None if they cannot be found
     """
-    places: dict[str, list[int]] = {}
+    found_at: dict[str, list[int]] = {}  # positions of each mark
     for match in _MARK.finditer(text):
-        places.setdefault(match.group(), []).append(match.start())
+        found_at.setdefault(match.group(), []).append(match.start())
     last, reached = -1, -1
     for turn, group in groupby(enumerate(parts), lambda pair: pair[1].turn):
         own = list(group)
@@ -181,9 +184,9 @@ def findings(
             others = {*inside} - {part.mark for _, part in own}
             if foreign := tuple(i for i, part in enumerate(parts) if part.mark in others):
                 return Finding("foreign", foreign, turn)
-        elif lost := tuple(i for i, part in needed if part.mark not in places):
+        elif lost := tuple(i for i, part in needed if part.mark not in found_at):
             return Finding("lost", lost, turn)
-        firsts = [places[part.mark][0] for _, part in needed if not part.shared]
+        firsts = [found_at[part.mark][0] for _, part in needed if not part.shared]
         if firsts and min(firsts) < reached:
             return Finding("moved", (), last)
         if firsts:
@@ -192,7 +195,7 @@ def findings(
 
 
 def lost_in_order(text: str, parts: Sequence[Part], trained: Collection[int]) -> Finding | None:
-    """The first turn of a row that its text does not hold after the turns before it."""
+    """Return the first part of a row that is not in its text after the turns before it, or None."""
     squeezed, at = squeeze(text), 0
     for turn, group in groupby(enumerate(parts), lambda pair: pair[1].turn):
         reached = at
@@ -210,18 +213,18 @@ def lost_in_order(text: str, parts: Sequence[Part], trained: Collection[int]) ->
 
 
 def holds(text: str, value: Any) -> bool:
-    """Return True if a text holds a value in one of the forms in which templates write it."""
+    """Return True if a text contains a value in one of the forms that templates write."""
     squeezed = squeeze(text)
     return any(form in squeezed for form in _forms(value))
 
 
 def squeeze(text: str) -> str:
-    """`text` without whitespace: templates trim and break lines."""
+    """Return `text` without whitespace, because templates trim texts and break lines."""
     return "".join(text.split())
 
 
 def has_thought(text: str) -> bool:
-    """Return True if a content has the tag that ends a thought."""
+    """Return True if a content has a tag that closes a thought."""
     return any(tag.group(2) for tag in _tags(text))
 
 
@@ -236,7 +239,7 @@ def opens_thought(text: str) -> bool:
 
 
 def _tags(text: str) -> list[re.Match[str]]:
-    """The tags of a text that open or end a thought."""
+    """Return the tags of a text that open or close a thought."""
     if not any(word in text for word in ("think", "THINK", "channel")):  # far faster than a search
         return []
     return list(_THOUGHT.finditer(text))

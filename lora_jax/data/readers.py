@@ -1,9 +1,9 @@
-"""The records of a file or data set, one generator per format.
+"""Readers of files and data sets: a generator of records for each format.
 
     for where, record, problem in read_lines("train.jsonl", path, start=0): ...
 
-Each yields the records but for the first `start`, and returns how many there are, those among them.
-`name` is the file's in messages.
+Each skips the first `start` records, yields the others, and returns the number of all. `name` is
+the name of the file in messages.
 """
 
 import csv
@@ -19,10 +19,10 @@ from lora_jax.data.rows import kind, printable
 from lora_jax.errors import UserError
 
 _LARGEST_LINE = 64 << 20  # bytes of one record; a book has about 1 MB
-_LARGEST_DOCUMENT = 1 << 30  # bytes of a .json file, unpacked, which is read at once
+_LARGEST_DOCUMENT = 1 << 30  # bytes of an unpacked .json file, which is read at once
 _NULL_BYTES = "the text has null bytes, as UTF-16 has; save it as UTF-8"
 
-# (where, the record or None, what is wrong or None)
+# (where, the record or None, its problem or None)
 Record = tuple[str, Any, str | None]
 Reader = Generator[Record, None, int]
 
@@ -71,7 +71,7 @@ def read_document(name: str, path: Path, start: int) -> Reader:
 
 
 def _parse(data: bytes) -> tuple[Any, str | None, int]:
-    """(value, problem or None, the problem's line from 1); never raises."""
+    """Return (value, problem or None, line of the problem from 1); never raise."""
     try:
         return parse_json(data.decode("utf-8")), None, 1
     except UnicodeDecodeError as error:
@@ -115,8 +115,8 @@ def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
                 header = fields or None  # an empty line is none
                 continue
             if problem and "unexpected end of data" in problem:
-                # The rest of the file hangs on one quote: more than a bad record.
-                raise UserError(f'{where}: a field that begins here with " does not end')
+                # An unclosed quote swallows the rest of the file: not just a bad record.
+                raise UserError(f'{where}: a field that begins here with " is never closed')
             if not problem and not fields:
                 continue
             held += 1
@@ -128,8 +128,8 @@ def read_table(name: str, path: Path, start: int, delimiter: str) -> Reader:
 
 
 def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
-    """(fields, problem) of the next record; None for fields at the end."""
-    # The limit is the process's: lifted only while a record is read.
+    """Return (fields, problem) of the next record; fields are None at the end of the file."""
+    # The limit is global to the process, so it is raised only while a record is read.
     limit = csv.field_size_limit(_LARGEST_LINE)
     try:
         fields = next(reader, None)
@@ -142,16 +142,16 @@ def _fields(reader: Any) -> tuple[list[str] | None, str | None]:
             return fields, _NULL_BYTES
         try:
             field.encode("utf-8")
-        except UnicodeEncodeError as error:  # a byte that `surrogateescape` has carried here
+        except UnicodeEncodeError as error:  # a byte decoded by `surrogateescape`
             return fields, _not_utf8(ord(field[error.start]) - 0xDC00)
     return fields, None
 
 
 def _lines(name: str, file: Any) -> Iterator[Any]:
-    """The lines of a text or binary file.
+    """Yield the lines of a text or binary file.
 
     Raises:
-        UserError: one of more than `_LARGEST_LINE` bytes, or characters.
+        UserError: a line of more than `_LARGEST_LINE` bytes or characters.
     """
     number = 0
     while line := file.readline(_LARGEST_LINE + 1):
@@ -164,7 +164,7 @@ def _lines(name: str, file: Any) -> Iterator[Any]:
 
 
 def _without_mark(name: str, data: bytes) -> bytes:
-    """The first bytes of a file without a byte order mark.
+    """Return the first bytes of a file without a byte order mark.
 
     Raises:
         UserError: the mark of another encoding than UTF-8.
@@ -183,7 +183,7 @@ def _open_text(path: Path) -> TextIO:
     return opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-# Tables of Arrow and Parquet, whose nulls inside a value stand for what is absent
+# Tables of Arrow and Parquet; a null inside a value means an absent key
 
 
 def read_parquet(name: str, path: Path, start: int) -> Reader:
@@ -193,7 +193,7 @@ def read_parquet(name: str, path: Path, start: int) -> Reader:
         held = file.metadata.num_rows
         decode = _decoder(file.schema_arrow)
         first, group = 0, 0
-        while group < file.num_row_groups:  # groups that are skipped whole are not read
+        while group < file.num_row_groups:  # skipped groups are not read
             rows = file.metadata.row_group(group).num_rows
             if first + rows > start:
                 break
@@ -225,18 +225,16 @@ def read_arrow(name: str, path: Path, start: int) -> Reader:
 def _records_of(
     batch: Any, name: str, first: int, start: int, decode: Callable[[dict], dict]
 ) -> Iterator[Record]:
-    """The records of an Arrow batch whose first has the index `first`, but for those before
-    `start`.
-    """
+    """Yield the records of an Arrow batch from index `start` on; `first` is its first index."""
     skipped = max(0, start - first)
     batch = batch.slice(skipped)
-    batch.validate(full=True)  # a damaged file could make Python read outside the batch
+    batch.validate(full=True)  # otherwise a damaged file could be read out of bounds
     for index, record in enumerate(batch.to_pylist(), start=first + skipped):
         yield f"{name}[{index}]", _without_nulls(decode(record)), None
 
 
 def _decoder(schema: Any) -> Callable[[dict], dict]:
-    """Return a parser of the JSON text that `datasets` writes where values differ in type."""
+    """Return a parser of the JSON text that `datasets` writes if values differ in type."""
     if "arrow.json" not in str(schema):
         return dict
     from datasets import Features
@@ -259,7 +257,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _without_nulls(record: dict) -> dict:
-    """The record without the keys of its inner objects that are null: to tables that is absent."""
+    """Return the record without null keys of inner objects: in tables these are absent."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -275,20 +273,20 @@ def _without_nulls(record: dict) -> dict:
 
 
 def read_saved(name: str, path: Path, start: int) -> Reader:
-    """A directory of `Dataset.save_to_disk`."""
+    """Read a directory of `Dataset.save_to_disk`."""
     import datasets
 
     try:
         held = datasets.Dataset.load_from_disk(str(path))
         return (yield from _indexed(_after(held, start), name, start))
-    except Exception as error:  # a damaged one fails in as many ways as it has files
+    except Exception as error:  # a damaged data set may raise anything
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
 
 
 def read_hub(
     source: str, repository: str, config: str | None, split: str, start: int, stream: bool
 ) -> Reader:
-    """A split of a data set of the hub; `source` is its name in messages."""
+    """Read a split of a data set of the hub; `source` is its name in messages."""
     import datasets
 
     try:
@@ -300,7 +298,7 @@ def read_hub(
         return (yield from _indexed(rows, source, start))
     except Exception as error:  # hub, network and format errors have no common base
         raise UserError(
-            f"{source!r} is no local file, and not to be had from the Hugging Face hub as "
+            f"{source!r} is not a local file, and cannot be loaded from the Hugging Face hub as "
             f"org/name[/config][:split]: {_one_line(error)}"
         ) from error
 

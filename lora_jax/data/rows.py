@@ -1,6 +1,6 @@
-"""Kinds of rows: a conversation, a text, tokens with weights of their own, or a text and its label.
+"""Kinds of rows: a conversation, a plain text, tokens with loss weights, or a text with a label.
 
-`lora_jax.data.parse` says which records become one.
+`lora_jax.data.parse` makes rows of records.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # templates read one of these keys
-# What opens and closes a thought inside of a text, by the models that write it so.
+# (opening, closing) of a thought in a text, with the models that use them.
 THOUGHTS = (
     ("<think>", "</think>"),  # Qwen, DeepSeek, GLM, Nemotron, SmolLM3, Granite, LFM2, OLMo
     ("<thinking>", "</thinking>"),
@@ -25,25 +25,25 @@ THOUGHTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: checked messages, an assistant turn among them, and where it was read."""
+    """A conversation of checked messages, with at least one assistant turn."""
 
     messages: tuple[dict[str, Any], ...]  # {role, content, ...}; train: false is unsupervised
     where: str  # "file.jsonl:12", or "file.json[3]" counted from 0
     tools: tuple[dict[str, Any], ...] = ()  # JSON schemas for the chat template
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for it too
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # more arguments for it
 
     @property
     def answer_index(self) -> int:
-        """The index of the last assistant turn."""
+        """Index of the last assistant turn."""
         return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
 
     @property
     def prompt(self) -> tuple[dict[str, Any], ...]:
-        """Everything before the last assistant turn: what a generation answers."""
+        """Messages before the last assistant turn, to be answered by a generation."""
         return self.messages[: self.answer_index]
 
     def to_supervised(self) -> "Row":
-        """Return the row without what follows its last supervised turn, if it has one."""
+        """Return the row without the turns after its last supervised one, if it has one."""
         trained = [
             i
             for i, message in enumerate(self.messages)
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A plain text, every token of it supervised; no chat template touches it."""
+    """A plain text, fully supervised and not rendered by a chat template."""
 
     text: str
     where: str
@@ -63,17 +63,17 @@ class TextRow:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Tokens as somebody else's tokenisation made them, with a weight for each as a target."""
+    """Tokens made by another program, each with its loss weight as a target."""
 
     tokens: tuple[int, ...]
-    loss_weights: tuple[float, ...]  # finite, not negative, as many as there are tokens
+    loss_weights: tuple[float, ...]  # one for each token, finite and at least 0
     where: str
-    sequence: int | None = None  # its number, from 0, in the packed row that it came from
+    sequence: int | None = None  # index in the packed row that it is from
 
 
 @dataclass(frozen=True)
 class LabelRow:
-    """A text, or a pair of texts, and what it is to be classified as."""
+    """A text, or a pair of texts, with its label."""
 
     texts: tuple[str, ...]  # one or two
     label: str
@@ -84,22 +84,22 @@ AnyRow = Row | TextRow | TokenRow | LabelRow
 
 
 class BadRow(Exception):
-    """A problem with one record, without its place."""
+    """A problem of one record; the message does not name the record."""
 
 
 def kind(value: Any) -> str:
-    """The JSON name of a value's type, with its article; Python's name where JSON has none."""
+    """Return the JSON type of a value with its article, or the Python type if JSON has none."""
     names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}
     names |= {int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def printable(text: str) -> str:
-    """`text` cut to a line's length, without lone surrogates, which no terminal can print."""
+    """Return `text` cut to 200 characters, with unpaired surrogates escaped for printing."""
     text = text[:201].encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message."""
+    """Join names for a message."""
     return printable(", ".join(names) or "none")

@@ -2,10 +2,10 @@
 
     render(source, [{"role": "user", "content": "2+2?"}], tools=None, add_generation_prompt=True)
 
-A template is somebody else's program. transformers runs it in Jinja's sandbox, which keeps it from
-files and code, but not from looping for hours or building gigabytes. Here the same program is
-compiled with counters in it: every pass of a loop, every call, and the size of every text and list
-that it makes. A template that was stopped by a limit once is not run again.
+A template is a program written by others. transformers runs it in Jinja's sandbox, which denies
+access to files and code, but lets it loop for hours or build gigabytes. Here, the same program is
+compiled with counters for every iteration of a loop, every call, and the size of every text and
+list that it makes. A template that a limit has stopped is not run again.
 """
 
 import functools
@@ -23,29 +23,30 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
+from lora_jax.data.counters import COMPARED, COUNTED, WRITTEN, with_counters
 from lora_jax.errors import UserError
 
-LONGEST = 200_000  # characters of a template; those in use have up to 60,000
-_SECONDS = 2.0  # of CPU for one conversation
-_SECONDS_IN_ALL = 6.0  # of CPU for the conversations of a template that take more than _SLOW
+LONGEST = 200_000  # characters of a template; known ones have up to 60,000
+_SECONDS = 2.0  # of CPU time for one conversation
+_SECONDS_IN_ALL = 6.0  # of CPU time for all conversations of a template that take over _SLOW
 _SLOW = 0.2
 _LARGEST = 32_000_000  # bytes of one text or list
 _MADE = 800_000_000  # bytes of all texts and lists of one conversation
-_WIDEST = 100_000  # a number that a method or filter is called with
+_WIDEST = 100_000  # a width or count passed to a method or filter
 _BITS = 100_000  # of an integer
-_SLOW_TEXT = 200_000  # characters for filters whose time grows faster than the text
+_SLOW_TEXT = 200_000  # characters for filters whose time grows superlinearly
 _SLOW_FILTERS = ("striptags", "urlize", "wordwrap", "pprint", "xmlattr", "title", "truncate")
 _HEADER = "".__sizeof__()  # bytes of a text beyond its characters
-_ITEM = 32  # bytes that an item of a list counts for at least
+_ITEM = 32  # bytes counted for an item of a list, in addition to its own size
 _DIGITS = re.compile(r"\d{6,}")
 
 
 class TemplateLimit(UserError):
-    """A chat template needs more time or memory than one may."""
+    """Refusal of a chat template that exceeds its limit of time or memory."""
 
 
 class _Budget:
-    """Time and memory that is left to one conversation."""
+    """Time and memory used by one conversation, checked against the limits."""
 
     def __init__(self) -> None:
         self.start = time.thread_time()
@@ -57,7 +58,7 @@ class _Budget:
         return time.thread_time() - self.start
 
     def step(self, size: int = 0) -> None:
-        """Count one step, which made `size` bytes."""
+        """Count one step that made `size` bytes."""
         self.steps += 1
         self.made += size
         if size > _LARGEST:
@@ -73,8 +74,8 @@ class _Budget:
 
 
 _BUDGET: ContextVar[_Budget] = ContextVar("lora_jax_template_budget")
-_FAILED: dict[str, str] = {}  # by source: why it was stopped
-_SPENT: dict[str, float] = {}  # by source: seconds of slow conversations
+_FAILED: dict[str, str] = {}  # reasons of templates that were stopped, by source
+_SPENT: dict[str, float] = {}  # seconds of slow conversations, by source
 
 
 def _count(value: Any) -> Any:
@@ -101,7 +102,7 @@ def _refuse_size(size: float) -> None:
 
 
 def _before_operator(operator: str, left: Any, right: Any) -> None:
-    """Refuse what an operator would make too large."""
+    """Refuse an operation whose result would be too large."""
     if operator == "*":
         for one, times in ((left, right), (right, left)):
             if isinstance(times, int) and isinstance(one, str | bytes | list | tuple):
@@ -115,7 +116,7 @@ def _before_operator(operator: str, left: Any, right: Any) -> None:
 
 
 def _before_format(text: Any, values: Iterable[Any]) -> None:
-    """Refuse widths and repeats of a format that would make it too large."""
+    """Refuse a format whose result would be too large."""
     found = text.decode("latin-1") if isinstance(text, bytes) else text
     values = list(values)
     numbers = [v for v in values if isinstance(v, int) and abs(v) > _WIDEST]
@@ -127,8 +128,9 @@ def _before_format(text: Any, values: Iterable[Any]) -> None:
 
 
 def _refuse_deep(*values: Any) -> None:
-    """Refuse what is too large to be compared or hashed; a list that holds one list twice, and so
-    on for sixty levels, is small and takes for ever.
+    """Refuse values that are too large to be compared or hashed.
+
+    A list that contains one list twice, and so on for sixty levels, is small but takes forever.
     """
     for value in values:
         if isinstance(value, _CONTAINERS):
@@ -139,7 +141,7 @@ def _refuse_deep(*values: Any) -> None:
 
 
 def _deep_size(value: Any, indent: int = 0) -> int:
-    """Bytes of a value as text, at most a little more than `_LARGEST`; `indent` per level."""
+    """Return the bytes of a value as text with `indent` per level; stop soon after `_LARGEST`."""
     size, waiting = 0, [(value, 1)]
     while waiting and size <= _LARGEST:
         one, depth = waiting.pop()
@@ -155,7 +157,7 @@ def _deep_size(value: Any, indent: int = 0) -> int:
 
 
 def _before_call(name: str, subject: Any, arguments: Sequence[Any]) -> None:
-    """Refuse what a method or filter would make too large."""
+    """Refuse a call of a method or filter whose result would be too large."""
     for value in arguments if name in _WIDTHS else ():
         if isinstance(value, int) and abs(value) > _WIDEST:
             raise TemplateLimit(f"it calls {name} with {_brief(value)}")
@@ -181,7 +183,7 @@ def _before_call(name: str, subject: Any, arguments: Sequence[Any]) -> None:
 
 _COMPARING = ("sort", "unique", "max", "min", "groupby", "dictsort")
 _CONTAINERS = (list, tuple, set, frozenset, Mapping)
-_STRUCTURAL = frozenset(  # filters that make no text of a list
+_STRUCTURAL = frozenset(  # filters that do not convert a list to text
     """
     attr batch count d default dictsort first groupby items join last length list map max min
     random reject rejectattr reverse select selectattr slice sort sum unique
@@ -196,11 +198,11 @@ _WIDTHS = frozenset(
 
 
 def _refuse_join(one: Any, others: Sequence[Any]) -> None:
-    """Refuse to join texts that are too large together; either may be the separator."""
+    """Refuse to join texts whose result is too large; either argument may be the separator."""
     given = (one, *others)
     lists = [list(v) for v in given if isinstance(v, Collection) and not isinstance(v, str | bytes)]
     separators = [value for value in given if isinstance(value, str)]
-    for first, second in itertools.pairwise(separators):  # the characters of one, by the other
+    for first, second in itertools.pairwise(separators):  # second.join(first) joins characters
         _refuse_size(len(first) * _size(second))
     for items in lists:
         size = sum(map(_deep_size, items)) + len(items) * sum(map(_size, separators))
@@ -208,7 +210,7 @@ def _refuse_join(one: Any, others: Sequence[Any]) -> None:
 
 
 def _values(tables: Iterable[Any]) -> Iterable[Any]:
-    """The items of lists and the values of mappings."""
+    """Yield the items of lists and the values of mappings."""
     for table in tables:
         yield from table.values() if isinstance(table, Mapping) else table
 
@@ -218,7 +220,7 @@ def _brief(value: Any) -> str:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with counters; see the module."""
+    """Jinja's sandbox with counters; see the docstring of the module."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -253,57 +255,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         return limited
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _with_counters(super()._parse(source, name, filename))
-
-
-def _with_counters(node: Any) -> Any:
-    """Put a step into every loop, and a count around every text that is joined or written."""
-    for field, value in node.iter_fields():
-        if isinstance(value, list):
-            made = [_with_counters(one) if isinstance(one, nodes.Node) else one for one in value]
-            setattr(node, field, made)
-        elif isinstance(value, nodes.Node):
-            setattr(node, field, _with_counters(value))
-    if isinstance(node, nodes.For):
-        step = nodes.ExprStmt(_counted(nodes.Const(True)))
-        node.body = [step.set_lineno(node.lineno), *node.body]
-        if node.test is not None:
-            node.test = nodes.And(_counted(nodes.Const(True)), node.test)
-        node.set_lineno(node.lineno)
-    if isinstance(node, nodes.Output):
-        node.nodes = [
-            one if isinstance(one, nodes.TemplateData) else _counted(one, "_written")
-            for one in node.nodes
-        ]
-    if isinstance(node, nodes.Compare):
-        node.expr = _compared(node.expr)
-    if isinstance(node, nodes.Operand):
-        node.expr = _compared(node.expr)
-    if isinstance(node, nodes.Getitem):
-        node.arg = _compared(node.arg)
-    if isinstance(node, nodes.Pair):
-        node.key = _compared(node.key)
-    if isinstance(node, nodes.Concat):
-        node.nodes = [_counted(one, "_written") for one in node.nodes]
-        return _counted(node)
-    return node
-
-
-def _compared(node: nodes.Expr) -> Any:
-    """Check a value before it is compared or hashed, where it is none that the template spells."""
-    items = node.items if isinstance(node, nodes.List | nodes.Tuple) else [node]
-    if isinstance(node, nodes.Slice) or all(isinstance(one, nodes.Const) for one in items):
-        return node
-    return _counted(node, "_compared")
-
-
-def _counted(node: nodes.Expr, name: str = "_counted") -> Any:
-    made = nodes.Filter(node, name, [], [], None, None)
-    return made.set_lineno(getattr(node, "lineno", None) or 1)
+        return with_counters(super()._parse(source, name, filename))
 
 
 @jinja2.pass_context
-def _counted_filter(context: Any, value: Any) -> Any:  # the context keeps it from being folded
+def _counted_filter(context: Any, value: Any) -> Any:  # the context prevents constant folding
     return _count(value)
 
 
@@ -321,7 +277,7 @@ def _written_filter(context: Any, value: Any) -> Any:
 
 
 def _limited(name: str, function: Callable) -> Callable:
-    """Return a filter of Jinja that checks what it is given and counts what it makes."""
+    """Return a filter of Jinja that checks its arguments and counts its result."""
     given = getattr(function, "jinja_pass_arg", None)
     skipped = 0 if given is None else 1
 
@@ -340,7 +296,7 @@ def _limited(name: str, function: Callable) -> Callable:
         if name == "sum" and not _is_numeric(args[skipped + 2 :], kwargs):
             raise TemplateLimit("it adds lists or texts up with sum")
         if isinstance(subject, _CONTAINERS) and name not in _STRUCTURAL:
-            _refuse_size(_deep_size(subject))  # it becomes a text
+            _refuse_size(_deep_size(subject))  # it is converted to text
         _before_call(name, subject, [*own[1:], *kwargs.values()])
         return _count(function(*args, **kwargs))
 
@@ -348,7 +304,7 @@ def _limited(name: str, function: Callable) -> Callable:
 
 
 def _limited_test(function: Callable) -> Callable:
-    """Return a test of Jinja that compares nothing too large."""
+    """Return a test of Jinja that refuses to compare large values."""
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -369,13 +325,14 @@ def _lipsum(*args: Any, **kwargs: Any) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> _Environment:
-    """The environment of transformers, with its filters, functions and tags, under limits."""
+    """Return the Jinja environment of transformers with limits on its filters and functions."""
     made: Any = chat_template_utils._compile_jinja_template("").environment.overlay()
     made.__class__ = _Environment
     made.filters = {name: _limited(name, function) for name, function in made.filters.items()}
     made.filters |= {
-        **{"_counted": _counted_filter, "_written": _written_filter},
-        "_compared": _compared_filter,
+        COUNTED: _counted_filter,
+        WRITTEN: _written_filter,
+        COMPARED: _compared_filter,
     }
     made.tests = {
         name: _limited_test(test) if name == "in" or test.__module__ == "_operator" else test
@@ -393,7 +350,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _with_limits(renderer: Callable) -> Callable:
-    """Return transformers' renderer with the compiler of this module in place of its own."""
+    """Return the renderer of transformers with the compiler replaced by that of this module."""
     if "_compile_jinja_template" not in renderer.__code__.co_names:
         raise ImportError("this version of transformers renders chat templates in another way")
     names = {**renderer.__globals__, "_compile_jinja_template": _compile}
@@ -406,11 +363,11 @@ _render = _with_limits(chat_template_utils.render_jinja_template)
 
 
 def render(source: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-    """Return what transformers' `render_jinja_template` does for one conversation.
+    """Return the result of transformers' `render_jinja_template` for one conversation.
 
     Raises:
-        TemplateLimit: the template needs too much time or memory, now or in an earlier call; and
-            whatever else a template raises.
+        TemplateLimit: the template needs too much time or memory, now or in an earlier call.
+        Exception: any exception that the template raises.
     """
     if source in _FAILED:
         raise TemplateLimit(_FAILED[source])
@@ -431,7 +388,7 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], **options: Any) -
 
 
 def _allowed(messages: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds that long conversations may take in all, beyond those of any."""
+    """Return the seconds in all that are granted to long conversations beyond `_SECONDS_IN_ALL`."""
     size = sum(_deep_size(message) for message in messages)
     return math.inf if size > 1_000_000 else 0.0
 

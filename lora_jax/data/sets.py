@@ -144,14 +144,16 @@ class Encoder:
             check_vocabulary(examples, self.config.model, self.vocab_size)
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of `data.encode_all` and `data.encode_rows`."""
+        """Return the arguments of `data.encode_rows`."""
         settings = self.config.data
         return {
-            "tokenizer": self.tokenizer,
-            "system_prompt": settings.system_prompt,
-            "chat_template": settings.chat_template,
-            "chat_template_kwargs": settings.chat_template_kwargs,
-            "template_date": settings.template_date,
+            "rendering": data.Rendering(
+                self.tokenizer,
+                system_prompt=settings.system_prompt,
+                chat_template=settings.chat_template,
+                chat_template_kwargs=settings.chat_template_kwargs,
+                template_date=settings.template_date,
+            ),
             "max_length": self.max_length,
             "too_long": settings.too_long,
             "on_bad_row": settings.on_bad_row,

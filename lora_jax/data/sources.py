@@ -1,24 +1,24 @@
-"""Records from files, directories and the Hugging Face hub, and the rows they become.
+"""Records of files, directories and the Hugging Face hub, and rows made of them.
 
     read("train.jsonl").rows[0].messages
     read("org/name:train[:10%]", prompt="{question}", completion="{answer}")
     for where, record, problem in records("huge.jsonl", start=5_000_000): ...
 
-A source is one of these; the first that fits is taken:
+A source is the first of these that applies:
 
-    demo:NAME                       as `lora_jax.demo` has it
+    demo:NAME                       packaged data of `lora_jax.demo`
     FILE                            .json, .jsonl, .csv, .tsv (also with .gz), .parquet, .arrow
-    DIRECTORY                       all such files directly in it, by name; or one data set that
-                                    `datasets` saved there
-    org/name[/CONFIG][:SPLIT]       of the hub; SPLIT is `train` unless named, and takes slices:
-                                    train[:10%], train[100:200], train+test
+    DIRECTORY                       all such files directly in it, sorted by name; or one data set
+                                    saved there by `datasets`
+    org/name[/CONFIG][:SPLIT]       a data set of the hub; SPLIT is `train` by default, and may be a
+                                    slice: train[:10%], train[100:200], train+test
     a pattern                       data/*.jsonl, data/**/*.csv
 
-A .json file holds a list of objects, or {"data": [..]}. The first line of a .csv or .tsv file names
-its columns. A file without records is an error, as is one that cannot be read to its end. In tables
-of Arrow and Parquet, null inside a value stands for what is absent.
+A .json file has a list of objects, or {"data": [..]}. The first line of a .csv or .tsv file names
+its columns. A file without records is an error, and so is one that cannot be read to its end. In
+tables of Arrow and Parquet, null inside a value means an absent key.
 
-`lora_jax.data.parse` defines what a record may be.
+`lora_jax.data.parse` defines the forms of a record.
 """
 
 import glob
@@ -49,12 +49,12 @@ _HUB_NAME = re.compile(
     _NO_FILE + r"(?P<repository>[\w-][\w.-]*/\w[\w.-]*)(/(?P<config>[\w-][\w.-]*))?"
     r"(:(?P<split>[\w.+\-\[\]:%()]+))?"
 )
-_PROBLEMS = 10  # shown; the others are counted
+_PROBLEMS = 10  # listed in an error; the others are counted
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that `read` found."""
+    """Rows of a source."""
 
     rows: list[AnyRow]
     dropped: int  # records left out under on_bad_row="drop"
@@ -69,16 +69,17 @@ def read(
     on_bad_row: str = "error",
     parse: Callable[[Any, str], Sequence[AnyRow]] | None = None,
 ) -> Rows:
-    """Read all rows of a source; a `Path` is a file or directory, whatever its name looks like.
+    """Read all rows of a source; a `Path` is always a file or directory.
 
-    `prompt`, `completion` and `ignore_columns` are those of `parse_rows`; `parse(record, where)`
-    takes its place. `on_bad_row`: "error" refuses, "drop" leaves out and counts the records that
-    are no rows and the lines that are no records.
+    prompt, completion, ignore_columns: see `parse_rows`
+    on_bad_row: for records that are not rows and lines that are not records. "error" refuses them;
+        "drop" leaves them out and counts them
+    parse: `parse(record, where)`, used instead of `parse_rows`
 
     Raises:
-        UserError: nothing readable there; a file without records, or damaged; malformed `prompt` or
-            `completion`; bad records, or under "drop" nothing else: the first ten, each beginning
-            with its file and line, and the number of the others.
+        UserError: the source cannot be read; a file without records, or a damaged one; malformed
+            `prompt` or `completion`; bad records, or under "drop" only bad records. Ten of them are
+            listed with file and line, and the others counted.
     """
     for setting, template in (("data.prompt", prompt), ("data.completion", completion)):
         if template is not None:
@@ -110,7 +111,7 @@ def parse_record(
     rows: list[AnyRow],
     problems: list[tuple[str, str | BadRow]],
 ) -> None:
-    """Add what `parse` makes of a record to `rows`, or its place and problem to `problems`."""
+    """Append the rows of a record to `rows`, or (where, problem) to `problems`."""
     where, value, problem = record
     if problem is not None:
         problems.append((where, problem))
@@ -122,44 +123,45 @@ def parse_record(
 
 
 def records(source: str | Path, start: int = 0) -> Iterator[Record]:
-    """(where, record, problem) of a source, one after the other and without the first `start`.
+    """Yield (where, record, problem) for each record of a source after the first `start`.
 
-    `problem` says why there is no record, as for a line that is no JSON; a record is not checked.
-    Only .json files are read whole. Hub data sets are streamed, but for slices of splits, which
-    are fetched first.
+    `problem` is the reason why there is no record, such as invalid JSON. Records are not checked.
+    Only .json files are read at once. Hub data sets are streamed, except for slices of splits,
+    which are downloaded first.
 
     Raises:
-        UserError: nothing readable there; on reaching it, a file without records, or damaged.
+        UserError: the source cannot be read; on reaching it, a file without records or a damaged
+            one.
     """
     return _records(source, start, stream=True)
 
 
 def is_hub_name(source: str) -> bool:
-    """Return True if `source` is org/name[/CONFIG][:SPLIT], and no file or directory."""
+    """Return True if `source` is org/name[/CONFIG][:SPLIT] and not a file or directory."""
     return _HUB_NAME.fullmatch(source) is not None and not os.path.exists(source)
 
 
 def is_data_file(path: Path) -> bool:
-    """Return True if the name of a file ends as one of records does."""
+    """Return True if a file has the suffix of a supported format."""
     return _suffix(path) != ""
 
 
 def source_files(source: str | Path) -> list[Path]:
-    """The files that a source is read from, in order; none for a hub data set.
+    """Return the files from which a source is read, in order; none for a hub data set.
 
     Raises:
-        UserError: nothing readable there.
+        UserError: the source cannot be read.
     """
     if isinstance(source, str) and is_hub_name(source):
         return []
     paths = [path for _, path in _files(source)]
-    if paths[0].is_dir():  # saved by `datasets`: the data and how they are to be read
+    if paths[0].is_dir():  # saved by `datasets`: the data and their metadata
         return sorted(path for path in paths[0].iterdir() if path.is_file())
     return paths
 
 
 def raise_first(problems: Sequence[str], limit: int = _PROBLEMS) -> None:
-    """Raise the first `limit` problems, if any, in one `UserError` that counts the others."""
+    """Raise one `UserError` with the first `limit` problems and a count of the others, if any."""
     if problems:
         rest = len(problems) - limit
         more = [f"... and {rest} more problem{'s' * (rest > 1)}"] if rest > 0 else []
@@ -170,8 +172,8 @@ def _records(source: str | Path, start: int, stream: bool) -> Iterator[Record]:
     if isinstance(source, str) and is_hub_name(source):
         found = _HUB_NAME.fullmatch(source)
         assert found is not None
-        place = (found["repository"], found["config"], found["split"] or "train")
-        if not (yield from readers.read_hub(source, *place, start, stream)):
+        named = (found["repository"], found["config"], found["split"] or "train")
+        if not (yield from readers.read_hub(source, *named, start, stream)):
             raise UserError(f"{source} holds no rows")
         return
     for name, path in _files(source):
@@ -185,7 +187,7 @@ def _records(source: str | Path, start: int, stream: bool) -> Iterator[Record]:
 
 
 def _files(source: str | Path) -> list[tuple[str, Path]]:
-    """(name for messages, path) of every file, or of the one directory saved by `datasets`."""
+    """Return (name for messages, path) of every file, or of a directory saved by `datasets`."""
     if isinstance(source, str) and source.startswith("demo:"):
         source = demo.path(source.removeprefix("demo:"))
     try:
@@ -193,16 +195,14 @@ def _files(source: str | Path) -> list[tuple[str, Path]]:
         if is_directory(path):
             if (path / "dataset_dict.json").exists():
                 splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
-                raise UserError(
-                    f"{path} holds several splits: name one of its directories {splits}"
-                )
+                raise UserError(f"{path} has several splits: name one of its directories {splits}")
             if (path / "state.json").exists():
                 return [(_name(path.name), path)]
             files = [p for p in sorted(path.iterdir()) if _suffix(p) and p.is_file()]
             if not files:
                 raise UserError(
-                    f"directory {path} holds no {_ENDINGS} file; {path}/**/*.parquet or the like "
-                    "names files below it"
+                    f"directory {path} holds no {_ENDINGS} file; for files in its subdirectories, "
+                    f"use a pattern such as {path}/**/*.parquet"
                 )
             return [(_name(file.name), file) for file in files]
         if is_file(path):
@@ -213,7 +213,7 @@ def _files(source: str | Path) -> list[tuple[str, Path]]:
             found = sorted(map(Path, glob.glob(str(path), recursive=True)))
             files = [(_name(str(file)), file) for file in found if _suffix(file) and file.is_file()]
             if not files:
-                raise UserError(f"no {_ENDINGS} file is named like {source}")
+                raise UserError(f"no {_ENDINGS} file matches {source}")
             return files
         if exists(path):
             raise UserError(f"data file {shown(path)} is not a file, but a device, pipe or socket")
@@ -224,12 +224,12 @@ def _files(source: str | Path) -> list[tuple[str, Path]]:
 
 
 def _name(path: str) -> str:
-    """A file's name as it can be printed: names of bytes that are no UTF-8 hold surrogates."""
+    """Return a file name that can be printed, with bytes outside UTF-8 escaped."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _suffix(path: Path) -> str:
-    """The ending that tells the format, or the empty string."""
+    """Return the suffix that determines the format, or ""."""
     name = path.name.lower()
     zipped = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix

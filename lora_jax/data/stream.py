@@ -1,4 +1,4 @@
-"""Batches from a source that is read as it is needed, never whole.
+"""Training batches from a source that is read as needed, never entirely.
 
     read(0) -> records -> blocks of `block_rows` -> encode -> pack and shuffle -> rows -> batches
 
@@ -6,15 +6,15 @@
     for step in range(100):
         batch = loader.batch(step)
     later = StreamLoader(read, encode, batch_size=8, ..., state=loader.state)
-    later.batch(100)  # what `loader` would have given next, to the bit
+    later.batch(100)  # bit for bit the next batch of `loader`
 
-Records are shuffled and packed inside their block only: a source that is sorted by topic wants
-large blocks, or shuffling beforehand. Blocks follow one another in the order of the source; at its
-end it is read from the start again, and every block gets another order. A batch may hold the end of
-one block and the beginning of the next.
+Records are shuffled and packed only inside their block. A source that is sorted by topic needs
+large blocks, or shuffling beforehand. Blocks are in the order of the source. At its end, the source
+is read from the start again, and every block is shuffled anew. A batch may have the end of one
+block and the beginning of the next.
 
-Every process reads and encodes the whole source and builds only the rows that it asks for, so what
-is in a batch does not depend on the number of processes.
+Every process reads and encodes the entire source, and builds only the rows that it requests. So the
+contents of a batch do not depend on the number of processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,26 +23,26 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.data.examples import Example
 from lora_jax.data.loader import Loader, batch_rows, stack
-from lora_jax.data.templates import Example
 from lora_jax.errors import UserError
 
 
 class StreamLoader:
-    """Training batches one step after the other.
+    """Training batches in the order of their steps.
 
-    read(start): the records of the source from number `start` (from 0), the same on every call
-    encode(records): their examples of at most `max_length` tokens; records without one are dropped
+    read(start): yields the records of the source from index `start` on, the same on every call
+    encode(records): returns their examples of at most `max_length` tokens, maybe fewer than records
     block_rows: records that are shuffled and packed together; at most two blocks are in memory
-    state: of another loader with the same arguments, to go on where it was
+    state: of another loader with the same arguments, to continue from
 
-    row_length: tokens per row, `max_length` always: nobody knows what comes
+    row_length: tokens per row, always `max_length`
 
     Raises:
-        UserError: a state that is damaged, or was made with another `block_rows`; with the first
-            batch, one that does not fit the source. A source without records, or an epoch of it
+        UserError: a state that is damaged, or was made with another `block_rows`; on the first
+            batch, a state that does not fit the source; a source without records, or an epoch
             without an example.
-        ValueError: sizes below 1; as `Loader`, from `batch`.
+        ValueError: sizes below 1; from `batch`, see `Loader`.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class StreamLoader:
 
     @property
     def state(self) -> dict[str, int]:
-        """What the next batch begins with: its step; block, counted over all epochs; the number of
-        the block's first record; epoch; rows of the block that are used up.
+        """Position of the next batch: its step; its block, counted over all epochs; the index of
+        the first record of the block (offset); the epoch; and the used rows of the block (row).
         """
         return dict(self._state)
 
     def position(self, step: int) -> dict[str, int]:
-        """The state before batch `step`, which is the next one or the last one.
+        """Return the state before batch `step`, which must be the next or the last one.
 
         Raises:
-            ValueError: another step.
+            ValueError: any other step.
         """
         if self._last and step == self._last[0]["step"]:
             return dict(self._last[0])
@@ -91,10 +91,10 @@ class StreamLoader:
         return self.state
 
     def batch(self, step: int, rows: slice | range = slice(None)) -> dict[str, np.ndarray]:
-        """Batch number `step`, as `Loader.batch`: the next one, or more rows of the last one.
+        """Return batch `step`, the next one, or other rows of the last one; see `Loader.batch`.
 
         Raises:
-            ValueError: another step; `rows` that are none, or not all inside the batch.
+            ValueError: any other step; `rows` selects no row, or one outside of the batch.
         """
         chosen = batch_rows(0, self.batch_size, rows)
         if self.position(step) == self._state:
@@ -102,17 +102,17 @@ class StreamLoader:
             try:
                 self._last = before, [next(self._rows) for _ in range(self.batch_size)]
                 self._state["step"] += 1
-            except BaseException:  # an interrupt too: nothing of this batch is used up
+            except BaseException:  # also an interrupt: no row of this batch counts as used
                 self._state, self._rows = before, self._all_rows()
                 raise
         assert self._last
         return stack([self._last[1][row] for row in chosen], self.row_length)
 
     def _all_rows(self) -> Iterator[list[Example]]:
-        """The rows from the state on, without end; the state moves along."""
+        """Yield rows from the state on, without end, and update the state."""
         _, block, offset, epoch, used = (self._state[name] for name in _STATE)
         records = iter(self._read(offset))
-        found = False  # an example in this epoch; the block of a state always has one
+        found = False  # an example in this epoch
         while True:
             count, loader = self._next_block(records, block)
             if not (count or offset):
@@ -120,8 +120,8 @@ class StreamLoader:
             rows = loader.rows_per_epoch if loader else 0
             if used > rows:
                 raise UserError(
-                    f"{count} records of the source from number {offset} make {rows} rows, and "
-                    f"{used} of them were used: the source is not what it was"
+                    f"{count} records of the source from number {offset} make {rows} rows, but "
+                    f"{used} of them were used already: the source has changed"
                 )
             for row in range(used, rows):
                 assert loader
@@ -135,7 +135,7 @@ class StreamLoader:
                 epoch, offset, found = epoch + 1, 0, False
 
     def _next_block(self, records: Iterator[Any], block: int) -> tuple[int, Loader | None]:
-        """The number of records of the next block, and a loader of their rows if there are any."""
+        """Return the number of records of the next block, and a loader of its rows, if any."""
         chosen = list(islice(records, self._block_rows))
         examples = self._encode(chosen) if chosen else ()
         if not examples:
@@ -145,8 +145,8 @@ class StreamLoader:
 
     def _out_of_turn(self, step: int) -> str:
         return (
-            f"batch {step} of a stream was asked for, and the next one is {self._state['step']}: "
-            "a stream gives one after the other"
+            f"batch {step} of a stream was requested, but the next one is {self._state['step']}: "
+            "a stream yields batches in order"
         )
 
 
@@ -159,12 +159,12 @@ def _checked(state: Mapping[str, Any], block_rows: int) -> dict[str, int]:
     )
     if damaged:
         raise UserError(
-            f"the state of the data is damaged: {dict(state)!r} must hold whole numbers from 0 for "
+            f"the state of the data is damaged: {dict(state)!r} must have whole numbers from 0 for "
             + ", ".join(_STATE)
         )
     if state["offset"] % block_rows:
         raise UserError(
-            f"the state of the data stands at record {state['offset']}, where no block of "
-            f"data.stream_rows={block_rows} begins: it was made with another number"
+            f"the state of the data is at record {state['offset']}, where no block of "
+            f"data.stream_rows={block_rows} begins: it was made with another value"
         )
     return dict(state)

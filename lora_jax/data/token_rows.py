@@ -1,19 +1,19 @@
-"""Records of tokens to rows; a packed record becomes one row for each of its sequences.
+"""Records of tokens to rows. A packed record becomes one row for each of its sequences.
 
     {"input_ids": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]}   ->  5 6 7  and  8 9
 
-Any of these gives the sequences; where there are several, they must agree:
+Any of these columns defines the sequences. If there are several, they must agree:
 
     position_ids                               0, 1, 2, 0, 1: 0 begins a sequence
     seq_lengths, seq_lens, seqlens,            3, 2
       sequence_lengths, lengths
-    cu_seqlens, cu_seq_lens (also _q, _k)      0, 3, 5: where they begin, and the end
-    segment_ids, sequence_ids, document_ids,   1, 1, 1, 2, 2, 0: the number of each token's
-      doc_ids, seq_idx                         sequence; 0 is padding, unless it comes first
+    cu_seqlens, cu_seq_lens (also _q, _k)      0, 3, 5: their starts, and the end
+    segment_ids, sequence_ids, document_ids,   1, 1, 1, 2, 2, 0: the sequence of each token;
+      doc_ids, seq_idx                         0 is padding, unless it comes first
     attention_mask with numbers above 1        the same
     attention_mask of (time, time)             block-diagonal and causal; leading axes of 1 too
 
-A sequence without a supervised token is a row as well, which the encoding leaves out and counts.
+A sequence without a supervised token becomes a row too; encoding leaves it out and counts it.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def token_rows(given: dict, where: str) -> tuple[TokenRow, ...]:
     """Return the rows of a record with `input_ids`: one, or one per sequence of a packed record.
 
     Raises:
-        BadRow: what is wrong with the record.
+        BadRow: names the problem.
     """
     tokens = _numbers(given, "input_ids", {int})
     if not tokens:
@@ -51,11 +51,11 @@ def token_rows(given: dict, where: str) -> tuple[TokenRow, ...]:
         raise BadRow(f"input_ids[{wrong}] is not between 0 and {_LARGEST_TOKEN}")
     weights = _loss_weights(given, tokens)
     if "token_type_ids" in given and any(_numbers(given, "token_type_ids", {int}, len(tokens))):
-        raise BadRow("'token_type_ids' is not 0 throughout: this model reads no types of tokens")
+        raise BadRow("'token_type_ids' is not 0 everywhere: this model reads no token types")
     _check_columns(given)
-    there, starts = _sequences(given, len(tokens))
-    tokens = [token for token, kept in zip(tokens, there, strict=True) if kept]
-    weights = [weight for weight, kept in zip(weights, there, strict=True) if kept]
+    kept_tokens, starts = _sequences(given, len(tokens))
+    tokens = [token for token, kept in zip(tokens, kept_tokens, strict=True) if kept]
+    weights = [weight for weight, kept in zip(weights, kept_tokens, strict=True) if kept]
     with np.errstate(over="ignore", under="ignore"):
         loss_weights = np.asarray(weights, np.float32)
     wrong = np.flatnonzero(~(np.isfinite(loss_weights) & (loss_weights >= 0)))
@@ -73,7 +73,7 @@ def token_rows(given: dict, where: str) -> tuple[TokenRow, ...]:
 
 
 def _check_columns(given: dict) -> None:
-    """Refuse numbers under a name that is harmless for one value: they may tell sequences."""
+    """Refuse lists of numbers in unknown columns: they may define sequences."""
     unknown = []
     for key in (key for key in given if key not in KEYS):
         value = given[key].tolist() if isinstance(given[key], np.ndarray) else given[key]
@@ -84,21 +84,21 @@ def _check_columns(given: dict) -> None:
 
 
 def _sequences(given: dict, length: int) -> tuple[list[bool], list[int]]:
-    """Return a flag for each token that is no padding, and the starts of sequences among these."""
-    numbers: dict[str, list[int]] = {}  # of each token's sequence, 0 for padding
+    """Return (token is not padding, starts of the sequences among those that are not)."""
+    numbers: dict[str, list[int]] = {}  # the sequence of each token, 0 for padding
     if "attention_mask" in given:
         numbers["attention_mask"] = _mask_numbers(given["attention_mask"], length, given)
     for key in _NUMBERED:
         if key in given:
             found = _numbers(given, key, {int}, length)
-            lowest = 1 if found[0] == 0 else 0  # then 0 is the first sequence, not padding
+            lowest = 1 if found[0] == 0 else 0  # a leading 0 is a sequence, not padding
             numbers[key] = _check_numbers([number + lowest for number in found], key)
     there = [all(column[i] for column in numbers.values()) for i in range(length)]
     kept = [i for i, one in enumerate(there) if one]
     starts = {
         key: _changes([column[i] for i in kept])
         for key, column in numbers.items()
-        # A mask of ones and zeros marks padding and nothing else.
+        # A mask of ones and zeros marks only padding.
         if key != "attention_mask" or max(column) > 1
     }
     if "position_ids" in given:
@@ -131,7 +131,7 @@ def _mask_numbers(mask: Any, length: int, given: dict) -> list[int]:
 
 
 def _from_square(mask: Any, length: int) -> list[int]:
-    """Return the numbers of sequences that a mask of (.., time, time) keeps apart."""
+    """Return the sequence of each token from a mask of (.., time, time)."""
     try:
         square = np.asarray(mask)
     except ValueError:  # rows of different length
@@ -139,8 +139,8 @@ def _from_square(mask: Any, length: int) -> list[int]:
     while square.ndim > 2 and len(square) == 1:
         square = square[0]
     problem = BadRow(
-        f"'attention_mask' of shape {list(square.shape)} is no causal mask of {length} x {length} "
-        "zeros and ones that keeps sequences apart; give position_ids or seq_lengths"
+        f"'attention_mask' of shape {list(square.shape)} is not a block-diagonal causal mask of "
+        f"{length} x {length} zeros and ones; give position_ids or seq_lengths"
     )
     if square.shape != (length, length) or square.dtype.kind not in "biuf":
         raise problem
@@ -204,14 +204,14 @@ def _from_lengths(lengths: list[int], key: str, length: int, kept: list[int]) ->
 
 
 def _changes(numbers: list[int]) -> list[int]:
-    """Return where a number differs from the one before, the first of all included."""
+    """Return the indices of numbers that differ from the one before, with 0."""
     return [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1]] or [0]
 
 
 def _loss_weights(given: dict, tokens: list[int]) -> list[float]:
     names = [name for name in _WEIGHTS if name in given]
     if len(names) > 1:
-        raise BadRow(f"{' and '.join(map(repr, names))} both say what is supervised: keep one")
+        raise BadRow(f"{' and '.join(map(repr, names))} both define the loss weights: keep one")
     if not names:
         return [1.0] * len(tokens)
     if names == ["loss_weights"]:
@@ -226,7 +226,7 @@ def _loss_weights(given: dict, tokens: list[int]) -> list[float]:
             if label not in (_UNSUPERVISED, token):
                 raise BadRow(
                     f"labels[{index}] is neither {_UNSUPERVISED} nor input_ids[{index}]: labels "
-                    "belong to their own token, not to the one before"
+                    "must be aligned with input_ids, not shifted by one"
                 )
         return [float(label != _UNSUPERVISED) for label in labels]
     mask = _numbers(given, names[0], {int, bool}, len(tokens))
@@ -245,7 +245,7 @@ def _numbers(given: dict, key: str, types: set[type], length: int | None = None)
     if not set(map(type, value)) <= types:
         wrong = next(i for i, element in enumerate(value) if type(element) not in types)
         wanted = "a number" if float in types else "an integer"
-        found = "no whole number" if type(value[wrong]) is float else kind(value[wrong])
+        found = "a float" if type(value[wrong]) is float else kind(value[wrong])
         raise BadRow(f"{key}[{wrong}] is {found}, not {wanted}")
     if length is not None and len(value) != length:
         raise BadRow(f"{key!r} has {len(value)} elements, and 'input_ids' {length}")

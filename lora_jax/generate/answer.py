@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 
@@ -30,9 +30,8 @@ class Reader:
 
     model: Model  # shapes in place of weights
     source: Path
-    tokenizer: Any
     stops: frozenset[int]
-    template: Mapping[str, Any]  # arguments of `data.prompt_tokens`
+    rendering: data.Rendering
     adapter: tuple[Any, Any] | None  # adapters, config
     max_new_tokens: int
 
@@ -52,13 +51,17 @@ class Reader:
             UserError: the template refuses the conversation; tokens that the model does not have;
                 no room for an answer. The place of the row comes first.
         """
-        tokens = data.prompt_tokens(row, self.tokenizer, **self.template).tolist()
+        tokens = data.encode_prompt(row, self.rendering).tolist()
         try:
             check_prompts(self.model, [tokens])
             check_room(self.model, [tokens], self.max_new_tokens, self.prefix)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         return tokens
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.rendering.tokenizer
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -99,15 +102,16 @@ def open_reader(
     spec: str,
     *,
     adapter: str | None = None,
-    system_prompt: str | None = None,
-    chat_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_new_tokens: int = 200,
     allow_change: Collection[str] = (),
     ignore: Collection[str] = (),
+    **rendering: Unpack[data.RenderingOptions],
 ) -> Reader:
-    """Read all but the weights. `chat_template_kwargs` go to the chat template, before those that
-    the adapter was trained with. `ignore` are fields of config.json known not to matter.
+    """Read everything except the weights.
+
+    ignore: fields of config.json known not to matter
+    rendering: fields of `data.Rendering`; its `chat_template_kwargs` take precedence over those
+        that the adapter was trained with
 
     Raises:
         UserError: the model or adapter cannot be found or do not fit, or the model classifies;
@@ -132,7 +136,8 @@ def open_reader(
         found = formats.read_adapter(directory, described.params, described)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
     tokenizer = formats.load_tokenizer(home)
-    arguments, known = dict(chat_template_kwargs or {}), formats.stop_tokens(source)
+    arguments = dict(rendering.get("chat_template_kwargs") or {})
+    chat_template, known = rendering.get("chat_template"), formats.stop_tokens(source)
     if adapter is not None:
         directory = expand(adapter)
         template = data.template_text(tokenizer, chat_template)
@@ -141,7 +146,7 @@ def open_reader(
             fingerprint.check(stored, prints, adapter, allow_change)
         arguments = formats.read_template_kwargs(directory) | arguments
         trained = formats.read_system_prompt(directory)
-        if trained is not None and system_prompt is None:
+        if trained is not None and rendering.get("system_prompt") is None:
             hosts.note(
                 f"{adapter} was trained with data.system_prompt={shown(repr(trained))}; "
                 "--system-prompt gives it to prompts that have no system turn"
@@ -150,13 +155,8 @@ def open_reader(
     return Reader(
         model=described,
         source=source,
-        tokenizer=tokenizer,
         stops=data.stop_tokens(tokenizer, chat_template, known, arguments),
-        template={
-            "system_prompt": system_prompt,
-            "chat_template": chat_template,
-            "chat_template_kwargs": arguments,
-        },
+        rendering=data.Rendering(tokenizer, **{**rendering, "chat_template_kwargs": arguments}),
         adapter=found,
         max_new_tokens=max_new_tokens,
     )

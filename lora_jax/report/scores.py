@@ -162,7 +162,7 @@ def compute(names: Iterable[str], answers: Sequence[Answer]) -> dict[str, float]
         UserError: as `check`; no answers.
     """
     names = list(names)
-    check(names)
+    check_metrics(names)
     if not answers:
         raise UserError("eval.metrics: there are no answers to score")
     return {name: METRICS[name](answers) for name in names}

@@ -1,11 +1,11 @@
 """Cache of the scores before the first step, which take minutes and are the same in every run.
 
 An entry is a file `scores/DIGEST.json` of the cache directory, whose name is the digest of its key.
-The key has everything that the scores depend on: weights, config, tokenizer, chat template, held-out rows,
-settings, code, versions and devices. Fresh adapters of plain LoRA change nothing, whatever their
-rank. Others (a start that changes the base, DoRA, virtual tokens, trained copies of modules,
-`adapter.path`) join the key with their settings and weights. Losses and answers are kept; metrics
-are computed from the answers.
+The key has everything that the scores depend on: weights, config, tokenizer, chat template,
+held-out rows, settings, code, versions and devices. Fresh adapters of plain LoRA change nothing,
+whatever their rank. Others (a start that changes the base, DoRA, virtual tokens, trained copies of
+modules, `adapter.path`) join the key with their settings and weights. Losses and answers are
+stored; metrics are computed from the answers.
 """
 
 import dataclasses

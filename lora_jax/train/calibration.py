@@ -29,9 +29,11 @@ def make_calibrate(
     encoder: sets.Encoder,
     mesh: Mesh,
 ) -> Callable | None:
-    """Return the `calibrate` of `adapters.init`; None where it needs none. For virtual tokens, it is
-    `as_model_sees`. For inits that look at data, `calibrate(params)` -> nats per supervised token
-    over the first `calibration_batches` batches of training, without dropout.
+    """Return the `calibrate` of `adapters.init`; None where it needs none.
+
+    For virtual tokens, it is `as_model_sees`. For inits that look at data, `calibrate(params)` is
+    the loss in nats per supervised token over the first `calibration_batches` batches of training,
+    without dropout.
 
     Raises:
         UserError: batches without a supervised token; as the loader.

@@ -276,12 +276,14 @@ def make_reader(
             tokenizer, settings.chat_template, stops, settings.chat_template_kwargs
         )
     return data.AnswerReader(
-        tokenizer,
+        data.Rendering(
+            tokenizer,
+            system_prompt=task.system_prompt if task is not None else None,
+            chat_template=settings.chat_template,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            template_date=settings.template_date,
+        ),
         stops,
-        system_prompt=task.system_prompt if task is not None else None,
-        chat_template=settings.chat_template,
-        chat_template_kwargs=settings.chat_template_kwargs,
-        template_date=settings.template_date,
         strip_thoughts=config.eval.strip_thoughts,
     )
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax.data import AnswerReader, encode, stop_tokens
+from lora_jax.data import AnswerReader, Rendering, encode, stop_tokens
 from lora_jax.data.answers import split_thought
 from lora_jax.data.calls import canonical
 from lora_jax.data.rows import THOUGHTS
@@ -33,7 +33,7 @@ METRICS = ["exact_match", "slot_f1", "bleu", "rouge_l"]
 
 def reader(name, **options):
     tokenizer = TOKENIZERS[name]
-    return AnswerReader(tokenizer, stop_tokens(tokenizer), **options)
+    return AnswerReader(Rendering(tokenizer), stop_tokens(tokenizer), **options)
 
 
 def taught(conversation, tokenizer):
@@ -211,7 +211,8 @@ def test_special_tokens_in_an_answer_are_skipped_on_both_sides():
 
 def test_without_a_template_the_completion_is_the_reference():
     tokenizer, conversation = TOKENIZERS["qwen2_5"], row(user("Q: "), answer(" 4 "))
-    read = AnswerReader(tokenizer, stop_tokens(tokenizer, "none"), chat_template="none")
+    plain = Rendering(tokenizer, chat_template="none")
+    read = AnswerReader(plain, stop_tokens(tokenizer, "none"))
     assert read.references([conversation]) == (" 4 ",)
 
 

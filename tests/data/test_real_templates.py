@@ -225,7 +225,7 @@ GOLDEN = {
     "qwen3_5_think": {
         "one": f"{U}q<|im_end|>\n{A}<think>\n«\n</think>\n\na b<|im_end|>»",
         "thought": f"{U}q<|im_end|>\n{A}<think>\n«hm\n</think>\n\na b<|im_end|>»",
-        "two": "renders what stands before turn 1 differently as a prompt",
+        "two": "renders the text before turn 1 differently as a prompt",
         "first untrained": f"{U}q<|im_end|>\n{A}a b<|im_end|>\n"
         f"{U}r<|im_end|>\n{A}<think>\n«\n</think>\n\nc<|im_end|>»",
         "tool and reasonings": f"…{U}q<|im_end|>\n{A}<think>\n«hm\n</think>\n\n{XML}»{RESPONSE}"
@@ -268,12 +268,12 @@ GOLDEN = {
         f"{C('USER')}r{END}{C('CHATBOT')}<|START_RESPONSE|>«c<|END_RESPONSE|>{END}»",
     },
     "deepseek_r1_distill": {
-        "one": "renders what stands before turn 1 differently as a prompt and inside the "
+        "one": "renders the text before turn 1 differently as a prompt and inside the "
         "conversation: '<think>\\n' and 'a b<",
         "thought": "leaves out the thought of turn 1, wholly or in part; use another",
     },
     "deepseek_r1_distill_training": {
-        "one": "renders what stands before turn 1 differently",  # the prompt opens a thought
+        "one": "renders the text before turn 1 differently",  # the prompt opens a thought
         "thought": "<bos><｜User｜>q<｜Assistant｜><think>\n"
         "«hm\n</think>\n\na b<｜end▁of▁sentence｜>»",
         "reasoning": "leaves out the reasoning_content of turn 1, wholly or in part; write the "

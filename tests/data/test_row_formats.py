@@ -296,8 +296,8 @@ LINES = {
                 called(id="1", type="function", name="f", arguments={}, index=0)["messages"][1],
             ),
         ),
-        (called(name="f", parameters={"x": 1}), "has 'parameters', not known of a call"),
-        (called(type="tool_use", name="f", input={"x": 1}), "has 'input', not known of a call"),
+        (called(name="f", parameters={"x": 1}), "has 'parameters', not known in a call"),
+        (called(type="tool_use", name="f", input={"x": 1}), "has 'input', not known in a call"),
         (called(function={"name": "f", "arguments": {}}, weight=0), "has 'weight', not known"),
     ],
     "`function_call`": [
@@ -346,10 +346,16 @@ LINES = {
         (tokens(attention_mask=[[SQUARE.tolist()]]), CUT),
         (tokens(attention_mask=(SQUARE > 0).tolist()), CUT),
         (tokens(attention_mask=np.tril(np.ones((5, 5))).tolist()), WHOLE),
-        (tokens(attention_mask=np.ones((5, 5)).tolist()), "is no causal mask of 5 x 5"),
-        (tokens(attention_mask=(np.tril(SQUARE) - np.eye(5)).tolist()), "is no causal mask"),
-        (tokens(attention_mask=[[1] * 5]), "of shape [1, 5] is no causal mask"),
-        (tokens(attention_mask=[[1], [1, 1]]), "is no causal mask"),
+        (
+            tokens(attention_mask=np.ones((5, 5)).tolist()),
+            "not a block-diagonal causal mask of 5",
+        ),
+        (
+            tokens(attention_mask=(np.tril(SQUARE) - np.eye(5)).tolist()),
+            "is not a block-diagonal",
+        ),
+        (tokens(attention_mask=[[1] * 5]), "of shape [1, 5] is not a block-diagonal causal mask"),
+        (tokens(attention_mask=[[1], [1, 1]]), "is not a block-diagonal"),
         (tokens(attention_mask=[1, 2, 1, 1, 1]), "has the sequence 1 in several places"),
         (tokens(attention_mask=[1, 1, 1, 1, -1]), "attention_mask[4] is below 0"),
     ],
@@ -388,7 +394,7 @@ LINES = {
     ],
     "`token_type_ids`": [
         (tokens(token_type_ids=[0] * 5), WHOLE),
-        (tokens(token_type_ids=[0, 0, 0, 1, 1]), "'token_type_ids' is not 0 throughout"),
+        (tokens(token_type_ids=[0, 0, 0, 1, 1]), "'token_type_ids' is not 0 everywhere"),
     ],
     "`special_tokens_mask`, `max_length_q`": [
         (tokens(special_tokens_mask=[1, 0, 0, 0, 0], offset_mapping=[[0, 1]], max_seqlen=3), WHOLE)

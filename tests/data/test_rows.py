@@ -185,7 +185,10 @@ def test_tokens(extra, tokens, weights):
         ({"messages": [ASK | {"train": True}, ANSWER]}, "train is true on a 'user' turn"),
         ({"prompt": "\ud800", "completion": "a"}, "the unpaired surrogate \\ud800"),
         ({"messages": [ASK | {"x": ["\udfff"]}, ANSWER]}, "the unpaired surrogate \\udfff"),
-        ({"messages": [ASK | {"x": b""}, ANSWER]}, "holds what JSON has not: Object of type bytes"),
+        (
+            {"messages": [ASK | {"x": b""}, ANSWER]},
+            "value outside JSON: Object of type bytes",
+        ),
         ({"conversations": "hi"}, "'conversations' is a string, not a list"),
         ({"conversations": [{"from": 3, "value": "x"}]}, "conversations[0].from is a number"),
         (
@@ -202,7 +205,7 @@ def test_tokens(extra, tokens, weights):
         ({"instruction": "q", "input": [], "output": "a"}, "'input' is a list, not a string"),
         ({"instruction": "q"}, "'instruction' and 'output'"),
         ({"instruction": "q", "output": "a", "history": "x"}, "'history' is a string"),
-        ({"instruction": "q", "output": "a", "history": [["x"]]}, "history[0] is no list of a"),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, "history[0] is not a list of a"),
         (PAIR | {"system": 3}, "'system' is a number, not a string"),
         (PAIR | {"tools": {}}, "'tools' is an object, not a list of JSON schemas"),
         (PAIR | {"tools": ["f"]}, "tools[0] is a string, not an object"),
@@ -225,7 +228,7 @@ def test_tokens(extra, tokens, weights):
         ({"input_ids": [5, -1]}, "input_ids[1] is not between 0 and 2147483647"),
         ({"input_ids": [5, 2**31]}, "input_ids[1] is not between 0 and 2147483647"),
         ({"input_ids": [5, True]}, "input_ids[1] is a boolean, not an integer"),
-        ({"input_ids": [5, 6.0]}, "input_ids[1] is no whole number, not an integer"),
+        ({"input_ids": [5, 6.0]}, "input_ids[1] is a float, not an integer"),
         ({"input_ids": [5, None]}, "input_ids[1] is null, not an integer"),
         ({"input_ids": [[5], [6]]}, "input_ids[0] is a list, not an integer"),
         ({"input_ids": [5]}, "no token after the first is supervised"),
@@ -326,7 +329,7 @@ def test_values_that_are_no_strings_stand_as_json(value, text):
             "data.prompt='question' is a column's name: write {question}",
         ),
         ({"x": math.nan}, {"prompt": "{x}", "completion": "c"}, "column 'x' cannot be written"),
-        ({"x": b"b"}, {"prompt": "{x}", "completion": "c"}, "bytes is no JSON type"),
+        ({"x": b"b"}, {"prompt": "{x}", "completion": "c"}, "bytes is not a JSON type"),
         ({"x": None}, {"prompt": "p", "completion": "{x}"}, "column 'x' of data.completion is nul"),
         ({"x": "\ud800"}, {"prompt": "{x}", "completion": "c"}, "the unpaired surrogate"),
         (3, {"prompt": "{x}", "completion": "c"}, "a row must be an object"),
@@ -340,7 +343,7 @@ def test_rows_that_do_not_fit_the_named_columns(record, templates, message):
     "template", ["{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:}", "{a", "a}", "{a{b}}", "}{"]
 )
 def test_templates_with_other_braces(template):
-    with pytest.raises(UserError, match=r"data\.prompt='.*no \{column\}.*written \{\{ or \}\}"):
+    with pytest.raises(UserError, match=r"data\.prompt='.*not a \{column\}.*brace as \{\{ or \}\}"):
         columns(template, "data.prompt")
     with pytest.raises(UserError, match=r"data\.completion="):
         parse_row({"a": "b", "prompt": "q"}, "f:1", completion=template)

@@ -29,32 +29,19 @@ from lora_jax.data import (
 )
 from lora_jax.errors import UserError
 
-ASK = {"role": "user", "content": "q"}
-ANSWER = {"role": "assistant", "content": "a"}
-PAIR = {"prompt": "q", "completion": "a"}
+from .data_files import (
+    ANSWER,
+    ASK,
+    NESTED,
+    PAIR,
+    damaged,
+    error_of,
+    table_files,
+    wheres,
+    write,
+)
 
-
-@pytest.fixture(autouse=True)
-def quiet_datasets(tmp_path, monkeypatch):
-    """The `datasets` library caches below tmp_path, and prints no progress."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def write(path: Path, *rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def error_of(source: str | Path, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        read(source, **options)
-    return str(caught.value)
-
-
-def wheres(source: str | Path) -> list[str]:
-    return [row.where for row in read(source).rows]
+pytestmark = pytest.mark.usefixtures("quiet_datasets")
 
 
 def test_prompt_and_completion_with_extra_keys_and_blank_lines(tmp_path):
@@ -99,7 +86,7 @@ def test_missing_paths(tmp_path):
     assert f"must end in {endings}, not '.gz'" in error_of(write(tmp_path / "a.parquet.gz"))
     (tmp_path / "empty").mkdir()
     assert f"empty holds no {endings} file" in error_of(tmp_path / "empty")
-    assert f"no {endings} file is named like" in error_of(str(tmp_path / "*.json"))
+    assert f"no {endings} file matches" in error_of(str(tmp_path / "*.json"))
     assert "a\\x00.json cannot be read: embedded null byte" in error_of("a\0.json")
     assert "~nobody-of-that-name/a.json" in error_of("~nobody-of-that-name/a.json")
     assert "cannot be read: File name too long" in error_of(tmp_path / ("x" * 400 + ".json"))
@@ -275,176 +262,6 @@ def test_content_of_ten_megabytes(tmp_path):
         assert row.messages[0]["content"] == long
 
 
-# Tables of text
-
-
-def test_csv_and_tsv(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_bytes(
-        b"\xef\xbb\xbfprompt,completion,system,note\r\n"
-        b'"say ""a, b""\nnow",\xc3\xa9,,x\r\n'
-        b"\r\n"
-        b"q,a,s,\r\n"
-    )
-    first, second = read(path).rows
-    assert (first.where, second.where) == ("t.csv:2", "t.csv:5")
-    assert [m["content"] for m in first.messages] == ['say "a, b"\nnow', "é"]
-    assert [m["content"] for m in second.messages] == ["s", "q", "a"]
-    tsv = tmp_path / "t.tsv"
-    tsv.write_text("instruction\tinput\toutput\nq\t\ta, b\n")
-    [row] = read(tsv).rows
-    assert [m["content"] for m in row.messages] == ["q", "a, b"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"prompt,answer\nq,a\n", "t.csv:2: a row needs .*; its keys: 'prompt', 'answer'"),
-        (b"prompt,completion\nq,a\nq\n", "t.csv:3: 1 fields, and the header has 2"),
-        (b"prompt,completion\n\nq,a,b\n", "t.csv:3: 3 fields, and the header has 2"),
-        (b"prompt,prompt\nq,a\n", "t.csv:1: the header has a column twice: 'prompt'"),
-        (
-            b"prompt,completion\nq,a\n\xe9,a\n",
-            "t.csv:3: invalid UTF-8 .byte 0xe9, which is 'é' in L",
-        ),
-        (b"prompt;completion\nq;a\n", "t.csv:1: one column, 'prompt;completion': .* by ';'"),
-        (b"prompt\tcompletion\nq\ta\n", r"t.csv:1: one column, .*separated by '\\t'"),
-        (b"pr\xffompt,completion\nq,a\n", r"t.csv:1: invalid UTF-8 \(byte 0xff, "),
-        (b'prompt,completion\n"q"x,a\n', "t.csv:2: invalid CSV: ',' expected after '\"'"),
-        (b'prompt,completion\nq,a\n"q,a\nq,a\n', 't.csv:3: a field that begins here with " does'),
-        (b'"prompt,completion\nq,a\n', "t.csv:1: invalid CSV: unexpected end of data"),
-    ],
-)
-def test_malformed_tables(tmp_path, content, message):
-    path = tmp_path / "t.csv"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"^{message}"):
-        read(path)
-
-
-def test_a_column_may_have_the_own_separator_in_its_name(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text('"one, two"\nq\n')
-    assert [record for _, record, _ in records(path)] == [{"one, two": "q"}]
-
-
-def test_bad_lines_of_a_table_are_dropped_but_not_the_rest_of_a_file(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_bytes(b'prompt,completion\n1,a\n"2"x,a\n3\n\xff,a\n5,a\n')
-    found = read(path, on_bad_row="drop")
-    assert ([row.where for row in found.rows], found.dropped) == (["t.csv:2", "t.csv:6"], 3)
-    path.write_bytes(b'prompt,completion\n1,a\n"2,a\n3,a\n')
-    assert "does not end" in error_of(path, on_bad_row="drop")
-
-
-def test_gzipped_files(tmp_path):
-    text = json.dumps(PAIR).encode()
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text + b"\n" + text))
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + text + b"]"))
-    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"prompt,completion\nq,a\n"))
-    assert wheres(tmp_path) == ["a.jsonl.gz:1", "a.jsonl.gz:2", "b.json.gz[0]", "c.csv.gz:2"]
-    for name, content in (
-        ("a.jsonl.gz", b"plain"),
-        ("a.jsonl.gz", gzip.compress(text)[:-3]),
-        ("c.csv.gz", gzip.compress(text)[:20] + b"xx"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        assert f"{name} cannot be read: " in error_of(tmp_path / name, on_bad_row="drop")
-
-
-# Tables of Arrow
-
-NESTED = [
-    {"messages": [ASK, ANSWER], "tools": None},
-    {
-        "messages": [
-            ASK,
-            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": "1"}}]},
-            {"role": "tool", "content": "1"},
-            ANSWER | {"train": False},
-        ],
-        "tools": [{"name": "f", "strict": None}],
-    },
-]
-
-
-def arrow_file(path: Path, table: pyarrow.Table, opened=pyarrow.ipc.new_file, rows=2) -> Path:
-    with opened(str(path), table.schema) as file:
-        for batch in table.to_batches(max_chunksize=rows):
-            file.write_batch(batch)
-    return path
-
-
-def table_files(folder: Path, table: pyarrow.Table, rows: int = 2) -> list[Path]:
-    """The table as .parquet, and as both sorts of .arrow, in pieces of so many rows."""
-    pyarrow.parquet.write_table(table, folder / "t.parquet", row_group_size=rows)
-    return [
-        folder / "t.parquet",
-        arrow_file(folder / "file.arrow", table, rows=rows),
-        arrow_file(folder / "stream.arrow", table, pyarrow.ipc.new_stream, rows),
-    ]
-
-
-def test_nulls_of_nested_values_are_absent(tmp_path):
-    for path in table_files(tmp_path, pyarrow.Table.from_pylist(NESTED)):
-        plain, tools = read(path).rows
-        assert (plain.where, tools.where) == (f"{path.name}[0]", f"{path.name}[1]")
-        assert plain.messages == (ASK, ANSWER)
-        assert tools.messages == tuple(NESTED[1]["messages"])
-        assert tools.tools == ({"name": "f"},)
-
-
-def test_values_of_many_types_that_datasets_keeps_as_json(tmp_path):
-    path = write(tmp_path / "r.jsonl", *[PAIR | {"tools": [{"a": 1}, {"b": "x"}]}] * 3)
-    held = datasets.load_dataset("json", data_files=str(path), split="train")
-    held.to_parquet(tmp_path / "r.parquet")
-    assert "json" in str(pyarrow.parquet.read_schema(tmp_path / "r.parquet")).lower()
-    assert read(tmp_path / "r.parquet").rows[2].tools == ({"a": 1}, {"b": "x"})
-
-
-def test_a_table_of_tokens(tmp_path):
-    table = pyarrow.Table.from_pylist(
-        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": None}]
-    )
-    for path in table_files(tmp_path, table):
-        first, second = read(path).rows
-        assert first == TokenRow((1, 2, 3), (0.0, 1.0, 1.0), f"{path.name}[0]")
-        assert second == TokenRow((4, 5), (1.0, 1.0), f"{path.name}[1]")
-
-
-def test_damaged_and_empty_tables(tmp_path):
-    empty = pyarrow.Table.from_pylist([], pyarrow.schema([("text", pyarrow.string())]))
-    for path in table_files(tmp_path, empty):
-        assert error_of(path) == f"{path.name}:1: the file holds no rows"
-    for path in table_files(tmp_path, pyarrow.Table.from_pylist([{"text": "t"}] * 9)):
-        whole = path.read_bytes()
-        for content in (b"", b"text", whole[:-9], whole[: len(whole) // 2]):
-            path.write_bytes(content)
-            for on_bad_row in ("error", "drop"):
-                text = error_of(path, on_bad_row=on_bad_row)
-                assert f"{path} cannot be read: " in text or "holds no rows" in text
-                assert len(text.splitlines()) == 1
-
-
-def test_a_directory_that_datasets_saved(tmp_path):
-    held = datasets.Dataset.from_list([{"prompt": str(i), "completion": "a"} for i in range(7)])
-    held.select([5, 3]).save_to_disk(tmp_path / "saved")
-    rows = read(tmp_path / "saved").rows
-    assert [row.where for row in rows] == ["saved[0]", "saved[1]"]
-    assert [row.messages[0]["content"] for row in rows] == ["5", "3"]
-    assert list(records(str(tmp_path / "saved"), 1)) == [
-        ("saved[1]", {"prompt": "3", "completion": "a"}, None)
-    ]
-    names = {path.name for path in source_files(tmp_path / "saved")}
-    assert names > {"state.json", "dataset_info.json"}
-    (tmp_path / "saved" / "dataset_info.json").write_text("{")
-    assert "saved cannot be read: " in error_of(tmp_path / "saved")
-    both = datasets.DatasetDict(train=held, test=held)
-    both.save_to_disk(tmp_path / "both")
-    assert "name one of its directories test, train" in error_of(tmp_path / "both")
-    assert len(read(tmp_path / "both" / "test").rows) == 7
-
-
 # One after the other
 
 
@@ -541,7 +358,7 @@ def test_errors_of_the_hub_name_what_exists(hub):
             with pytest.raises(UserError) as caught:
                 read_it(source)
             text = str(caught.value)
-            assert text.startswith(f"{source!r} is no local file, and not to be had from the")
+            assert text.startswith(f"{source!r} is not a local file, and cannot be loaded from the")
             assert named in text
             assert len(text.splitlines()) == 1
 
@@ -551,7 +368,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         raise ConnectionError("Couldn't reach 'org/name' on the Hub\n(offline)")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    message = r"'org/name' is no local file.*: Couldn't reach 'org/name' on the Hub \(offline\)"
+    message = r"'org/name' is not a local file.*: Couldn't reach 'org/name' on the Hub \(offline\)"
     with pytest.raises(UserError, match=message):
         read("org/name")
     with pytest.raises(UserError, match=message):
@@ -610,34 +427,7 @@ def test_hub_names(tmp_path, monkeypatch):
     assert is_hub_name("org/name:train")
 
 
-# Whatever comes
-
-
-def damaged(rng: random.Random, content: bytes) -> bytes:
-    """A few bytes changed, cut, doubled or put in."""
-    for _ in range(rng.randrange(1, 4)):
-        at = rng.randrange(len(content) + 1)
-        end = at + rng.randrange(6)
-        piece = rng.choice(
-            [
-                b"",
-                b"\n",
-                b'"',
-                b",",
-                b"\t",
-                b"{",
-                b"]",
-                b"\xff",
-                b"\0",
-                b"\r",
-                b"null",
-                b"\xed\xa0\x80",
-            ]
-        )
-        content = (
-            content[:at] + rng.choice([piece, rng.randbytes(2), content[:end]]) + content[end:]
-        )
-    return content
+# Damaged files
 
 
 def test_whatever_the_bytes_only_rows_or_a_user_error(tmp_path):
@@ -671,19 +461,6 @@ def test_whatever_the_bytes_only_rows_or_a_user_error(tmp_path):
             assert found.dropped == 0 or on_bad_row == "drop"
             outcomes[True] += 1
     assert min(outcomes.values()) > 200, outcomes
-
-
-def test_whatever_the_bytes_of_tables_of_arrow(tmp_path):
-    rng = random.Random(0)
-    table = pyarrow.Table.from_pylist(NESTED + [{"text": "t"}] * 3)
-    for path in table_files(tmp_path, table):
-        whole = path.read_bytes()
-        for _ in range(150):
-            path.write_bytes(damaged(rng, whole))
-            try:
-                read(path, on_bad_row="drop")
-            except UserError as error:
-                assert str(error).startswith((path.name, str(path)))
 
 
 def test_json_of_rows_has_the_limits_of_all_json(tmp_path):

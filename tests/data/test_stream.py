@@ -175,7 +175,7 @@ def test_rows_of_the_last_batch_may_be_asked_for_again():
 def test_only_one_step_after_the_other():
     loader = make(50)
     with pytest.raises(
-        ValueError, match="batch 1 of a stream was asked for, and the next one is 0"
+        ValueError, match="batch 1 of a stream was requested, but the next one is 0"
     ):
         loader.batch(1)
     loader.batch(0)
@@ -306,7 +306,7 @@ def test_a_source_that_loses_its_records_is_reported():
 )
 def test_a_damaged_state_is_refused(change):
     state = {} if change is None else make(5).state | change
-    with pytest.raises(UserError, match="the state of the data is damaged: .* must hold whole num"):
+    with pytest.raises(UserError, match="the state of the data is damaged: .* must have whole num"):
         make(5, state=state)
 
 

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lora_jax.data import (
+    Rendering,
     Row,
     TokenRow,
     encode,
@@ -98,7 +99,7 @@ def test_rows_with_other_arguments_are_rendered_apart():
     tokenizer = build(THINKING)
     rows = [row({"messages": [ASK, ANSWER], "chat_template_kwargs": {"enable_thinking": value}})
             for value in (True, False, True)]  # fmt: skip
-    examples, _ = encode_rows(rows, tokenizer, max_length=100)
+    examples, _ = encode_rows(rows, Rendering(tokenizer), max_length=100)
     assert ["[no" in tokenizer.decode(example.tokens) for example in examples] == [
         False,
         True,
@@ -141,9 +142,8 @@ def test_arguments_that_are_the_programs_own(name):
     with pytest.raises(UserError, match=f"data.chat_template_kwargs cannot hold '{name}'"):
         encode_rows(
             [row({"messages": [ASK, ANSWER]})],
-            tokenizer,
+            Rendering(tokenizer, chat_template_kwargs={name: [1]}),
             max_length=100,
-            chat_template_kwargs={name: [1]},
         )
 
 
@@ -154,11 +154,11 @@ def test_keys_of_messages_that_the_template_reads():
     ]
     assert text({"messages": [ASK | {"mood": "glad"}, ANSWER]}, tokenizer).startswith("user:gladq")
     with pytest.raises(UserError) as caught:
-        encode_rows([*rows, *rows], tokenizer, max_length=100)
+        encode_rows([*rows, *rows], Rendering(tokenizer), max_length=100)
     told = str(caught.value)
     assert told.count("\n") == 0 and told.count("'pose'") == 1 and "mood" not in told
     assert told.startswith("f:1 and 3 more rows: keys of messages that are not known, nor read by")
-    examples, counts = encode_rows(rows, tokenizer, max_length=100, on_bad_row="drop")
+    examples, counts = encode_rows(rows, Rendering(tokenizer), max_length=100, on_bad_row="drop")
     assert (len(examples), counts.bad) == (2, 2)
     ignored = row({"messages": [ASK, ANSWER | {"pose": 1}]}, ignore_columns=["pose"])
     assert ignored == row({"messages": [ASK, ANSWER]})
@@ -198,8 +198,8 @@ def test_packed_sequences_are_examples_of_their_own():
         TokenRow((5, 6), (1.0, 1.0), "f:1[2]"),
         TokenRow((5, 6), (1.0, 1.0), "f:2"),
     ]
-    examples, counts = encode_rows(rows, build(None), max_length=10)
-    alone, _ = encode_rows(apart, build(None), max_length=10)
+    examples, counts = encode_rows(rows, Rendering(build(None)), max_length=10)
+    alone, _ = encode_rows(apart, Rendering(build(None)), max_length=10)
     for one, other in zip(examples, alone, strict=True):
         assert one.where == other.where
         assert one.tokens.tolist() == other.tokens.tolist()

@@ -141,7 +141,7 @@ def test_prompts_from_columns(command, answers, tmp_path, capsys):
     text.write_text("a\n")
     cases = {
         (str(rows), "{qestion}"): "--prompt-format names {qestion}; the columns are: 'question'",
-        (str(rows), "{a.b}"): "--prompt-format='{a.b}' has '{a.b}', which is no {column}",
+        (str(rows), "{a.b}"): "--prompt-format='{a.b}' has '{a.b}', which is not a {column}",
         (str(text), "{a}"): "--prompt-format is for columns, and",
     }
     for (file, prompt_format), expected in cases.items():

@@ -33,14 +33,14 @@ def trained(files, tmp_path_factory):
 @pytest.fixture
 def asked(monkeypatch):
     """Collects the arguments with which prompts are rendered."""
-    seen, prompt_tokens = [], data.prompt_tokens
+    seen, encode_prompt = [], data.encode_prompt
 
-    def spy(*args, **options):
-        seen.append(options["chat_template_kwargs"])
-        return prompt_tokens(*args, **options)
+    def spy(row, rendering):
+        seen.append(rendering.chat_template_kwargs)
+        return encode_prompt(row, rendering)
 
-    monkeypatch.setattr(data, "prompt_tokens", spy)
-    monkeypatch.setattr(answers, "prompt_tokens", spy)
+    monkeypatch.setattr(data, "encode_prompt", spy)
+    monkeypatch.setattr(answers, "encode_prompt", spy)
     return seen
 
 
