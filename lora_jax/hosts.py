@@ -133,8 +133,9 @@ def find_cluster(environment: Any) -> dict[str, Any] | None:
 
 
 def _cluster_size(environment: Any) -> int | None:
-    """How many processes the launcher has started, where JAX knows it; None without one. On a
-    Cloud TPU machine that says nothing of its neighbours, JAX asks: 2 stands for "maybe".
+    """Return the number of processes that the launcher has started, as far as JAX knows; None
+    without a launcher. A Cloud TPU machine that does not name its neighbours counts as 2: JAX then
+    asks.
     """
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= set(environment):
         return int(environment.get("SLURM_NTASKS", 1))
@@ -229,15 +230,17 @@ def note(text: str) -> None:
 
 
 def agree(number: int) -> int:
-    """The largest `number` of all hosts, which all must ask together."""
+    """Return the largest `number` of all hosts, which must all call this together."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns on the main host, on every host; the others do not call it. It must be
-    JSON: what files say, so that no host sees another state of them.
+    """Return the result of `make` on the main host to every host; the others do not call it.
+
+    It must be JSON. Facts about files are read this way, so that no host sees another state of
+    them.
     """
     if jax.process_count() == 1:
         return make()

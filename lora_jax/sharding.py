@@ -1,4 +1,4 @@
-"""A mesh over whatever devices there are, and path rules that say how every parameter lies on it.
+"""A mesh over all devices, and path rules that say how every parameter is split over it.
 
 Axes: `data` (replicas), `fsdp` (weights and batch split), `tensor` (heads and hidden features
 split). A rule is (regex for the dotted tree path, PartitionSpec of one slice); the `layers` axis of
@@ -38,8 +38,8 @@ BATCH = P(("data", "fsdp"))  # rows of a batch
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices (or the given ones) with axes data, fsdp, tensor; an axis of -1 takes
-    what is left.
+    """Return a mesh of all devices (or the given ones) with axes data, fsdp, tensor; an axis of -1
+    takes what is left.
 
     Raises:
         UserError: the axes do not multiply to the number of devices.
@@ -50,9 +50,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def abstract_mesh(config: MeshConfig, devices: int | None = None) -> AbstractMesh:
-    """The shape of the mesh without its devices, to plan for machines that are not here. Of
-    `devices` devices, if it is given; otherwise of as many as the axes ask for, and -1 takes those
-    of this process.
+    """Return the shape of the mesh without its devices, to plan for other machines: for `devices`
+    devices, if it is given, or else for as many as the axes ask for, where -1 takes those of this
+    process.
 
     Raises:
         UserError: the axes do not multiply to `devices`.
@@ -102,8 +102,8 @@ def check_length(tokens: int, mesh: Mesh | AbstractMesh, what: str) -> None:
 
 
 def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dict:
-    """A PartitionSpec per parameter. An axis that a dimension does not divide is left out for that
-    leaf.
+    """Return a PartitionSpec per parameter. An axis that a dimension does not divide is left out
+    for that leaf.
 
     Raises:
         UserError: parameters that no rule covers, all of them listed.
@@ -124,9 +124,9 @@ def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dic
 def adapter_specs(
     adapters: Mapping, params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh
 ) -> dict:
-    """`lora_a` takes the input axis of its weight, `lora_b` and `magnitude` the output axis; the
-    rank is never split. A weight that trains itself lies as the frozen one does, and a prefix as
-    keys and values do.
+    """Return a PartitionSpec per trainable leaf: axes called `in` and `out` (`lora_jax.leaves`) are
+    split as those of the base weight, the rank never. A weight that trains itself is split as the
+    frozen one, and a prefix as keys and values.
     """
     return _adapter_specs(adapters, params, flatten(param_specs(params, rules, mesh)), mesh)
 
@@ -147,8 +147,8 @@ def place_adapters(adapters: dict, params: Mapping) -> dict:
 
 
 def _shortened(spec: P, mesh: Mesh) -> P:
-    """The spec as a compiled program writes it: without axes of one device, and `None` at the end.
-    Another spelling of the same placement would be compiled again.
+    """Return the spec as a compiled program writes it: without axes of one device, and `None` at
+    the end. Another spelling of the same placement would be compiled again.
     """
     axes = [None if axis is None or _size(axis, mesh) == 1 else axis for axis in spec]
     while axes and axes[-1] is None:
@@ -169,7 +169,7 @@ def place_state(state: Any, params: Mapping) -> Any:
 
 
 def _arrays(params: Mapping) -> dict[Path, Any]:
-    """The arrays of a tree by path, of a quantised weight its first."""
+    """Return the arrays of a tree by path; of a quantised weight, its first."""
     leaves = {path: jax.tree.leaves(leaf) for path, leaf in flatten(params).items()}
     return {path: parts[0] for path, parts in leaves.items() if parts}
 
@@ -181,7 +181,7 @@ def _is_placed(x: Any) -> bool:
 
 
 def _mesh(arrays: Iterable[Any]) -> Any:
-    """The mesh that some of the arrays are on, or None."""
+    """Return the mesh that some of the arrays are on, or None."""
     return next((x.sharding.mesh for x in arrays if _is_placed(x)), None)
 
 
@@ -194,7 +194,7 @@ def _put_or_constrain(x: Any, sharding: NamedSharding) -> jax.Array:
 def _adapter_specs(
     adapters: Mapping, params: Mapping, weights: Mapping[Path, P], mesh: Mesh | AbstractMesh
 ) -> dict:
-    """A PartitionSpec per trainable leaf, from those of the weights."""
+    """Return a PartitionSpec per trainable leaf, from those of the weights."""
     leaves = flatten(params)
     axes = {
         path: (*spec, *(None,) * (len(leaves[path].shape) - len(spec)))
@@ -235,12 +235,12 @@ def _fit(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
 
 
 def _size(axis: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Devices along an axis of the mesh, or along several of them."""
+    """Return the number of devices along an axis of the mesh, or along several of them."""
     return math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,)))
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of PartitionSpecs."""
+    """Return NamedShardings for a tree of PartitionSpecs."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P)
     )
@@ -278,25 +278,25 @@ def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
 
 
 def host_memory(mesh: Mesh) -> str | None:
-    """The kind of host memory that the devices of a mesh can compute from, or None."""
+    """Return the kind of host memory that the devices of a mesh can compute from, or None."""
     kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
     return "pinned_host" if "pinned_host" in kinds else None
 
 
 def to_host(x: jax.Array) -> jax.Array:
-    """An array in host memory, split as it is; scalars stay where they are."""
+    """Move an array to host memory, split as it is; scalars stay where they are."""
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if x.ndim else x
 
 
 def on_device(x: jax.Array) -> jax.Array:
-    """The inverse of `to_host`: an array where programs compute; others stay where they are."""
+    """Invert `to_host`; arrays in other memory stay where they are."""
     if x.sharding.memory_kind != "pinned_host":
         return x
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 def local_rows(rows: int, mesh: Mesh) -> range:
-    """Of the rows of a batch, those that lie on devices of this process: all of them on one host.
+    """Return the rows of a batch that are on devices of this process: all of them on one host.
 
     Hosts whose devices hold rows that are far apart also build those between.
     """
@@ -328,24 +328,24 @@ def place_batch(
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Fix how an activation lies on the mesh that `jax.set_mesh` made current; nothing without
-    one. An axis that a dimension does not divide is left out.
+    """Fix how an activation is split over the mesh that `jax.set_mesh` made current; without one,
+    do nothing. An axis that a dimension does not divide is left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, _fit(P(*spec), x.shape, mesh))
 
 
 def constrain_stream(x: jax.Array) -> jax.Array:
-    """Lay what runs from layer to layer, (b, t, d), with its rows over data and fsdp and its tokens
-    over tensor (sequence parallelism, arXiv 2205.05198): what the backward pass keeps per layer is
-    split by all axes then.
+    """Split the residual stream (b, t, d): rows over data and fsdp, tokens over tensor (sequence
+    parallelism, arXiv 2205.05198). The activations that the backward pass keeps per layer are then
+    split over all axes.
     """
     return constrain(x, *BATCH, "tensor", None)
 
 
 def logits_axes(vocab: int) -> tuple[Any, Any]:
-    """Axes for the rows and for the vocabulary of logits: the vocabulary over as many devices as
-    hold a part of the weights, so that no device holds all of the head.
+    """Return the mesh axes for the rows and for the vocabulary of logits. The vocabulary is split
+    over as many devices as hold a part of the weights, so that no device holds all of the head.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or vocab % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0:

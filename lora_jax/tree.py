@@ -1,4 +1,4 @@
-"""Parameter trees by path: names of their leaves, and what structures must agree.
+"""Parameter trees by path: names of their leaves, and comparison of structures.
 
 A parameter tree is nested dicts. Its key path follows the Hugging Face module path, except that the
 layers of a model may be stacked along a leading axis, in which case the layer index is left out:
@@ -46,7 +46,7 @@ class _Index(str):
 
 
 def flatten(tree: Mapping) -> dict[Path, Any]:
-    """Leaves by key path, every key as a string."""
+    """Return the leaves by key path, every key as a string."""
 
     def text(key: Any) -> str:
         return _Index(key) if isinstance(key, int) else str(key)
@@ -55,7 +55,7 @@ def flatten(tree: Mapping) -> dict[Path, Any]:
 
 
 def unflatten(leaves: Mapping[Path, Any]) -> dict:
-    """The inverse of `flatten`."""
+    """Invert `flatten`."""
     return unflatten_dict(
         {
             tuple(int(key) if isinstance(key, _Index) else key for key in path): leaf
@@ -69,9 +69,9 @@ def dotted(path: Iterable[Any]) -> str:
 
 
 def stack_position(path: Path) -> int | None:
-    """Where the layer index belongs in the module path of a stacked leaf; None if the leaf is not
-    stacked: no container of that name, or one with numbered children, or a module that happens to
-    be called so.
+    """Return the position of the layer index in the module path of a stacked leaf; None if the leaf
+    is not stacked: no container of that name, or one with numbered children, or a module that
+    happens to be called so.
     """
     for position, key in enumerate(path[:-1]):
         below = path[position + 1]
@@ -81,13 +81,13 @@ def stack_position(path: Path) -> int | None:
 
 
 def is_conv1d(module: Path) -> bool:
-    """Whether Hugging Face files hold the kernel of a module as (in, out)."""
+    """Return True if Hugging Face files hold the kernel of a module as (in, out)."""
     return module[-1] in CONV1D
 
 
 def has_experts(path: Path) -> bool:
-    """Whether a leaf has an axis of experts, behind that of the layers; numbered experts have
-    none.
+    """Return True if a leaf has an axis of experts, behind that of the layers; numbered experts
+    have none.
     """
     return any(
         key == "experts" and not below.isdigit() for key, below in zip(path, path[1:], strict=False)
@@ -95,12 +95,12 @@ def has_experts(path: Path) -> bool:
 
 
 def lead_axes(path: Path) -> int:
-    """How many axes stand before those of one matrix or vector: of layers and of experts."""
+    """Return the number of axes before those of one matrix or vector: of layers and of experts."""
     return (stack_position(path) is not None) + has_experts(path)
 
 
 def is_router(path: Path, leaves: Mapping[Path, Any]) -> bool:
-    """Whether a linear chooses among the experts beside it."""
+    """Return True for a linear that chooses among the experts of its module."""
     *home, _, leaf = path
     experts = (*home, "experts")
     beside = any(other[: len(experts)] == experts for other in leaves)
@@ -108,8 +108,8 @@ def is_router(path: Path, leaves: Mapping[Path, Any]) -> bool:
 
 
 def fused_columns(path: Path, leaves: Mapping[Path, Any]) -> dict[str, tuple[int, int]]:
-    """First and last column of the parts that a fused projection is made of, by name; empty where a
-    weight is none.
+    """Return first and last column of the parts of a fused projection, by name; empty for other
+    weights.
     """
     *home, module, leaf = path
     parts = FUSED.get(module)
@@ -130,7 +130,7 @@ def fused_columns(path: Path, leaves: Mapping[Path, Any]) -> dict[str, tuple[int
 
 
 def slice_names(path: Path, shape: Sequence[int]) -> tuple[str, ...]:
-    """The name of every slice of a leaf or module: its dotted path with the layer index put in."""
+    """Return the name of every slice of a leaf or module: its dotted path with the layer index."""
     position = stack_position(path)
     if position is None:
         return (dotted(path),)
@@ -138,14 +138,14 @@ def slice_names(path: Path, shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def layer_index(name: str) -> int | None:
-    """The first number in a module path: `model.layers.3.mlp.up_proj` is in layer 3, `lm_head` in
-    none.
+    """Return the first number in a module path: `model.layers.3.mlp.up_proj` is in layer 3,
+    `lm_head` in none.
     """
     return next((int(key) for key in name.split(".") if key.isdigit()), None)
 
 
 def tied_embedding(params: Mapping) -> Path | None:
-    """The embedding that is the output head too, or None."""
+    """Return the path of the embedding that is the output head too, or None."""
     paths = list(flatten(params))
     if any("lm_head" in path for path in paths):
         return None
@@ -208,17 +208,17 @@ def _kind(given: Any) -> str:
 
 
 def summarize(problems: Sequence[str], most: int = 8) -> str:
-    """The first problems and a count of the rest, so that an error stays on one screen."""
+    """Join the first problems and a count of the rest, so that an error stays on one screen."""
     more = f"\n  ... and {len(problems) - most} more" if len(problems) > most else ""
     return "\n  ".join(problems[:most]) + more
 
 
 def count(tree: Any) -> int:
-    """Numbers in a tree of weights: arrays, shapes, or leaves that stand for an array."""
+    """Count the numbers in a tree of weights: arrays, shapes, or leaves in place of an array."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
+    """Count the bytes of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

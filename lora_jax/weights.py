@@ -1,4 +1,4 @@
-"""The leaf types a weight can have, and the few functions that know them.
+"""Leaf types of weights, and the few functions that know them.
 
     Array                          a plain kernel (in, out) or embedding (vocab, d)
     NF4Weight, Int8Weight          a kernel of 4 or 8 bits per number
@@ -25,7 +25,7 @@ _BLOCK = 32  # rows of one expert that a CPU multiplies at once
 
 
 class _OverBase:
-    """What has the form of its `base`."""
+    """Base class of leaves with the shape and dtype of their `base`."""
 
     base: Any
 
@@ -70,8 +70,8 @@ class LoraWeight(_OverBase):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Untied:
-    """What a tied embedding (vocab, d) becomes when its two uses differ; what is not adapted is
-    shared, never copied.
+    """A tied embedding (vocab, d) whose two uses differ; an array that is not adapted is shared and
+    not copied.
     """
 
     embed: Any  # (vocab, d): an array or a LoraWeight
@@ -112,7 +112,7 @@ class Probe(_OverBase):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Absent:
-    """The place of a weight that stands in the trainable tree alone: no array, only its form."""
+    """Placeholder for a weight held only in the trainable tree: shape and dtype, no data."""
 
     shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
@@ -122,7 +122,7 @@ Weight = jax.Array | QuantizedWeight | LoraWeight | Untied | Probe
 
 
 def linear(x: jax.Array, w: Weight) -> jax.Array:
-    """x @ W for any weight leaf, in the dtype of `x`: (..., in) -> (..., out).
+    """Return x @ W for any weight leaf, in the dtype of `x`: (..., in) -> (..., out).
 
     Leading axes are flattened first: one contraction over one row axis is what every backend does
     best.
@@ -144,7 +144,7 @@ def _matmul(x: jax.Array, w: Weight) -> jax.Array:
 
 @jax.custom_vjp
 def _count(x: jax.Array, basis: jax.Array, moments: jax.Array, counted: Any) -> jax.Array:
-    """x (rows, in) as it is; see `Probe` for the gradient."""
+    """Return x (rows, in) as it is; see `Probe` for the gradient."""
     return x
 
 
@@ -163,13 +163,13 @@ _count.defvjp(lambda x, basis, moments, counted: (x, (x, basis, counted)), _coun
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _quantized_matmul(x: jax.Array, w: QuantizedWeight) -> jax.Array:
-    """The dequantised matrix is a temporary: the backward pass makes it again and keeps none."""
+    """Multiply by a dequantised matrix, which the backward pass makes again."""
     return x @ dequantize(w, x.dtype)
 
 
 def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array) -> jax.Array:
-    """Rows times the matrix of their expert, in the dtype of `x`: x (rows, in), w (experts, in,
-    out) -> (rows, out). The first group_sizes[0] rows are those of expert 0, and so on.
+    """Multiply rows by the matrix of their expert, in the dtype of `x`: x (rows, in), w (experts,
+    in, out) -> (rows, out). The first group_sizes[0] rows are those of expert 0, and so on.
     """
     if isinstance(w, LoraWeight):
         dropped = _drop(x, w.key, w.dropout)
@@ -190,23 +190,23 @@ def _quantized_expert_linear(x: jax.Array, w: QuantizedWeight, group_sizes: jax.
 
 
 def _grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """`jax.lax.ragged_dot`, but on a CPU, where it multiplies every row by every expert, block by
-    block.
+    """Compute `jax.lax.ragged_dot`; by blocks on a CPU, where it multiplies every row by every
+    expert.
     """
     return jax.lax.platform_dependent(x, w, group_sizes, cpu=_by_blocks, default=jax.lax.ragged_dot)
 
 
 @jax.custom_vjp
 def _by_blocks(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """`jax.lax.ragged_dot` of groups that add up to the rows of x, at the cost of at most rows +
-    experts * _BLOCK rows.
+    """Compute `jax.lax.ragged_dot` of groups that add up to the rows of x, at the cost of at most
+    rows + experts * _BLOCK rows.
     """
     return _times_blocks(x, w, group_sizes, 1)
 
 
 def _blocks(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Expert, first row and end of its group for every block of rows, in the order of the rows;
-    those that are too many start behind the last row.
+    """Return expert, first row and end of its group for every block of rows, in the order of the
+    rows; surplus blocks start behind the last row.
     """
     size, ends = min(_BLOCK, rows), jnp.cumsum(group_sizes)
     last = jnp.cumsum(-(-group_sizes // size))  # how many blocks there are up to each expert
@@ -219,7 +219,7 @@ def _blocks(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, ja
 
 
 def _times_blocks(x: jax.Array, w: jax.Array, group_sizes: jax.Array, contracted: int) -> jax.Array:
-    """x (rows, n) times the matrices of w, whose axis `contracted` has n features."""
+    """Multiply x (rows, n) by the matrices of w, whose axis `contracted` has n features."""
     rows = len(x)
     size = min(_BLOCK, rows)
     padded = jnp.pad(x, ((0, size), (0, 0)))
@@ -228,7 +228,7 @@ def _times_blocks(x: jax.Array, w: jax.Array, group_sizes: jax.Array, contracted
         expert, start, _ = block
         own = jax.lax.dynamic_slice_in_dim(padded, start, size)
         own = jax.lax.dot_general(own, w[expert], (((1,), (contracted - 1,)), ((), ())))
-        # What lies behind the end of its group, the next block writes over.
+        # The next block overwrites the rows behind the end of its group.
         return jax.lax.dynamic_update_slice_in_dim(y, own, start, 0), None
 
     y = jnp.zeros((rows + size, w.shape[3 - contracted]), x.dtype)
@@ -260,7 +260,7 @@ _by_blocks.defvjp(_forward, _backward)
 
 
 def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """(x @ a) @ b: the only place that writes it. Never x @ (a @ b), which costs a full matrix."""
+    """Return (x @ a) @ b. No other function writes it; x @ (a @ b) would cost a full matrix."""
     return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
 
@@ -272,8 +272,8 @@ def _drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 
 
 def embed(ids: jax.Array, w: Weight) -> jax.Array:
-    """Rows of an embedding: ids (...) -> (..., d), in the dtype of the weight, float32 where it is
-    adapted.
+    """Look up rows of an embedding: ids (...) -> (..., d), in the dtype of the weight, float32
+    where it is adapted.
     """
     if isinstance(w, Untied):
         return embed(ids, w.embed)
@@ -287,8 +287,8 @@ def embed(ids: jax.Array, w: Weight) -> jax.Array:
 
 
 def unembed(x: jax.Array, w: Weight) -> jax.Array:
-    """Logits from a tied embedding: x (..., d), w (vocab, d) -> (..., vocab), in the dtype of
-    `x`.
+    """Return logits from a tied embedding: x (..., d), w (vocab, d) -> (..., vocab), in the dtype
+    of `x`.
     """
     rows = x.reshape(-1, x.shape[-1])
     return _unembed(rows, w.head if isinstance(w, Untied) else w).reshape(*x.shape[:-1], -1)
@@ -306,7 +306,7 @@ def _unembed(x: jax.Array, w: Weight) -> jax.Array:
 
 
 def widen(w: Any) -> Any:
-    """The same weight over a base in float32: `materialize` then rounds nothing."""
+    """Return the weight over a base in float32, so that `materialize` rounds nothing."""
     if isinstance(w, Untied):
         return Untied(widen(w.embed), widen(w.head))
     if isinstance(w, LoraWeight | Probe):
@@ -315,8 +315,8 @@ def widen(w: Any) -> Any:
 
 
 def materialize(w: Weight) -> Any:
-    """The plain array that a leaf stands for, W' = gain * (W + a @ b), added in float32 and rounded
-    once; of an `Untied`, both its arrays.
+    """Return the plain array of a leaf, W' = gain * (W + a @ b), added in float32 and rounded once;
+    of an `Untied`, both its arrays.
 
     Entries that the update does not move keep their bits, the sign of zero included.
     """

@@ -1,4 +1,4 @@
-"""DoRA (arXiv 2402.09353): the direction of every column by LoRA, its size by a magnitude.
+"""DoRA (arXiv 2402.09353): the direction of every column by LoRA, its norm by a magnitude.
 
     W'_j = magnitude_j * (W + a b)_j / |(W + a b)_j|,    j a column: one output feature
 
@@ -17,7 +17,7 @@ from lora_jax.weights import Weight
 
 
 def column_norms(target: Target, weight: Weight, a: jax.Array, b: jax.Array) -> jax.Array:
-    """|(W + a b)_j| as (..., out) in float32; `b` has its scale in it."""
+    """Return |(W + a b)_j| as (..., out) in float32; `b` has its scale in it."""
 
     def of_one(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
@@ -31,7 +31,9 @@ def column_norms(target: Target, weight: Weight, a: jax.Array, b: jax.Array) -> 
 def gain(
     target: Target, weight: Weight, a: jax.Array, b: jax.Array, magnitude: jax.Array
 ) -> jax.Array:
-    """magnitude / norm as (..., 1, out); 1 where the slice is not adapted or a column is zero."""
+    """Return magnitude / norm as (..., 1, out); 1 where the slice is not adapted or a column is
+    zero.
+    """
     norms = column_norms(target, weight, *jax.lax.stop_gradient((a, b)))
     adapted = target.per_layer(np.asarray(target.ranks) > 0)
     sound = (norms > 0) & (adapted[..., 0] if target.stacked else adapted)

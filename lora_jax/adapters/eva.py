@@ -34,7 +34,8 @@ Spectrum = tuple[jax.Array, jax.Array]  # directions (layers, in, k), shares of 
 def factors(
     key: jax.Array, params: Mapping, targets: Sequence[Target], calibrate: Callable
 ) -> dict[Path, Factors]:
-    """By target `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
+    """Return, by target, `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding
+    zero.
 
     Raises:
         UserError: as `measure`.
@@ -53,8 +54,8 @@ def factors(
 def measure(
     key: jax.Array, params: Mapping, wanted: Mapping[Path, int], calibrate: Callable
 ) -> dict[Path, Spectrum]:
-    """By weight the so many directions of its inputs that explain most, largest first, (..., in,
-    wanted), and the share of the variance that each explains, (..., wanted).
+    """Return, by weight, the `wanted` directions of its inputs that explain most, largest first,
+    (..., in, wanted), and the share of the variance that each explains, (..., wanted).
 
     `calibrate` maps parameters to the mean loss of some data, differentiably; it is a pytree, such
     as `jax.tree_util.Partial`. Up to 6 forward and backward passes through it, with memory for two
@@ -140,7 +141,7 @@ def _first_basis(key: jax.Array, path: Path, shape: Sequence[int], width: int) -
 
 @jax.jit
 def _count_inputs(bases: dict, params: Mapping, calibrate: Any) -> dict:
-    """The moments that `weights.Probe` counts, by weight."""
+    """Return the moments that `weights.Probe` counts, by weight."""
     leaves = flatten(params)
     zeros = {
         path: jnp.zeros((*q.shape[:-2], q.shape[-2] + 1, q.shape[-1] + 2))
@@ -171,7 +172,7 @@ def _check_counts(moments: Mapping[Path, jax.Array], wanted: Mapping[Path, int])
 
 
 def _without_mean(moments: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """C Q (..., in, k) and |X|^2 (...,) of inputs without their mean."""
+    """Return C Q (..., in, k) and |X|^2 (...,) of inputs without their mean."""
     counted, mean = moments[..., -1:, -2:-1], moments[..., :-1, -2:-1] / moments[..., -1:, -2:-1]
     with jax.default_matmul_precision("highest"):
         of_mean = jnp.swapaxes(mean, -1, -2) @ q
@@ -181,7 +182,7 @@ def _without_mean(moments: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _largest(q: jax.Array, product: jax.Array, energy: jax.Array, wanted: int) -> Spectrum:
-    """The best of the directions that Q spans (Rayleigh and Ritz)."""
+    """Return the best of the directions that Q spans (Rayleigh and Ritz)."""
     with jax.default_matmul_precision("highest"):
         inner = jnp.swapaxes(q, -1, -2) @ product
         values, vectors = jnp.linalg.eigh((inner + jnp.swapaxes(inner, -1, -2)) / 2)

@@ -19,7 +19,7 @@ Leaves = dict[Path, Any]
 
 
 def init(leaves: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """Copies in float32 of what trains."""
+    """Return copies in float32 of what trains."""
     adapters: Leaves = {}
     for whole in found.whole:
         path = found.untied if whole.path == HEAD and found.untied else whole.path
@@ -32,7 +32,7 @@ def init(leaves: Mapping[Path, Any], found: Trainable) -> Leaves:
 
 
 def bind(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """The trained values in place of the frozen ones; slices that do not train keep theirs."""
+    """Put the trained values in place of the frozen ones; other slices keep theirs."""
     bound: Leaves = {}
     for whole in found.whole:
         bound[whole.path] = small[whole.trained]

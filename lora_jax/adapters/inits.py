@@ -1,4 +1,4 @@
-"""How `lora_a` and `lora_b` start: draws, and factors of the weight itself.
+"""Starts of `lora_a` and `lora_b`: draws, and factors of the weight itself.
 
     default      lora_a uniform in +-1/sqrt(in) (PEFT's Kaiming with a = sqrt(5)), lora_b zero
     gaussian     lora_a normal with deviation 1/rank, lora_b zero
@@ -29,7 +29,7 @@ Factors = tuple[jax.Array, jax.Array]
 def draw(
     key: jax.Array, target: Target, weight: Weight, init: str, use_rslora: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
+    """Return `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
 
     The draw for a weight depends on the key and its own path, not on which other weights are
     adapted. `weight` may be a shape, unless `init` is pissa or olora.
@@ -66,8 +66,8 @@ def draw(
 
 
 def over_slices(function: Callable, target: Target, weight: Weight, *others: jax.Array):
-    """`function` of every matrix of a stack in float32, in the columns of the target, one at a
-    time, so that no more than one is dequantised or widened at once.
+    """Apply `function` to every matrix of a stack in float32, in the columns of the target, one at
+    a time, so that no more than one is dequantised or widened at once.
     """
     columns = slice(*(target.columns or (None,)))
 
@@ -86,13 +86,13 @@ def over_slices(function: Callable, target: Target, weight: Weight, *others: jax
 def subtract(
     target: Target, weight: jax.Array, a: jax.Array, b: jax.Array, use_rslora: bool
 ) -> jax.Array:
-    """A weight without the update of factors a and b, in its own dtype."""
+    """Subtract the update of factors a and b from a weight, in the dtype of the weight."""
     b = in_columns(target, b * target.scales(use_rslora), weight.shape[-1])
     return materialize(LoraWeight(weight, a, -b))
 
 
 def in_columns(target: Target, x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
-    """(..., columns of the target) -> (..., columns of the weight)."""
+    """Pad (..., columns of the target) to (..., columns of the weight)."""
     if target.columns is None:
         return x
     start, stop = target.columns
@@ -101,15 +101,15 @@ def in_columns(target: Target, x: jax.Array, width: int, fill: float = 0.0) -> j
 
 
 def singular_factors(matrix: jax.Array) -> Factors:
-    """All singular vectors of a matrix (in, out), both halves with the root of the values."""
+    """Return all singular vectors of a matrix (in, out), both times the root of the values."""
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values)
     return left * root, root[:, None] * right
 
 
 def without_scale(target: Target, a: jax.Array, b: jax.Array, use_rslora: bool) -> Factors:
-    """The first `rank` columns and rows, both divided by the root of the scale (as PEFT's PiSSA),
-    so that with it their product is that of what came in.
+    """Return the first `rank` columns and rows, both divided by the root of the scale as in PEFT's
+    PiSSA, so that the scaled product is that of `a` and `b`.
     """
     scales = jnp.asarray(target.scales(use_rslora))
     root = jnp.sqrt(jnp.where(scales > 0, scales, 1))
@@ -117,8 +117,8 @@ def without_scale(target: Target, a: jax.Array, b: jax.Array, use_rslora: bool) 
 
 
 def _olora(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of (out, in), as the weight lies in PEFT: lora_B the first columns of Q, lora_A the first
-    rows of R.
+    """Return the QR factors of the weight as PEFT stores it, (out, in): lora_B is the first columns
+    of Q, lora_A the first rows of R.
     """
     q, r = jnp.linalg.qr(weight.T)
     return r.T, q.T
@@ -127,7 +127,7 @@ def _olora(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _orthogonal(
     key: jax.Array, lead: tuple[int, ...], shape: tuple[int, int], rank: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Odd and even rows of an orthogonal matrix span the two, so that their product is zero."""
+    """Draw two factors from odd and even rows of an orthogonal matrix: their product is zero."""
     of_basis, of_a, of_b = jax.random.split(key, 3)
     basis, _ = jnp.linalg.qr(jax.random.normal(of_basis, (*lead, rank, rank)))
     a = jax.random.normal(of_a, (*lead, shape[0], rank // 2)) @ basis[..., 0::2, :]

@@ -29,11 +29,11 @@ from lora_jax.tree import Path
 def factors(
     leaves: Mapping[Path, Any], targets: Sequence[Target], scheme: str, config: AdapterConfig
 ) -> dict[Path, tuple[Factors, Factors]]:
-    """Of every target, by its path, the last factors and the ones before, which the base is to be
-    without: `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
+    """Return, by the path of a target, the last factors and those before, which are to be taken out
+    of the base: `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
 
-    Every round takes as long as the singular values of all weights. Beside the factors one weight's
-    stack is in memory without its update, and quantised.
+    A round takes as long as the singular values of all weights. In memory are the factors, and the
+    stack of one weight, without its update and quantised.
     """
     found = {}
     for path in dict.fromkeys(target.weight for target in targets):
@@ -58,7 +58,7 @@ def _zeros(target: Target) -> Factors:
 
 
 def _make_up(target: Target, base: QuantizedWeight, weight: jax.Array, use_rslora: bool) -> Factors:
-    """Factors for what a quantised weight lacks."""
+    """Return factors of the error of a quantised weight."""
     columns = slice(*(target.columns or (None,)))
 
     def of_one(base: jax.Array, weight: jax.Array) -> Factors:

@@ -26,10 +26,10 @@ _GAMMA = 16  # PEFT: stable_gamma
 def factors(
     params: Mapping, target: Target, calibrate: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """`lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
+    """Return `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
 
     `calibrate` maps parameters to the mean loss of some data, differentiably; it is a pytree, such
-    as `jax.tree_util.Partial`. One forward and backward pass; beside those, memory for the weight's
+    as `jax.tree_util.Partial`. It runs once forward and backward, with memory for the weight's
     stack and its gradient in float32.
     """
     weight = flatten(params)[target.weight].astype(jnp.float32)  # and so is the gradient
@@ -53,6 +53,6 @@ def factors(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(path: Path, weight: jax.Array, params: Mapping, calibrate: Any) -> jax.Array:
-    """Of the loss, by `weight` in the place of the one at `path`."""
+    """Return the gradient of the loss by `weight`, which replaces the one at `path`."""
     leaves = flatten(params)
     return jax.grad(lambda weight: calibrate(unflatten(leaves | {path: weight})))(weight)

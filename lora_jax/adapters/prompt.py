@@ -5,8 +5,8 @@ adapters  prompt_embeddings (p, d), or
           prefix_{keys,values} (layers, p, k * h) and prefix_gate (layers,)
 forward   model.apply(params, tokens, prefix=adapters.prefix(adapters, config))
 
-They start as tokens of the vocabulary, as a text, or at random. What tokens are to a model it says
-itself: `as_model_sees` runs it.
+They start as tokens of the vocabulary, as a text, or at random. `as_model_sees` runs the model to
+find the embeddings, or keys and values, of tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,8 @@ Leaves = dict[str, jax.Array]
 
 
 def init(key: jax.Array, params: Mapping, found: Trainable, calibrate: Callable | None) -> Leaves:
-    """Fresh virtual tokens in float32; a gate is zero. At random they are standard normal, as in
-    PEFT; otherwise what `calibrate` (`as_model_sees`) makes of `params` and the key.
+    """Return fresh virtual tokens in float32; a gate is zero. Random ones are standard normal, as
+    in PEFT; all others come from `calibrate` (`as_model_sees`), given `params` and the key.
 
     Raises:
         UserError: they start as tokens, and there is no `calibrate`.
@@ -84,7 +84,7 @@ def as_model_sees(
 
 
 def value(adapters: Mapping[str, jax.Array], config: AdapterConfig) -> Virtual | None:
-    """What the forward takes beside the parameters; None of a method without virtual tokens."""
+    """Return the virtual tokens that the forward takes; None for a method that has none."""
     match config.method:
         case "prompt":
             return Prompt(adapters["prompt_embeddings"])

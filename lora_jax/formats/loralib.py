@@ -32,9 +32,8 @@ def read_loralib(
     file: str | Path, params: Mapping, config: AdapterConfig
 ) -> tuple[dict, AdapterConfig]:
     """Read adapters (float32) and their config from a state dict of loralib. The update of a module
-    is
-    scaled by alpha / r: alpha (and alpha_pattern) come from `config`, every r from the file, and so
-    do target_modules, rank, rank_pattern and bias.
+    is scaled by alpha / r: alpha (and alpha_pattern) come from `config`, every r from the file, and
+    so do target_modules, rank, rank_pattern and bias.
 
     A module path may lack the first names of the model's, or have more, as long as one module fits.
 
@@ -103,8 +102,7 @@ def _by_module(
     tensors: Mapping[str, np.ndarray], places: Mapping[str, Collection[str]]
 ) -> tuple[Modules, list[str]]:
     """Return the tensors by the model's module paths, and the keys for which there is none.
-    `places`
-    has the modules that can have each part.
+    `places` has the modules that can have each part.
     """
     modules: Modules = {}
     problems = []

@@ -27,8 +27,8 @@ def to_peft_config(
     found: Trainable, params: Mapping, base_model: str, task_type: str = "CAUSAL_LM"
 ) -> dict:
     """Return the fields of adapter_config.json, for adapters of whole matrices. Patterns are
-    written
-    out per module: PEFT takes the first pattern that matches, and sorting would reorder them.
+    written out per module: PEFT takes the first pattern that matches, and sorting would reorder
+    them.
 
     With parameters among the targets dropout is written as zero: PEFT has none for them, and loads
     no file that asks for it.

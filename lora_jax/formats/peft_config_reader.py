@@ -61,8 +61,7 @@ def from_peft_config(
     content: Mapping[str, Any], params: Mapping, method: str = "lora"
 ) -> AdapterConfig:
     """Return the config of the same adapters on the model of `params`. Entries of target_modules
-    and
-    modules_to_save that match nothing have no effect in PEFT and are left out, and so is `bias`
+    and modules_to_save that match nothing have no effect in PEFT and are left out, and so is `bias`
     where there is none.
 
     Raises:

@@ -28,7 +28,7 @@ _KNOWN = frozenset(
 
 
 def problems(config: AdapterConfig) -> list[str]:
-    """Why PEFT has no form for them."""
+    """List why PEFT has no form for these virtual tokens."""
     if config.prefix_gate:
         return [
             "prefix_gate=true: PEFT's prefixes have no gate, and without it the model is another; "
@@ -38,12 +38,12 @@ def problems(config: AdapterConfig) -> list[str]:
 
 
 def to_peft_config(found: Trainable, base_model: str, task_type: str) -> dict[str, Any]:
-    """The fields of adapter_config.json. How a prefix is split into heads PEFT reads from the base
-    model's config, where these fields are null.
+    """Return the fields of adapter_config.json. Where the fields of heads are null, PEFT reads them
+    from the base model's config.
     """
     config = found.config
     shape = next(iter(found.virtual.values()))
-    kind = next(kind for kind, method in KINDS.items() if method == config.method)
+    kind = {method: kind for kind, method in KINDS.items()}[config.method]
     content: dict[str, Any] = {
         "peft_type": kind,
         "task_type": task_type,
@@ -52,7 +52,7 @@ def to_peft_config(found: Trainable, base_model: str, task_type: str) -> dict[st
         "num_virtual_tokens": shape[-2],
         "num_transformer_submodules": 1,
     }
-    if kind == "PROMPT_TUNING":  # what they were before says nothing
+    if kind == "PROMPT_TUNING":  # the start of a trained prompt does not matter
         return content | {"token_dim": shape[-1], "prompt_tuning_init": "RANDOM"}
     return content | {
         "token_dim": None,
@@ -63,7 +63,7 @@ def to_peft_config(found: Trainable, base_model: str, task_type: str) -> dict[st
 
 
 def pack(adapters: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensor of an adapter file."""
+    """Return the tensor of an adapter file."""
     if TENSOR in adapters:
         return {TENSOR: np.asarray(adapters[TENSOR], np.float32)}
     pair = np.stack([adapters["prefix_keys"], adapters["prefix_values"]], axis=1)
@@ -73,7 +73,7 @@ def pack(adapters: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_peft_config(content: Mapping[str, Any], params: Mapping) -> AdapterConfig:
-    """The config of a PEFT directory, checked against the model.
+    """Return the config of a PEFT directory, checked against the model.
 
     Raises:
         UserError: fields that are missing, not supported, or contradict the model.
@@ -100,7 +100,7 @@ def from_peft_config(content: Mapping[str, Any], params: Mapping) -> AdapterConf
 
 
 def unpack(tensors: Mapping[str, np.ndarray], found: Trainable, where: str) -> dict[str, Any]:
-    """The adapters in float32.
+    """Return the adapters in float32.
 
     Raises:
         UserError: a tensor that is missing, not known, of another shape, or not finite.

@@ -23,6 +23,7 @@ from lora_jax.models.common import Model
 from lora_jax.nn import kernels
 from lora_jax.plan.program import Program, build, device_bytes, device_numbers, host_bytes
 from lora_jax.quantize import BLOCK, GROUP
+from lora_jax.targets import find_targets
 
 NF4_BITS = 4 + 8 / BLOCK + 32 / (BLOCK * GROUP)  # of a weight: its code and its share of the scales
 
@@ -115,11 +116,8 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
     chosen = getattr(c, "num_experts_per_tok", 1)
     ffn = getattr(c, "moe_intermediate_size", c.intermediate_size)
     heads = split(c.num_attention_heads)
-    adapted = [
-        leaf.shape[-2:]
-        for path, leaf in tree.flatten(program.adapters).items()
-        if path[-1] == "lora_a" and tree.stack_position(path) is not None
-    ]
+    targets = find_targets(program.model.params, config.adapter)
+    adapted = [(target.shape[0], target.rank) for target in targets if target.stacked]
     return Sizes(
         number=number,
         stream=tokens * c.hidden_size * number,

@@ -13,6 +13,7 @@ from lora_jax import tree
 from lora_jax.plan.analytic import Estimate, layer_weights, sizes
 from lora_jax.plan.chips import Chip
 from lora_jax.plan.program import Program, device_bytes, device_numbers
+from lora_jax.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def count(program: Program) -> Step:
     attention = tokens * 4 * config.data.max_length * width
     tied = tree.tied_embedding(leaves) is not None
     adapters = tree.flatten(program.adapters)
-    beside = _numbers(adapters, ("lora_a", "lora_b"))
+    targets = find_targets(program.model.params, config.adapter)
+    beside = sum(math.prod(t.lead) * t.rank * sum(t.shape) for t in targets)
     # Weights that train themselves; an embedding that is only looked up has no products.
     whole = _numbers(adapters, ("full_kernel", "full_embedding") if tied else ("full_kernel",))
     forward = attention + tokens * 2 * (layers + beside)

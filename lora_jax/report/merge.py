@@ -1,12 +1,12 @@
-"""What is left of an update once it is merged and written.
+"""Loss of an update by rounding, once it is merged and written.
 
     intended = W' - W                   in float32; W' is the weight that trained, W what it was
                                         before the first step
     realised = round(W') - round(W)     in the dtype that is written
 
-Of every module and layer: the share of weights that round(W') changes, the cosine between the two
-updates and the ratio of their norms. bfloat16 rounds an update away that is small beside its weight
-(of 0.02 % of the size of the weights it leaves 95 % of them as they were).
+Reported for every module and layer: the share of weights that round(W') changes, the cosine between
+the two updates and the ratio of their norms. bfloat16 rounds away an update that is far smaller
+than its weight (one of 0.02 % of the norm of the weights leaves 95 % of them as they were).
 
 W is the weight of the files, in the dtype of the base; of a quantised base that is merged into as
 it was trained on, its dequantised one; under an init that changes the base, what that left with its
@@ -102,11 +102,11 @@ def _sums(fit: Fit) -> tuple[float, ...]:
 
 
 def measure(found: Trainable, bound: Mapping, start: Mapping, merged: Mapping) -> dict[str, Fit]:
-    """How every module that trains came through, layer by layer.
+    """Compare intended and realised update of every module that trains, layer by layer.
 
     Args:
         found: what trains.
-        bound: the tree that was trained, bound; only one matrix of it is ever made whole.
+        bound: the tree that was trained, bound; only one matrix of it is materialised at a time.
         start: the same before the first step, plain, quantised or bound.
         merged: what is written, in its dtype.
     """
@@ -127,8 +127,8 @@ def measure(found: Trainable, bound: Mapping, start: Mapping, merged: Mapping) -
 
 
 def _parts(found: Trainable):
-    """The path of a weight that trains, names of its slices, which of them train, and in which
-    columns (None: all).
+    """Yield the path of a weight that trains, names of its slices, which of them train, and in
+    which columns (None: all).
     """
     for target in found.targets:
         yield target.weight, target.names, [rank > 0 for rank in target.ranks], target.columns
@@ -140,7 +140,7 @@ def _parts(found: Trainable):
 
 
 def _leaf(leaves: Mapping[tree.Path, Any], path: tree.Path, found: Trainable) -> Any:
-    """The weight of a path; of an embedding that is untied, the use that is meant."""
+    """Return the weight of a path; of an embedding that is untied, the one of its two uses."""
     leaf = leaves[found.untied if path == HEAD and found.untied else path]
     if not isinstance(leaf, Untied):
         return leaf
@@ -151,8 +151,8 @@ def _leaf(leaves: Mapping[tree.Path, Any], path: tree.Path, found: Trainable) ->
 def _compare(
     bound: Any, start: Any, merged: jax.Array, lead: int, first: int, stop: int
 ) -> jax.Array:
-    """(4, *lead axes) in float32: of each slice, in columns `first` to `stop`, the weights that
-    changed, and the sums of realised * intended and of the square of each.
+    """Return (4, *lead axes) in float32: for each slice, in columns `first` to `stop`, the number
+    of weights that changed, and the sums of realised * intended and of the square of each.
     """
 
     def of_one(own: tuple[Any, Any, jax.Array]) -> jax.Array:
@@ -210,7 +210,7 @@ def _sentence(advice: Sequence[str]) -> str:
 
 
 def summarize(report: Report) -> dict[str, Any]:
-    """The figures of the whole merge."""
+    """Return the figures of the whole merge."""
     lowest = report.worst()[:1]
     kl = report.kl or {}
     return {
@@ -224,7 +224,7 @@ def summarize(report: Report) -> dict[str, Any]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """A few lines for people."""
+    """Print a short table."""
     whole, lowest = report.whole, report.worst()[:1]
     table = Table(title=f"merged into {report.dtype}", show_header=False)
     changed = f"{whole.share_changed:.2%} of {whole.weights:,}"
@@ -238,7 +238,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def write(report: Report, directory: Path) -> None:
-    """`merge_report.json` and `merge_report.png`; equal reports give equal bytes."""
+    """Write `merge_report.json` and `merge_report.png`; equal reports give equal bytes."""
     modules = {name: fit.numbers() for name, fit in report.modules.items()}
     content = summarize(report) | {"modules": modules}
     text = json.dumps(content, indent=2) + "\n"
@@ -247,8 +247,8 @@ def write(report: Report, directory: Path) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """1 - cosine on a log axis, and the share of weights that the merge leaves as they were, over
-    the layers: a line per kind of module; modules outside of the layers as a line across. One
+    """Plot 1 - cosine on a log axis, and the share of weights that the merge leaves as they were,
+    over the layers: a line per kind of module; modules outside of the layers as a line across. One
     sentence where nothing is lost, as in float32.
     """
     worst = max((1 - cosine for cosine, _ in report.worst()), default=0.0)

@@ -18,8 +18,9 @@ _NO_NUMBERS = "; a quantised base (base_dtype) has none to change"
 
 
 def check_init(params: Mapping, found: Trainable) -> None:
-    """Raise if an init would take its part out of a weight that is quantised. What it left may be
-    quantised afterwards, so this is asked where adapters begin, not wherever they are bound.
+    """Raise if an init would take its part out of a weight that is quantised.
+
+    The base that it leaves may be quantised later, so `init` checks this and `bind` does not.
     """
     for target in found.targets:
         if found.config.needs_float_base and _is_quantized(params, target.weight):
@@ -31,7 +32,7 @@ def check_init(params: Mapping, found: Trainable) -> None:
 
 
 def combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
-    """Settings that each are possible and together are not; both are named."""
+    """Yield settings that are possible one by one and not together; both are named."""
     config, tied = found.config, tied_embedding(params)
     lora: dict[Path, Target] = {}
     for target in found.targets:
@@ -76,7 +77,9 @@ def combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
 def _tie_problems(
     tied: Path | None, found: Trainable, lora: set[Path], saved: set[Path]
 ) -> Iterable[str]:
-    """Of a head that is its embedding too; `lora`: what is adapted, `saved`: what trains whole."""
+    """Yield problems of a head that is tied to its embedding. `lora` are the paths of adapted
+    weights, `saved` those of weights that train in full.
+    """
     config = found.config
     tie = config.ensure_weight_tying
     head = HEAD in lora or HEAD in saved
@@ -111,7 +114,7 @@ def _tie_problems(
 
 
 def _init_problems(params: Mapping, found: Trainable) -> Iterable[str]:
-    """Weights that an init has no start for, the first of each kind."""
+    """Yield weights that an init has no start for, the first of each kind."""
     init, leaves = found.config.init, flatten(params)
     if init not in (*DATA_INITS, "loftq"):
         return
@@ -138,13 +141,13 @@ def _init_problems(params: Mapping, found: Trainable) -> Iterable[str]:
 
 
 def dense_problems(params: Mapping, found: Trainable) -> Iterable[str]:
-    """What needs weights as numbers where the base is quantised."""
+    """Yield settings that train weights of a quantised base."""
     config = found.config
     for whole in found.whole:
         if _is_quantized(params, whole.path):
             setting = (
                 "method=full"
-                if config.method == "full"
+                if config.trains_everything
                 else f"modules_to_save={config.modules_to_save!r}"
             )
             yield f"{setting} trains the numbers of {dotted(whole.path[:-1])}{_NO_NUMBERS}"

@@ -1,4 +1,4 @@
-"""From the names that users give to the weights that train."""
+"""Resolution of the names that users give to the weights that train."""
 
 import dataclasses
 from collections import Counter
@@ -83,14 +83,14 @@ def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
 
 
 def _find_virtual(params: Mapping, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of virtual tokens: their features are those of the embedding, or of the keys of a
-    layer.
+    """Return the shapes of virtual tokens, whose features are those of the embedding, or of the
+    keys of a layer.
     """
     count, leaves = virtual_tokens(config), flatten(params)
     embedding = _token_embedding(leaves)
     if embedding is None:
         raise UserError(f"method={config.method}: the model has no embedding of tokens to go with")
-    if config.method == "prompt":
+    if config.trains_prompt:
         return {"prompt_embeddings": (count, leaves[embedding].shape[1])}
     for path, leaf in leaves.items():
         start, stop = fused_columns(path, leaves).get("k", (0, leaf.shape[-1]))
@@ -129,7 +129,7 @@ class _Candidate:
 
 
 def _candidates(params: Mapping) -> list[_Candidate]:
-    """Linears, parts of fused ones, stacks of experts, embeddings, a tied head."""
+    """List linears, parts of fused ones, stacks of experts, embeddings, and a tied head."""
     leaves, found = flatten(params), []
     for path, leaf in leaves.items():
         if path[-1] not in ("kernel", "embedding") or len(leaf.shape) != lead_axes(path) + 2:
@@ -145,7 +145,7 @@ def _candidates(params: Mapping) -> list[_Candidate]:
 
 
 def _stack_problems(leaves: Mapping[Path, Any]) -> Iterable[str]:
-    """Matrices that stand where a stack of them is expected: nothing is left out in silence."""
+    """Yield matrices in places where a stack of them is expected."""
     for path, leaf in leaves.items():
         if path[-1] in ("kernel", "embedding") and len(leaf.shape) == 2 and lead_axes(path):
             position = stack_position(path)
@@ -231,8 +231,8 @@ def _rank_problems(targets: Sequence[Target], init: str) -> Iterable[str]:
 
 
 def _named_parts(parts: set[str], config: AdapterConfig, selected: set[str]) -> set[str]:
-    """The parts of fused projections that are adapted: they have to be named with their module, and
-    a regex that takes the whole matrix does not mean its parts.
+    """Return the parts of fused projections that are adapted. They have to be named with their
+    module, and a regex that matches the whole matrix does not mean its parts.
     """
     spec = config.target_modules
     if spec == "all-linear":
@@ -253,13 +253,13 @@ def _whole(params: Mapping, choose: Any) -> Iterable[FullWeight]:
 
 
 def _ancestors(name: str) -> Iterable[str]:
-    """`model.layers.3.mlp` -> itself, `model.layers.3`, `model.layers`, `model`."""
+    """Yield `model.layers.3.mlp` -> itself, `model.layers.3`, `model.layers`, `model`."""
     parts = name.split(".")
     return (".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
 def _find_saved(params: Mapping, config: AdapterConfig) -> list[FullWeight]:
-    """The weights of modules_to_save."""
+    """Find the weights of modules_to_save."""
     entries = config.modules_to_save or []
     known = {
         name
@@ -286,7 +286,7 @@ def _find_saved(params: Mapping, config: AdapterConfig) -> list[FullWeight]:
 
 
 def _joined(parts: Sequence[FullWeight]) -> tuple[FullWeight, ...]:
-    """One entry for a weight of which some slices train for one reason and some for another."""
+    """Join the entries of a weight whose slices train for different reasons."""
     joined: dict[Path, FullWeight] = {}
     for part in parts:
         other = joined.get(part.path, part)
@@ -334,7 +334,7 @@ def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[TrainableTokens,
 
 
 def _tie(params: Mapping, found: Trainable) -> Trainable:
-    """With ensure_weight_tying, one entry for embedding and head: that of the embedding."""
+    """Apply ensure_weight_tying: one entry for embedding and head, that of the embedding."""
     tied = tied_embedding(params)
     if tied is None:
         return found

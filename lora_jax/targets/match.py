@@ -188,7 +188,7 @@ def _entry_problems(
 def selection_problems(
     config: AdapterConfig, names: Sequence[str], linears: Sequence[str]
 ) -> Iterable[str]:
-    """What is wrong with target_modules, exclude_modules and layers_to_transform, where `names` are
+    """Yield problems of target_modules, exclude_modules and layers_to_transform, where `names` are
     the modules that can take an adapter.
     """
     if not linears:

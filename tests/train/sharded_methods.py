@@ -51,6 +51,7 @@ CASES = {
         for name in (
             *("embedding, DoRA, tied", "embedding and head, DoRA, untied"),
             *("tokens, tied", "DoRA, NF4", "full, tied", "EVA", "LoRA-GA, rsLoRA, patterns"),
+            "VeRA, layers, bias all, norm whole",
         )
     },
     **VIRTUAL,

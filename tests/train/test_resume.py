@@ -117,6 +117,7 @@ CASES = {
         *("adapter.method=prefix", "adapter.dropout=0", "adapter.num_virtual_tokens=3"),
         *("data.streaming=true", "data.stream_rows=7"),
     ),
+    "vera over NF4": ("adapter.method=vera", "adapter.rank=12", "base_dtype=nf4"),
     "the best answers": (
         *("eval.generate_every=6", "train.load_best_model_at_end=true"),
         "train.metric_for_best_model=exact_match",

@@ -18,6 +18,7 @@ CASES = (
     "full, tied",
     "EVA",
     "LoRA-GA, rsLoRA, patterns",
+    "VeRA, layers, bias all, norm whole",
     "prompt",
     "prefix",
     "gated prefix, NF4",
@@ -80,6 +81,12 @@ LAID = {
     },
     "embedding and head, DoRA, untied": {"lm_head.magnitude": "('tensor',)"},
     "tokens, tied": {"model.embed_tokens.trainable_tokens": "(None, 'fsdp')"},
+    "VeRA, layers, bias all, norm whole": {
+        "vera_a": "(None, None)",
+        "vera_b": "(None, None)",
+        "model.layers.self_attn.q_proj.lambda_d": "(None, None)",
+        "model.layers.self_attn.q_proj.lambda_b": "(None, 'tensor')",
+    },
     "full, tied": {"model.layers.input_layernorm.full_scale": "(None, None)"},
 }
 
