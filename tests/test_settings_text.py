@@ -277,7 +277,8 @@ def test_sections_and_items_in_overrides(read):
 FLOATS = [
     *("train.learning_rate", "train.weight_decay", "train.epsilon", "train.grad_clip"),
     *("train.beta1", "train.beta2", "train.final_rate", "train.divergence", "train.epochs"),
-    *("train.router_aux_loss_coef", "export.min_merge_cosine", "export.max_merge_kl"),
+    *("train.router_aux_loss_coef", "train.label_smoothing"),
+    *("export.min_merge_cosine", "export.max_merge_kl"),
     *("data.eval_size", "adapter.alpha", "adapter.dropout", "adapter.eva_rho"),
     "adapter.lora_plus_ratio",
 ]

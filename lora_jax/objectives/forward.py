@@ -1,4 +1,4 @@
-"""What an objective computes with: the forward of a step, and what it returns.
+"""The forward that an objective computes with, and its outputs.
 
 ours = forward(forward.bound, batch)          # the adapted model
 base = forward(forward.reference, batch)      # the frozen one, in the same memory
