@@ -16,7 +16,7 @@ _ALWAYS = {
     *("method", "rank", "alpha", "target_modules", "max_length"),
     *("steps", "batch_size", "learning_rate", "schedule", "compute_dtype"),
 }
-# Of no interest to others, or said elsewhere.
+# Of no interest to others, or written elsewhere.
 _NEVER = {
     *("train", "eval", "regression", "path", "system_prompt", "cache", "report_to"),
     *("save_every", "save_total_limit", "log_every", "eval_every", "remat", "loss_chunk"),

@@ -1,4 +1,4 @@
-"""Notes and tables that a run prints."""
+"""Notes and tables of a run on the console."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

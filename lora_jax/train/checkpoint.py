@@ -51,7 +51,7 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step that is not commit
 
 
 class Checkpoints:
-    """The checkpoints of one run. Leave it by `close`, which waits for what is under way."""
+    """Checkpoints of one run. `close` waits for a save that is running."""
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class Checkpoints:
         up to `sound_step`, is removed.
 
         Raises:
-            UserError: this checkpoint or the one before it cannot be written; the earlier ones
-                stand as they were.
+            UserError: this checkpoint or the one before it cannot be written; earlier ones are
+                unchanged.
         """
         self.wait()
         self._check()
