@@ -40,8 +40,8 @@ def accuracy(answers: Sequence[Answer]) -> float:
 
 
 def same_answer(output: str, expected: str) -> bool:
-    """Equal parsed JSON where the expected answer is a JSON object or list, equal text (outer
-    spaces aside) elsewhere.
+    """Compare as parsed JSON where the reference is a JSON object or list, and as text without
+    outer spaces elsewhere.
 
     An output that is no JSON is a miss; key order and spacing do not count.
     """
@@ -84,7 +84,7 @@ def _f1(both: int, total: int) -> float:
 
 
 def _slots(text: str) -> set[tuple[str, str]] | None:
-    """The (slot, value as JSON) pairs of an object or of one tool call, None for other text."""
+    """Return the (slot, value as JSON) pairs of an object or of one tool call, None for other text."""
     try:
         content = json.loads(text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>"))
         if not isinstance(content, dict):
@@ -156,7 +156,7 @@ def check_metrics(names: Iterable[str], references: Iterable[str] = ()) -> None:
 
 
 def compute(names: Iterable[str], answers: Sequence[Answer]) -> dict[str, float]:
-    """The metrics of these names, in their order.
+    """Return the metrics of these names, in their order.
 
     Raises:
         UserError: as `check`; no answers.
@@ -174,7 +174,7 @@ def is_right(answer: Answer) -> bool:
 
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
-    """`count` of the items, evenly spaced and in their order; all if there are no more, or None.
+    """Return `count` of the items, evenly spaced and in order; all if there are fewer, or for None.
 
     Test files are often sorted, by length or by topic: their first rows stand for no other.
     """

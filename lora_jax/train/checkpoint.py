@@ -77,7 +77,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in order; one that is being written is among them."""
+        """Steps with a checkpoint, in order, including one that is being written."""
         return sorted(self._manager.all_steps())
 
     def save(
@@ -89,8 +89,8 @@ class Checkpoints:
         best_step: int | None = None,
         sound_step: int | None = None,
     ) -> None:
-        """Start to write `step`; returns as soon as the arrays are copied. A step that is there
-        already has the same arrays, and only its record is written anew.
+        """Start to write `step`, and return as soon as the arrays are copied. A step that exists
+        has the same arrays, and only its record is replaced.
 
         Once it is committed, what is neither among the latest, nor `best_step`, nor the last one
         up to `sound_step`, is removed.
@@ -118,8 +118,8 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, step)
 
     def _rewrite(self, step: int, record: Mapping[str, Any]) -> None:
-        """Put another record into a committed step. Whenever it is cut off, one of the two records
-        is there whole, and a step without a seal is checked leaf by leaf.
+        """Replace the record of a committed step. A kill leaves one of the two records complete,
+        and a step without a seal is checked leaf by leaf.
         """
         if hosts.is_main():
             place = self._directory / str(step)
@@ -138,7 +138,7 @@ class Checkpoints:
                 self._committed()
 
     def wait(self) -> None:
-        """Wait for the save that is under way.
+        """Wait for a running save.
 
         Raises:
             UserError: it failed.
@@ -148,13 +148,13 @@ class Checkpoints:
             pending.result()
 
     def delete(self, step: int) -> None:
-        """Remove a checkpoint that turned out to be of no use."""
+        """Remove a checkpoint."""
         self.wait()
         self._check()
         self._manager.delete(step)
 
     def close(self) -> None:
-        """Wait for the save that is under way, and let go of the directory."""
+        """Wait for a running save, and close the directory."""
         try:
             self.wait()
         finally:
@@ -164,8 +164,8 @@ class Checkpoints:
 
 
 class _Kept:
-    """Orbax's preservation policy: the latest steps, the best one, the last sound one, and those
-    that are not known to be of a run.
+    """Preservation policy for Orbax: keep the latest steps, the best one, the last sound one, and
+    steps of unknown origin.
     """
 
     def __init__(self, limit: int | None, unknown: Collection[int] = ()):
@@ -188,7 +188,7 @@ def open_checkpoints(
     check: Callable[[], None] = lambda: None,
     committed: Callable[[], None] = lambda: None,
 ) -> Iterator[Checkpoints]:
-    """The checkpoints of `directory`; leaving the block waits for a save that is under way. `check`
+    """Open the checkpoints of `directory`. The end of the block waits for a running save. `check`
     is called before anything is written or removed, `committed` after each save, on the main host.
     """
     checkpoints = Checkpoints(directory, save_total_limit, check, committed)
@@ -241,7 +241,7 @@ def check_place(config: Config) -> None:
 
 
 def list_steps(directory: Place) -> list[int]:
-    """Committed steps below a run's `checkpoints`, in order; none if there is no such directory."""
+    """Return the committed steps in a directory, in order; none if it does not exist."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if _is_step(path))
@@ -257,13 +257,13 @@ def _is_step(path: Place) -> bool:
 
 
 def is_temporary(path: Place) -> bool:
-    """Return True for what a kill leaves of a save, which Orbax removes."""
+    """Return True for the rest of a save that was killed, which Orbax removes."""
     name = path.name
     return _TEMPORARY in name or re.fullmatch(r"\.record-[0-9]+", name) is not None
 
 
 def misleading(directory: Place) -> list[str]:
-    """Names that Orbax would take for steps, of what is none, or is a link."""
+    """Return names that Orbax would take for steps, though they are links or no steps."""
     if not directory.is_dir():
         return []
     return sorted(path.name for path in directory.iterdir() if _is_misleading(path))
@@ -281,7 +281,7 @@ def _is_misleading(path: Place) -> bool:
 
 
 def load_record(directory: Place, step: int) -> dict[str, Any] | None:
-    """The record of a step, whose other files are not looked at; None if it is damaged."""
+    """Return the record of a step without checking its other files; None if it is damaged."""
     try:
         file = directory / str(step) / "record" / "metadata"
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -292,12 +292,12 @@ def load_record(directory: Place, step: int) -> dict[str, Any] | None:
 
 
 def size(directory: Place, step: int) -> int:
-    """Bytes of all files of a step."""
+    """Return the bytes of all files of a step."""
     return sum(file.stat().length for file in files_below(epath.Path(directory / str(step))))
 
 
 def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
-    """The record of a step (the latest if none is named), after a check of the step's files.
+    """Return the record of a step (by default the latest), after a check of its files.
 
     Raises:
         UserError: no such checkpoint; a file that is damaged, missing or not from the save; a
@@ -326,8 +326,8 @@ def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
 def restore(
     directory: Place, adapters: Any, opt_state: Any = None, step: int | None = None
 ) -> tuple[Any, Any, dict]:
-    """Adapters, optimizer state (if its structure is given) and record of a step, the latest if
-    none is named.
+    """Return adapters, optimizer state (if its structure is given) and record of a step, by default
+    the latest.
 
     `adapters` and `opt_state` give structure, shapes, dtypes and shardings, as arrays or
     `jax.ShapeDtypeStruct`s; the mesh need not be the one of the save.
@@ -375,7 +375,7 @@ def _damaged(place: Place, problems: list[str]) -> UserError:
 
 
 def _check_leaves(place: Place, stored: Mapping[str, Any], wanted: Mapping[str, Mapping]) -> None:
-    """Raise, with every leaf named, if structure, shapes or dtypes are not those of the save."""
+    """Raise if structure, shapes or dtypes are not those of the save. Every leaf is named."""
     expected = {
         f"{item}/{name}": (list(leaf.shape), str(leaf.dtype))
         for item, leaves in wanted.items()

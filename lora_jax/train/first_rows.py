@@ -1,4 +1,4 @@
-"""The first rows of a run's data, read to see that files, rows and columns are what it needs."""
+"""Preview of a run's data: checks files, rows and columns on the first rows of each source."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
