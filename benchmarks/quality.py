@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings as key.sub=value")
     options = parser.parse_args()
     config = configs.load(options.config, options.overrides)
-    scores.check(config.eval.metrics)
+    scores.check_metrics(config.eval.metrics)
     console = Console(stderr=True)
     session = settle_date(open_session(config), console)
     config, source, tokenizer = session.config, session.source, session.tokenizer

@@ -41,12 +41,14 @@ class Session:
     source: directory of the model
     model: shapes in place of weights
     loaded: the weights of `adapter.path`, after `continue_adapter`
+    tokenizer_source: directory of the tokenizer; None: that of the model
     """
 
     config: Config
     source: Path
     model: Model
     loaded: Mapping | None = None
+    tokenizer_source: Path | None = None
 
     @cached_property
     def trainable(self) -> Trainable:
@@ -77,7 +79,7 @@ class Session:
         Raises:
             UserError: as `formats.load_tokenizer`.
         """
-        return formats.load_tokenizer(self.source)
+        return formats.load_tokenizer(self.tokenizer_source or self.source)
 
     @cached_property
     def template(self) -> str:

@@ -27,7 +27,7 @@ LAYERS = (
     (
         "train.optimizer",
         "train.step",
-        "train.checkpoint",
+        "train.checksums",
         "train.interrupt",
         "train.lock",
         "train.norms",
@@ -37,6 +37,7 @@ LAYERS = (
     ),
     (
         "train.base",
+        "train.checkpoint",
         "train.directory",
         "train.outputs",
         "train.resume",

@@ -39,7 +39,7 @@ def compare(
         UserError: no held-out data; adapters that do not exist or fit, or were made with another
             base, tokenizer or template (unless named in `allow_change`).
     """
-    scores.check(config.eval.metrics)
+    scores.check_metrics(config.eval.metrics)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     session = open_session(config)

@@ -83,10 +83,10 @@ def _first_block(source: str, encoder: sets.Encoder) -> tuple[int, TrainData]:
 
 
 def show(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> Shown:
-    """An example as text, special tokens with it, and its label, if it has one, by name.
+    """Return an example as text with its special tokens, and the name of its label, if it has one.
 
-    A character whose bytes lie in two pieces goes to the later one. Ids that the tokenizer does not
-    know stand there as <ID>.
+    A character whose bytes are in two pieces goes to the later one. Ids that the tokenizer does not
+    know are shown as <ID>.
     """
     tokens, weights = example.tokens.tolist(), example.loss_weights
     label = [] if example.pair_start is None else [(f" -> {labels[tokens.pop()]}", 1.0)]
@@ -114,7 +114,7 @@ def show(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> S
 
 
 def find_repeats(examples: Iterable[data.Example]) -> list[Pair]:
-    """Examples that stand there a second time or more, each with the place of the first."""
+    """Return the examples that occurred before, each with the place of the first one."""
     first: dict[bytes, str] = {}
     pairs = []
     for example in examples:

@@ -1,4 +1,4 @@
-"""What an inspection found, and how it looks: as text and as a plot."""
+"""Report of an inspection, as text and as a plot."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _PAIRS = 3  # of an overlap that are printed
 # Control characters in the data must neither hide nor steer the terminal.
 _VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | {127: "\u2421", ord("\n"): "↵\n"}
 
-Pair = tuple[str, str]  # where an example stands, and where the other one does
+Pair = tuple[str, str]  # places of two examples
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Held-out examples that stand in the training data too, each with its first place there."""
+    """Held-out examples that are in the training data too, each with its first place there."""
 
     identical: list[Pair]
     same_prompt: list[Pair]  # with another answer
@@ -43,7 +43,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the examples of one source fill the rows of the run."""
+    """Packing of the examples of one source into the rows of the run."""
 
     share: float  # of the rows of the run
     rows_per_epoch: int
@@ -55,13 +55,13 @@ class Packing:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run would train on. Sets are named by their settings."""
+    """Data that a run would train on. Sets are named by their settings."""
 
     config: Config
     records: int | None  # read of a stream; None: all the training data were read
     shown: list[Shown]
     sets: dict[str, Measured]  # "data.train SOURCE", data.eval or data.eval_size, data.regression
-    repeats: list[Pair]  # training examples that stand before in the training data
+    repeats: list[Pair]  # training examples that occur earlier in the training data
     overlaps: dict[str, Overlap]  # of the held-out sets
     packing: dict[str, Packing]  # by source
     warnings: list[str]

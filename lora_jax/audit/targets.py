@@ -28,7 +28,7 @@ def print_preview(config: Config) -> None:
     """
     mesh = sharding.abstract_mesh(config.mesh)
     check_settings(config, mesh)
-    in_use = directory.preview(config)
+    in_use = directory.find_refusal(config)
     session = open_session(config, weights=False)
     for note in session.model.notes:
         print(f"note: {note}")
@@ -49,7 +49,7 @@ def print_preview(config: Config) -> None:
         f"adapter {4 * trainable.exported:,} bytes in float32\nmesh: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     )
-    for line in first_rows.check(config, bool(model.labels)):
+    for line in first_rows.preview_sources(config, bool(model.labels)):
         print(line)
     for warning in warn.of_config(config):
         print(f"warning: {warning}")

@@ -117,7 +117,7 @@ def code_version(package: Path = Path(__file__).parent) -> str:
 
 
 class _Damaged(Exception):
-    """What is wrong with an entry."""
+    """Problem with a cache entry."""
 
 
 def _pack(examples: list[Example], counts: Counts, key: str) -> bytes:
@@ -149,7 +149,7 @@ def _pack(examples: list[Example], counts: Counts, key: str) -> bytes:
 
 
 def _unpack(checksum: bytes, content: bytes, key: str) -> tuple[list[Example], Counts]:
-    """What `_pack` was given.
+    """Inverse of `_pack`.
 
     Raises:
         _Damaged: not what it made, or under another key.

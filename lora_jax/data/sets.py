@@ -1,8 +1,7 @@
-"""The data of a run: what it trains on, and what it is measured on."""
+"""The data of a run: training data, held-out data, and the batches made of them."""
 
 import dataclasses
 import datetime
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,71 +13,33 @@ from rich.console import Console
 from lora_jax import data
 from lora_jax.cache import cache_directory
 from lora_jax.config import ENCODING_KEYS, Config, virtual_tokens
+from lora_jax.data.datasets import DataSet, TrainData, hold_out, rows_of, without_overlap
+from lora_jax.data.datasets import digest as digest
 from lora_jax.errors import UserError, counted
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """Rows as they were read (none if they came out of the cache) and as the model sees them."""
-
-    rows: list[data.AnyRow]
-    examples: list[data.Example]
-    system_prompt: str | None = None
-
-
-def digest(sets: Iterable[DataSet]) -> str:
-    """Digest of the examples of some sets, in their order."""
-    total = hashlib.sha256()
-    for one in sets:
-        total.update(f"{len(one.examples)} examples".encode())
-        for example in one.examples:
-            total.update(len(example.tokens).to_bytes(8, "little"))
-            total.update(example.tokens.data)
-            total.update(example.loss_weights.data)
-    return total.hexdigest()
-
-
-@dataclass(frozen=True)
-class TrainData:
-    """Training data of a run: sets by source, each with its weight, or a source to stream."""
-
-    sets: Mapping[str, DataSet]
-    weights: Mapping[str, float]
-    stream: str | None = None
-
-    def digest(self) -> str:
-        """Digest of all examples and weights, wherever their files are; of the files if streamed,
-        or of the name of a data set of the hub.
-        """
-        if self.stream is not None:
-            files = data.source_files(self.stream)
-            return data.digest_files(files) if files else self.stream
-        names = sorted(self.sets)
-        shares = repr([float(self.weights[name]) for name in names] if len(names) > 1 else [])
-        return hashlib.sha256(
-            (shares + digest(self.sets[name] for name in names)).encode()
-        ).hexdigest()
-
-
-@dataclass(frozen=True)
 class Encoder:
-    """Sources to examples, by the settings of a run. What is cut, dropped or damaged is said.
+    """Turns sources into examples by the settings of a run, and prints what was cut or dropped.
 
-    counts: what became of the rows, by the `what` of `examples`; under "block" of the last `block`
+    vocab_size: of the model; None does not check tokens against it
+    labels: of a classifier
+    counts: rows read, cut and dropped, by the `what` of `examples`; under "block", of the last
+        `block`
     """
 
     config: Config
     tokenizer: Any
     tokenizer_digest: str
     console: Console
-    vocab_size: int | None = None  # of the model; None does not check tokens against it
-    labels: tuple[str, ...] | None = None  # of a model that classifies
+    vocab_size: int | None = None
+    labels: tuple[str, ...] | None = None
     read: dict[str, data.Rows] = field(default_factory=dict)
     counts: dict[str, data.Counts] = field(default_factory=dict)
 
     @property
     def places(self) -> int:
-        """Tokens at the start of every text that a batch keeps free for virtual ones."""
+        """Tokens that a batch keeps free at the start of every text, for virtual tokens."""
         adapter = self.config.adapter
         return virtual_tokens(adapter) if adapter.trains_prompt else 0
 
@@ -88,9 +49,7 @@ class Encoder:
         return self.config.data.max_length - self.places
 
     def for_general_text(self) -> "Encoder":
-        """The same for text that has no part in the task, and so neither its system prompt nor its
-        columns.
-        """
+        """Return an encoder for text outside of the task, without its system prompt and columns."""
         settings = dataclasses.replace(
             self.config.data, system_prompt=None, prompt=None, completion=None
         )
@@ -98,7 +57,7 @@ class Encoder:
         return dataclasses.replace(self, config=config, read={})
 
     def rows(self, source: str) -> data.Rows:
-        """The rows of a source, read once."""
+        """Return the rows of a source, which is read once."""
         settings = self.config.data
         if source not in self.read:
             self.read[source] = data.read(
@@ -118,7 +77,7 @@ class Encoder:
         return data.parse_rows(record, where, settings.prompt, settings.completion, ignored)
 
     def _encode(self, rows: Sequence[Any]) -> tuple[list[data.Example], data.Counts]:
-        """Rows as examples; none need be left."""
+        """Return rows as examples; all may be dropped."""
         settings = self.config.data
         if self.labels is None:
             return data.encode_rows(rows, **self.options())
@@ -132,7 +91,7 @@ class Encoder:
         )
 
     def examples(self, source: str, what: str) -> list[data.Example]:
-        """All examples of a source, out of the cache where it has them; says what became of it."""
+        """Return all examples of a source, from the cache where it has them, and print counts."""
         settings = self.config.data
 
         def build() -> tuple[list[data.Example], data.Counts]:
@@ -155,7 +114,7 @@ class Encoder:
             self.console.print(f"note: {note}")
         self._check_vocabulary(examples)
         self.counts[what] = counts
-        self.console.print(f"{what}: {describe(counts, self.max_length)}")
+        self.console.print(f"{what}: {describe_counts(counts, self.max_length)}")
         return examples
 
     def _cache_key(self, source: str, files: Sequence[Path]) -> dict[str, str]:
@@ -180,7 +139,7 @@ class Encoder:
             check_vocabulary(examples, self.config.model, self.vocab_size)
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `data.encode_rows`."""
+        """Return the arguments of `data.encode_rows`."""
         settings = self.config.data
         return {
             "rendering": data.Rendering(
@@ -196,7 +155,7 @@ class Encoder:
         }
 
     def block(self, records: Sequence[data.Record]) -> list[data.Example]:
-        """The examples of some records of a stream; what is dropped is said."""
+        """Return the examples of some records of a stream, and print what was dropped."""
         settings = self.config.data
         rows: list[data.AnyRow] = []
         problems: list[tuple[str, str | data.BadRow]] = []
@@ -209,13 +168,13 @@ class Encoder:
         self.counts["block"] = counts = counts.with_bad(len(problems))
         noted = counts.dropped, counts.bad, counts.left_out
         if any((*noted, counts.empty_answers, counts.unended_answers)):
-            told = describe(counts, self.max_length)
-            self.console.print(f"records from {records[0][0]} on: {told}")
+            text = describe_counts(counts, self.max_length)
+            self.console.print(f"records from {records[0][0]} on: {text}")
         return examples
 
 
 def today() -> str:
-    """The day on this machine, as YYYY-MM-DD."""
+    """Return the date of this machine, as YYYY-MM-DD."""
     return datetime.date.today().isoformat()
 
 
@@ -242,8 +201,8 @@ def _first_unknown(tokens: np.ndarray, vocab_size: int) -> int | None:
     return int(unknown[0]) if unknown.size else None
 
 
-def describe(counts: data.Counts, limit: int) -> str:
-    """Describe what became of the rows of a source, for people."""
+def describe_counts(counts: data.Counts, limit: int) -> str:
+    """Return a line on the rows of a source: read, cut, dropped."""
     share = counts.supervised_tokens / max(1, counts.total_tokens)
     notes = [
         f"{counts.examples:,} examples",
@@ -271,7 +230,7 @@ def describe(counts: data.Counts, limit: int) -> str:
 
 
 def training_sources(config: Config) -> Mapping[str, float]:
-    """The sources of `data.train` with their weights.
+    """Return the sources of `data.train` with their weights.
 
     Raises:
         UserError: none is named.
@@ -286,7 +245,7 @@ def training_sources(config: Config) -> Mapping[str, float]:
 
 
 def read_sets(config: Config, encoder: Encoder) -> tuple[TrainData, dict[str, DataSet]]:
-    """The training data, and the held-out sets (`task`, `regression`) that the config names.
+    """Return the training data, and the held-out sets (`task`, `regression`) of the config.
 
     Raises:
         UserError: data that cannot be read or used.
@@ -302,14 +261,17 @@ def read_sets(config: Config, encoder: Encoder) -> tuple[TrainData, dict[str, Da
     if settings.eval_size is None:
         train = TrainData(sets, weights)
         return train, _held_out(config, encoder, train)
-    sets, task = hold_out(sets, encoder, settings.eval_size, config.seed)
+    sets, task = hold_out(
+        *(sets, lambda source: encoder.rows(source).rows, settings.eval_size, config.seed),
+        system_prompt=settings.system_prompt,
+    )
     console.print(f"held out of data.train: {len(task.examples):,} examples")
     train = TrainData(sets, weights)
     return train, {"task": task, **_held_out(config, encoder, train)}
 
 
 def read_held_out(config: Config, encoder: Encoder) -> dict[str, DataSet]:
-    """The held-out sets alone; the training data are read where these depend on them.
+    """Return the held-out sets. The training data are read where these depend on them.
 
     Raises:
         UserError: data that cannot be read or used; none are named.
@@ -329,93 +291,15 @@ def _held_out(config: Config, encoder: Encoder, train: TrainData | None) -> dict
         examples = encoder.examples(settings.eval, "data.eval")
         if train is not None:
             drop = settings.drop_overlap
-            examples = _without_overlap(examples, train, drop, encoder.console)
-        rows = _rows_of(examples, encoder.rows(settings.eval).rows)
+            examples = without_overlap(examples, train, drop, encoder.console)
+        rows = rows_of(examples, encoder.rows(settings.eval).rows)
         found["task"] = DataSet(rows, examples, settings.system_prompt)
     if settings.regression is not None:
         general = encoder.for_general_text()
         examples = general.examples(settings.regression, "data.regression")
-        rows = _rows_of(examples, general.rows(settings.regression).rows)
+        rows = rows_of(examples, general.rows(settings.regression).rows)
         found["regression"] = DataSet(rows, examples)
     return found
-
-
-def _rows_of(examples: Sequence[data.Example], rows: Sequence[data.AnyRow]) -> list[data.AnyRow]:
-    """The rows of one source that became these examples."""
-    kept = {example.where for example in examples}
-    found = [row for row in rows if row.where in kept]
-    if len({row.where for row in found}) < len(kept):
-        raise RuntimeError(f"examples without their rows, such as {examples[0].where}")
-    return found
-
-
-def hold_out(
-    sets: Mapping[str, DataSet], encoder: Encoder, size: float, seed: int
-) -> tuple[dict[str, DataSet], DataSet]:
-    """Take `size` of the examples (below 1: a share of them) out of the sets.
-
-    Examples with the same prompt stay together, in whatever sources they stand, so that none is
-    asked what was trained on; every source gives its share, as far as that allows, and the choice
-    depends on the seed alone.
-
-    Raises:
-        UserError: nothing would be left on one of the two sides.
-    """
-    left, examples, rows = {}, [], []
-    total = sum(len(one.examples) for one in sets.values())
-    held_out: dict[bytes, bool] = {}  # by prompt, of the sources so far
-    wanted = 0.0  # of the sources so far: what one gives too much, the next gives less
-    for source, one in sets.items():
-        wanted += len(one.examples) * (size if size < 1 else size / total)
-        groups: dict[bytes, list[int]] = {}
-        for index, example in enumerate(one.examples):
-            groups.setdefault(_question(example), []).append(index)
-        chosen = {i for key, group in groups.items() if held_out.get(key) for i in group}
-        members = [group for key, group in groups.items() if key not in held_out]
-        for place in data.order(len(members), seed, 0):
-            if len(examples) + len(chosen) >= round(wanted):
-                break
-            chosen.update(members[place])
-        held_out |= {key: group[0] in chosen for key, group in groups.items()}
-        held = [one.examples[i] for i in sorted(chosen)]
-        examples += held
-        kept = [e for i, e in enumerate(one.examples) if i not in chosen]
-        if not kept:
-            raise UserError(
-                f"data.eval_size={size:g} leaves nothing of {source} to train on: it has "
-                f"{len(one.examples)} examples"
-            )
-        left[source] = DataSet([], kept, one.system_prompt)
-        rows += _rows_of(held, encoder.rows(source).rows)
-    if not examples:
-        raise UserError(f"data.eval_size={size:g} of {total} examples holds none out")
-    return left, DataSet(rows, examples, encoder.config.data.system_prompt)
-
-
-def _question(example: data.Example) -> bytes:
-    """Return what must not be on both sides: the prompt, or all of a text, which has none."""
-    return data.prompt_key(example) if data.has_prompt(example) else example.tokens.tobytes()
-
-
-def _without_overlap(
-    examples: list[data.Example], train: TrainData, drop: bool, console: Console
-) -> list[data.Example]:
-    """Leave out held-out examples that are in the training data too, with `drop`; a warning of
-    the run tells of them otherwise (`warn`).
-    """
-    if not drop:
-        return examples
-    seen = {e.tokens.tobytes() for one in train.sets.values() for e in one.examples}
-    apart = [example for example in examples if example.tokens.tobytes() not in seen]
-    both = len(examples) - len(apart)
-    if both and not apart:
-        raise UserError(
-            f"all {both} rows of data.eval are in data.train too: data.drop_overlap=true leaves "
-            "nothing to measure"
-        )
-    if both:
-        console.print(f"data.eval: {both} rows left out, as they are in data.train too")
-    return apart
 
 
 def make_loader(
@@ -425,7 +309,7 @@ def make_loader(
     position: Mapping[str, Any] | None,
     console: Console,
 ) -> data.Loader | data.Mixture | data.StreamLoader:
-    """The batches of the run; those of a stream go on from `position`."""
+    """Return the batches of the run; those of a stream go on from `position`."""
     settings, rows = config.data, config.train.batch_size
     options = (rows, settings.max_length, settings.packing, settings.shuffle, config.seed)
     steps = config.train.steps or 0  # of epochs that are not settled; nothing is printed then

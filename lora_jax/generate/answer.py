@@ -1,5 +1,6 @@
 """A model with its adapter, tokenizer and chat template, loaded from files to answer prompts."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax import adapters as methods
 from lora_jax import data, formats, hosts
-from lora_jax.config import expand, is_directory, shown
+from lora_jax.config import Config, expand, is_directory, shown
 from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
 from lora_jax.generate import (
@@ -22,6 +23,7 @@ from lora_jax.generate import (
     make_stream,
 )
 from lora_jax.models.common import Model
+from lora_jax.session import Session, open_session
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def open_reader(
             base, tokenizer or template are not those that the adapter was trained with (unless
             named in `allow_change`).
     """
-    source = formats.resolve(spec)
-    described, found, home = formats.describe(source, ignore), None, source
+    session = open_session(Config(model=spec, ignore_config_fields=list(ignore)))
+    source, described, found, home = session.source, session.model, None, session.source
     for text in described.notes:
         hosts.note(text)
     if described.labels:
@@ -129,15 +131,15 @@ def open_reader(
     if adapter is not None:
         found, directory = _read_adapter(adapter, described)
         home = directory if (directory / "tokenizer_config.json").is_file() else source
-    tokenizer = formats.load_tokenizer(home)
+    session = _with_texts(session, home, rendering.get("chat_template"))
+    tokenizer = session.tokenizer
     arguments = dict(rendering.get("chat_template_kwargs") or {})
     chat_template, known = rendering.get("chat_template"), formats.stop_tokens(source)
     if adapter is not None:
         directory = expand(adapter)
-        template = data.template_text(tokenizer, chat_template)
+        _ = session.template  # refuses a damaged one
         if stored := formats.read_fingerprint(directory):
-            current = fingerprint.take(source, tokenizer, template)
-            fingerprint.check(stored, current, adapter, allow_change)
+            fingerprint.check(stored, session.fingerprint, adapter, allow_change)
         arguments = formats.read_template_kwargs(directory) | arguments
         trained = formats.read_system_prompt(directory)
         if trained is not None and rendering.get("system_prompt") is None:
@@ -165,6 +167,13 @@ def _read_adapter(adapter: str, model: Model) -> tuple[tuple[Any, Any], Path]:
             "adapter directory, such as OUTPUT_DIR/adapter"
         )
     return formats.read_adapter(directory, model.params, model), directory
+
+
+def _with_texts(session: Session, home: Path, chat_template: str | None) -> Session:
+    """Return the session with the tokenizer in `home`, and with another chat template, if given."""
+    settings = dataclasses.replace(session.config.data, chat_template=chat_template)
+    config = dataclasses.replace(session.config, data=settings)
+    return dataclasses.replace(session, config=config, tokenizer_source=home)
 
 
 def open_writer(

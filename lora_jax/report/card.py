@@ -16,7 +16,7 @@ _ALWAYS = {
     *("method", "rank", "alpha", "target_modules", "max_length"),
     *("steps", "batch_size", "learning_rate", "schedule", "compute_dtype"),
 }
-# Of no interest to others, or said elsewhere.
+# Of no interest to others, or written elsewhere.
 _NEVER = {
     *("train", "eval", "regression", "path", "system_prompt", "cache", "report_to"),
     *("save_every", "save_total_limit", "log_every", "eval_every", "remat", "loss_chunk"),
@@ -76,7 +76,7 @@ def _scores(results: Results | None):
 
 
 def _settings(config: Config):
-    """Name and value of what was trained on, and of settings that are not the defaults."""
+    """Yield name and value of the data, and of settings that are not the defaults."""
     for name in ("train", "eval", "regression"):
         if (source := getattr(config.data, name)) is not None:
             yield f"data.{name}", _data_name(source)
@@ -98,7 +98,7 @@ def _settings(config: Config):
 
 
 def _data_name(source: Any) -> Any:
-    """Sources without the directories of this machine."""
+    """Return sources without the directories of this machine."""
     if isinstance(source, Mapping):
         return ", ".join(f"{_data_name(name)} ({weight:g})" for name, weight in source.items())
     public = source.startswith("demo:") or data.is_hub_name(source)

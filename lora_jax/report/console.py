@@ -1,4 +1,4 @@
-"""Notes and tables that a run prints."""
+"""Notes and tables of a run on the console."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from lora_jax.report.scores import Answer, is_right
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Messages go to stderr as they are: brackets and colons in names and answers are no markup."""
+    """Return a console that writes plain text to stderr: brackets and colons are no markup."""
     return Console(
         stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet
     )
@@ -25,7 +25,7 @@ def print_notes(console: Console, notes: Iterable[str]) -> None:
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """The closing table: before and after, then size, speed and memory."""
+    """Print the final table: metrics before and after, then size, speed and memory."""
     table = Table(title="before and after")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
@@ -52,7 +52,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def print_samples(console: Console, samples: Sequence[Answer]) -> None:
-    """A few prompts with what was expected and what came, and a mark of the right ones."""
+    """Print sample prompts with their references and answers, marked right or wrong."""
     for sample in samples:
         table = Table(show_header=False, title_justify="left")
         table.add_column(style="bold")
@@ -67,11 +67,11 @@ def print_samples(console: Console, samples: Sequence[Answer]) -> None:
 
 
 def share(trained: int, frozen: int) -> float:
-    """Trained parameters over all, which are trained and frozen ones together, as PEFT has it."""
+    """Return trained parameters over all parameters, trained and frozen, as PEFT computes it."""
     return trained / (trained + frozen)
 
 
 def describe_share(trained: int, frozen: int) -> str:
-    """The counts and their `share` as text."""
+    """Return the counts and their `share` as text."""
     total = trained + frozen
     return f"{trained:,} of {total:,} parameters ({100 * share(trained, frozen):.4f} %)"

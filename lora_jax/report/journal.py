@@ -28,12 +28,12 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def to_text(lines: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object per line."""
+    """Return one JSON object per line."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def append_line(file: Path, content: Mapping[str, Any]) -> None:
-    """One more object in a .jsonl file."""
+    """Append an object to a .jsonl file."""
     if not hosts.is_main():
         return
     with file.open("a", encoding="utf-8") as handle:
@@ -41,7 +41,7 @@ def append_line(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
-    """The answers of a step to the sample prompts, in place of those that a killed run wrote."""
+    """Write the sample answers of a step, in place of those that a killed run wrote."""
     cut_back(file, step - 1)
     for answer in answers:
         line = {"step": step, "prompt": answer.prompt, "references": answer.references}
@@ -50,8 +50,8 @@ def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file that a run wrote, without a last line that was cut off; none if
-    there is no such file.
+    """Return the objects of a .jsonl file, without a last line that was cut off; none if there is
+    no such file.
     """
     found = []
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
@@ -70,8 +70,8 @@ def cut_back(file: Path, step: int) -> None:
 
 
 def read_curves(file: Path, held_out: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
-    """Points (step, loss) of metrics.jsonl by curve: `train`, and those of the held-out sets that
-    have any.
+    """Return the points (step, loss) of metrics.jsonl by curve: `train`, and each held-out set that
+    has any.
     """
     lines = read_lines(file)
     curves = {"train": [(line["step"], line["loss"]) for line in lines]}
@@ -86,8 +86,8 @@ class Journal:
     """metrics.jsonl, one object per line written at once, and the progress of the steps after
     `first`.
 
-    remaining: by the number of steps done, the seconds until the end of the run, and True if that
-        is all of them
+    remaining: takes the number of steps done, and returns the seconds until the end of the run, and
+        True if they are complete
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Journal:
         self._file.close()
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same numbers to the trackers."""
+        """Write a line of metrics.jsonl, and send its metrics to the trackers."""
         self._file.write(json.dumps(content) + "\n")
         self._file.flush()
         send(self._trackers, content["step"], content)
@@ -143,7 +143,7 @@ class Journal:
 
 
 def send(trackers: Sequence[Tracker], step: int, content: Mapping[str, Any]) -> None:
-    """Give the numbers of a step to all trackers."""
+    """Send the metrics of a step to all trackers."""
     numbers = {name: value for name, value in content.items() if name != "step"}
     for one in trackers if numbers else ():
         one(step, numbers)

@@ -15,8 +15,8 @@ _HELD_OUT = {"task": "tab:orange", "regression": "tab:green"}
 
 
 def smooth(values: Sequence[float], width: int) -> np.ndarray:
-    """Mean of `width` (odd) values around each. Near the ends it is over as many as there are on
-    both sides, so that a curve starts and ends with its own values and is not shifted.
+    """Return the mean of `width` (odd) values around each value. Near the ends the window shrinks
+    to the values on both sides, so that a curve keeps its first and last values and is not shifted.
     """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
     at = np.arange(len(values))
@@ -110,7 +110,7 @@ def _write_values(axes: Axes, grid: np.ndarray, limit: float) -> None:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Module names with as many of their last parts as tell them apart, cut at the front."""
+    """Return module names shortened to their last parts, as long as they differ."""
     parts = [name.split(".") for name in names]
     found = []
     for own in parts:
@@ -123,12 +123,12 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def set_layers(axes: Axes, count: int) -> None:
-    """Ticks at whole layers."""
+    """Set the ticks at whole layers."""
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_xticks(range(0, count, max(1, -(-count // 16))))
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a picture, and the directory that it is in."""
+    """Write a picture, and create its directory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

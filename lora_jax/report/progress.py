@@ -40,7 +40,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Phase:
-    """A part of a run that takes a while.
+    """A slow part of a run.
 
     total: units of work, if they are known
     done: those that an earlier session has done
@@ -66,7 +66,7 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """Elapsed so far."""
+        """Elapsed seconds."""
         return time.monotonic() - self.began
 
     def advance(self, count: int = 1) -> None:
@@ -81,19 +81,19 @@ class Phase:
 
     @property
     def title(self) -> str:
-        """The work and how much of it is done."""
+        """Name of the phase with the work that is done."""
         if self.total is None:
             return self.what
         return f"{self.what} {self.done}/{self.total}{self.unit and ' '}{self.unit}"
 
     @property
     def status(self) -> str:
-        """Elapsed time and an estimate of the rest, or what replaces them."""
+        """Elapsed time and an estimate of the rest, or the text in their place."""
         return "  ".join(self._times()) if self._status is None else self._status()
 
     @property
     def line(self) -> str:
-        """All of it as one line of plain text."""
+        """Title and status as one line of plain text."""
         if self._status is not None:
             return f"{self.title}  {self._status()}"
         return ", ".join([self.title, *self._times()])
@@ -109,8 +109,8 @@ class Phase:
 
 
 class Display:
-    """Shows the phases of a run on a console: all that run as bars on a terminal, the innermost as
-    lines elsewhere. A quiet console shows nothing.
+    """Shows the phases of a run on a console: a bar per running phase on a terminal, lines about
+    the innermost phase elsewhere. A quiet console shows nothing.
     """
 
     def __init__(self, console: Console) -> None:
@@ -122,7 +122,7 @@ class Display:
 
     @contextlib.contextmanager
     def about(self, subject: str) -> Iterator[None]:
-        """Inside, phases are named `subject: ...`."""
+        """Name phases `subject: ...` until the block ends."""
         before, self._prefix = self._prefix, f"{subject}: "
         try:
             yield
@@ -139,7 +139,7 @@ class Display:
         status: Callable[[], str] | None = None,
         every: float = EVERY,
     ) -> Iterator[Phase]:
-        """Show a `Phase` while the block runs, and after a long one, what was done."""
+        """Show a `Phase` while the block runs, and a line about it after a long one."""
         phase = Phase(self._prefix + what, total, unit, done, status, every)
         outermost = not self._phases
         self._phases.append(phase)
@@ -156,9 +156,7 @@ class Display:
             self.console.print(f"{phase.title} in {format_seconds(phase.seconds)}")
 
     def say_line(self, phase: Phase, grace: float = 0.0) -> None:
-        """Print the line of a phase, where there are no bars and its time came `grace` seconds
-        ago.
-        """
+        """Print the line of a phase if no bars are shown and it is `grace` seconds overdue."""
         now = time.monotonic()
         if not self._moves and now >= phase.next_line + grace:
             phase.next_line, phase.said = now + phase.every, True
@@ -191,7 +189,7 @@ class Display:
 
 
 def _to_row(phase: Phase) -> Table:
-    """Title, bar and status, in columns of this phase's own: shared ones cut long lines off."""
+    """Return title, bar and status in a table of their own: shared columns would cut long lines."""
     table = Table.grid(padding=(0, 1))
     for _ in range(3):
         table.add_column(no_wrap=True)

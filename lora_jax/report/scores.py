@@ -18,7 +18,7 @@ from lora_jax.errors import UserError, nearest, raise_all
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt, what may be answered to it, and what was."""
+    """A prompt with its reference answers and the generated answer."""
 
     prompt: str
     references: tuple[str, ...]
@@ -29,19 +29,19 @@ class Answer:
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """The share of answers that are the same as any of their references, by `same_answer`."""
+    """Return the share of answers that equal one of their references, by `same_answer`."""
     right = [any(same_answer(one.answer, wanted) for wanted in one.references) for one in answers]
     return sum(right) / len(right)
 
 
 def accuracy(answers: Sequence[Answer]) -> float:
-    """The share of texts that got their label."""
+    """Return the share of texts whose label is right."""
     return sum(one.answer in one.references for one in answers) / len(answers)
 
 
 def same_answer(output: str, expected: str) -> bool:
-    """Equal parsed JSON where the expected answer is a JSON object or list, equal text (outer
-    spaces aside) elsewhere.
+    """Compare as parsed JSON where the reference is a JSON object or list, and as text without
+    outer spaces elsewhere.
 
     An output that is no JSON is a miss; key order and spacing do not count.
     """
@@ -84,7 +84,7 @@ def _f1(both: int, total: int) -> float:
 
 
 def _slots(text: str) -> set[tuple[str, str]] | None:
-    """The (slot, value as JSON) pairs of an object or of one tool call, None for other text."""
+    """Return (slot, value as JSON) pairs of an object or of one tool call; None for other text."""
     try:
         content = json.loads(text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>"))
         if not isinstance(content, dict):
@@ -129,9 +129,11 @@ METRICS: Mapping[str, Callable[[Sequence[Answer]], float]] = {
 _PACKAGES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
 
 
-def check(names: Iterable[str], references: Iterable[str] = ()) -> None:
-    """Raise what `compute` could not do, before anything slow: one `UserError` for unknown names,
-    missing packages, and references without slots where slots are to be compared.
+def check_metrics(names: Iterable[str], references: Iterable[str] = ()) -> None:
+    """Check metrics and their references before anything slow starts.
+
+    Raises:
+        UserError: unknown names; missing packages; references without slots for a metric of slots.
     """
     problems = []
     for name in dict.fromkeys(names):
@@ -154,13 +156,13 @@ def check(names: Iterable[str], references: Iterable[str] = ()) -> None:
 
 
 def compute(names: Iterable[str], answers: Sequence[Answer]) -> dict[str, float]:
-    """The metrics of these names, in their order.
+    """Return the metrics of these names, in their order.
 
     Raises:
         UserError: as `check`; no answers.
     """
     names = list(names)
-    check(names)
+    check_metrics(names)
     if not answers:
         raise UserError("eval.metrics: there are no answers to score")
     return {name: METRICS[name](answers) for name in names}
@@ -172,7 +174,7 @@ def is_right(answer: Answer) -> bool:
 
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
-    """`count` of the items, evenly spaced and in their order; all if there are no more, or None.
+    """Return `count` of the items, evenly spaced and in order; all if there are fewer, or for None.
 
     Test files are often sorted, by length or by topic: their first rows stand for no other.
     """

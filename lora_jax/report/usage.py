@@ -20,7 +20,7 @@ class Clock:
         self._first = (0.0, 0)
 
     def lap(self, tokens: int) -> None:
-        """A step over `tokens` tokens has ended."""
+        """Count a finished step over `tokens` tokens."""
         now = time.monotonic()
         self._laps += 1
         if self._laps == 1:
@@ -32,29 +32,29 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Exclude the time until the block ends."""
         spent = time.monotonic() - self._mark
         yield
         self._mark = time.monotonic() - spent
 
     @property
     def tokens_per_second(self) -> float:
-        """Compute the speed of all laps but the first, or of the first if there is no other."""
+        """Speed of all laps but the first, or of the first if there is no other."""
         seconds, tokens = (self._seconds, self._tokens) if self._laps > 1 else self._first
         return tokens / seconds if seconds else 0.0
 
     def remaining(self, steps: int) -> float:
-        """Seconds that `steps` more laps take."""
+        """Estimate the seconds that `steps` more laps take."""
         return steps * (self._seconds / (self._laps - 1) if self._laps > 1 else self._first[0])
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
+    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_memory() -> dict[str, int]:
-    """`device_bytes`, the peak of an accelerator's memory so far; nothing where it is not known."""
+    """Return `device_bytes`, the peak memory of an accelerator; empty where it is not known."""
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {} if peak is None else {"device_bytes": peak}

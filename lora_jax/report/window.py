@@ -1,4 +1,4 @@
-"""Means over the steps that one line of metrics.jsonl stands for."""
+"""Means over the steps of one line of metrics.jsonl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Window:
-    """Means over the steps since the last line; its fields go through JSON and back unchanged.
+    """Means over the steps since the last line; its fields survive JSON unchanged.
 
     `loss` is in nats per supervised token, so a step counts by its tokens, as a micro-batch does
     within a step. Everything else that a step measures counts once per step.

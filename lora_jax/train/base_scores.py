@@ -1,11 +1,11 @@
-"""Scores before the first step, kept for the next run: minutes of the same work otherwise.
+"""Cache of the scores before the first step, which take minutes and are the same in every run.
 
 An entry is a file `scores/DIGEST.json` of the cache directory, whose name is the digest of its key.
-The key is all that the scores depend on: weights, config, tokenizer, chat template, held-out rows,
-settings, code, versions and devices. Fresh adapters of plain LoRA change nothing, whatever their
-rank. Others (a start that changes the base, DoRA, virtual tokens, trained copies of modules,
-`adapter.path`) join the key with their settings and weights. Losses and answers are kept; metrics
-are computed from the answers.
+The key has everything that the scores depend on: weights, config, tokenizer, chat template,
+held-out rows, settings, code, versions and devices. Fresh adapters of plain LoRA change nothing,
+whatever their rank. Others (a start that changes the base, DoRA, virtual tokens, trained copies of
+modules, `adapter.path`) join the key with their settings and weights. Losses and answers are
+stored; metrics are computed from the answers.
 """
 
 import dataclasses
@@ -45,16 +45,16 @@ _SIZES = (
 
 
 def measure(
-    evaluator: Evaluator, adapters: Any, prints: Mapping[str, str], say: Callable[[str], None]
+    evaluator: Evaluator, adapters: Any, fingerprint: Mapping[str, str], say: Callable[[str], None]
 ) -> Scores:
-    """The scores of adapters before the first step, out of the cache where it has them.
+    """Return the scores of adapters before the first step, from the cache where it has them.
 
-    prints: fingerprint of the base, the tokenizer and the template
+    fingerprint: digests of the base, the tokenizer and the template
     """
     with evaluator.display.about("base"):
         if not evaluator.config.eval.cache:
             return evaluator.score(adapters)
-        key = _key(evaluator, adapters, prints)
+        key = _key(evaluator, adapters, fingerprint)
         file = cache_directory() / "scores" / f"{_digest(key)}.json"
         content = hosts.from_main(lambda: _read(file, key, say))
         if content is not None:
@@ -70,13 +70,13 @@ def measure(
     return found
 
 
-def _key(evaluator: Evaluator, adapters: Any, prints: Mapping[str, str]) -> dict[str, Any]:
+def _key(evaluator: Evaluator, adapters: Any, fingerprint: Mapping[str, str]) -> dict[str, Any]:
     config, model, mesh = evaluator.config, evaluator.model, evaluator.mesh
     held_out = evaluator.held_out
     settings, train = dataclasses.asdict(config), config.train
     device = mesh.devices.flat[0]
     return {
-        "prints": {name: prints[name] for name in ("base", "tokenizer", "template")},
+        "fingerprint": {name: fingerprint[name] for name in ("base", "tokenizer", "template")},
         "config.json": _digest(model.hf_config),
         "stop_tokens": sorted(evaluator.reader.stop_tokens),
         "rows": {
@@ -100,7 +100,7 @@ def _key(evaluator: Evaluator, adapters: Any, prints: Mapping[str, str]) -> dict
 
 
 def _describe(config: Config, adapters: Any) -> Any:
-    """Settings and weights of adapters that may differ from the base, None of those that do not."""
+    """Return settings and weights of adapters that may differ from the base, None for others."""
     fresh = {name: getattr(AdapterConfig(), name) for name in _SIZES}
     starts = ("default", "gaussian")  # B is zero
     start = "default" if config.adapter.init in starts else config.adapter.init
@@ -123,7 +123,7 @@ def _digest(content: Any) -> str:
 
 
 def _read(file: Path, key: Mapping[str, Any], say: Callable[[str], None]) -> dict | None:
-    """The content of an entry, None if there is none or it is damaged."""
+    """Return the content of an entry, None if there is none or it is damaged."""
     try:
         checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
     except FileNotFoundError:

@@ -1,5 +1,5 @@
-"""What adapters that start from more than a draw are given: the model's view of some tokens, or the
-loss of the first batches of a run, as a function of parameters.
+"""Inputs of inits that need more than a random key: the embeddings of tokens for virtual tokens, or
+the loss of a run's first batches as a function of the parameters.
 """
 
 import dataclasses
@@ -29,9 +29,11 @@ def make_calibrate(
     encoder: sets.Encoder,
     mesh: Mesh,
 ) -> Callable | None:
-    """The `calibrate` of `adapters.init`; None where it needs none. For virtual tokens,
-    `as_model_sees`. For inits that look at data, `calibrate(params)` -> nats per supervised token
-    over the first `calibration_batches` batches of training, without dropout.
+    """Return the `calibrate` of `adapters.init`; None where it needs none.
+
+    For virtual tokens, it is `as_model_sees`. For inits that look at data, `calibrate(params)` is
+    the loss in nats per supervised token over the first `calibration_batches` batches of training,
+    without dropout.
 
     Raises:
         UserError: batches without a supervised token; as the loader.

@@ -14,7 +14,6 @@ every file, and reading compares them all. A step that was committed but killed 
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import logging
@@ -25,26 +24,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lora_jax import hosts, sharding, tree
+from lora_jax import hosts, tree
 from lora_jax.config import Config, expand
 from lora_jax.errors import UserError
+from lora_jax.train.checksums import (
+    SEAL,
+    Place,
+    by_name,
+    by_path,
+    digest_json,
+    files_below,
+    find_damage,
+    leaf_digests,
+    seal,
+)
+from lora_jax.train.checksums import digest_leaves as digest_leaves
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
-Place = Path | epath.Path  # a directory, or one in a bucket
 ITEMS = ("adapters", "optimizer", "record")
-_SEAL = "sha256.json"
-_PARTS = (*ITEMS, _SEAL, "_CHECKPOINT_METADATA")  # a step has one of them, however damaged it is
+_PARTS = (*ITEMS, SEAL, "_CHECKPOINT_METADATA")  # a step has one of them, however damaged it is
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step that is not committed
 
 
 class Checkpoints:
-    """The checkpoints of one run. Leave it by `close`, which waits for what is under way."""
+    """Checkpoints of one run. `close` waits for a save that is running."""
 
     def __init__(
         self,
@@ -70,7 +77,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in order; one that is being written is among them."""
+        """Steps with a checkpoint, in order, including one that is being written."""
         return sorted(self._manager.all_steps())
 
     def save(
@@ -82,23 +89,23 @@ class Checkpoints:
         best_step: int | None = None,
         sound_step: int | None = None,
     ) -> None:
-        """Start to write `step`; returns as soon as the arrays are copied. A step that is there
-        already has the same arrays, and only its record is written anew.
+        """Start to write `step`, and return as soon as the arrays are copied. A step that exists
+        has the same arrays, and only its record is replaced.
 
         Once it is committed, what is neither among the latest, nor `best_step`, nor the last one
         up to `sound_step`, is removed.
 
         Raises:
-            UserError: this checkpoint or the one before it cannot be written; the earlier ones
-                stand as they were.
+            UserError: this checkpoint or the one before it cannot be written; earlier ones are
+                unchanged.
         """
         self.wait()
         self._check()
         self._kept.best_step, self._kept.sound_step = best_step, sound_step
-        optimizer = _by_path(opt_state)
-        leaves = _leaf_digests({"adapters": _paths(adapters), "optimizer": optimizer})
+        optimizer = by_name(opt_state)
+        leaves = leaf_digests({"adapters": by_path(adapters), "optimizer": optimizer})
         content = {"step": step, **record, "leaves": leaves}
-        content["sha256"] = _digest_json(content)
+        content["sha256"] = digest_json(content)
         if step in self.steps:
             return self._rewrite(step, content)
         arguments = ocp.args.Composite(
@@ -111,27 +118,27 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, step)
 
     def _rewrite(self, step: int, record: Mapping[str, Any]) -> None:
-        """Put another record into a committed step. Whenever it is cut off, one of the two records
-        is there whole, and a step without a seal is checked leaf by leaf.
+        """Replace the record of a committed step. A kill leaves one of the two records complete,
+        and a step without a seal is checked leaf by leaf.
         """
         if hosts.is_main():
             place = self._directory / str(step)
             with _as_user_error(f"the record of step {step} cannot be written"):
-                (place / _SEAL).unlink(missing_ok=True)
+                (place / SEAL).unlink(missing_ok=True)
                 temporary = self._directory / f".record-{step}"
                 temporary.write_text(json.dumps(record), encoding="utf-8")
                 temporary.replace(place / "record" / "metadata")
-                _seal(place)
+                seal(place)
 
     def _finish(self, step: int) -> None:
         with _as_user_error(f"the checkpoint of step {step} cannot be written"):
             self._manager.wait_until_finished()
             if hosts.is_main():
-                _seal(self._directory / str(step))
+                seal(self._directory / str(step))
                 self._committed()
 
     def wait(self) -> None:
-        """Wait for the save that is under way.
+        """Wait for a running save.
 
         Raises:
             UserError: it failed.
@@ -141,13 +148,13 @@ class Checkpoints:
             pending.result()
 
     def delete(self, step: int) -> None:
-        """Remove a checkpoint that turned out to be of no use."""
+        """Remove a checkpoint."""
         self.wait()
         self._check()
         self._manager.delete(step)
 
     def close(self) -> None:
-        """Wait for the save that is under way, and let go of the directory."""
+        """Wait for a running save, and close the directory."""
         try:
             self.wait()
         finally:
@@ -157,8 +164,8 @@ class Checkpoints:
 
 
 class _Kept:
-    """Orbax's preservation policy: the latest steps, the best one, the last sound one, and those
-    that are not known to be of a run.
+    """Preservation policy for Orbax: keep the latest steps, the best one, the last sound one, and
+    steps of unknown origin.
     """
 
     def __init__(self, limit: int | None, unknown: Collection[int] = ()):
@@ -181,7 +188,7 @@ def open_checkpoints(
     check: Callable[[], None] = lambda: None,
     committed: Callable[[], None] = lambda: None,
 ) -> Iterator[Checkpoints]:
-    """The checkpoints of `directory`; leaving the block waits for a save that is under way. `check`
+    """Open the checkpoints of `directory`. The end of the block waits for a running save. `check`
     is called before anything is written or removed, `committed` after each save, on the main host.
     """
     checkpoints = Checkpoints(directory, save_total_limit, check, committed)
@@ -193,7 +200,7 @@ def open_checkpoints(
 
 @contextlib.contextmanager
 def _as_user_error(what: str) -> Iterator[None]:
-    """What Orbax and tensorstore raise for full disks and missing rights, as one kind of error."""
+    """Raise errors of Orbax and tensorstore, such as a full disk, as a UserError."""
     try:
         yield
     except UserError:
@@ -204,7 +211,7 @@ def _as_user_error(what: str) -> Iterator[None]:
 
 
 def find_place(config: Config, output: Path) -> Place:
-    """Where the checkpoints of a run in `output` are."""
+    """Return the directory of the checkpoints of a run in `output`."""
     if config.checkpoint_dir is None:
         return output / "checkpoints"
     bucket = "://" in config.checkpoint_dir
@@ -234,7 +241,7 @@ def check_place(config: Config) -> None:
 
 
 def list_steps(directory: Place) -> list[int]:
-    """Committed steps below a run's `checkpoints`, in order; none if there is no such directory."""
+    """Return the committed steps in a directory, in order; none if it does not exist."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if _is_step(path))
@@ -250,13 +257,13 @@ def _is_step(path: Place) -> bool:
 
 
 def is_temporary(path: Place) -> bool:
-    """Return True for what a kill leaves of a save, which Orbax removes."""
+    """Return True for the rest of a save that was killed, which Orbax removes."""
     name = path.name
     return _TEMPORARY in name or re.fullmatch(r"\.record-[0-9]+", name) is not None
 
 
 def misleading(directory: Place) -> list[str]:
-    """Names that Orbax would take for steps, of what is none, or is a link."""
+    """Return names that Orbax would take for steps, though they are links or no steps."""
     if not directory.is_dir():
         return []
     return sorted(path.name for path in directory.iterdir() if _is_misleading(path))
@@ -274,23 +281,23 @@ def _is_misleading(path: Place) -> bool:
 
 
 def load_record(directory: Place, step: int) -> dict[str, Any] | None:
-    """The record of a step, whose other files are not looked at; None if it is damaged."""
+    """Return the record of a step without checking its other files; None if it is damaged."""
     try:
         file = directory / str(step) / "record" / "metadata"
         record = json.loads(file.read_text(encoding="utf-8"))
         digest = record.pop("sha256")
-        return record if digest == _digest_json(record) else None
+        return record if digest == digest_json(record) else None
     except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         return None
 
 
 def size(directory: Place, step: int) -> int:
-    """Bytes of all files of a step."""
-    return sum(file.stat().length for file in _files(epath.Path(directory / str(step))))
+    """Return the bytes of all files of a step."""
+    return sum(file.stat().length for file in files_below(epath.Path(directory / str(step))))
 
 
 def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
-    """The record of a step (the latest if none is named), after a check of the step's files.
+    """Return the record of a step (by default the latest), after a check of its files.
 
     Raises:
         UserError: no such checkpoint; a file that is damaged, missing or not from the save; a
@@ -303,7 +310,8 @@ def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
     if chosen not in steps:
         raise UserError(f"{directory} has no checkpoint of step {chosen}; it has: {steps}")
     place = directory / str(chosen)
-    _check_seal(place)
+    if problems := find_damage(place):
+        raise _damaged(place, problems)
     record = load_record(directory, chosen)
     if record is None:
         raise _damaged(place, [f"{chosen}/record/metadata is damaged"])
@@ -318,8 +326,8 @@ def read_record(directory: Place, step: int | None = None) -> dict[str, Any]:
 def restore(
     directory: Place, adapters: Any, opt_state: Any = None, step: int | None = None
 ) -> tuple[Any, Any, dict]:
-    """Adapters, optimizer state (if its structure is given) and record of a step, the latest if
-    none is named.
+    """Return adapters, optimizer state (if its structure is given) and record of a step, by default
+    the latest.
 
     `adapters` and `opt_state` give structure, shapes, dtypes and shardings, as arrays or
     `jax.ShapeDtypeStruct`s; the mesh need not be the one of the save.
@@ -330,10 +338,10 @@ def restore(
     """
     record = read_record(directory, step)
     place = directory / str(record["step"])
-    wanted = {"adapters": _paths(adapters)}
+    wanted = {"adapters": by_path(adapters)}
     items: dict[str, Any] = {"adapters": ocp.args.StandardRestore(adapters)}
     if opt_state is not None:
-        wanted["optimizer"] = _by_path(opt_state)
+        wanted["optimizer"] = by_name(opt_state)
         items["optimizer"] = ocp.args.StandardRestore(wanted["optimizer"])
     _check_leaves(place, record["leaves"], wanted)
     with (
@@ -341,14 +349,14 @@ def restore(
         ocp.CheckpointManager(epath.Path(directory).absolute(), item_names=ITEMS) as manager,
     ):
         found = manager.restore(record["step"], args=ocp.args.Composite(**items))
-    loaded = {"adapters": _paths(found["adapters"])}
+    loaded = {"adapters": by_path(found["adapters"])}
     if opt_state is not None:
         loaded["optimizer"] = found["optimizer"]
         leaves = [found["optimizer"][name] for name in wanted["optimizer"]]
         opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
     changed = [
         f"{name} does not hold what was saved"
-        for name, described in _leaf_digests(loaded).items()
+        for name, described in leaf_digests(loaded).items()
         if described != {**described, **record["leaves"][name]}
     ]
     if changed:
@@ -367,7 +375,7 @@ def _damaged(place: Place, problems: list[str]) -> UserError:
 
 
 def _check_leaves(place: Place, stored: Mapping[str, Any], wanted: Mapping[str, Mapping]) -> None:
-    """Raise, with every leaf named, if structure, shapes or dtypes are not those of the save."""
+    """Raise if structure, shapes or dtypes are not those of the save. Every leaf is named."""
     expected = {
         f"{item}/{name}": (list(leaf.shape), str(leaf.dtype))
         for item, leaves in wanted.items()
@@ -387,114 +395,3 @@ def _check_leaves(place: Place, stored: Mapping[str, Any], wanted: Mapping[str, 
         raise UserError(
             f"checkpoint {place} does not fit the model and config:\n  {tree.summarize(problems)}"
         )
-
-
-def digest_leaves(tree_of_arrays: Any) -> str:
-    """Digest of the names, dtypes, shapes and bits of all arrays, wherever they are sharded."""
-    return _digest_json(_leaf_digests({"leaves": _paths(tree_of_arrays)}))
-
-
-def _leaf_digests(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
-    """dtype, shape and digest of every leaf, under `item/path`."""
-    flat = {
-        f"{item}/{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()
-    }
-    # One after the other: devices of a CPU that add up several at once may wait for one another.
-    sums = {name: np.asarray(_digest_leaf(sharding.on_device(leaf))) for name, leaf in flat.items()}
-    return {
-        name: {
-            "dtype": str(leaf.dtype),
-            "shape": list(leaf.shape),
-            "sum": "".join(f"{int(part):08x}" for part in sums[name]),
-        }
-        for name, leaf in flat.items()
-    }
-
-
-@jax.jit
-def _digest_leaf(leaf: jax.Array) -> jax.Array:
-    """(2,) uint32: the sums of two hashes of every element's bits and place, modulo 2^32.
-
-    A sum is the same however the leaf is split over devices and hosts, and each of them adds up
-    what it holds: nothing is gathered. A hash is one-to-one in the bits of its element
-    (MurmurHash3's last mixing step), so that no change of one element is missed.
-    """
-    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    bits = jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize]).astype(jnp.uint32)
-    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-    for axis in reversed(range(leaf.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= leaf.shape[axis]
-
-    def mixed(seed: int) -> jax.Array:
-        x = bits ^ (place * jnp.uint32(0x9E3779B1) + jnp.uint32(seed))
-        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-        return jnp.sum(x ^ (x >> 16), dtype=jnp.uint32)
-
-    return jnp.stack([mixed(0x2545F491), mixed(0x6C078965)])
-
-
-def _seal(place: Place) -> None:
-    """Write the digest of every file of a committed step, at once or not at all."""
-    files = _file_digests(place)
-    content = {"files": files, "sha256": _digest_json(files)}
-    temporary = place / f".{_SEAL}"
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.replace(place / _SEAL)
-
-
-def _check_seal(place: Place) -> None:
-    file = place / _SEAL
-    if not file.is_file():
-        return  # killed between commit and seal: the leaves are checked on their own
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        stored = content["files"]
-        whole = content["sha256"] == _digest_json(stored)
-    except (OSError, ValueError, KeyError, TypeError):
-        whole, stored = False, {}
-    if not whole:
-        raise _damaged(place, [f"{place.name}/{_SEAL} is damaged"])
-    found = _file_digests(place)
-    problems = [
-        f"{place.name}/{name} is "
-        + ("missing" if name not in found else "new" if name not in stored else "damaged")
-        for name in sorted({*stored, *found})
-        if stored.get(name) != found.get(name)
-    ]
-    if problems:
-        raise _damaged(place, problems)
-
-
-def _file_digests(place: Place) -> dict[str, str]:
-    return {
-        file.relative_to(place).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in _files(place)
-        if file.name.lstrip(".") != _SEAL
-    }
-
-
-def _files(place: Place) -> Iterator[Any]:
-    """All files below a directory; in a bucket there is no `rglob`."""
-    for path in sorted(place.iterdir()):
-        if path.is_dir():
-            yield from _files(path)
-        elif path.is_file():
-            yield path
-
-
-def _digest_json(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _paths(adapters: Any) -> dict[str, Any]:
-    return {tree.dotted(path): leaf for path, leaf in tree.flatten(adapters).items()}
-
-
-def _by_path(opt_state: Any) -> dict[str, Any]:
-    """Array leaves under readable names; optax's wrappers have no content of their own."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
-    }

@@ -1,4 +1,4 @@
-"""The directories of a run: who may use them.
+"""Directories of a run, and the rules for using them.
 
     run, record = open_run(config, held)    # locked until `held` ends; nothing else is changed yet
 
@@ -25,8 +25,8 @@ _DIRECTORIES = (*EXPORTS, "plots", "tensorboard")
 
 
 def open_run(config: Config, held: contextlib.ExitStack) -> tuple[Run, dict[str, Any] | None]:
-    """Lock the directories of a run until `held` ends. Returns the run and the record of the
-    checkpoint that it goes on from; None: it starts anew.
+    """Lock the directories of a run until `held` ends. Return the run, and the record of the
+    checkpoint that it goes on from, or None for a new run.
 
     Raises:
         UserError: a live run uses one of the directories; they hold files that are no run's, or
@@ -39,9 +39,9 @@ def open_run(config: Config, held: contextlib.ExitStack) -> tuple[Run, dict[str,
     return Run(output, place, found["content"], found["begun"], locks), found["record"]
 
 
-def preview(config: Config) -> str | None:
-    """Look at the directories of a run and change nothing. Return why a run would be refused that
-    found them as they are, or None.
+def find_refusal(config: Config) -> str | None:
+    """Return the reason why a run would be refused because of its directories, or None. Nothing is
+    changed.
 
     Raises:
         UserError: a file in place of a directory; one that cannot be made or written.
@@ -67,12 +67,12 @@ def preview(config: Config) -> str | None:
 
 
 def _name(output: Path, place: checkpoint.Place) -> dict[str, Path]:
-    """The directories that take a lock, by their setting; a bucket has no locks."""
+    """Return the directories that take a lock, by setting; a bucket has no locks."""
     return {"output_dir": output} | ({"checkpoint_dir": place} if isinstance(place, Path) else {})
 
 
 def _look(config: Config, output: Path, place: checkpoint.Place, named: Mapping[str, Path]) -> None:
-    """Raise what speaks against a run before anything is locked."""
+    """Check the directories of a run before anything is locked."""
     _check_place(config, output, place)
     for name, directory in named.items():
         if directory.is_dir():
@@ -105,7 +105,7 @@ def _open(
 
 @contextlib.contextmanager
 def _usable(config: Config) -> Iterator[None]:
-    """Names that no file can have, and directories that cannot be read, as one kind of error."""
+    """Raise impossible file names and unreadable directories as a UserError."""
     try:
         yield
     except UserError:
@@ -147,8 +147,8 @@ def _check_place(config: Config, output: Path, place: checkpoint.Place) -> None:
 def _inspect(
     config: Config, output: Path, place: checkpoint.Place
 ) -> tuple[dict[str, Any], bool, bool]:
-    """The content of run.json, as it is or for a new run, whether it is there already, and whether
-    the run goes on from a checkpoint.
+    """Return the content of run.json (that of a new run if there is none), True if the file exists,
+    and True if the run goes on from a checkpoint.
     """
     mine = read_marker(output)
     external = config.checkpoint_dir is not None
@@ -185,7 +185,7 @@ def _check_start(
     steps: list[int],
     taken: bool,
 ) -> None:
-    """Raise if a run must not start in `output`; `taken`: nor one in `place`."""
+    """Raise if a run must not start in `output`, or with `taken`, not in `place`."""
     named = f"output_dir={str(output)!r}"
     if config.checkpoint_dir is not None:
         named += f" or checkpoint_dir={config.checkpoint_dir!r}"
@@ -241,7 +241,7 @@ def _check_strangers(
 
 
 def _find_ids(place: checkpoint.Place, steps: list[int]) -> dict[str, list[int]]:
-    """Steps by the run that their records name; those of before runs had IDs are left out."""
+    """Return steps by the run ID in their records, without those from before runs had IDs."""
     found: dict[str, list[int]] = {}
     for step in steps:
         run = (checkpoint.load_record(place, step) or {}).get("run")
@@ -288,13 +288,13 @@ def _check_kinds(output: Path, run: str) -> None:
 
 
 def _entries(directory: checkpoint.Place) -> list[str]:
-    """Names in a directory, which need not exist, without those of locks."""
+    """Return the names in a directory, without locks; none if it does not exist."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(path.name for path in found if not path.name.startswith(lock.NAME))
 
 
 def _leads_to(path: Path, place: checkpoint.Place) -> bool:
-    """Return True for directories that hold nothing but the one for checkpoints, which is empty."""
+    """Return True for directories that hold only the empty directory for checkpoints."""
     while isinstance(place, Path) and path.is_dir() and not path.is_symlink():
         inside = _entries(path)
         if path.resolve() == place.resolve():

@@ -26,7 +26,7 @@ def settle(
     encoder: sets.Encoder,
     record: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Return the config with the steps that `train.epochs` take; as it is if that is not set.
+    """Return the config with `train.steps` computed from `train.epochs`, if that is set.
 
     Raises:
         UserError: steps that are given too, or that are not those of the checkpoint of `record`.

@@ -34,8 +34,8 @@ def mean_loss(
     mesh: Mesh,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """Nats per supervised token over all batches (every token counts the same, whatever batch it is
-    in). `check` is called before each.
+    """Return the nats per supervised token over all batches: every token has the same weight,
+    whatever its batch. `check` is called before each batch.
     """
     total, weight = 0.0, 0.0
     for batch in batches:
@@ -55,8 +55,8 @@ def generate_all(
     check: Callable[[], None],
     **options: Any,
 ) -> list[list[int]]:
-    """Answers to all prompts, in their order. Prompts of like length share a batch; the last batch
-    is filled up. `check` is called before each.
+    """Return the answers to all prompts, in their order. Prompts of similar length share a batch,
+    and the last batch is filled up. `check` is called before each batch.
     """
     batch_size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -73,7 +73,7 @@ def generate_all(
 
 @dataclass(frozen=True)
 class Scores:
-    """Results of a set of adapters on the held-out data."""
+    """Results of adapters on the held-out data."""
 
     losses: Mapping[str, float]  # nats per supervised token: task, regression
     metrics: Mapping[str, float]  # of the answers, by the names of eval.metrics
@@ -113,7 +113,7 @@ class Evaluator:
     took: dict[str, float] = field(default_factory=dict)
 
     def score(self, adapters: Any, losses: Mapping[str, float] | None = None) -> Scores:
-        """Losses (measured here unless they are known), answers and their metrics."""
+        """Return losses (measured unless they are given), answers and their metrics."""
         losses = self.losses(adapters) if losses is None else losses
         return self.with_metrics(losses, self.answers(adapters, self.config.eval.generate_examples))
 
@@ -123,7 +123,9 @@ class Evaluator:
         return Scores(losses, metrics, answers)
 
     def losses(self, adapters: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Nats per supervised token on each held-out set; `check` may end it between batches."""
+        """Return the nats per supervised token on each held-out set. `check` may raise between
+        batches.
+        """
         batches = {
             name: self._batches(held_out, adapters) for name, held_out in self.held_out.items()
         }
@@ -149,10 +151,10 @@ class Evaluator:
     def answers(
         self, adapters: Any, limit: int | None, check: Callable[[], None] = lambda: None
     ) -> list[Answer]:
-        """Greedy answers to prompts of the task: to all, or to `limit` spread evenly over them.
-        `check` may end it between batches.
+        """Return greedy answers to prompts of the task: to all, or to `limit` spread evenly over
+        them. `check` may raise between batches.
 
-        Rows that ask the same are one prompt with several references.
+        Rows with the same prompt are one prompt with several references.
         """
         count = self.count_answers(limit)
         if not count:
@@ -174,7 +176,7 @@ class Evaluator:
     def _texts(
         self, adapters: Any, limit: int | None, phase: Phase, check: Callable[[], None]
     ) -> list[Answer]:
-        """The texts that prompts of the task get."""
+        """Return the generated answers to prompts of the task."""
         config = self.config
         questions = dict(scores.spread(list(self.questions.items()), limit))
         answers = generate_all(
@@ -196,7 +198,7 @@ class Evaluator:
     def _labels(
         self, adapters: Any, limit: int | None, phase: Phase, check: Callable[[], None]
     ) -> list[Answer]:
-        """The labels that texts of the task get, with the probabilities of all."""
+        """Return the predicted labels of texts of the task, with the probabilities of all."""
         task, length = self.held_out["task"], self.config.data.max_length
         rows = {row.where: row for row in task.rows if isinstance(row, data.LabelRow)}
         examples = scores.spread(task.examples, limit)
@@ -228,7 +230,9 @@ class Evaluator:
 def find_questions(
     rows: Iterable[data.AnyRow], reader: data.AnswerReader
 ) -> dict[tuple[int, ...], list[data.Row]]:
-    """Distinct prompts as tokens, each with all rows that ask it; texts and tokens ask nothing."""
+    """Return the distinct prompts as tokens, each with its rows. Plain texts and rows of tokens
+    have no prompt.
+    """
     questions: dict[tuple[int, ...], list[data.Row]] = {}
     for row in rows:
         if isinstance(row, data.Row):
@@ -242,14 +246,14 @@ def to_answer(
     prompt: Sequence[int],
     tokens: Sequence[int],
 ) -> Answer:
-    """Generated tokens with the references of the rows that ask `prompt`."""
+    """Return generated tokens as an answer, with the references of the rows of `prompt`."""
     thought, answer = reader.read(rows, prompt, tokens)
     asked = str(rows[0].to_supervised().prompt[-1].get("content") or "")
     return Answer(asked, reader.references(rows), answer, thought, rows[0].where)
 
 
 def to_label(row: data.LabelRow, labels: Sequence[str], logits: np.ndarray) -> Answer:
-    """The likeliest label of a row, and the probabilities softmax(logits) of all."""
+    """Return the most likely label of a row, and the probabilities softmax(logits) of all."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
     shares = dict(zip(labels, (powers / powers.sum()).tolist(), strict=True))
     label = labels[int(np.argmax(logits))]
@@ -260,7 +264,7 @@ def to_label(row: data.LabelRow, labels: Sequence[str], logits: np.ndarray) -> A
 def make_reader(
     config: Config, model: Model, tokenizer: Any, task: DataSet | None
 ) -> data.AnswerReader:
-    """The `AnswerReader` for the held-out `task` of a run with `model`.
+    """Return the `AnswerReader` for the held-out `task` of a run with `model`.
 
     Raises:
         UserError: a bad chat template.
@@ -311,9 +315,9 @@ def make_evaluator(
 
 
 def score_pair(name: str, before: Scores | None, after: Scores) -> dict[str, Any] | None:
-    """The summary's entry for a held-out set, None if it was not measured before and after (a
-    resumed run may have been allowed other sets or metrics). With `eval.before=false`, what was
-    before is None.
+    """Return the summary's entry for a held-out set. It is None if the set was not measured before
+    and after (a resumed run may have been allowed other sets or metrics). With
+    `eval.before=false`, the values before are None.
     """
     if name not in after.losses or (before is not None and name not in before.losses):
         return None

@@ -46,7 +46,7 @@ def export_peft(
     target: str | Path,
     session: Session,
     adapters: Mapping,
-    prints: Mapping[str, str],
+    digests: Mapping[str, str],
     facts: Facts = NO_FACTS,
     profile: str | None = None,
 ) -> None:
@@ -74,7 +74,7 @@ def export_peft(
         chat_template=own_template(config),
         extra={
             "base_model": config.model,
-            "fingerprint": {name: prints[name] for name in fingerprint.PARTS},
+            "fingerprint": {name: digests[name] for name in fingerprint.PARTS},
             "versions": versions(),
             "seed": config.seed,
             "chat_template_kwargs": config.data.chat_template_kwargs,

@@ -11,7 +11,7 @@ from lora_jax.report import card
 
 @dataclass(frozen=True)
 class Facts:
-    """What an export says of its run.
+    """Facts of a run that an export states.
 
     stops: tokens that end an answer
     results: scores for the model card

@@ -1,4 +1,4 @@
-"""The first rows of a run's data, read to see that files, rows and columns are what it needs."""
+"""Preview of a run's data: checks files, rows and columns on the first rows of each source."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ _ROWS = 20
 _Parse = Callable[[Any, str], Sequence[data.AnyRow]]
 
 
-def check(config: Config, classifies: bool) -> Iterator[str]:
+def preview_sources(config: Config, classifies: bool) -> Iterator[str]:
     """Read the first rows of every source, and yield a line on each: what was read, the columns
     that are not used, or why nothing was read.
 

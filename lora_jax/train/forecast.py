@@ -1,4 +1,4 @@
-"""Time that the rest of a run takes: its steps, and the evaluations still to come."""
+"""Estimate of the time that the rest of a run takes: its steps and evaluations."""
 
 from lora_jax.config import Config
 from lora_jax.report.usage import Clock

@@ -34,7 +34,8 @@ _AGAIN = "stopping now: what was not saved yet is lost"
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end. Not an `Exception`, so that no handler of failures takes it.
+    """Raised when a signal asks the run to end. It is no `Exception`, so that no handler of
+    failures catches it.
 
     status: the exit status: 0 for SIGTERM and SIGHUP, 130 for Ctrl-C
     """
@@ -45,7 +46,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """The signal that came first since `catch`, and who hears of it.
+    """The first signal since `catch`, and the callbacks that handle it.
 
     agree: of a run on several hosts, the largest number that any of them gives; all must call it
         together. Inside `held` such a run ends in `check` alone, which all must call then.
@@ -90,8 +91,8 @@ class Signals:
             self._say(text)
 
     def watch(self, mailbox: socket.socket) -> None:
-        """Read the numbers of signals as they come, and answer those that no handler has taken.
-        Ends when the other end is closed.
+        """Read the numbers of signals as they come, and answer those that no handler has taken. It
+        ends when the other end of the pipe is closed.
         """
         first = None
         while content := mailbox.recv(1):
@@ -119,7 +120,7 @@ class Signals:
             self._leave(Interrupted(number).status)
 
     def end(self) -> None:
-        """Answer nothing any more."""
+        """Stop answering signals."""
         self._over.set()
 
     def check(self) -> None:
@@ -132,7 +133,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, signals wait for `check`."""
+        """Let signals wait for `check` until the block ends."""
         before, self._waits = self._waits, True
         try:
             yield
@@ -141,8 +142,8 @@ class Signals:
 
     @contextlib.contextmanager
     def free(self) -> Iterator[None]:
-        """Inside `held`, signals raise at once again, one that waits already too. Hosts that work
-        together stop together: theirs wait for `check` here as well.
+        """Inside `held`, let signals raise at once, also one that waits already. With several hosts
+        they wait for `check` here as well, so that all hosts stop together.
         """
         before, self._waits = self._waits, self._waits and self._agree is not None
         try:
@@ -186,7 +187,7 @@ def catch(
 
 @contextlib.contextmanager
 def _watched(signals: Signals) -> Iterator[None]:
-    """Inside, a thread hears of every signal as soon as it comes."""
+    """Run a thread that reads every signal as soon as it comes, until the block ends."""
     mailbox, sender = socket.socketpair()
     with mailbox, sender:
         sender.setblocking(False)

@@ -1,4 +1,4 @@
-"""One run at a time in a directory, among all processes and hosts that share it.
+"""Locks that allow one run at a time in a directory, among all processes and hosts.
 
     with hold(Path("runs/a"), "output_dir") as lock:
         ...
@@ -46,7 +46,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that a lock file names, and what is known of it."""
+    """A process that a lock file names."""
 
     token: str
     host: str
@@ -57,7 +57,7 @@ class Holder:
     certain: bool  # not by the age alone
 
     def describe(self, file: Path, name: str) -> str:
-        """The reason why `name` cannot be used, with what to do."""
+        """Return the reason why `name` cannot be used, with advice."""
         since = datetime.datetime.fromtimestamp(self.since).astimezone()
         text = (
             f"{name}={str(file.parent)!r} is in use by process {self.pid} on host {self.host} "
@@ -73,7 +73,7 @@ class Holder:
 
 
 class Lock:
-    """The lock of this process on a directory; made by `hold`."""
+    """Lock of this process on a directory, made by `hold`."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self._file, self._name, self._pid = directory / NAME, name, os.getpid()
@@ -83,7 +83,7 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Make sure that the directory is still held, and lock it again if its file is gone.
+        """Check that the directory is still held, and lock it again if its file is gone.
 
         Raises:
             UserError: another run holds it.
@@ -101,7 +101,7 @@ class Lock:
             _close(before)
 
     def release(self) -> None:
-        """Let go of the directory; a fork of the process has nothing to let go of."""
+        """Release the directory. A fork of the process holds nothing, and releases nothing."""
         if os.getpid() != self._pid:
             return
         self._over.set()
@@ -117,7 +117,7 @@ class Lock:
                 os.utime(self._fd)
 
     def _acquire(self) -> int:
-        """Make the lock file; returns a descriptor of it.
+        """Create the lock file. Return its descriptor.
 
         Raises:
             UserError: another process holds the directory; it cannot be written.
@@ -168,7 +168,7 @@ class Lock:
         )
 
     def _clean(self) -> None:
-        """Remove what processes left that died while they competed."""
+        """Remove the files of processes that died while they competed for the lock."""
         now = os.stat(self._file).st_mtime
         for file in self._file.parent.glob(f"{NAME}-*"):
             with contextlib.suppress(OSError):
@@ -184,7 +184,7 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(directory: Path, name: str) -> Iterator[Lock]:
-    """Lock a directory, which exists, until the block ends. `name` is that of its setting.
+    """Lock an existing directory until the block ends. `name` is its setting.
 
     Raises:
         UserError: another process holds it; it is named, with host, time and what to do.
@@ -197,14 +197,16 @@ def hold(directory: Path, name: str) -> Iterator[Lock]:
 
 
 def look(directory: Path, name: str) -> None:
-    """Raise as `hold` does, without a change of the directory, if a live process holds it."""
+    """Raise as `hold` does if a live process holds the directory, and change nothing."""
     last = _last(directory / NAME, time.time())[0]
     if last is not None and last.alive:
         raise UserError(last.describe(directory / NAME, name))
 
 
 def _candidate(own: Path, token: str) -> tuple[int, dict[str, Any]]:
-    """A file of this process's own that becomes the lock by a second name, and its content."""
+    """Write a file of this process, which becomes the lock by a second name. Return it with its
+    content.
+    """
     fd = os.open(own, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
     _open.add(fd)
     try:
@@ -233,7 +235,7 @@ def _candidate(own: Path, token: str) -> tuple[int, dict[str, Any]]:
 
 
 def _claim(own: Path, free: Path, record: dict[str, Any]) -> bool:
-    """Make `free`, which one process alone can do; returns whether it was this one."""
+    """Create `free`, which only one process can do. Return True if it was this one."""
     try:
         os.link(own, free)
     except FileExistsError:
@@ -251,7 +253,9 @@ def _claim(own: Path, free: Path, record: dict[str, Any]) -> bool:
 
 
 def _last(file: Path, now: float) -> tuple[Holder | None, Path, list[Path]]:
-    """The holder, the name that its heir has to make, and those that its forerunners made."""
+    """Return the holder, the name that its successor has to create, and the names of earlier
+    holders.
+    """
     last, free, heirs = None, file, []
     while (found := _read(free, now)) is not None:
         last, free = found, file.with_name(f"{NAME}-after-{found.token}")
@@ -262,7 +266,7 @@ def _last(file: Path, now: float) -> tuple[Holder | None, Path, list[Path]]:
 
 
 def _read(file: Path, now: float) -> Holder | None:
-    """The holder that a lock file names; None if there is no such file."""
+    """Return the holder that a lock file names; None if there is no such file."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -296,7 +300,7 @@ def _read(file: Path, now: float) -> Holder | None:
 
 
 def _is_alive(fd: int, record: dict[str, Any]) -> tuple[bool, bool]:
-    """Find out whether a holder lives, and whether that is certain."""
+    """Return True if a holder is alive, and True if that is certain."""
     free = True
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -315,7 +319,7 @@ def _is_alive(fd: int, record: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _machine() -> str:
-    """The running kernel; a container on it has a host name of its own and shares this."""
+    """Return the ID of the running kernel, which containers with other host names share."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -323,7 +327,7 @@ def _machine() -> str:
 
 
 def _namespace() -> str:
-    """The name space of process numbers."""
+    """Return the namespace of process IDs."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -331,7 +335,7 @@ def _namespace() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """A text that differs for two processes of one number; None if there is no such process."""
+    """Return a text that differs between processes with one ID; None without such a process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]

@@ -182,11 +182,11 @@ def _open_trackers(run: Run, start: Start) -> Iterator[list[Tracker]]:
         yield trackers
 
 
-def _report(summary: Mapping[str, Any], output: Path, console: Console, said: int) -> None:
-    """Write the summary and print it, with the warnings after the first `said` ones."""
+def _report(summary: Mapping[str, Any], output: Path, console: Console, printed: int) -> None:
+    """Write the summary and print it, with the warnings after the first `printed` ones."""
     journal.write_summary(output / "summary.json", summary)
     print_summary(console, summary)
-    for warning in summary["warnings"][said:]:
+    for warning in summary["warnings"][printed:]:
         console.print(f"warning: {warning}")
     if hosts.is_main():
         names = (path.name for path in output.iterdir())

@@ -1,4 +1,4 @@
-"""The outputs of a run: what it writes to its directories, and what it may remove there.
+"""Outputs of a run: files that it writes to its directories, and may remove there.
 
     run.begin()                             # run.json, with the ID that every checkpoint repeats
     with run.exporting("adapter", config) as target:
@@ -47,11 +47,11 @@ class Run:
 
     @property
     def _work(self) -> Path:
-        """The directory in which exports are made; the ID in its name is that of the run."""
+        """Directory in which exports are made, with the ID of the run in its name."""
         return self.output / f".export-{self.id}"
 
     def check(self) -> None:
-        """Raise if another run has taken a directory over."""
+        """Raise if another run has taken over a directory."""
         for held in self.locks:
             held.check()
 
@@ -65,7 +65,7 @@ class Run:
             write_place(self.place, shared | {"output_dir": str(self.output.absolute())})
 
     def committed(self) -> None:
-        """Take note of a first checkpoint: without it, `resume=auto` must not start anew."""
+        """Record that there is a checkpoint: if it is gone, `resume=auto` must not start anew."""
         if not self.content["saved"]:
             self.content["saved"] = True
             self._write()
@@ -88,7 +88,7 @@ class Run:
         )
 
     def remove_exports(self) -> None:
-        """Remove what this run exported before, and what a kill left of an export."""
+        """Remove earlier exports of this run, and the rest of an export that was killed."""
         if not hosts.is_main():
             return
         self.check()
@@ -98,8 +98,8 @@ class Run:
 
     @contextlib.contextmanager
     def exporting(self, name: str, config: Config) -> Iterator[Path]:
-        """A place to write the export `name`, which takes the place of an earlier one when the
-        block ends well. Other files in that directory stay.
+        """Yield a directory for the export `name`, which replaces an earlier export when the block
+        ends without an error. Other files in that directory stay.
 
         Raises:
             UserError: files or links of somebody else are in its place.
@@ -153,8 +153,8 @@ class Run:
         }
 
     def find_wrong(self, config: Config, summary: Mapping[str, Any]) -> dict[str, str]:
-        """Exports that `config` asks for and that are not what the summary of the finished run
-        says, with the reason.
+        """Return the exports of `config` that differ from the summary of the finished run, each
+        with the reason.
         """
         wrong, known = {}, summary.get("outputs")
         for name in wanted(config):
@@ -190,14 +190,14 @@ class Run:
 
 
 def wanted(config: Config) -> list[str]:
-    """The exports that a run of `config` ends with; full fine-tuning has a model alone."""
+    """Return the exports at the end of a run of `config`; full fine-tuning exports only a model."""
     full = config.adapter.trains_everything
     chosen = {"adapter": config.export.peft and not full, "merged": config.export.merged or full}
     return [name for name in EXPORTS if chosen[name]]
 
 
 def _settings(config: Config, name: str) -> dict[str, Any]:
-    """The settings that change what an export holds."""
+    """Return the settings that change the content of an export."""
     if name == "adapter":
         return {}
     switches = ("peft", "merged")
@@ -218,7 +218,7 @@ def _check_parents(target: Path, file: str) -> None:
 
 
 def _remove(target: Path, files: Iterable[str]) -> None:
-    """Remove files below `target`, and directories that are empty then; nothing through links."""
+    """Remove files below `target`, and directories that become empty; nothing through links."""
     if target.is_symlink():
         return
     parents = {target}

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts as lines of a .jsonl file, each with the metrics of it alone.
+"""Answers to held-out prompts as lines of a .jsonl file, each with its own metrics.
 
     {"step": 0, "where": "test.jsonl:3", "prompt": "two", "references": ["zwei"],
      "answer": "2", "exact_match": 0.0}
@@ -16,7 +16,7 @@ from lora_jax.report.scores import METRICS, Answer
 
 
 def to_line(answer: Answer) -> dict[str, Any]:
-    """The fields of an answer that have a value."""
+    """Return the fields of an answer that have a value."""
     line = {
         "where": answer.where,
         "prompt": answer.prompt,
@@ -32,7 +32,7 @@ def to_line(answer: Answer) -> dict[str, Any]:
 def to_lines(
     about: Mapping[str, Any], answers: Iterable[Answer], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A line per answer: `about`, the answer, and the metrics of these names of it alone."""
+    """Return a line per answer: the fields of `about`, the answer, and its own metrics by name."""
     return [
         {**about, **to_line(answer), **{name: METRICS[name]([answer]) for name in names}}
         for answer in answers
@@ -40,7 +40,7 @@ def to_lines(
 
 
 def put(file: Path, step: int, answers: Sequence[Answer], names: Sequence[str]) -> None:
-    """Write the answers of a step, in place of any that the file has, in the order of steps."""
+    """Write the answers of a step in the order of steps, in place of any that the file has."""
     if not answers:
         return
     others = [line for line in journal.read_lines(file) if line["step"] != step]

@@ -1,4 +1,4 @@
-"""How far models are apart on a few rows of a run: its probe.
+"""Probe of a run: the divergence between models on a few of its rows.
 
     KL(live, other) = sum_v live(v) * (log live(v) - log other(v)),    v a token, or a label
 
@@ -27,8 +27,9 @@ from lora_jax.sharding import place_batch
 def choose(
     config: Config, encoder: Encoder, train: TrainData | None, held_out: Mapping[str, DataSet]
 ) -> list[data.Example]:
-    """`export.probe_rows` held-out rows of the task, spread over them; without any, of the training
-    data, of a stream the first. Only rows with something to predict are chosen.
+    """Return `export.probe_rows` held-out rows of the task, spread over them; without held-out
+    rows, rows of the training data, and of a stream the first ones. Only rows with a supervised
+    token are chosen.
     """
     if not config.export.probe_rows:
         return []
@@ -45,7 +46,7 @@ def choose(
 
 
 def read(config: Config, encoder: Encoder) -> list[data.Example]:
-    """What `choose` gives in the run of `config`, of its data as they are now.
+    """Read the data of a run as they are now, and return the rows that `choose` chooses.
 
     Raises:
         UserError: data that cannot be read or used.
@@ -70,7 +71,7 @@ def divergences(
     """KL(live, other) in nats per supervised token for every tree of `others`, by its name.
 
     live, others: parameters that `model` runs on, plain, bound or merged.
-    batch_size: rows at a time; chunk: tokens whose logits stand in memory at once.
+    batch_size: rows at a time; chunk: tokens whose logits are in memory at once.
     """
     hidden, distance = _make_hidden(model), _make_distance(model, chunk)
     totals, weight = dict.fromkeys(others, 0.0), 0.0

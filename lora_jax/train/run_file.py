@@ -1,4 +1,4 @@
-"""run.json, which makes a directory that of a run.
+"""The file run.json, which marks a directory as that of a run.
 
     {"run": "9f2c..", "checkpoint_dir": null, "exports": {"adapter": {"files": [..]}}, ..}
 
@@ -37,7 +37,7 @@ def new_content(run: str | None) -> dict[str, Any]:
 
 
 def read_marker(output: Path) -> dict[str, Any] | None:
-    """The content of the run.json of an output directory; None if it has none of a run."""
+    """Return the content of run.json in an output directory; None without a valid one."""
     content = _read(output / MARKER) if (output / MARKER).is_file() else None
     if content is None or not isinstance(content.get("exports"), dict):
         return None
@@ -52,7 +52,7 @@ def read_marker(output: Path) -> dict[str, Any] | None:
 
 
 def read_place(place: checkpoint.Place) -> dict[str, Any] | None:
-    """The same for a directory of checkpoints."""
+    """Return the content of run.json in a directory of checkpoints; None without a valid one."""
     file = place / MARKER
     if isinstance(file, Path):
         return _read(file) if file.is_file() else None

@@ -61,7 +61,7 @@ def check_settings(config: Config, mesh: Mesh | AbstractMesh) -> None:
         UserError: a metric or tracker whose package is missing; a mesh that does not fit the batch
             or the rows; a shard size that is none.
     """
-    scores.check(config.eval.metrics)
+    scores.check_metrics(config.eval.metrics)
     check_trackers(config.train.report_to)
     micro = config.train.micro_batch_size
     sharding.check_batch(
@@ -173,7 +173,7 @@ def check_metrics(session: Session, held_out: Mapping[str, DataSet]) -> None:
         reader = make_reader(config, session.model, session.tokenizer, task)
         rows = (row for row in task.rows if isinstance(row, data.Row))
         texts = (text for row in rows for text in reader.references([row]))
-        scores.check(config.eval.metrics, texts)
+        scores.check_metrics(config.eval.metrics, texts)
 
 
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Warnings about a run that can be given before it starts, the same wherever they are given.
+"""Warnings about a run before it starts, the same in every command.
 
 warn.of_config(config)      # from settings alone: --dry-run, plan
 warn.find(session, train, held_out, measured)  # inspect, a run before its steps
@@ -26,7 +26,7 @@ _BINS = 8  # lines of a text histogram
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The examples of one set in numbers."""
+    """Statistics of the examples of one set."""
 
     counts: data.Counts | None  # of the source as it was read; None: held out of another set
     lengths: np.ndarray  # (examples,) tokens
@@ -34,7 +34,7 @@ class Measured:
 
     @property
     def share(self) -> float:
-        """The supervised ones of all tokens."""
+        """Share of the tokens that are supervised."""
         return float(self.supervised.sum() / self.lengths.sum())
 
     @property
@@ -43,12 +43,12 @@ class Measured:
         return 0 if self.counts is None else self.counts.examples - len(self.lengths)
 
     def quantiles(self) -> dict[str, int]:
-        """Lengths by `min`, `median`, `90 %`, `99 %`, `max`: each is that of some example."""
+        """Return the quantiles `min`, `median`, `90 %`, `99 %` and `max` of the lengths."""
         found = np.quantile(self.lengths, list(_QUANTILES.values()), method="inverted_cdf")
         return dict(zip(_QUANTILES, map(int, found), strict=True))
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, to, examples) of ranges of lengths, both ends included."""
+        """Return (from, to, examples) of ranges of lengths, both ends included."""
         low, high = int(self.lengths.min()), int(self.lengths.max())
         width = -(-(high - low + 1) // _BINS)
         counts = np.bincount((self.lengths - low) // width).tolist()
@@ -57,7 +57,7 @@ class Measured:
 
 
 def of_config(config: Config) -> Iterator[str]:
-    """Settings that are certain to miss their purpose."""
+    """Yield warnings about settings that have no effect or defeat their purpose."""
     yield from find_unused(config)
     if not (config.export.peft or config.export.merged or config.adapter.trains_everything):
         yield "export.peft=false and export.merged=false: the run leaves nothing but checkpoints"
@@ -118,9 +118,7 @@ def _of_overlap(train: TrainData, held_out: Mapping[str, DataSet]) -> Iterator[s
 
 
 def of_forgetting(regression: Mapping[str, Any] | None) -> list[str]:
-    """A warning if the loss on general text, as the summary has it, rose by more than `_FORGOTTEN`
-    nats.
-    """
+    """Return a warning if the regression loss rose by more than `_FORGOTTEN` nats."""
     if regression is None or regression["loss_before"] is None:
         return []
     before, after = regression["loss_before"], regression["loss_after"]
@@ -134,18 +132,18 @@ def of_forgetting(regression: Mapping[str, Any] | None) -> list[str]:
 
 
 def name_training(train: TrainData) -> dict[str, DataSet]:
-    """The training sets by the names that `sets.read_sets` gives them."""
+    """Return the training sets by the names that `sets.read_sets` gives them."""
     return {f"data.train {source}": one for source, one in train.sets.items()}
 
 
 def name_held_out(config: Config, held_out: Mapping[str, DataSet]) -> dict[str, DataSet]:
-    """The held-out sets by their settings."""
+    """Return the held-out sets by their settings."""
     task = "data.eval" if config.data.eval is not None else "data.eval_size"
     return {task if name == "task" else f"data.{name}": one for name, one in held_out.items()}
 
 
 def measure(sets: Mapping[str, DataSet], counts: Mapping[str, data.Counts]) -> dict[str, Measured]:
-    """Lengths and supervised tokens of every set, with the counts of its source."""
+    """Return lengths and supervised tokens of every set, with the counts of its source."""
     return {
         name: Measured(
             counts.get(name),
@@ -157,7 +155,7 @@ def measure(sets: Mapping[str, DataSet], counts: Mapping[str, data.Counts]) -> d
 
 
 def count_supervised(example: data.Example) -> int:
-    """Tokens with a weight above 0."""
+    """Count the tokens with a weight above 0."""
     return int(np.count_nonzero(example.loss_weights))
 
 

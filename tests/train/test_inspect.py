@@ -357,7 +357,7 @@ def test_warnings_of_empty_answers_and_of_answers_that_nothing_ends(look, write,
     empty, unended = [text for text in report.warnings if " answer" in text]
     assert empty.startswith(f"data.train {source}: 1 examples have an empty answer, and teach to")
     assert unended.startswith(f"data.train {source}: 1 examples have an earlier answer that no end")
-    told = sets.describe(counts, 99)
+    told = sets.describe_counts(counts, 99)
     assert "; 1 with an empty answer, which teach its end alone; 1 with an earlier answer" in told
 
 

@@ -123,7 +123,7 @@ def test_compute_keeps_the_order_of_names():
 
 def test_wrong_names_are_collected():
     with pytest.raises(UserError) as error:
-        scores.check(["blue", "exact_match", "perplexity"])
+        scores.check_metrics(["blue", "exact_match", "perplexity"])
     assert str(error.value) == (
         "eval.metrics: 'blue' is not one of: accuracy, exact_match, slot_f1, bleu, rouge_l. "
         "Did you mean 'bleu'?\n"
@@ -136,9 +136,9 @@ def test_wrong_names_are_collected():
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setitem(sys.modules, "rouge_score", None)
-    scores.check(["exact_match", "slot_f1"])
+    scores.check_metrics(["exact_match", "slot_f1"])
     with pytest.raises(UserError) as error:
-        scores.check(["bleu", "rouge_l"])
+        scores.check_metrics(["bleu", "rouge_l"])
     assert str(error.value) == (
         "eval.metrics: bleu needs the package sacrebleu: pip install 'lora_jax[metrics]'\n"
         "eval.metrics: rouge_l needs the package rouge_score: pip install 'lora_jax[metrics]'"
@@ -146,10 +146,10 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_slots_want_objects():
-    scores.check(["slot_f1"], ["{}", '{"a": 1}'])
-    scores.check(["exact_match"], ["no object"])
+    scores.check_metrics(["slot_f1"], ["{}", '{"a": 1}'])
+    scores.check_metrics(["exact_match"], ["no object"])
     with pytest.raises(UserError, match="2 held-out answers are none, the first 'no object'"):
-        scores.check(["slot_f1"], ["{}", "no object", "[1]"])
+        scores.check_metrics(["slot_f1"], ["{}", "no object", "[1]"])
 
 
 def test_no_answers():
