@@ -65,11 +65,8 @@ def test_every_setting_is_described_once_with_a_comment():
     assert [key for key, *_ in SETTINGS] == list(configs.all_keys(configs.Config, ""))
     assert not [key for key, _, _, comment in SETTINGS if not comment.strip()]
     by_key = {key: rest for key, *rest in SETTINGS}
-    assert by_key["adapter.rank"] == [
-        "int",
-        "8",
-        "r: inner size of the update a @ b (PEFT: r); 256 by default with method=vera",
-    ]
+    comment = "r: inner size of the update a @ b (PEFT: r); 256 by default with method=vera"
+    assert by_key["adapter.rank"] == ["int", "8", comment]
     assert by_key["train.grad_clip"][:2] == ["float | None", "1.0"]
 
 
