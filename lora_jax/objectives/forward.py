@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import UserError
-from lora_jax.models.common import Model, Routing
+from lora_jax.models.common import PLAIN, Execution, Model, Routing
 from lora_jax.nn.virtual import Virtual, placeholders
 from lora_jax.objectives import chunked
 from lora_jax.objectives.chunked import TokenFunction
@@ -32,10 +32,8 @@ Batch = Mapping[str, jax.Array]
 class Compute:
     """Settings of a forward that change its cost and precision, and not what it computes."""
 
-    dtype: str = "float32"  # of activations
+    execution: Execution = PLAIN  # of the model
     chunk: int = 1024  # tokens whose logits are in memory at once
-    remat: str = "none"  # none | dots | full | offload
-    kernel: str = "xla"  # of attention: one of `kernels.NAMES`
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,7 @@ def run_model(
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
-        compute_dtype=jnp.dtype(compute.dtype),
-        remat=compute.remat,
-        kernel=compute.kernel,
+        execution=compute.execution,
         **inputs,
     )
     return Outputs(module, hidden, batch, compute.chunk, *routing)

@@ -15,7 +15,7 @@ import optax
 from lora_jax import objectives
 from lora_jax.adapters import bind, prefix
 from lora_jax.config import Config
-from lora_jax.models.common import Model
+from lora_jax.models.common import Execution, Model
 from lora_jax.nn import kernels
 from lora_jax.nn.virtual import Virtual
 from lora_jax.objectives import Bound, Compute, Forward, Objective, cross_entropy, router, run_model
@@ -43,7 +43,8 @@ def batch_sums(
 
 def _compute(config: Config, kernel: str, remat: str = "none") -> Compute:
     settings = config.train
-    return Compute(settings.compute_dtype, settings.loss_chunk, remat, kernel)
+    execution = Execution(jnp.dtype(settings.compute_dtype), remat, kernel)
+    return Compute(execution, settings.loss_chunk)
 
 
 def _kernel(model: Model, config: Config, placement: Any = None) -> str:
