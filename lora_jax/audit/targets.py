@@ -40,7 +40,7 @@ def print_preview(config: Config) -> None:
             "alpha",
             "scale",
             "parameters",
-            f"partition of {'; '.join(found.targets[0].factors if found.targets else ())}",
+            f"partition of {'; '.join(found.targets[0].factors)}" if found.targets else "partition",
         )
     ]
     for target in found.targets:
