@@ -384,7 +384,7 @@ def test_residual_and_update_are_the_weight_and_can_be_told_apart_again(name, er
         plain, doubled = low_rank.as_plain(tree.flatten(moved), found)
         assert not any(path[-1].startswith("init_") for path in plain)
         expected = lora.merge(lora.bind(base, moved, row.config))
-        bound = low_rank.bind(original, plain, doubled, None)
+        bound = low_rank.bind(original, plain, doubled, low_rank.factors, None)
         for target in found.targets:
             path = (*target.path, target.leaf)
             assert error(lora.merge({"x": bound[path]})["x"], tree.flatten(expected)[path]) <= 1e-5

@@ -171,6 +171,16 @@ def factors(
     return method.factors(target, adapters, found)
 
 
+def learnt_factors(
+    target: Target, adapters: Mapping[Path, Any], found: Trainable
+) -> tuple[jax.Array, jax.Array]:
+    """Return `factors` of the update since the start: without the part that an init took out of the
+    base.
+    """
+    a, b = factors(target, adapters, found)
+    return low_rank.without_start(target, adapters, found, a, b)
+
+
 def bind(
     params: Mapping,
     adapters: Mapping,

@@ -117,6 +117,19 @@ def factors(target: Target, small: Mapping[Path, Any], found: Trainable) -> Fact
     return a, b * target.scales(found.config.use_rslora)
 
 
+def without_start(
+    target: Target, small: Mapping[Path, Any], found: Trainable, a: jax.Array, b: jax.Array
+) -> Factors:
+    """Return [a, a0] and [b; -b0], where a0 and b0 are the part that an init took out of the base;
+    a and b as they are if it took none.
+    """
+    if "init_a" not in target.leaves:
+        return a, b
+    a0, b0 = (small[(*target.path, part)] for part in ("init_a", "init_b"))
+    b0 = b0 * target.scales(found.config.use_rslora)
+    return jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=-2)
+
+
 def bind(
     leaves: Leaves,
     small: Mapping[Path, Any],

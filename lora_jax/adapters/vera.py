@@ -32,8 +32,8 @@ def init(found: Trainable) -> dict[Path, jax.Array]:
         (name,): jnp.asarray(matrix) for name, matrix in matrices.items()
     }
     for target in found.targets:
-        start = jnp.full((*target.lead, target.rank), found.config.d_initial, jnp.float32)
-        adapters[(*target.path, "lambda_d")] = start * _chosen(target)[..., 0]
+        start = jnp.full((*target.lead, 1, target.rank), found.config.d_initial, jnp.float32)
+        adapters[(*target.path, "lambda_d")] = (start * _chosen(target))[..., 0, :]
         adapters[(*target.path, "lambda_b")] = jnp.zeros((*target.lead, target.shape[1]))
     return adapters
 

@@ -39,7 +39,7 @@ def print_preview(config: Config) -> None:
     specs = tree.flatten(sharding.adapter_specs(shapes, model.params, model.rules, mesh))
     targets = session.trainable.targets
     factors = "; ".join(targets[0].factors if targets else ())
-    header = (*_HEADER, f"partition of {factors}")
+    header = (*_HEADER, f"partition of {factors}" if factors else "partition")
     rows = [header, *_target_rows(session, specs), *_other_rows(session, specs)]
     _print_table([row[:-1] for row in rows] if mesh.size == 1 else rows)
     trainable, frozen = session.trainable, session.frozen

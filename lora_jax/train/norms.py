@@ -51,12 +51,7 @@ def measure(
             name: in_layer(_norm(small[(*target.path, name)], len(target.lead)))
             for name in target.factors
         }
-        a, b = methods.factors(target, small, found)
-        if "init_a" in target.leaves:
-            a0, b0 = (small[(*target.path, part)] for part in ("init_a", "init_b"))
-            b0 = b0 * target.scales(found.config.use_rslora)
-            a, b = jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=-2)
-        values["update"] = in_layer(_update_norm(a, b))
+        values["update"] = in_layer(_update_norm(*methods.learnt_factors(target, small, found)))
         values["relative"] = values["update"] / in_layer(over_slices(_norm, target, weight))
         sizes[tree.dotted(target.path)] = {
             name: _by_layer(numbers, target) for name, numbers in values.items()
