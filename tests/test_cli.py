@@ -75,7 +75,7 @@ SETTINGS = [
     (["adapter.rank_pattern={qproj: 2}"], ["rank_pattern['qproj']", "Did you mean 'q_proj'?"]),
     (["adapter.path=missing"], ["missing", "adapter"]),
     (["mesh.data=3"], ["does not fit 1 device;"]),
-    (["export.max_shard_size=big"], ["size 'big' is not understood"]),
+    (["export.max_shard_size=big"], ["size 'big' is not a positive size"]),
     (["data.max_length=4"], ["no example is left", "data.max_length=4"]),
     (
         ["data.too_long=error", "data.max_length=20"],

@@ -173,7 +173,7 @@ def test_a_class_that_is_no_tokenizer(model, name, file):
     edit(model / "config.json", auto_map=own, model_type="own")
     (model / "processor_config.json").write_text(json.dumps({"auto_map": own}))
     edit(model / file, tokenizer_class=name)
-    with pytest.raises(UserError, match=f"{file}: tokenizer_class='{name}' is no tokenizer"):
+    with pytest.raises(UserError, match=f"{file}: tokenizer_class='{name}' is not a tokenizer"):
         formats.load_tokenizer(model)
     assert not marker.exists()
 
@@ -181,7 +181,9 @@ def test_a_class_that_is_no_tokenizer(model, name, file):
 @pytest.mark.parametrize("name", [5, {}, ["x"]])
 def test_a_class_that_is_no_name(model, name):
     edit(model / "tokenizer_config.json", tokenizer_class=name)
-    with pytest.raises(UserError, match="tokenizer_config.json: tokenizer_class=.* is no name"):
+    with pytest.raises(
+        UserError, match="tokenizer_config.json: tokenizer_class=.* is not the name of a class"
+    ):
         formats.load_tokenizer(model)
 
 
@@ -255,7 +257,9 @@ def test_sizes_of_tokenizers(refused, files, model, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_files, "_MOST_ADDED", 2)
     assert "the tokenizer adds 3 tokens; at most 2 are supported" in refused(*command)
     edit(model / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.1.0.0.json"])
-    assert "names '../tokenizer.1.0.0.json', which is no file" in refused(*command)
+    assert "names '../tokenizer.1.0.0.json', which is not a file of the directory" in refused(
+        *command
+    )
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a\\..\\x.safetensors"])

@@ -26,7 +26,7 @@ class AdapterConfig:
     # lora: low-rank updates of weights. vera: vectors that scale shared random matrices, for
     # adapters about ten times smaller. prompt, prefix: train virtual tokens and no weight, for
     # very small adapters. full: train every weight, as the baseline
-    method: str = option("lora", choices=(*_ADAPTERS, "full"))
+    method: str = option("lora", choices=(*_LORA, *VIRTUAL_TOKEN_METHODS, "full", *_VERA))
     # r: inner size of the update a @ b (PEFT: r); 256 by default with method=vera
     rank: int = option(8, at_least=1, at_most=_MOST)
     # the update is scaled by alpha / rank (PEFT: lora_alpha)
