@@ -41,6 +41,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
+toc_object_entries_show_parents = "hide"
 nitpicky = True
 # Types of other packages have no page here; the build needs no network.
 nitpick_ignore_regex = [("py:.*", r"(?!lora_jax\.).*"), ("py:class", r"lora_jax\..*")]
