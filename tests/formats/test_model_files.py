@@ -78,7 +78,7 @@ def test_another_head_unties(tied, tmp_path, error, caplog, family):
         assert error(torch_logits(oracle), expected) > 0.1
         assert not formats.describe(directory).config.tie_word_embeddings
     assert caplog.text.count(f"{directory / 'config.json'} ties the output head") == 1
-    assert "PEFT's trainable_token_indices would tie them still" in caplog.text
+    assert "PEFT's trainable_token_indices would still tie them" in caplog.text
 
     model = formats.load(directory)
     formats.write_model(tmp_path / "merged", model, model.params, directory)
@@ -204,7 +204,7 @@ def test_a_model_that_ties_is_refused_over_files_that_do_not(tied):
     directory, _ = tied()
     model = formats.describe(directory)
     edit(directory / "model.safetensors", other_head(EMBEDDINGS["llama"]))
-    with pytest.raises(UserError, match="differs from the embedding, and the model given ties"):
+    with pytest.raises(UserError, match="differs from the embedding, which the model ties to it"):
         formats.read_params(directory, model, make_mesh(MeshConfig()))
 
 
@@ -268,7 +268,7 @@ def test_the_file_that_the_config_names_is_read(two, edit_json, error):
     assert error(logits(single), logits(shards)) == 0
     for named, text in (
         ("../model.safetensors", "which is outside of the directory"),
-        ("model.bin", "is no .safetensors file"),
+        ("model.bin", "is neither a .safetensors file"),
         ("other.safetensors", "other.safetensors is missing"),
     ):
         edit_json(single / "config.json", transformers_weights=named)
