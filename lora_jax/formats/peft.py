@@ -13,7 +13,7 @@ projection as one of the sum of their ranks over all of it. `peft_virtual` has v
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -48,6 +48,23 @@ from lora_jax.targets import Trainable, as_trainable, find_trainable
 _PROFILES = ("vllm",)
 
 
+class AdapterDetails(TypedDict, total=False):
+    """Contents of an adapter directory in addition to the adapter.
+
+    task_type: PEFT's name of the model's kind; by default "CAUSAL_LM"
+    chat_template: replaces the chat templates of `source`
+    extra: joins lora_jax.json
+    profile: "vllm" gives all modules one rank and one alpha, as vLLM reads no patterns
+    card: becomes README.md
+    """
+
+    task_type: str
+    chat_template: str | None
+    extra: Mapping[str, Any] | None
+    profile: str | None
+    card: str | None
+
+
 def write_adapter(
     target: str | Path,
     adapters: Mapping,
@@ -55,26 +72,24 @@ def write_adapter(
     config: AdapterConfig | Trainable,
     *,
     base_model: str,
-    task_type: str = "CAUSAL_LM",
     source: str | Path | None = None,
-    chat_template: str | None = None,
-    extra: Mapping[str, Any] | None = None,
-    profile: str | None = None,
-    card: str | None = None,
+    **details: Unpack[AdapterDetails],
 ) -> None:
     """Write a PEFT adapter directory; equal adapters give equal bytes.
 
-    `params` may hold arrays or shapes. `task_type` is PEFT's name of the model's kind. `source` is
-    the base model's directory, whose tokenizer is copied; `chat_template` replaces its templates;
-    `extra` joins lora_jax.json, and `card` becomes README.md. With `profile` "vllm" all modules get
-    one rank and one alpha, as vLLM reads no patterns.
+    `params` may hold arrays or shapes. `source` is the base model's directory, whose tokenizer is
+    copied. `details` are those of `AdapterDetails`.
 
     Where routers or experts are adapted, the file says nothing of dropout: PEFT has none for them.
 
     Raises:
         UserError: what PEFT has no form for (`peft_problems`); with a profile also what its reader
             cannot load; an unknown profile.
+        TypeError: details that do not exist.
     """
+    if unknown := details.keys() - AdapterDetails.__annotations__.keys():
+        raise TypeError(f"write_adapter() has no argument {', '.join(sorted(unknown))}")
+    task_type, profile = details.get("task_type", "CAUSAL_LM"), details.get("profile")
     source = None if source is None else expand(source)
     target = expand(target)
     found = as_trainable(params, config)
@@ -102,12 +117,12 @@ def write_adapter(
         file, digest = temporary / WEIGHTS, digests.of_arrays(tensors)
         write_tensors(file, tensors, {"format": "pt", METADATA: digest})
         write_json(temporary / "adapter_config.json", content)
-        about = {"base_model": base_model, **(extra or {}), FIELD: digest}
+        about = {"base_model": base_model, **(details.get("extra") or {}), FIELD: digest}
         write_json(temporary / "lora_jax.json", about)
-        if card is not None:
+        if (card := details.get("card")) is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         if source is not None:
-            copy_side_files(source, temporary, chat_template)
+            copy_side_files(source, temporary, details.get("chat_template"))
 
 
 def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
