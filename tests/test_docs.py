@@ -178,3 +178,11 @@ def test_the_result_of_the_quickstart_is_the_same_everywhere():
         assert f"trained {found['trainable_parameters']:,} of " in text
     cells = f"| {task['loss_after']:.4f} | {task['exact_match_after']:.2f} |"
     assert cells in page("measured.md") and len(found["loss"]) == found["steps"]
+
+
+def test_every_page_is_in_a_table_of_contents_of_the_site():
+    trees = re.findall(r"```\{toctree\}\n(.*?)```", page("index.md") + page("scale.md"), re.S)
+    listed = {line for tree in trees for line in tree.splitlines() if line and line[0] != ":"}
+    pages = {file.stem for file in (ROOT / "docs").glob("*.md")} - {"index"}
+    books = {f"notebooks/{file.stem}" for file in (ROOT / "notebooks").glob("*.ipynb")}
+    assert listed == pages | books | {"api/index"}
