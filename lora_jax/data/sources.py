@@ -71,10 +71,14 @@ def read(
 ) -> Rows:
     """Read all rows of a source; a `Path` is always a file or directory.
 
-    prompt, completion, ignore_columns: see `parse_rows`
-    on_bad_row: for records that are not rows and lines that are not records. "error" refuses them;
-        "drop" leaves them out and counts them
-    parse: `parse(record, where)`, used instead of `parse_rows`
+    Args:
+        source: a path, `demo:NAME` or a data set of the hub.
+        prompt: see `parse_rows`, as for `completion` and `ignore_columns`.
+        completion: see `parse_rows`.
+        ignore_columns: see `parse_rows`.
+        on_bad_row: for records that are not rows and lines that are not records. "error" refuses
+            them; "drop" leaves them out and counts them.
+        parse: `parse(record, where)`, used instead of `parse_rows`.
 
     Raises:
         UserError: the source cannot be read; a file without records, or a damaged one; malformed

@@ -83,8 +83,12 @@ def _settings(config: Config):
     if config.adapter.path is not None:
         yield "adapter.path", Path(config.adapter.path).name
     defaults = {"adapter": AdapterConfig(), "data": DataConfig(), "train": TrainConfig()}
-    soft, full = config.adapter.trains_virtual_tokens, config.adapter.trains_everything
-    left_out = _NEVER | ({"rank", "alpha", "target_modules"} if soft or full else set())
+    adapter, unread = config.adapter, set()
+    if adapter.trains_virtual_tokens or adapter.trains_everything:
+        unread = {"rank", "alpha", "target_modules"}
+    elif adapter.trains_vera:
+        unread = {"alpha"}
+    left_out = _NEVER | unread
     for section, default in defaults.items():
         own = getattr(config, section)
         for field in dataclasses.fields(default):
