@@ -28,7 +28,7 @@ def find_examples(module):
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory, compile_quickly):
+def names(tmp_path_factory):
     """The names that docs/api/index.md says the examples begin with."""
     directory = write_model(tmp_path_factory.mktemp("doctests") / "model")
     model, config = formats.load(directory), AdapterConfig(rank=2)

@@ -16,8 +16,6 @@ from ..train.conftest import distance, make_config, random_adapters, random_batc
 from ..train.conftest import tiny_model as make_model
 from ..train.test_step import KEEP_GRADIENT
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SMOOTHING = 0.15
 OWN = {"loss", "grad_norm", "supervised_tokens"}  # metrics of every objective
 

@@ -21,8 +21,6 @@ from lora_jax.train.step import make_train_step
 from ..train.conftest import distance, make_config, random_adapters, random_batch, tiny_model
 from ..train.test_step import KEEP_GRADIENT
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 BETA = 0.2
 
 

@@ -8,7 +8,7 @@ from ..train.conftest import write_model
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 
 
-def test_the_page_on_objectives_runs(tmp_path, monkeypatch, compile_quickly):
+def test_the_page_on_objectives_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     directory = write_model(tmp_path / "model")

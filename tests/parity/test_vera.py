@@ -20,7 +20,6 @@ from ..methods import QUICK, Row, make_batch
 from .test_methods import arrays, oracle, stack, stir
 
 __all__ = ["oracle"]  # a fixture
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 SEEDS = (0, 1)
 VERA = {"method": "vera", "rank": 5, "target_modules": ["q_proj", "down_proj"], "d_initial": 0.5}
