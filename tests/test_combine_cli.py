@@ -155,7 +155,7 @@ def test_a_sum_loads_in_peft_as_the_sum(make, run, tmp_path, base, one, other):
         directory, oracle, paths = make(base, one, other, seed=seed)
         output = tmp_path / f"sum{seed}"
         printed = run("--model", directory, *weighted(paths), "--output", output)
-        assert str(output) in printed and " numbers, rank " in printed
+        assert str(output) in printed and " parameters, rank " in printed
         check_sum(updates(oracle, output), [updates(oracle, path) for path in paths])
 
 

@@ -204,7 +204,7 @@ REFUSED = [
         TIED,
         "lora_ga",
         {"target_modules": ["lm_head"], "ensure_weight_tying": False},
-        "init=lora_ga has no start for lm_head, which is an embedding",
+        "init=lora_ga does not support lm_head, which is an embedding",
     ),
 ]
 
@@ -229,10 +229,10 @@ def test_experts_have_no_start_of_some_kinds():
 def test_what_an_init_needs_is_asked_for():
     model, key = tiny_model(UNTIED), jax.random.key(0)
     for init in ("eva", "lora_ga"):
-        with pytest.raises(UserError, match=f"init={init} looks at data, and none are given"):
+        with pytest.raises(UserError, match=f"init={init} needs data: pass calibrate"):
             lora.init(key, model.params, AdapterConfig(init=init, **LAYER))
     rho = AdapterConfig(init="eva", eva_rho=2.0, **LAYER)
-    with pytest.raises(UserError, match="init=eva looks at data"):
+    with pytest.raises(UserError, match="init=eva needs data"):
         lora.redistribute(key, model.params, rho, None)
     config = AdapterConfig(init="loftq", **LAYER)
     with pytest.raises(UserError, match=r"pass scheme, .*\(int8 or nf4"):

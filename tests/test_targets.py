@@ -193,7 +193,7 @@ MISTAKES = [
         [
             "target_modules=['q_proj'] and modules_to_save=['0.self_attn'] both name "
             "model.layers.0.self_attn.q_proj",
-            "an adapter or train whole",
+            "an adapter or full training",
         ],
     ),
     (
@@ -270,7 +270,7 @@ MISTAKES = [
     (
         UNTIED,
         {"init": "orthogonal", "rank": 3, "target_modules": ["q_proj"]},
-        ["init=orthogonal needs an even rank", "rank=3 at model.layers.0.self_attn.q_proj"],
+        ["init=orthogonal needs an even rank", "it is 3 at model.layers.0.self_attn.q_proj"],
     ),
     (
         UNTIED,
@@ -279,7 +279,7 @@ MISTAKES = [
             "target_modules": ["q_proj"],
             "rank_pattern": {r"2\.self_attn\.q_proj": 5},
         },
-        ["init=orthogonal needs an even rank", "rank=5 at model.layers.2.self_attn.q_proj"],
+        ["init=orthogonal needs an even rank", "it is 5 at model.layers.2.self_attn.q_proj"],
     ),
     # biases
     (UNTIED, {"bias": "all"}, ["bias='all': the model has no bias; leave it at 'none'"]),
@@ -313,7 +313,7 @@ MISTAKES = [
         (
             TIED,
             {"init": init, "target_modules": [name], "ensure_weight_tying": tie},
-            [f"init={init} takes its part out of model.embed_tokens", "must be true"],
+            [f"init={init} subtracts its factors from model.embed_tokens", "must be true"],
         )
         for init, name, tie in (
             ("pissa", "embed_tokens", None),
@@ -353,13 +353,13 @@ def test_a_head_that_trains_alone_may_freeze_a():
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"method": "full"}, "method=full trains the numbers of model.layers."),
+        ({"method": "full"}, "method=full trains the weights of model.layers."),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["1.mlp"]},
-            "modules_to_save=['1.mlp'] trains the numbers of model.layers.mlp.",
+            "modules_to_save=['1.mlp'] trains the weights of model.layers.mlp.",
         ),
-        ({"init": "pissa"}, "init=pissa takes its part out of model.layers.mlp.down_proj"),
-        ({"init": "olora"}, "init on float weights first, and quantise what is left"),
+        ({"init": "pissa"}, "init=pissa subtracts its factors from model.layers.mlp.down_proj"),
+        ({"init": "olora"}, "run init on float weights first, and quantise the remaining base"),
     ],
     ids=str,
 )
@@ -368,7 +368,7 @@ def test_what_a_quantised_base_cannot_give(scheme, fields, text):
     with pytest.raises(UserError) as caught:
         lora.init(jax.random.key(0), params, AdapterConfig(**fields))
     assert text in str(caught.value)
-    assert "a quantised base (base_dtype) has none to change" in str(caught.value)
+    assert "those of a quantised base (base_dtype) cannot be changed" in str(caught.value)
 
 
 def test_problems_of_a_combination_are_told_together():
@@ -405,7 +405,7 @@ def test_mistakes_in_a_file(overrides, text):
 
 def test_a_model_without_an_embedding_of_tokens():
     params = {"model": {"layers": {"q_proj": {"kernel": np.ones((2, 8, 6), np.float32)}}}}
-    with pytest.raises(UserError, match="the model has no embedding of tokens"):
+    with pytest.raises(UserError, match="the model has no token embedding"):
         find_trainable(params, AdapterConfig(rank=2, trainable_token_indices=[0]))
 
 

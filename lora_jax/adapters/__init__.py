@@ -4,13 +4,13 @@ params, adapters = init(key, params, config)       # trainable tree: only what t
 bound            = bind(params, adapters, config)  # same tree as params, targeted leaves adapted
 merged           = merge(bound)                    # plain arrays again
 
-`config` is an `AdapterConfig`, or the `Trainable` that was found for it with these params
-(`find_trainable`): a run finds it once and hands it on. `params` comes back as it was, but for
-inits that take their part out of the base (pissa, olora, lora_ga, loftq of several rounds), and for
-`method: full`, where the trainable tree holds all of it. Virtual tokens (`prompt`, `prefix`) leave
-the parameters alone and are an argument of the forward:
+`config` is an `AdapterConfig`, or the `Trainable` that `find_trainable` returns for it. `init`
+returns `params` unchanged, except for inits that subtract their factors from the base (pissa,
+olora, lora_ga, loftq of several rounds) and for `method: full`, where the trainable tree holds
+every parameter. Virtual tokens (`prompt`, `prefix`) leave the parameters unchanged and are an
+argument of the forward:
 
-logits = model.apply(bound, tokens, prefix=prefix(adapters, config))       # None of other methods
+logits = model.apply(bound, tokens, prefix=prefix(adapters, config))       # None for other methods
 """
 
 from collections.abc import Callable, Mapping
@@ -49,16 +49,16 @@ def init(
     *,
     scheme: str | None = None,
 ) -> tuple[Mapping, dict]:
-    """Return the base and fresh adapters (float32) over it, placed as the weights that they adapt.
+    """Return the base and fresh float32 adapters, placed like the weights that they adapt.
 
     `calibrate`, for init eva and lora_ga, is a differentiable function from parameters to the mean
-    loss of some data; arrays that it needs are best the arguments of a `jax.tree_util.Partial`.
-    For virtual tokens it is `as_model_sees`. `scheme`, for loftq, is what the base will be
-    quantised with (`quantize_tree`).
+    loss of some data; pass its arrays as arguments of a `jax.tree_util.Partial`. For virtual tokens
+    it is `as_model_sees(...)`. `scheme`, for loftq, is the one that `quantize_tree` will quantise
+    the base with.
 
     Raises:
-        UserError: what `lora_jax.targets.find_trainable` refuses; an init that would take its part
-            out of a quantised weight; one without the data, the model or the scheme that it needs.
+        UserError: what `lora_jax.targets.find_trainable` refuses; an init that would subtract its
+            factors from a quantised weight, or that lacks the data, model or scheme it needs.
 
     Example:
         >>> tree = {"proj": {"kernel": jnp.ones((4, 3))}}
@@ -79,8 +79,8 @@ def init(
 def redistribute(
     key: jax.Array, params: Mapping, config: AdapterConfig | Trainable, calibrate: Callable
 ) -> AdapterConfig:
-    """Return the config with the ranks that EVA gives every module, up to `eva_rho` times its own;
-    as it is, unless `init` is eva and `eva_rho` above 1. `init` takes ranks as they are.
+    """Return the config with EVA's rank for every module, at most `eva_rho` times its own. It is
+    unchanged unless `init` is eva and `eva_rho` is above 1. `lora.init` itself keeps the ranks.
 
     Raises:
         UserError: as `init`.
@@ -95,13 +95,13 @@ def redistribute(
 def _check_given(config: AdapterConfig, calibrate: Any, scheme: str | None) -> None:
     if config.init in DATA_INITS and calibrate is None:
         raise UserError(
-            f"init={config.init} looks at data, and none are given: pass calibrate, a function "
+            f"init={config.init} needs data: pass calibrate, a function "
             "from parameters to the mean loss of a batch (a run takes it from data.train)"
         )
     if config.init == "loftq":
         if scheme is None:
             raise UserError(
-                "init=loftq makes up for what quantisation loses: pass scheme, what the base will "
+                "init=loftq corrects the error of quantisation: pass scheme, which the base will "
                 f"be quantised with ({' or '.join(SCHEMES)}; a run takes it from base_dtype)"
             )
         check_scheme(scheme)
@@ -142,7 +142,7 @@ def shapes(params: Mapping, config: AdapterConfig | Trainable) -> dict:
 
 
 def residual(params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable) -> Mapping:
-    """Return the base of `adapters`, from the original `params`: the one that `init` gave."""
+    """Return the base that `init` returned with `adapters`, from the original `params`."""
     found, leaves = as_trainable(params, config), flatten(params)
     if found.config.trains_everything:
         return init(jax.random.key(0), params, found)[0]
@@ -153,8 +153,8 @@ def residual(params: Mapping, adapters: Mapping, config: AdapterConfig | Trainab
 def initial_params(
     params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable
 ) -> Mapping:
-    """Return the model before the first step, from the base of `adapters`: that base, with the part
-    that an init took out of it put back. Of `method: full` only the files have it.
+    """Return the parameters before the first step: the base of `adapters`, with the factors that an
+    init subtracted added back. For `method: full`, only the files hold them.
     """
     found, leaves = as_trainable(params, config), flatten(params)
     put_back = low_rank.initial(leaves, flatten(adapters), found)
@@ -164,8 +164,8 @@ def initial_params(
 def factors(
     target: Target, adapters: Mapping[Path, Any], found: Trainable
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `a` (..., in, rank) and `b` (..., rank, out) of the update of a target, every scale in
-    `b`. `adapters` are flat.
+    """Return `a` (..., in, rank) and `b` (..., rank, out) of a target's update, with every scale
+    folded into `b`. `adapters` is a flat tree.
     """
     method = vera if found.config.trains_vera else low_rank
     return method.factors(target, adapters, found)
@@ -174,7 +174,7 @@ def factors(
 def learnt_factors(
     target: Target, adapters: Mapping[Path, Any], found: Trainable
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `factors` of the update since the start: without the part that an init took out of the
+    """Return `factors` of the change since the start, without what an init subtracted from the
     base.
     """
     a, b = factors(target, adapters, found)
@@ -202,7 +202,7 @@ def bind(
     check_same_structure(adapters, found.shapes, "these adapters do not fit the model and config")
     leaves, small = flatten(params), flatten(adapters)
     full_weights = full.bind(leaves, small, found)
-    # Other slices of a stack that trains in part can have adapters, over what it becomes.
+    # Slices of a stack that do not train in full can have adapters over the updated stack.
     own = {path: leaf for path, leaf in full_weights.items() if path != found.untied}
     bound = full_weights | low_rank.bind(leaves | own, small, found, factors, key)
     if found.untied is not None:
@@ -218,7 +218,9 @@ def _check_order(params: Any, adapters: Any, config: Any) -> None:
     check_parameters(params, call)
     check_adapters(adapters, call)
     if not isinstance(config, AdapterConfig | Trainable):
-        raise UserError(f"{call}: the third is not an AdapterConfig but a {type(config).__name__}")
+        raise UserError(
+            f"{call}: the third argument is not an AdapterConfig but a {type(config).__name__}"
+        )
 
 
 def _untie(embedding: jax.Array, bound: Mapping, found: Trainable) -> Untied:
@@ -238,10 +240,11 @@ def prefix(adapters: Mapping, config: AdapterConfig | Trainable) -> Virtual | No
 
 def merge(bound: Mapping) -> dict:
     """Return plain arrays: every adapted leaf becomes W + update, added in float32 and rounded
-    once. An embedding that is adapted in one of its two uses becomes an `Untied` of both arrays.
+    once. A tied embedding that is adapted in only one of its uses becomes an `Untied` of two
+    arrays.
 
     Raises:
-        UserError: adapters, or no tree.
+        UserError: the tree holds adapters, or is no tree.
 
     Example:
         >>> merged = lora.merge(lora.bind(params, adapters, config))  # lora_b starts at zero

@@ -1,16 +1,16 @@
-"""Several adapters of one base as a new one.
+"""Combination of several adapters of one base into a new one.
 
     sum           sum_i w_i D_i, exactly: factors side by side, scales folded in, ranks added up
     svd           the nearest to it of a given rank
     ties          trim every D_i, elect a sign, mean of those that have it (arXiv 2306.01708)
-    dare_linear   sum_i w_i drop(D_i), what is left divided by density (arXiv 2311.03099)
+    dare_linear   sum_i w_i drop(D_i), kept values divided by density (arXiv 2311.03099)
     dare_ties     the sign and the mean of `ties` over drop(D_i)
 
-D_i is the update of one matrix by adapter i, scale and all. The last three make a matrix of full
-rank, of which the nearest product is kept. Means are over w_i D_i: with weights that are all alike
-this is the paper's, whose lambda is the weight, and PEFT's; a negative weight turns the signs
-before they are elected. Weights that train whole, biases and rows of tokens go through the same
-formula, where D_i = V_i - W, and are stored whole: no rank is lost there.
+D_i is the update of one matrix by adapter i, with its scale. The last three give a matrix of full
+rank, which is truncated to the nearest product. Means are over w_i D_i. With equal weights they are
+those of PEFT and of the paper, whose lambda is the weight; a negative weight flips the signs before
+the election. Fully trained weights, biases and token rows use the same formula with D_i = V_i - W,
+and are stored in full without truncation.
 """
 
 import zlib
@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """A combination that was checked, and the parts that it is made of."""
+    """A checked combination and its parts."""
 
     trainable: Trainable
     params: Mapping
@@ -81,21 +81,21 @@ def combine(
     seed: int = 0,
     read: Read | None = None,
 ) -> Combined:
-    """Return the adapters that `method` makes of `parts`, which are all adapters of `params`.
+    """Combine `parts`, which are all adapters of `params`, by `method`.
 
     Args:
         params: the base, or its shapes.
         method: one of `METHODS`.
-        rank: the most that a module gets; None: the sum of the ranks. `sum` takes none.
+        rank: largest rank of a module; None: the sum of the ranks. `sum` takes no rank.
         density: the share of every update that ties and dare keep.
-        seed: of what dare drops.
-        read: a matrix of the base; None: of `params`. Asked for only where it is needed: for DoRA
-            and for what trains whole.
+        seed: seed of the values that dare drops.
+        read: function that returns a matrix of the base; None: reads `params`. It is called only
+            for DoRA and for fully trained weights.
 
     Raises:
-        UserError: settings that do not go together or are out of range, a rank that no module can
-            use, an exact sum of DoRA, tokens that train where an embedding does too, adapters that
-            do not fit their config.
+        UserError: settings that conflict or are out of range, a rank that no module can use, an
+            exact sum of DoRA, token rows and their embedding trained by different parts, adapters
+            that do not fit their config.
 
     Example:
         >>> from lora_jax.adapters.combine import Part, combine
@@ -116,7 +116,7 @@ def plan(
     density: float | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Do the first half of `combine`: everything that can be refused, and no work on matrices."""
+    """Check the arguments of `combine` and prepare it, without work on matrices."""
     raise_all(list(_setting_problems(parts, method, rank, density)))
     found = [find_trainable(params, part.config) for part in parts]
     for part, own in zip(parts, found, strict=True):
@@ -147,9 +147,7 @@ def plan(
 
 
 def carry_out(plan: Plan, read: Read) -> Combined:
-    """Do the second half of `combine`. As many matrices in float64 as there are parts are in memory
-    at a time.
-    """
+    """Compute a planned combination. One float64 matrix per part is in memory at a time."""
 
     def base(key: Key) -> np.ndarray:
         return base_matrix(plan.params, read, key)
@@ -183,8 +181,8 @@ def carry_out(plan: Plan, read: Read) -> Combined:
 
 
 def trim(x: np.ndarray, density: float) -> np.ndarray:
-    """Keep the share `density` of the numbers, those largest in size and at least one; the others
-    become zero.
+    """Keep the share `density` of the values, the largest in magnitude and at least one, and set
+    the others to zero.
     """
     kept = max(1, int(density * x.size))
     if kept == x.size:
@@ -196,13 +194,13 @@ def trim(x: np.ndarray, density: float) -> np.ndarray:
 
 
 def drop(x: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:
-    """Keep each number with the chance `density`, divided by it; zero in place of the others."""
+    """Keep each value with probability `density`, divided by it, and set the others to zero."""
     return np.where(rng.random(x.shape) < density, x / density, 0)
 
 
 def elect(changes: Sequence[np.ndarray]) -> np.ndarray:
-    """Take, number by number, the mean over those that have the sign of the sum of all; a sum of
-    zero counts as positive.
+    """Return the elementwise mean over the values that have the sign of their sum; a sum of zero
+    counts as positive.
     """
     stacked = np.stack(changes)
     sign = np.where(stacked.sum(axis=0) >= 0, 1, -1)
@@ -246,7 +244,7 @@ def _tokens(part: Part) -> Sequence[int]:
 
 
 def _token_rows(plan: Plan, base: Callable[[Key], np.ndarray]) -> np.ndarray:
-    """Return the rows of tokens that any part trains; ties and dare take them for one matrix."""
+    """Return the token rows that any part trains; ties and dare treat them as one matrix."""
     tokens = list(plan.config.trainable_token_indices or ())
     (rows,) = plan.trainable.rows
     path = rows.path
@@ -267,7 +265,7 @@ def _token_rows(plan: Plan, base: Callable[[Key], np.ndarray]) -> np.ndarray:
 def _ranks(
     updates: Sequence[Mapping[Key, Update]], whole: set[Key], method: str
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the rank that modules get where none is asked for, and the most that they can use."""
+    """Return the default rank of every module, and the largest that it can use."""
     sides: dict[Key, tuple[int, int]] = {}
     sums: dict[Key, int] = {}
     full: set[Key] = set()
@@ -292,8 +290,8 @@ def _ranks(
 def _with_one_tie(
     params: Mapping, parts: Sequence[Part], updates: Sequence[Mapping[Key, Update]]
 ) -> tuple[list[Mapping[Key, Update]], bool | None]:
-    """Split updates of a tied embedding into one of each of its two uses, where another part
-    changes one of them alone. Also return `ensure_weight_tying` of the combination.
+    """Split each update of a tied embedding into one per use if another part changes only one use.
+    Also return `ensure_weight_tying` of the combination.
     """
     tied = tied_embedding(params)
     if tied is None:
@@ -357,8 +355,8 @@ def _part_problems(
             )
         if part.config.use_dora and part.config.ensure_weight_tying and (tied, ()) in own:
             yield (
-                f"{part.name}: use_dora=true and ensure_weight_tying=true: embedding and head have "
-                "sizes of their own in any adapter of both"
+                f"{part.name}: use_dora=true and ensure_weight_tying=true: an adapter of both "
+                "has a magnitude for the embedding and another for the head"
             )
 
 
@@ -368,7 +366,7 @@ def _token_problems(
     found: Sequence[Trainable],
     updates: Sequence[Mapping[Key, Update]],
 ) -> Iterable[str]:
-    """Yield parts that change the embedding of which another part trains tokens."""
+    """Yield parts that change an embedding whose token rows another part trains."""
     trains = [(part, own.rows[0]) for part, own in zip(parts, found, strict=True) if own.rows]
     if not trains:
         return

@@ -2,7 +2,7 @@
 
     W'_j = magnitude_j * (W + a b)_j / |(W + a b)_j|,    j a column: one output feature
 
-The norm needs no product of the size of W and is a constant for the gradient (section 4.3 there):
+The norm needs no product of the shape of W, and the gradient treats it as a constant (section 4.3):
 
     |(W + a b)_j|^2 = |W_j|^2 + 2 sum_k (a^T W)_kj b_kj + sum_k ((a^T a) b)_kj b_kj
 """
@@ -17,7 +17,7 @@ from lora_jax.weights import Weight
 
 
 def column_norms(target: Target, weight: Weight, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return |(W + a b)_j| as (..., out) in float32; `b` has its scale in it."""
+    """Return |(W + a b)_j| as (..., out) in float32; `b` includes its scale."""
 
     def of_one(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):

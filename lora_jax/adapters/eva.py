@@ -1,13 +1,13 @@
 """EVA (arXiv 2410.07170): lora_a along the directions in which the inputs of a weight vary most.
 
-With the inputs X (tokens, in) of a weight without their mean, lora_a holds the r right singular
-vectors of X of the largest singular values, each of length 1, and lora_b is zero. A direction
-explains sigma^2 / |X|^2 of the variance. As in PEFT the mean is taken out, the tokens are those
-that the loss counts, and the largest entry of a direction is positive.
+X (tokens, in) are the centred inputs of a weight. lora_a holds the r right singular vectors of X
+with the largest singular values, each of norm 1, and lora_b is zero. A direction explains sigma^2 /
+|X|^2 of the variance. As in PEFT, the mean is subtracted, only supervised tokens count, and the
+largest entry of a direction is positive.
 
-No input is kept: `weights.Probe` adds C Q up during a backward pass, C = X^T X (in, in) and Q
-(in, k), so that a few passes are a subspace iteration (Halko et al., arXiv 0909.4061) over all
-weights at once. Where k = in the first pass is exact.
+No inputs are stored. `weights.Probe` accumulates C Q during a backward pass, with C = X^T X (in,
+in) and Q (in, k), so a few passes are a subspace iteration (Halko et al., arXiv 0909.4061) over all
+weights at once. For k = in, the first pass is exact.
 """
 
 import dataclasses
@@ -54,11 +54,11 @@ def factors(
 def measure(
     key: jax.Array, params: Mapping, wanted: Mapping[Path, int], calibrate: Callable
 ) -> dict[Path, Spectrum]:
-    """Return, by weight, the `wanted` directions of its inputs that explain most, largest first,
-    (..., in, wanted), and the share of the variance that each explains, (..., wanted).
+    """Return, by weight, the leading directions of its inputs (..., in, wanted), and the share of
+    the variance that each explains (..., wanted), largest first.
 
     `calibrate` maps parameters to the mean loss of some data, differentiably; it is a pytree, such
-    as `jax.tree_util.Partial`. Up to 6 forward and backward passes through it, with memory for two
+    as `jax.tree_util.Partial`. It runs up to 6 times forward and backward, with memory for two
     float32 arrays (..., in, 2 wanted + 16) for each weight.
 
     Raises:
@@ -87,11 +87,11 @@ def measure(
 def redistribute(
     key: jax.Array, params: Mapping, found: Trainable, calibrate: Callable
 ) -> AdapterConfig:
-    """Return the config with ranks that follow the variance which they explain.
+    """Return the config with ranks redistributed by explained variance.
 
-    Of all directions of all modules, the best are kept, as many as the ranks add up to, up to
-    `eva_rho` times the rank of each module. alpha follows the rank, so that alpha / rank stays.
-    Modules that get no rank are no targets any more.
+    The directions of all modules compete, and as many are kept as the ranks add up to, at most
+    `eva_rho` times its rank in each module. alpha changes with the rank, so alpha / rank does not.
+    Modules without a kept direction are no longer targets.
 
     Raises:
         UserError: as `measure`.
@@ -163,7 +163,7 @@ def _check_counts(moments: Mapping[Path, jax.Array], wanted: Mapping[Path, int])
                 f"init=eva: the inputs of {dotted(path)} cannot be counted: the model does not put "
                 "them through lora_jax.weights.linear, or the data have no supervised token"
             )
-        if counted <= wanted[path]:  # without their mean they have one direction less
+        if counted <= wanted[path]:  # centring removes one direction
             raise UserError(
                 f"init=eva: {dotted(path)} needs {wanted[path]} directions of {counted:.0f} "
                 "supervised tokens; give it more data (adapter.calibration_batches) or lower "

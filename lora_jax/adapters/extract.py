@@ -1,7 +1,7 @@
-"""A LoRA from a model that was fine-tuned whole: the nearest product to every V - W.
+"""Extraction of a LoRA from a fully fine-tuned model: the nearest product to every V - W.
 
 changes = find_changes(params, read, tuned)     which weights moved, and how far
-found   = plan(params, changes, rank=16)        what takes an adapter, what is stored whole
+found   = plan(params, changes, rank=16)        what takes an adapter, what is stored in full
 made    = extract(params, found, read, tuned)
 """
 
@@ -43,12 +43,12 @@ class Change:
 
 
 def find_changes(params: Mapping, read: Read, tuned: Read) -> dict[Key, Change]:
-    """Find the matrices and vectors of a model that differ in another one; one is read at a time.
+    """Find the matrices and vectors that differ between two models, reading one pair at a time.
 
     Args:
         params: the model, or its shapes.
-        read: a matrix of it.
-        tuned: the same matrix of the other.
+        read: function that returns a matrix of it.
+        tuned: function that returns the same matrix of the other model.
     """
     found = {}
     for path, leaf in flatten(params).items():
@@ -72,13 +72,14 @@ def plan(
     target_modules: Any = "all-linear",
     uncovered: str = "refuse",
 ) -> Trainable:
-    """Plan adapters of at most `rank` for the targets that moved. Other weights that moved (norms,
-    embeddings, biases) are refused, stored whole ("save") or left as they were ("drop").
+    """Plan adapters of at most `rank` for the targets that differ. Other weights that differ
+    (norms, embeddings, biases) are refused, stored in full ("save") or left as in the base
+    ("drop").
 
     Raises:
-        UserError: nothing moved, or nothing of the targets; a rank that no module can use; a part
-            of a fused projection among the targets; something else moved, which is not decided on;
-            what `find_trainable` refuses.
+        UserError: no target differs; a rank that no module can use; a part of a fused projection
+            among the targets; other weights differ and `uncovered` is "refuse"; what
+            `find_trainable` refuses.
     """
     if uncovered not in UNCOVERED:
         raise UserError(f"uncovered={uncovered!r} is not one of: {', '.join(UNCOVERED)}")
@@ -94,8 +95,8 @@ def plan(
         raise UserError(
             "besides the targets, the fine-tuned model differs in:\n  "
             + summarize(_describe_changes(others, changes), most=24)
-            + "\nStore them whole (uncovered=save), leave them as in the base (uncovered=drop), or "
-            "name them in target_modules where they are matrices"
+            + "\nStore them in full (uncovered=save), leave them as in the base (uncovered=drop), "
+            "or name them in target_modules where they are matrices"
         )
     ranks = {name: min(limit, rank) for name, limit in most.items()}
     kept = others if uncovered == "save" else []
@@ -113,8 +114,8 @@ def plan(
 
 
 def _matrices(params: Mapping, target_modules: Any) -> dict[Key, tuple[str, int]]:
-    """Return module path and largest rank of every matrix that the targets name; of a head and an
-    embedding that are tied, the embedding.
+    """Return module path and largest rank of every matrix that the targets name; a tied head counts
+    as the embedding.
     """
     tied = tied_embedding(params)
     one_weight = [] if tied is None else [HEAD[0], dotted(tied[:-1])]

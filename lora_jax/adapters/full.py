@@ -1,4 +1,4 @@
-"""Weights that train themselves: all of them, those of modules_to_save, biases, rows of tokens.
+"""Weights that train in full: all of them, those of modules_to_save, biases, token rows.
 
 params    lm_head/kernel          frozen, as it was       model/embed_tokens/embedding
 adapters  lm_head/full_kernel     float32, trains         model/embed_tokens/trainable_tokens
@@ -19,7 +19,7 @@ Leaves = dict[Path, Any]
 
 
 def init(leaves: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """Return copies in float32 of what trains."""
+    """Return float32 copies of the weights that train."""
     adapters: Leaves = {}
     for whole in found.whole:
         path = found.untied if whole.path == HEAD and found.untied else whole.path
@@ -32,7 +32,7 @@ def init(leaves: Mapping[Path, Any], found: Trainable) -> Leaves:
 
 
 def bind(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """Put the trained values in place of the frozen ones; other slices keep theirs."""
+    """Replace frozen values with the trained ones; slices that do not train are unchanged."""
     bound: Leaves = {}
     for whole in found.whole:
         bound[whole.path] = small[whole.trained]

@@ -1,14 +1,14 @@
-"""Starts of `lora_a` and `lora_b`: draws, and factors of the weight itself.
+"""Initial values of `lora_a` and `lora_b`: random draws, or factors of the weight.
 
     default      lora_a uniform in +-1/sqrt(in) (PEFT's Kaiming with a = sqrt(5)), lora_b zero
-    gaussian     lora_a normal with deviation 1/rank, lora_b zero
+    gaussian     lora_a normal with standard deviation 1/rank, lora_b zero
     orthogonal   both random, with lora_a @ lora_b = 0
     pissa        the largest singular values and vectors of the weight (arXiv 2404.02948)
     olora        the first rows and columns of its QR factors (arXiv 2406.01775)
 
-The last two take their part out of the base, so that the model starts unchanged. An embedding
-starts with lora_a zero and lora_b normal under `default` and `gaussian`, as in PEFT. The starts
-that look at data or at the quantised base are in `eva`, `lora_ga` and `loftq`.
+The last two subtract their factors from the base, so the model starts unchanged. An embedding
+starts with lora_a zero and lora_b normal under `default` and `gaussian`, as in PEFT. Inits that
+need data or the quantised base are in `eva`, `lora_ga` and `loftq`.
 """
 
 import functools
@@ -66,8 +66,8 @@ def draw(
 
 
 def over_slices(function: Callable, target: Target, weight: Weight, *others: jax.Array):
-    """Apply `function` to every matrix of a stack in float32, in the columns of the target, one at
-    a time, so that no more than one is dequantised or widened at once.
+    """Apply `function` to every matrix of a stack, in float32 and over the target's columns. One
+    matrix at a time is dequantised or cast.
     """
     columns = slice(*(target.columns or (None,)))
 
@@ -101,15 +101,15 @@ def in_columns(target: Target, x: jax.Array, width: int, fill: float = 0.0) -> j
 
 
 def singular_factors(matrix: jax.Array) -> Factors:
-    """Return all singular vectors of a matrix (in, out), both times the root of the values."""
+    """Return the singular vectors of a matrix (in, out), each scaled by the root of its value."""
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values)
     return left * root, root[:, None] * right
 
 
 def without_scale(target: Target, a: jax.Array, b: jax.Array, use_rslora: bool) -> Factors:
-    """Return the first `rank` columns and rows, both divided by the root of the scale as in PEFT's
-    PiSSA, so that the scaled product is that of `a` and `b`.
+    """Return the first `rank` columns of `a` and rows of `b`, both divided by sqrt(scale) as in
+    PEFT's PiSSA. Their scaled product is that of the columns and rows.
     """
     scales = jnp.asarray(target.scales(use_rslora))
     root = jnp.sqrt(jnp.where(scales > 0, scales, 1))

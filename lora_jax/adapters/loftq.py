@@ -1,10 +1,10 @@
-"""LoftQ (arXiv 2310.08659): factors that make up for what quantisation loses.
+"""LoftQ (arXiv 2310.08659): factors that correct the error of quantisation.
 
     Q_t = quantised(W - s A_{t-1} B_{t-1}),    s A_t B_t = the r largest directions of W - Q_t
 
-from A_0 B_0 = 0 on. The base is the last Q_t and the update starts as s A_t B_t, so that after one
-round the base is the quantised weight itself. As in PEFT, A and B share the singular values evenly;
-PEFT leaves s out, and has this start where alpha = rank.
+starting from A_0 B_0 = 0. The base is the last Q_t and the update starts as s A_t B_t. After one
+round the base is the quantised weight itself. As in PEFT, A and B each take the root of the
+singular values. PEFT omits s; the two agree for alpha = rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,11 +29,11 @@ from lora_jax.tree import Path
 def factors(
     leaves: Mapping[Path, Any], targets: Sequence[Target], scheme: str, config: AdapterConfig
 ) -> dict[Path, tuple[Factors, Factors]]:
-    """Return, by the path of a target, the last factors and those before, which are to be taken out
-    of the base: `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, padding zero.
+    """Return, by target path, the last factors, and those before them, which the base is to lose:
+    `lora_a` (..., in, rank) and `lora_b` (..., rank, out) in float32, zero in the padding.
 
-    A round takes as long as the singular values of all weights. In memory are the factors, and the
-    stack of one weight, without its update and quantised.
+    A round costs an SVD of every weight. In memory are the factors and, of one weight at a time,
+    the stack without its update and the quantised stack.
     """
     found = {}
     for path in dict.fromkeys(target.weight for target in targets):
@@ -58,7 +58,7 @@ def _zeros(target: Target) -> Factors:
 
 
 def _make_up(target: Target, base: QuantizedWeight, weight: jax.Array, use_rslora: bool) -> Factors:
-    """Return factors of the error of a quantised weight."""
+    """Return factors of the quantisation error of a weight."""
     columns = slice(*(target.columns or (None,)))
 
     def of_one(base: jax.Array, weight: jax.Array) -> Factors:

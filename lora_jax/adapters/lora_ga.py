@@ -53,6 +53,6 @@ def factors(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(path: Path, weight: jax.Array, params: Mapping, calibrate: Any) -> jax.Array:
-    """Return the gradient of the loss by `weight`, which replaces the one at `path`."""
+    """Return the gradient of the loss with respect to `weight`, put in place of that at `path`."""
     leaves = flatten(params)
     return jax.grad(lambda weight: calibrate(unflatten(leaves | {path: weight})))(weight)

@@ -4,8 +4,8 @@ params    model/layers/self_attn/q_proj/kernel            (layers, in, out)
 adapters  model/layers/self_attn/q_proj/{lora_a, lora_b}  (layers, in, rank), (layers, rank, out)
 bound     model/layers/self_attn/q_proj/kernel            LoraWeight(base, a, scale * b)
 
-An init that takes its part out of the base adds the leaves `init_a` and `init_b`, which never
-train: base and update are W - scale init_a init_b and scale lora_a lora_b.
+An init that subtracts its factors from the base keeps them as the frozen leaves `init_a` and
+`init_b`: base and update are W - scale init_a init_b and scale lora_a lora_b.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def init(
         (a, b), taken = starts[target.path]
         adapters[(*target.path, "lora_a")], adapters[(*target.path, "lora_b")] = a, b
         if config.changes_base:
-            # Copies: a step that takes `lora_a` over in place would take the very same array twice.
+            # Copies: a step that donates the adapters must not donate one array twice.
             a0, b0 = jax.tree.map(jnp.copy, taken)
             adapters[(*target.path, "init_a")], adapters[(*target.path, "init_b")] = a0, b0
             weight = changed.get(target.weight, _weight(leaves, target, found))
@@ -61,8 +61,8 @@ def _starts(
     calibrate: Any,
     scheme: str | None,
 ) -> dict[Path, tuple[Factors, Factors]]:
-    """Return, by target, the factors that its update starts from, and those that are taken out of
-    the base, if any are.
+    """Return, by target, the factors that its update starts from, and those to subtract from the
+    base, if any.
     """
     config, targets = found.config, found.targets
     match config.init:
@@ -82,8 +82,8 @@ def _starts(
 
 
 def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """Return the base weights under adapters of a changing init: those of `leaves`, the original
-    base, without the part that they started from.
+    """Return the base of adapters whose init changes the base: the weights in `leaves`, which is
+    the original base, minus the initial factors.
     """
     changed = {}
     for target in found.targets:
@@ -96,8 +96,8 @@ def residual(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Train
 
 
 def initial(leaves: Mapping[Path, Any], small: Mapping[Path, Any], found: Trainable) -> Leaves:
-    """Return the weights that a changing init took its part out of, with that part bound to them:
-    as they were before the first step, whose magnitudes change nothing.
+    """Return the weights before the first step, for an init that changes the base: the base with
+    the subtracted factors bound to it. Initial magnitudes change nothing.
     """
     targets = tuple(t for t in found.targets if (*t.path, "init_a") in small)
     config = dataclasses.replace(found.config, use_dora=False, freeze_a=False)
@@ -120,8 +120,8 @@ def factors(target: Target, small: Mapping[Path, Any], found: Trainable) -> Fact
 def without_start(
     target: Target, small: Mapping[Path, Any], found: Trainable, a: jax.Array, b: jax.Array
 ) -> Factors:
-    """Return [a, a0] and [b; -b0], where a0 and b0 are the part that an init took out of the base;
-    a and b as they are if it took none.
+    """Return [a, a0] and [b; -b0], where a0 and b0 are the factors that an init subtracted from the
+    base; without such factors, a and b.
     """
     if "init_a" not in target.leaves:
         return a, b
@@ -159,7 +159,7 @@ def bind(
 
 
 def _concatenate_ranks(one: LoraWeight, other: LoraWeight) -> LoraWeight:
-    """Return the adapters of two parts of a fused projection as one, of the sum of their ranks."""
+    """Join the adapters of two parts of a fused projection; the ranks add up."""
     return dataclasses.replace(
         one,
         a=jnp.concatenate([one.a, other.a], axis=-1),
@@ -187,10 +187,10 @@ def _dropout_keys(key: jax.Array | None, index: int, target: Target) -> jax.Arra
 
 
 def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Trainable]:
-    """Return adapters of a changing init as those of a default one with twice the rank, over the
-    original base, and what they train: W - s a0 b0 + s a b = W + s [a, a0] [b; -b0].
+    """Return adapters of an init that changes the base as plain ones of twice the rank over the
+    original base, and their `Trainable`: W - s a0 b0 + s a b = W + s [a, a0] [b; -b0].
 
-    The scale stays what it was: alpha doubles with the rank, under rsLoRA it grows by sqrt(2).
+    The scale does not change: alpha doubles with the rank, or grows by sqrt(2) under rsLoRA.
     """
     leaves, targets = dict(small), []
     growth = 2**0.5 if found.config.use_rslora else 2.0

@@ -55,7 +55,7 @@ def as_model_sees(
 
     `tokens` are cut or repeated to the number of virtual tokens; without any, random ones of the
     vocabulary are drawn. A prompt takes their embeddings, a prefix their keys and values in every
-    layer, as of a text at position 0.
+    layer, as for a text that begins at position 0.
     """
     found = as_trainable(model.params, config)
     shape = next(iter(found.virtual.values()))

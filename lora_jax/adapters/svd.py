@@ -3,20 +3,20 @@
     truncate(a, b, rank)     to a product a @ b, which is never built
     nearest(matrix, rank)    to a matrix
 
-Both give the new factors, the distance (the Frobenius norm of the singular values that are left
-out), and the size of what was given.
+Both return the new factors, the distance (the Frobenius norm of the dropped singular values) and
+the norm of the input.
 """
 
 import numpy as np
 
-Factors = tuple[np.ndarray, np.ndarray, float, float]  # (in, rank), (rank, out), distance, size
+Factors = tuple[np.ndarray, np.ndarray, float, float]  # (in, rank), (rank, out), distance, norm
 
 
 def truncate(a: np.ndarray, b: np.ndarray, rank: int) -> Factors:
     """The nearest product of that rank to a (in, k) @ b (k, out).
 
     With a = Qa Ra and b^T = Qb Rb the product is Qa (Ra Rb^T) Qb^T, and the singular values are
-    those of the small matrix in the middle. Both factors take the root of each.
+    those of the small matrix in the middle. Each factor takes their square roots.
     """
     q_a, r_a = np.linalg.qr(a)
     q_b, r_b = np.linalg.qr(b.T)
@@ -29,8 +29,8 @@ def truncate(a: np.ndarray, b: np.ndarray, rank: int) -> Factors:
 def nearest(matrix: np.ndarray, rank: int) -> Factors:
     """The nearest product of that rank to a matrix (in, out).
 
-    The singular vectors of the shorter side are eigenvectors of a Gram matrix, many times cheaper
-    than all of an SVD; that squares the values, which float64 leaves room for.
+    The singular vectors of the shorter side are eigenvectors of a Gram matrix, which is many times
+    cheaper than an SVD. Its eigenvalues are squares, which float64 has the precision for.
     """
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix

@@ -2,7 +2,7 @@
 
     LoRA              W + a b                                     a b of low rank, scale in b
     DoRA              magnitude * (W + a b) / |(W + a b)|_column  of full rank
-    trained whole     V                                           of full rank
+    trained in full   V                                           of full rank
 
 Only the last two need W. A matrix is named by its leaf in the tree and its place there:
 (("model", "layers", "self_attn", "q_proj", "kernel"), (3,)) is that of layer 3, and a stack of
@@ -36,7 +36,9 @@ class Product:
     magnitude: np.ndarray | None = None  # DoRA's (out,); nan where a column has none
 
     def dense(self, base: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what is added to the weight; `base` gives that where it is needed."""
+        """Return the update as a dense matrix; `base` returns the weight and is called only for
+        DoRA.
+        """
         if self.magnitude is None:
             return self.a @ self.b
         weight = base()
@@ -46,23 +48,23 @@ class Product:
         return moved * np.where(sound, self.magnitude / np.where(sound, norms, 1), 1) - weight
 
     def transposed(self) -> "Product":
-        """Return the update of the output head, from that of the embedding that is tied to it."""
+        """Return the update of the output head from that of the tied embedding."""
         return Product(HEAD[0], self.b.T, self.a.T)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A matrix or vector that takes the place of the weight, in float64."""
+    """A trained matrix or vector that replaces the weight, in float64."""
 
     name: str  # module path
     value: np.ndarray
 
     def dense(self, base: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what is added to the weight that `base` gives."""
+        """Return the difference from the weight that `base` returns."""
         return self.value - base()
 
     def transposed(self) -> "Trained":
-        """Return the trained output head, from the embedding that is tied to it."""
+        """Return the trained output head from the tied embedding."""
         return Trained(HEAD[0], self.value.T)
 
 
@@ -71,11 +73,11 @@ Update = Product | Trained
 
 @dataclass(frozen=True)
 class Combined:
-    """Adapters that were computed from others, or from weights, and how near they came."""
+    """Adapters computed from other adapters or from weights, and their errors."""
 
     adapters: dict
     trainable: Trainable
-    errors: Mapping[str, float]  # by module: |made - meant| / |meant|; empty where it is exact
+    errors: Mapping[str, float]  # by module: |result - exact| / |exact|; empty without truncation
     error: float  # the same over all modules
 
     @property
@@ -100,8 +102,8 @@ def base_matrix(params: Mapping, read: Read, key: Key) -> np.ndarray:
 def find_updates(
     params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable
 ) -> dict[Key, Update]:
-    """Return the updates of all matrices and vectors that an adapter changes, but for rows of
-    tokens. `params` may be shapes. Parts of a fused projection are one update of all of it.
+    """Return the updates of all matrices and vectors that an adapter changes, except token rows.
+    `params` may be shapes. Parts of a fused projection are joined into one update.
 
     Raises:
         UserError: as `find_trainable`.
@@ -196,9 +198,9 @@ def build(
     """Build the adapters of a `plain_config`, matrix by matrix.
 
     Args:
-        factors: of a matrix and its rank, with their distance from what is meant.
-        value: of what is trained whole.
-        rows: of tokens, in the order of the config.
+        factors: function of a matrix and its rank: factors, distance and norm, as in `svd`.
+        value: function of a matrix or vector: its fully trained value.
+        rows: function that returns the token rows, in the order of the config.
     """
     leaves: dict[Path, np.ndarray] = {}
     sums: dict[str, np.ndarray] = {}
@@ -226,7 +228,7 @@ def _ratio(lost: float, whole: float) -> float:
 
 
 def rank_problems(most: Mapping[str, int], rank: int | None) -> list[str]:
-    """List the problems of `rank`, where `most` is what every module can use, by its path."""
+    """List the problems of `rank`; `most` is the largest usable rank by module path."""
     if rank is None or not most:
         return []
     if rank < 1:

@@ -1,4 +1,4 @@
-"""VeRA (arXiv 2310.11454): vectors that scale two random matrices, which all targets share.
+"""VeRA (arXiv 2310.11454): trained vectors that scale two random matrices shared by all targets.
 
     y = x W + lambda_b * ((lambda_d * (x A)) B)
 
@@ -7,9 +7,9 @@ adapters  vera_a, vera_b                                      (widest in, r), (r
           model/layers/self_attn/q_proj/{lambda_d, lambda_b}  (layers, r), (layers, out)
 bound     model/layers/self_attn/q_proj/kernel                LoraWeight(base, A, B)
 
-A target takes the first rows of `vera_a` and the first columns of `vera_b`. These two never train;
-they follow from `projection_prng_key` alone and are the numbers of PEFT, so that all adapters of
-one key and one set of widths have them in common. `lambda_b` starts at zero.
+A target takes the first rows of `vera_a` and the first columns of `vera_b`. These two never train.
+They depend on `projection_prng_key` alone and equal PEFT's, so all adapters of one key and one set
+of widths share them. `lambda_b` starts at zero.
 """
 
 import math

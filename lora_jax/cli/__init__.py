@@ -1,7 +1,7 @@
 """The command line: `lora-jax train|eval|inspect|plan|export|combine|generate`, and `train.py`,
 which is `lora-jax train`.
 
-A mistake of the user ends with its message and status 2; `--verbose` adds the traceback.
+A user error ends with its message and status 2; `--verbose` adds the traceback.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def _page(command: ModuleType) -> dict[str, Any]:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; overrides may be in several places, where argparse takes only those of
-    the first.
+    """Parse the arguments. Overrides may be in several places; argparse alone accepts only the
+    first.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     for text in given:
@@ -89,7 +89,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 
 def _is_text(argument: str) -> bool:
-    """Return False for bytes that are no text, which Python passes on as lone surrogates."""
+    """Return False for bytes that are no text; Python decodes them to lone surrogates."""
     try:
         argument.encode("utf-8")
     except UnicodeEncodeError:
@@ -118,8 +118,8 @@ def _failed_hosts() -> Any:
 
 
 def _streams_without_reader() -> list[int]:
-    """Return those of stdout (1) and stderr (2) whose pipe is closed at the other end, as `| head`
-    does when it has seen enough.
+    """Return those of stdout (1) and stderr (2) whose pipe has no reader any more, as after `|
+    head`.
     """
     poll = select.poll()
     for descriptor in (1, 2):
@@ -131,7 +131,7 @@ def _status(options: argparse.Namespace) -> int:
     try:
         options.function(options)
         if sys.stdout is not None:
-            sys.stdout.flush()  # a reader that has gone is found here
+            sys.stdout.flush()  # fails if the reader is gone
     except UserError as error:
         if options.verbose:
             traceback.print_exc()
@@ -143,7 +143,7 @@ def _status(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         if not (gone := _streams_without_reader()):
             raise
-        for descriptor in gone:  # what is still in buffers goes nowhere
+        for descriptor in gone:  # discard what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -160,7 +160,7 @@ def _status(options: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"ended by {stop}", file=sys.stderr)
         if interrupt.leave is not None:
-            # All is saved, and the end of the interpreter waits for programs that still run.
+            # All is saved; a normal exit would wait for running XLA programs.
             for stream in filter(None, (sys.stdout, sys.stderr)):
                 stream.flush()
             interrupt.leave(stop.status)

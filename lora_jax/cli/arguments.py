@@ -14,7 +14,7 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "overrides",
         nargs="*",
         metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=10",
+        help="override of a setting, such as train.steps=10",
     )
 
 
@@ -24,8 +24,8 @@ def add_allow_change(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=configs.PRINTS[:3],
-        help="accept that this part is not the one that the adapter was trained with; may be given "
-        "several times",
+        help="accept that this part differs from the one that the adapter was trained with; may be "
+        "given several times",
     )
 
 
@@ -35,7 +35,7 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="fields of config.json that do not matter, like ignore_config_fields in training",
+        help="fields of config.json to ignore, as with ignore_config_fields in training",
     )
 
 

@@ -18,15 +18,15 @@ EPILOG = """examples:
       --method ties --density 0.2 --rank 32 --output both
   lora-jax combine --model org/name --finetuned my-model --rank 64 --output as-adapter
 
-Writes one PEFT adapter directory from adapters of the same base.
+Writes one PEFT adapter directory. All adapters must have the same base.
 
 sum   adds the updates, weight * scale * A B, exactly; the rank is the sum of the ranks.
 svd   is the nearest adapter of rank R to that sum.
 ties, dare_linear, dare_ties
-      drop a part of each update before they are added (arXiv 2306.01708, 2311.03099). The result
-      has full rank, so that --rank is needed.
+      drop a part of each update before adding them (arXiv 2306.01708, 2311.03099). The result has
+      full rank and is truncated, so --rank is required.
 
-The error of a lower rank is printed. docs/combine.md
+The error of the truncation is printed. docs/combine.md
 """
 
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=("sum", "svd", "ties", "dare_linear", "dare_ties"),
-        help="how adapters are combined (default: sum, or svd with --rank)",
+        help="combination method (default: sum, or svd with --rank)",
     )
     parser.add_argument(
         "--rank",
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=arguments.seed,
         default=0,
-        help="seed of the choice that dare makes (default: 0)",
+        help="seed of the values that dare drops (default: 0)",
     )
     _add_extraction(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
         return print(json.dumps(report))
     low, high = report["ranks"]
     print(
-        f"{options.output}: {report['parameters']:,} numbers, rank "
+        f"{options.output}: {report['parameters']:,} parameters, rank "
         + (str(high) if low == high else f"{low} to {high}")
     )
     if report["method"] != "sum":
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """`DIR=WEIGHT`, or `DIR` with a weight of 1; the name of a directory may have `=` too."""
+    """Parse `DIR=WEIGHT`, or `DIR` with weight 1; the directory's name may contain `=`."""
     path, _, weight = text.rpartition("=")
     if not path or Path(text).expanduser().is_dir():
         return text, 1.0

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--private",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="make a new repository private (default); one that exists is not changed",
+        help="create the repository as private (default); an existing one is not changed",
     )
     parser.add_argument("--commit-message", metavar="TEXT", help="commit message of the upload")
     arguments.add_allow_change(parser)
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="export.key=value",
-        help="settings of export that replace those of the run",
+        help="override of an export setting of the run",
     )
     parser.set_defaults(function=run)
 

@@ -13,13 +13,13 @@ EPILOG = """examples:
   head rows.jsonl | lora-jax generate --model org/name --prompts - > answers.jsonl
   lora-jax generate --model org/name --chat --temperature 0.7 --top-p 0.9
 
-Answers go to stdout, prompts to stderr. With --prompts, answers in a file or a pipe are lines of
-JSON: prompt, answer, finish_reason and tokens. finish_reason is stop, or length for an answer that
-was cut off at --max-new-tokens.
+Answers go to stdout, prompts to stderr. With --prompts, answers to a file or a pipe are JSON
+lines with prompt, answer, finish_reason and tokens. finish_reason is stop, or length for an answer
+that --max-new-tokens cut off.
 
-A row of --prompts is {"prompt": ..}, {"messages": [..]} or another form of a training row, whose
-answer is not read. An answer depends on --seed and on the position of its prompt, not on the other
-prompts. In a --chat, /reset starts a new conversation, /quit or Ctrl-D ends it, and Ctrl-C stops an
+A row of --prompts is {"prompt": ..}, {"messages": [..]} or another form of a training row; its
+answer is ignored. An answer depends on --seed and on the position of its prompt, not on the other
+prompts. In --chat, /reset starts a new conversation, /quit or Ctrl-D ends it, and Ctrl-C stops an
 answer.
 """
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.positive,
         default=16,
         metavar="N",
-        help="prompts that are answered together (default: 16)",
+        help="prompts per batch (default: 16)",
     )
     _add_rendering(parser)
     _add_sampling(parser)
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_rendering(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--system-prompt", metavar="TEXT", help="system turn; give the one of the training"
+        "--system-prompt", metavar="TEXT", help="system turn; use the one from training"
     )
     parser.add_argument(
         "--chat-template",
@@ -103,27 +103,27 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=arguments.positive,
         default=200,
         metavar="N",
-        help="most tokens of an answer (default: 200)",
+        help="maximum number of tokens of an answer (default: 200)",
     )
     parser.add_argument(
         "--temperature",
         type=arguments.not_negative,
         default=0.0,
         metavar="T",
-        help="divisor of the logits before sampling; 0 takes the likeliest token (default: 0)",
+        help="sampling temperature; 0 is greedy decoding (default: 0)",
     )
     parser.add_argument(
         "--top-p",
         type=arguments.share,
         default=1.0,
         metavar="P",
-        help="sample from the fewest tokens whose probabilities reach P in sum (default: 1, all)",
+        help="sample from the fewest most likely tokens with total probability P (default: 1, all)",
     )
     parser.add_argument(
         "--top-k",
         type=arguments.positive,
         metavar="K",
-        help="sample from the K likeliest tokens (default: all)",
+        help="sample from the K most likely tokens (default: all)",
     )
     parser.add_argument(
         "--seed", type=arguments.seed, default=0, metavar="N", help="seed of sampling (default: 0)"

@@ -14,7 +14,7 @@ EPILOG = """examples:
   lora-jax inspect --config configs/e2e.yaml data.train=mine.jsonl --plot lengths.png
 
 Prints examples as the model sees them, their lengths, dropped rows, overlaps and packing.
-Supervised text is green, or between « and » where there are no colours. No weights are loaded. With
+Supervised text is green, or between « and » without colours. No weights are loaded. With
 data.streaming only the first data.stream_rows records are read.
 """
 

@@ -15,8 +15,8 @@ EPILOG = """examples:
   lora-jax plan --config configs/quickstart.yaml --topology v5e:4x4 --search
   lora-jax plan --parameters 70e9
 
-First the memory is computed from shapes, at once. Then the train step is compiled, for the devices
-of this machine or for a TPU slice that it does not have (pip install 'lora_jax[plan]'). Neither
+Memory is estimated from shapes first, in a moment. The train step is then compiled for the devices
+of this machine, or for a TPU slice that it need not have (pip install 'lora_jax[plan]'). Neither
 weights nor data are loaded. docs/plan.md
 """
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology",
         metavar="CHIP:SHAPE",
-        help="plan for a TPU slice, such as v5p:2x2x4, which this machine need not have",
+        help="plan for a TPU slice, such as v5p:2x2x4; needs no TPU",
     )
     parser.add_argument(
         "--devices", type=int, metavar="N", help="plan for N devices, simulated on the CPU"
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search", action="store_true", help="try meshes, micro-batches and remat policies"
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="print the memory from shapes, and do not compile"
+        "--no-compile", action="store_true", help="print only the memory estimated from shapes"
     )
     parser.add_argument(
         "--quick",
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     if (options.config is None) == (options.parameters is None):
         raise UserError("plan needs either --config FILE or --parameters N")
     if options.topology is not None:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # no device here is used, or held from others
+        os.environ["JAX_PLATFORMS"] = "cpu"  # neither use nor reserve a device here
     from lora_jax import plan as planning
 
     if options.parameters is not None:

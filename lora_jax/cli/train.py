@@ -21,10 +21,10 @@ settings, and so does `python -m lora_jax.config.reference`.
 Data are rows such as {"prompt": .., "completion": ..} or {"messages": [..]}, in .jsonl, .csv or
 .parquet files or on the Hugging Face hub: docs/data.md.
 
-SIGTERM, SIGHUP and Ctrl-C end a run with a checkpoint. resume=true goes on from the last one;
-resume=auto does so if there is one, and starts the run if not.
+SIGTERM, SIGHUP and Ctrl-C end a run with a checkpoint. resume=true continues from the last
+one; resume=auto does so if there is one, and starts a new run otherwise.
 """
-# Only the first process prints; to ask JAX which one that is takes seconds.
+# Only the first process prints; asking JAX for the process index takes seconds.
 _RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
 
 

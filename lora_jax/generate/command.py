@@ -1,4 +1,4 @@
-"""The body of `lora-jax generate`."""
+"""Implementation of `lora-jax generate`."""
 
 import argparse
 import os

@@ -92,7 +92,7 @@ class Forward:
     compute: Compute
     bound: Bound  # what trains: parameters with adapters, and dropout
     params: Mapping  # the frozen parameters
-    changes_base: str | None  # the init, if it took its part out of `params`
+    changes_base: str | None  # the init, if it subtracted factors from `params`
     effective_batch: Batch  # of the whole step; an objective gets a micro-batch of it at a time
 
     @property
@@ -110,7 +110,7 @@ class Forward:
         if self.changes_base is not None:
             raise UserError(
                 "this objective compares with the model before training, and adapter.init="
-                f"{self.changes_base} takes its part out of the weights; choose another init"
+                f"{self.changes_base} subtracts its factors from the weights; choose another init"
             )
         return self.params
 

@@ -1,4 +1,4 @@
-"""Settings that are possible one by one, and not together or not for this model."""
+"""Checks of settings that conflict with one another or with the model."""
 
 from collections.abc import Iterable, Mapping
 
@@ -14,25 +14,25 @@ from lora_jax.tree import (
     tied_embedding,
 )
 
-_NO_NUMBERS = "; a quantised base (base_dtype) has none to change"
+_NO_NUMBERS = "; those of a quantised base (base_dtype) cannot be changed"
 
 
 def check_init(params: Mapping, found: Trainable) -> None:
-    """Raise if an init would take its part out of a weight that is quantised.
+    """Raise if an init would subtract its factors from a quantised weight.
 
-    The base that it leaves may be quantised later, so `init` checks this and `bind` does not.
+    The remaining base may be quantised later, so `init` checks this and `bind` does not.
     """
     for target in found.targets:
         if found.config.needs_float_base and _is_quantized(params, target.weight):
             raise UserError(
-                f"init={found.config.init} takes its part out of {dotted(target.path)}"
-                f"{_NO_NUMBERS}: init on float weights first, and quantise what is left with "
-                "quantize_tree"
+                f"init={found.config.init} subtracts its factors from {dotted(target.path)}"
+                f"{_NO_NUMBERS}: run init on float weights first, and quantise the remaining base "
+                "with quantize_tree"
             )
 
 
 def combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
-    """Yield settings that are possible one by one and not together; both are named."""
+    """Yield settings that conflict; each text names both."""
     config, tied = found.config, tied_embedding(params)
     lora: dict[Path, Target] = {}
     for target in found.targets:
@@ -43,7 +43,7 @@ def combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
         if part.columns is not None and whole.columns is None and both:
             yield (
                 f"target_modules={config.target_modules!r} names {dotted(whole.path)} and "
-                f"{dotted(part.path)}, which is a part of it; name the whole or its parts"
+                f"{dotted(part.path)}, which is a part of it; name one of them"
             )
     saved = {whole.path: whole for whole in found.whole}
     for path, whole in saved.items():
@@ -54,8 +54,8 @@ def combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
         if both:
             yield (
                 f"target_modules={config.target_modules!r} and modules_to_save="
-                f"{config.modules_to_save!r} both name {both[0]}; it can have an adapter or train "
-                "whole"
+                f"{config.modules_to_save!r} both name {both[0]}; choose an adapter or full "
+                "training for it"
             )
     for rows in found.rows:
         for field, paths in (("target_modules", lora), ("modules_to_save", saved)):
@@ -69,7 +69,7 @@ def combination_problems(params: Mapping, found: Trainable) -> Iterable[str]:
     if config.freeze_a and embeddings:
         yield (
             f"freeze_a=true and target_modules={config.target_modules!r}: lora_a of "
-            f"{dotted(embeddings[0][:-1])} starts at zero, and frozen it would stay there"
+            f"{dotted(embeddings[0][:-1])} starts at zero, and would stay zero if frozen"
         )
     yield from _tie_problems(tied, found, set(lora), set(saved))
 
@@ -103,18 +103,18 @@ def _tie_problems(
         )
     if config.changes_base and not tie and (tied in lora or HEAD in lora):
         yield (
-            f"init={config.init} takes its part out of {name}, which is the output head too; with "
-            "target_modules naming one of the two, ensure_weight_tying must be true"
+            f"init={config.init} subtracts its factors from {name}, which is also the output "
+            "head; if target_modules names only one of them, ensure_weight_tying must be true"
         )
     if tie and ((tied in lora and HEAD in saved) or (tied in saved and HEAD in lora)):
         yield (
-            f"ensure_weight_tying=true, and of {name} and lm_head one is in target_modules and the "
-            "other in modules_to_save"
+            f"ensure_weight_tying=true needs {name} and lm_head in the same list; one is in "
+            "target_modules and the other in modules_to_save"
         )
 
 
 def _init_problems(params: Mapping, found: Trainable) -> Iterable[str]:
-    """Yield weights that an init has no start for, the first of each kind."""
+    """Yield the first weight of each kind that an init does not support."""
     init, leaves = found.config.init, flatten(params)
     if init not in (*DATA_INITS, "loftq"):
         return
@@ -135,7 +135,7 @@ def _init_problems(params: Mapping, found: Trainable) -> Iterable[str]:
             refused.setdefault(why, target)
     for why, target in refused.items():
         yield (
-            f"init={init} has no start for {dotted(target.path)}, which {why}; leave it out of "
+            f"init={init} does not support {dotted(target.path)}, which {why}; leave it out of "
             f"target_modules{' or lower its rank' if 'rank' in why else ''}"
         )
 
@@ -150,7 +150,7 @@ def dense_problems(params: Mapping, found: Trainable) -> Iterable[str]:
                 if config.trains_everything
                 else f"modules_to_save={config.modules_to_save!r}"
             )
-            yield f"{setting} trains the numbers of {dotted(whole.path[:-1])}{_NO_NUMBERS}"
+            yield f"{setting} trains the weights of {dotted(whole.path[:-1])}{_NO_NUMBERS}"
             return
 
 

@@ -1,4 +1,4 @@
-"""Resolution of the names that users give to the weights that train."""
+"""Resolution of a config's module names to the weights that train."""
 
 import dataclasses
 from collections import Counter
@@ -37,7 +37,7 @@ from lora_jax.tree import (
 
 
 def as_trainable(params: Mapping, config: AdapterConfig | Trainable) -> Trainable:
-    """Return what `config` trains of `params`; a `Trainable` that was found for them as it is.
+    """Return what `config` trains in `params`; a `Trainable` is returned unchanged.
 
     Raises:
         UserError: as `find_trainable`.
@@ -46,14 +46,13 @@ def as_trainable(params: Mapping, config: AdapterConfig | Trainable) -> Trainabl
 
 
 def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
-    """Return what `config` trains of `params`, which may hold arrays or only shapes; in the order
-    of the tree.
+    """Return what `config` trains in `params`, in the order of the tree; `params` may be shapes.
 
     Raises:
         UserError: an entry of target_modules, exclude_modules, modules_to_save, rank_pattern or
             alpha_pattern that matches nothing, an invalid regex, a layer or token that does not
-            exist, a rank above min(in, out), an impossible value, settings that contradict each
-            other, a tied head without a decision; all problems of a kind at once.
+            exist, a rank above min(in, out), an impossible value, contradictory settings, a tied
+            head without `ensure_weight_tying`. The error lists all problems of a kind.
     """
     if config.trains_everything:
         everything = Trainable(config, whole=tuple(_whole(params, lambda name, path: True)))
@@ -83,13 +82,11 @@ def find_trainable(params: Mapping, config: AdapterConfig) -> Trainable:
 
 
 def _find_virtual(params: Mapping, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of virtual tokens, whose features are those of the embedding, or of the
-    keys of a layer.
-    """
+    """Return the shapes of virtual tokens: as wide as the embedding, or as the keys of a layer."""
     count, leaves = virtual_tokens(config), flatten(params)
     embedding = _token_embedding(leaves)
     if embedding is None:
-        raise UserError(f"method={config.method}: the model has no embedding of tokens to go with")
+        raise UserError(f"method={config.method}: the model has no token embedding")
     if config.trains_prompt:
         return {"prompt_embeddings": (count, leaves[embedding].shape[1])}
     for path, leaf in leaves.items():
@@ -129,7 +126,7 @@ class _Candidate:
 
 
 def _candidates(params: Mapping) -> list[_Candidate]:
-    """List linears, parts of fused ones, stacks of experts, embeddings, and a tied head."""
+    """Return linear weights, parts of fused ones, stacks of experts, embeddings and a tied head."""
     leaves, found = flatten(params), []
     for path, leaf in leaves.items():
         if path[-1] not in ("kernel", "embedding") or len(leaf.shape) != lead_axes(path) + 2:
@@ -227,12 +224,12 @@ def _rank_problems(targets: Sequence[Target], init: str) -> Iterable[str]:
         odd = [rank for rank in target.ranks if rank % 2]
         if init == "orthogonal" and odd:
             name = target.names[target.ranks.index(odd[0])]
-            yield f"init=orthogonal needs an even rank: it halves it; rank={odd[0]} at {name}"
+            yield f"init=orthogonal needs an even rank; it is {odd[0]} at {name}"
 
 
 def _named_parts(parts: set[str], config: AdapterConfig, selected: set[str]) -> set[str]:
-    """Return the parts of fused projections that are adapted. They have to be named with their
-    module, and a regex that matches the whole matrix does not mean its parts.
+    """Return the adapted parts of fused projections. A part must be named with its module; a regex
+    that matches the fused matrix does not select its parts.
     """
     spec = config.target_modules
     if spec == "all-linear":
@@ -316,7 +313,7 @@ def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[TrainableTokens,
     leaves = flatten(params)
     path = _token_embedding(leaves)
     if path is None:
-        raise UserError("trainable_token_indices: the model has no embedding of tokens")
+        raise UserError("trainable_token_indices: the model has no token embedding")
     vocab, features = leaves[path].shape
     counts = Counter(indices)
     wrong = sorted(index for index in counts if not 0 <= index < vocab)
@@ -334,7 +331,7 @@ def _find_rows(params: Mapping, config: AdapterConfig) -> tuple[TrainableTokens,
 
 
 def _tie(params: Mapping, found: Trainable) -> Trainable:
-    """Apply ensure_weight_tying: one entry for embedding and head, that of the embedding."""
+    """Apply ensure_weight_tying: keep one entry for embedding and head, the embedding's."""
     tied = tied_embedding(params)
     if tied is None:
         return found

@@ -34,9 +34,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that takes an adapter: one matrix, or a stack of them with a rank and an alpha for
-    each layer. Of a fused projection it can be some of the columns, which then have a module path
-    of their own, such as `qkv_proj.k`.
+    """A weight that takes an adapter: one matrix, or a stack with a rank and an alpha for each
+    layer. It may be a part of a fused projection, with its own module path such as `qkv_proj.k`.
     """
 
     path: Path  # of the module in the tree
@@ -78,7 +77,7 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the factors of all layers, padding left out."""
+        """Number of parameters in the factors of all layers, without padding."""
         return sum(map(self.numbers, self.factors))
 
     def leaf_shape(self, name: str, rank: int) -> tuple[int, ...]:
@@ -87,7 +86,7 @@ class Target:
         return tuple(sizes[axis] for axis in known_kind(name).axes or ())
 
     def numbers(self, name: str, ranks: tuple[int, ...] | None = None) -> int:
-        """Numbers in a leaf, padding left out; of layers with `ranks`, if given."""
+        """Number of parameters in a leaf, without padding; `ranks` replace those of the layers."""
         layers = (math.prod(self.leaf_shape(name, rank)) for rank in ranks or self.ranks if rank)
         return sum(layers) * (self.experts or 1)
 
@@ -109,7 +108,7 @@ class Target:
 
 @dataclass(frozen=True)
 class FullWeight:
-    """A weight that trains itself, or those slices of a stack that do."""
+    """A weight that trains in full, or the slices of a stack that do."""
 
     path: Path  # of the weight in the tree
     shape: tuple[int, ...]  # of the leaf, with all its slices
@@ -154,8 +153,8 @@ class TrainableTokens:
 
 @dataclass(frozen=True)
 class Trainable:
-    """Everything that a config trains in a model. It is found once and handed on: functions of
-    `lora_jax.adapters` take it in place of the config.
+    """All that a config trains in a model. `find_trainable` computes it once; the functions of
+    `lora_jax.adapters` accept it in place of the config.
     """
 
     config: AdapterConfig
@@ -167,7 +166,7 @@ class Trainable:
 
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The leaves of the trainable tree, those that are frozen in it included."""
+        """The leaves of the trainable tree, including frozen ones."""
         found = [self._leaf(part.trained, part.shape, part.path) for part in self.whole]
         found += [self._leaf(part.trained, part.shape, part.path) for part in self.rows]
         for target in self.targets:
@@ -203,7 +202,7 @@ class Trainable:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers; padding, frozen parts and layers that are not chosen left out."""
+        """Number of trainable parameters, without padding, frozen leaves and unselected layers."""
         return self._outside() + sum(
             target.numbers(name)
             for target in self.targets
@@ -213,7 +212,9 @@ class Trainable:
 
     @property
     def exported(self) -> int:
-        """Numbers in the exported adapter; an init that changes the base doubles the rank there."""
+        """Number of parameters in the exported adapter; an init that changes the base doubles the
+        rank there.
+        """
         growth = 2 if self.config.changes_base else 1
         shared = sum(math.prod(shape) for shape in self.shared.values())
         return (
@@ -228,6 +229,6 @@ class Trainable:
         )
 
     def _outside(self) -> int:
-        """Numbers that train outside of the targets."""
+        """Number of parameters that train outside the targets."""
         parts = sum(part.parameters for part in (*self.whole, *self.rows))
         return parts + sum(math.prod(shape) for shape in self.virtual.values())

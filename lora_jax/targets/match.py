@@ -1,7 +1,6 @@
-"""Modules that the settings of an adapter name, by PEFT's rules, and problems of the settings.
+"""Matching of module names by PEFT's rules, and the problems of settings that name modules.
 
-Lists may have hundreds of thousands of entries: each function that returns a function prepares
-them once.
+Lists may have hundreds of thousands of entries, so functions that return a test prepare them once.
 """
 
 import re
@@ -22,8 +21,8 @@ Matcher = Callable[[str], bool]
 
 
 def matcher(spec: str | Sequence[str], field: str = "target_modules") -> Matcher:
-    """Return the test of PEFT's rule: a string must match the whole module path as a regex, a list
-    entry is the path or a suffix of it. `field` is the setting that errors name.
+    """Return a test of module paths by PEFT's rule: a string is a regex for the full path, a list
+    entry is the path or a suffix of it. Errors name the setting `field`.
 
     Raises:
         UserError: not a valid regex; from the test, one that takes too long.
@@ -35,7 +34,7 @@ def matcher(spec: str | Sequence[str], field: str = "target_modules") -> Matcher
 
 
 def _named(pattern: str, setting: str) -> Matcher:
-    """Return the test of a regex for a whole module path, whose errors name the setting."""
+    """Return a test of full module paths by a regex; its errors name the setting."""
     try:
         found = compiled(pattern)
     except UserError as error:
@@ -66,8 +65,8 @@ def matches(name: str, spec: str | Sequence[str], field: str = "target_modules")
 def pattern_values(
     patterns: Mapping[str, Any], field: str = "rank_pattern"
 ) -> Callable[[str, Any], Any]:
-    """Return a function of module path and default: the value of the first pattern that ends the
-    path (PEFT's rank_pattern and alpha_pattern). `field` is the setting that errors name.
+    """Return a function of module path and default: the value of the first pattern that matches the
+    end of the path (PEFT's rank_pattern and alpha_pattern). Errors name the setting `field`.
 
     Raises:
         UserError: too many patterns, or one that is not valid; from the function, one that takes
@@ -112,7 +111,7 @@ def _layers_to_transform(config: AdapterConfig) -> list[int] | None:
 
 
 def selector(config: AdapterConfig) -> Matcher:
-    """Return the test that says which of the modules that `all-linear` would take are adapted.
+    """Return a test of which modules are adapted, for the modules that `all-linear` would select.
 
     Raises:
         UserError: as `matcher`.
@@ -128,7 +127,7 @@ def selector(config: AdapterConfig) -> Matcher:
     def test(name: str) -> bool:
         if not wanted(name):
             return False
-        # PEFT: a whole path holds in any layer.
+        # As in PEFT, layers_to_transform does not restrict full paths.
         if layers is not None and name not in paths and layer_index(name) not in layers:
             return False
         return not left_out(name)
@@ -137,8 +136,8 @@ def selector(config: AdapterConfig) -> Matcher:
 
 
 def unmatched(field: str, entries: Iterable[str], names: Iterable[str], listed: str) -> list[str]:
-    """List the problems of entries that match no module: the first few, with a near name each, and
-    a count of the others. `listed` says what the model has.
+    """List the problems of entries that match no module: the first few, each with the nearest name,
+    and a count of the others. `listed` names what the model has.
     """
     names = list(names)
     short = sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})
@@ -156,7 +155,7 @@ def unmatched(field: str, entries: Iterable[str], names: Iterable[str], listed: 
 def _entry_problems(
     field: str, spec: Any, names: Sequence[str], linears: Sequence[str]
 ) -> Iterable[str]:
-    """`linears` are those of `names` that errors list; the others are named on purpose only."""
+    """Yield problems of the entries of a setting. Errors list `linears`, a subset of `names`."""
     listed = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     if isinstance(spec, str):
         try:

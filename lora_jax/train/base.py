@@ -1,4 +1,4 @@
-"""The frozen base of a run: fresh adapters may take their part out of it."""
+"""The frozen base of a run, from which fresh adapters may subtract their factors."""
 
 import contextlib
 import dataclasses
@@ -28,9 +28,9 @@ def load_base(
     """Return the config with the ranks of the adapters, the base as the run uses it, and fresh
     adapters. `calibrate` is that of `adapters.init`.
 
-    An init that takes its part out of the base, or compensates its quantisation, reads the weights
-    of the files, and the rest of them is quantised then (arXiv 2404.02948, section 4). Other inits
-    read the quantised base.
+    An init that subtracts its factors from the base, or corrects its quantisation, reads the float
+    weights; the remainder is then quantised (arXiv 2404.02948, section 4). Other inits read the
+    quantised base.
 
     Raises:
         UserError: what `formats.read_params` and `adapters.init` refuse.
@@ -66,9 +66,7 @@ def reload_base(
 def _read(
     config: Config, source: Path, model: Model, mesh: Mesh, floats: bool, display: Display
 ) -> tuple[Mapping, str | None]:
-    """Return the weights, and the scheme to quantise them with later, if they are read as floats
-    (`floats`) and quantised after that.
-    """
+    """Return the weights and, with `floats`, the scheme to quantise them with later."""
     later = config.base_dtype in SCHEMES and floats
     dtype = None if later else config.base_dtype
     return read_params(source, model, mesh, dtype, display), config.base_dtype if later else None
@@ -77,7 +75,7 @@ def _read(
 def read_params(
     source: Path, model: Model, mesh: Mesh, dtype: str | None, display: Display
 ) -> Mapping:
-    """`formats.read_params`, with its progress shown."""
+    """Call `formats.read_params` and show its progress."""
     count = len(jax.tree.leaves(model.params))
     with display.phase("loading weights", count, "arrays") as phase:
         return formats.read_params(source, model, mesh, dtype, phase.advance)

@@ -1,11 +1,11 @@
-"""Cache of the scores before the first step, which take minutes and are the same in every run.
+"""Cache of the scores before the first step, which take minutes and rarely change between runs.
 
-An entry is a file `scores/DIGEST.json` of the cache directory, whose name is the digest of its key.
-The key has everything that the scores depend on: weights, config, tokenizer, chat template,
-held-out rows, settings, code, versions and devices. Fresh adapters of plain LoRA change nothing,
-whatever their rank. Others (a start that changes the base, DoRA, virtual tokens, trained copies of
-modules, `adapter.path`) join the key with their settings and weights. Losses and answers are
-stored; metrics are computed from the answers.
+An entry is a file `scores/DIGEST.json` of the cache directory, named by the digest of its key. The
+key has everything that the scores depend on: weights, config, tokenizer, chat template, held-out
+rows, settings, code, versions and devices. Fresh adapters of plain LoRA change no score and are not
+in the key. Settings and weights of other adapters are (an init that changes the base, DoRA, virtual
+tokens, trained copies of modules, `adapter.path`). Losses and answers are stored; metrics are
+computed from the answers.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from lora_jax.train.evaluate import Evaluator, Scores
 
 _PACKAGE = Path(__file__).parent.parent
 _PACKAGES = ("lora_jax", "jax", "jaxlib", "flax", "transformers", "tokenizers", "jinja2")
-# Settings of data that arrange rows or say where they are; the rows themselves are in the key.
+# Settings of data that locate or arrange rows; the rows themselves are in the key.
 _ARRANGING = (
     *("train", "eval", "eval_size", "regression", "drop_overlap", "packing", "shuffle", "cache"),
     *("streaming", "stream_rows", "on_bad_row", "chat_template"),
 )
 # Settings of eval that neither losses nor answers depend on.
 _REPORTING = ("before", "cache", "metrics", "samples", "generate_every")
-# Settings of adapters that fresh ones do not depend on, where the other settings have defaults.
+# Settings of adapters without effect on the scores of fresh plain LoRA.
 _SIZES = (
     *("rank", "alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern"),
     *("alpha_pattern", "dropout", "use_rslora", "freeze_a", "lora_plus_ratio"),
@@ -47,7 +47,7 @@ _SIZES = (
 def measure(
     evaluator: Evaluator, adapters: Any, fingerprint: Mapping[str, str], say: Callable[[str], None]
 ) -> Scores:
-    """Return the scores of adapters before the first step, from the cache where it has them.
+    """Return the scores of adapters before the first step, from the cache if it has them.
 
     fingerprint: digests of the base, the tokenizer and the template
     """
@@ -100,7 +100,7 @@ def _key(evaluator: Evaluator, adapters: Any, fingerprint: Mapping[str, str]) ->
 
 
 def _describe(config: Config, adapters: Any) -> Any:
-    """Return settings and weights of adapters that may differ from the base, None for others."""
+    """Return settings and weights of adapters that may change the scores, None for others."""
     fresh = {name: getattr(AdapterConfig(), name) for name in _SIZES}
     starts = ("default", "gaussian")  # B is zero
     start = "default" if config.adapter.init in starts else config.adapter.init
@@ -123,7 +123,7 @@ def _digest(content: Any) -> str:
 
 
 def _read(file: Path, key: Mapping[str, Any], say: Callable[[str], None]) -> dict | None:
-    """Return the content of an entry, None if there is none or it is damaged."""
+    """Return the content of an entry; None if it is missing or damaged."""
     try:
         checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
     except FileNotFoundError:
@@ -152,4 +152,4 @@ def _write(file: Path, content: Mapping[str, Any], say: Callable[[str], None]) -
     try:
         write_entry(file, f"{_digest(text)}\n{text}".encode())
     except OSError as error:
-        say(f"note: the scores cannot be kept in {file.parent}: {error.strerror or error}")
+        say(f"note: the scores cannot be stored in {file.parent}: {error.strerror or error}")

@@ -1,5 +1,5 @@
-"""Inputs of inits that need more than a random key: the embeddings of tokens for virtual tokens, or
-the loss of a run's first batches as a function of the parameters.
+"""Inputs of inits that need more than a random key: token embeddings for virtual tokens, or the
+loss of a run's first batches as a function of the parameters.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ def make_calibrate(
     encoder: sets.Encoder,
     mesh: Mesh,
 ) -> Callable | None:
-    """Return the `calibrate` of `adapters.init`; None where it needs none.
+    """Return the `calibrate` of `adapters.init`; None if the init needs none.
 
-    For virtual tokens, it is `as_model_sees`. For inits that look at data, `calibrate(params)` is
-    the loss in nats per supervised token over the first `calibration_batches` batches of training,
+    For virtual tokens, it is `as_model_sees`. For inits that need data, `calibrate(params)` is the
+    loss in nats per supervised token over the first `calibration_batches` batches of training,
     without dropout.
 
     Raises:
@@ -43,7 +43,7 @@ def make_calibrate(
         return as_model_sees(model, config.adapter, text_tokens(config.adapter, encoder.tokenizer))
     if not config.adapter.needs_data:
         return None
-    # Its own: a stream is read once, and the run begins at its first row.
+    # A loader of its own: a stream is read once, and the run begins at its first row.
     loader = sets.make_loader(config, train_data, encoder, None, Console(quiet=True))
     batches = [
         place_batch(loader.batch(i, local_rows(rows, mesh)), mesh, rows) for i in range(count)
@@ -51,14 +51,14 @@ def make_calibrate(
     if not any(float(batch["loss_weights"][:, 1:].sum()) for batch in batches):
         raise UserError(
             f"adapter.calibration_batches={count}: the first {count * rows} rows of data.train "
-            f"have no supervised token, and init={config.adapter.init} looks at them; raise it"
+            f"have no supervised token, which init={config.adapter.init} needs; raise it"
         )
     return calibrate_on(model, config, batches)
 
 
 def calibrate_on(model: Model, config: Config, batches: list[Batch]) -> jax.tree_util.Partial:
-    """`calibrate(params)` over these batches of one shape, in pieces of `micro_batch_size` rows.
-    Parameters may hold `Probe`s, which count the supervised tokens (of a model that classifies all
+    """Return `calibrate(params)` over these batches of one shape, in pieces of `micro_batch_size`
+    rows. Parameters may hold `Probe`s, which count the supervised tokens (of a classifier, all
     tokens).
     """
     pieces = config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size)
@@ -70,7 +70,7 @@ def calibrate_on(model: Model, config: Config, batches: list[Batch]) -> jax.tree
         return batch_sums(model, bound, batch, config, config.train.remat)[0]
 
     def mean_loss(batches: list[Batch], params: Mapping) -> jax.Array:
-        # Every piece takes rows from all over its batch, so that each device keeps its own.
+        # A piece takes rows from across its batch, so no row moves to another device.
         split = [
             jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
             for batch in batches
@@ -87,7 +87,7 @@ def calibrate_on(model: Model, config: Config, batches: list[Batch]) -> jax.tree
 
 
 def _with_rows(params: Mapping, counted: jax.Array) -> dict:
-    """With the rows that every `Probe` is to count, the same for each layer of a stack."""
+    """Set the rows that every `Probe` counts, the same for each layer of a stack."""
     leaves = flatten(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, Probe):

@@ -7,10 +7,10 @@ in the background.
                                      leaves
     checkpoints/<step>/sha256.json   a digest of every file above
 
-Nothing of the base model is in them. Orbax restores a flipped byte in silence and casts dtypes in
-silence, so the record holds dtype, shape and digest of every leaf, `sha256.json` the digest of
-every file, and reading compares them all. A step that was committed but killed before its
-`sha256.json` is there is still checked leaf by leaf.
+The base model is not stored. Orbax restores flipped bytes and casts dtypes without an error. So the
+record holds dtype, shape and digest of every leaf, `sha256.json` holds the digest of every file,
+and reading compares them all. A committed step without a `sha256.json`, after a kill, is still
+checked leaf by leaf.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from lora_jax.train.checksums import digest_leaves as digest_leaves
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
 
 ITEMS = ("adapters", "optimizer", "record")
-_PARTS = (*ITEMS, SEAL, "_CHECKPOINT_METADATA")  # a step has one of them, however damaged it is
+_PARTS = (*ITEMS, SEAL, "_CHECKPOINT_METADATA")  # even a damaged step has one of them
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a step that is not committed
 
 
@@ -60,7 +60,7 @@ class Checkpoints:
         check: Callable[[], None] = lambda: None,
         committed: Callable[[], None] = lambda: None,
     ):
-        # What says nothing of its origin is nobody's to remove.
+        # A step without a readable record may be another run's, and is never removed.
         unknown = [step for step in list_steps(directory) if load_record(directory, step) is None]
         self._kept = _Kept(save_total_limit, unknown)
         self._check, self._committed = check, committed
@@ -89,11 +89,11 @@ class Checkpoints:
         best_step: int | None = None,
         sound_step: int | None = None,
     ) -> None:
-        """Start to write `step`, and return as soon as the arrays are copied. A step that exists
-        has the same arrays, and only its record is replaced.
+        """Start to write `step`, and return as soon as the arrays are copied. If the step exists,
+        its arrays are the same and only its record is replaced.
 
-        Once it is committed, what is neither among the latest, nor `best_step`, nor the last one
-        up to `sound_step`, is removed.
+        After the commit, all steps are removed but the latest, `best_step` and the last one up to
+        `sound_step`.
 
         Raises:
             UserError: this checkpoint or the one before it cannot be written; earlier ones are
@@ -118,8 +118,8 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, step)
 
     def _rewrite(self, step: int, record: Mapping[str, Any]) -> None:
-        """Replace the record of a committed step. A kill leaves one of the two records complete,
-        and a step without a seal is checked leaf by leaf.
+        """Replace the record of a committed step. After a kill one of the two records is complete,
+        and a step without `sha256.json` is checked leaf by leaf.
         """
         if hosts.is_main():
             place = self._directory / str(step)
@@ -188,8 +188,8 @@ def open_checkpoints(
     check: Callable[[], None] = lambda: None,
     committed: Callable[[], None] = lambda: None,
 ) -> Iterator[Checkpoints]:
-    """Open the checkpoints of `directory`. The end of the block waits for a running save. `check`
-    is called before anything is written or removed, `committed` after each save, on the main host.
+    """Open the checkpoints of `directory`; leaving the block waits for a running save. The main
+    host calls `check` before anything is written or removed, and `committed` after each save.
     """
     checkpoints = Checkpoints(directory, save_total_limit, check, committed)
     try:
@@ -233,7 +233,7 @@ def check_place(config: Config) -> None:
         )
     try:
         epath.Path(config.checkpoint_dir).exists()
-    except Exception as error:  # no login, no network, no such bucket: of many kinds
+    except Exception as error:  # no login, no network, no such bucket: many exception types
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"checkpoint_dir={config.checkpoint_dir!r} cannot be opened: {reason}"
@@ -245,7 +245,7 @@ def list_steps(directory: Place) -> list[int]:
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if _is_step(path))
-    # In a directory a step gets its name when it is committed; in a bucket a mark says so.
+    # In a directory, the commit gives a step its name; in a bucket, it writes a marker.
     return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
 
 
@@ -257,13 +257,13 @@ def _is_step(path: Place) -> bool:
 
 
 def is_temporary(path: Place) -> bool:
-    """Return True for the rest of a save that was killed, which Orbax removes."""
+    """Return True for the remains of a killed save, which Orbax removes."""
     name = path.name
     return _TEMPORARY in name or re.fullmatch(r"\.record-[0-9]+", name) is not None
 
 
 def misleading(directory: Place) -> list[str]:
-    """Return names that Orbax would take for steps, though they are links or no steps."""
+    """Return names that Orbax would treat as steps, but which are links or no steps."""
     if not directory.is_dir():
         return []
     return sorted(path.name for path in directory.iterdir() if _is_misleading(path))
@@ -333,8 +333,8 @@ def restore(
     `jax.ShapeDtypeStruct`s; the mesh need not be the one of the save.
 
     Raises:
-        UserError: no checkpoint is there; files or leaves are damaged; its leaves are not those
-            that are wanted.
+        UserError: there is no checkpoint; files or leaves are damaged; leaves differ from
+            `adapters` or `opt_state`.
     """
     record = read_record(directory, step)
     place = directory / str(record["step"])
@@ -375,7 +375,7 @@ def _damaged(place: Place, problems: list[str]) -> UserError:
 
 
 def _check_leaves(place: Place, stored: Mapping[str, Any], wanted: Mapping[str, Mapping]) -> None:
-    """Raise if structure, shapes or dtypes are not those of the save. Every leaf is named."""
+    """Raise if structure, shapes or dtypes differ from the save's. The error names every leaf."""
     expected = {
         f"{item}/{name}": (list(leaf.shape), str(leaf.dtype))
         for item, leaves in wanted.items()

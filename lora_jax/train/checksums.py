@@ -27,7 +27,7 @@ def leaf_digests(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
     flat = {
         f"{item}/{name}": leaf for item, leaves in items.items() for name, leaf in leaves.items()
     }
-    # One after the other: devices of a CPU that add up several at once may wait for one another.
+    # One at a time: concurrent reductions over CPU devices may deadlock.
     sums = {name: np.asarray(_digest_leaf(sharding.on_device(leaf))) for name, leaf in flat.items()}
     return {
         name: {
@@ -41,11 +41,11 @@ def leaf_digests(items: Mapping[str, Mapping[str, Any]]) -> dict[str, dict]:
 
 @jax.jit
 def _digest_leaf(leaf: jax.Array) -> jax.Array:
-    """(2,) uint32: the sums of two hashes of every element's bits and place, modulo 2^32.
+    """Return (2,) uint32: the sums of two hashes of every element's bits and index, modulo 2^32.
 
-    A sum is the same however the leaf is split over devices and hosts, and each of them adds up
-    what it holds: nothing is gathered. A hash is one-to-one in the bits of its element
-    (MurmurHash3's last mixing step), so that no change of one element is missed.
+    The sums do not depend on the sharding; each device adds up its own shard, and nothing is
+    gathered. A hash is one-to-one in the bits of its element (MurmurHash3's finalizer), so a change
+    of any one element changes the sum.
     """
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize]).astype(jnp.uint32)
@@ -64,7 +64,7 @@ def _digest_leaf(leaf: jax.Array) -> jax.Array:
 
 
 def seal(place: Place) -> None:
-    """Write the digest of every file of a committed step, at once or not at all."""
+    """Write the digests of all files of a committed step, atomically."""
     files = _file_digests(place)
     content = {"files": files, "sha256": digest_json(files)}
     temporary = place / f".{SEAL}"
@@ -73,8 +73,8 @@ def seal(place: Place) -> None:
 
 
 def find_damage(place: Place) -> list[str]:
-    """Return the files of a step that are not as they were sealed. A step that was killed before
-    its seal has none: its leaves are checked on their own.
+    """Return the files of a step that differ from its `sha256.json`. A step that was killed before
+    it has none; its leaves are checked instead.
     """
     file = place / SEAL
     if not file.is_file():
@@ -123,7 +123,7 @@ def by_path(adapters: Any) -> dict[str, Any]:
 
 
 def by_name(opt_state: Any) -> dict[str, Any]:
-    """Array leaves under readable names; optax's wrappers have no content of their own."""
+    """Return the array leaves by readable name; optax's wrappers add nothing to it."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)

@@ -41,7 +41,7 @@ def conclude(
     samples = scores.spread(after.answers, config.eval.samples)
     journal.append_samples(run.output / "samples.jsonl", state.step, samples)
     print_samples(evaluator.display.console, samples)
-    # Last, as a gate may refuse it.
+    # Last, as export.min_merge_cosine or max_merge_kl may refuse it.
     merged = _export_merged(run, start, adapters, facts) if "merged" in wanted else {}
     return {
         "steps": state.step,
@@ -58,7 +58,9 @@ def conclude(
 
 
 def _choose(run: Run, start: Start) -> tuple[int, Any]:
-    """Return the step to export, and its adapters: the last or, where it is asked for, the best."""
+    """Return the step to export and its adapters: the last, or with `load_best_model_at_end` the
+    best.
+    """
     state, best = start.state, start.state.monitor.best_step
     wanted = start.session.config.train.load_best_model_at_end
     if not wanted or best is None or best == state.step:
@@ -76,7 +78,7 @@ def _read_curves(run: Run, evaluator: Evaluator) -> Curves:
 
 
 def _score_exported(evaluator: Evaluator, adapters: Any, step: int, curves: Curves) -> Scores:
-    """Score the adapters of a step, with its losses from the curves where they have them."""
+    """Score the adapters of a step; its losses come from the curves if they are there."""
     logged = {name: dict(curves.get(name, ())) for name in evaluator.held_out}
     # A run that was resumed with other settings may end at a step without an evaluation.
     known = all(step in points for points in logged.values())
@@ -97,7 +99,7 @@ def _plot(run: Run, before: Scores | None, curves: Curves, sizes: Any) -> None:
 def _export_adapter(
     run: Run, start: Start, adapters: Mapping, fingerprint: Mapping[str, str], facts: Facts
 ) -> None:
-    """Write the PEFT directory, and print notes on its use elsewhere."""
+    """Write the PEFT directory, and print notes on its use in other programs."""
     session, display = start.session, start.evaluator.display
     with (
         display.phase("writing the adapter"),

@@ -2,8 +2,8 @@
 
     run, record = open_run(config, held)    # locked until `held` ends; nothing else is changed yet
 
-A directory belongs to a run if its run.json says so. One from before there was a `run.json` does if
-it has checkpoints and its config.yaml is that of their record.
+A directory belongs to the run that its run.json names. Without a run.json, as in older runs, it
+belongs to the run of its checkpoints if its config.yaml equals the one in their record.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ def open_run(config: Config, held: contextlib.ExitStack) -> tuple[Run, dict[str,
     checkpoint that it goes on from, or None for a new run.
 
     Raises:
-        UserError: a live run uses one of the directories; they hold files that are no run's, or
-            another run's; `resume=true` without a checkpoint; `resume=auto` without the checkpoints
-            that the run had; a damaged checkpoint; links or files in the place of outputs.
+        UserError: a live run uses one of the directories; they hold files of another run or of no
+            run; `resume=true` without a checkpoint; `resume=auto` without the checkpoints that the
+            run had; a damaged checkpoint; links or files in the place of outputs.
     """
     output, locks = expand(config.output_dir, "output_dir"), []
     place = checkpoint.find_place(config, output)
@@ -67,7 +67,7 @@ def find_refusal(config: Config) -> str | None:
 
 
 def _name(output: Path, place: checkpoint.Place) -> dict[str, Path]:
-    """Return the directories that take a lock, by setting; a bucket has no locks."""
+    """Return the directories to lock, by setting; a bucket has no locks."""
     return {"output_dir": output} | ({"checkpoint_dir": place} if isinstance(place, Path) else {})
 
 
@@ -147,8 +147,8 @@ def _check_place(config: Config, output: Path, place: checkpoint.Place) -> None:
 def _inspect(
     config: Config, output: Path, place: checkpoint.Place
 ) -> tuple[dict[str, Any], bool, bool]:
-    """Return the content of run.json (that of a new run if there is none), True if the file exists,
-    and True if the run goes on from a checkpoint.
+    """Return the content of run.json (a new run's if there is none), whether the file exists, and
+    whether the run resumes from a checkpoint.
     """
     mine = read_marker(output)
     external = config.checkpoint_dir is not None
@@ -241,7 +241,7 @@ def _check_strangers(
 
 
 def _find_ids(place: checkpoint.Place, steps: list[int]) -> dict[str, list[int]]:
-    """Return steps by the run ID in their records, without those from before runs had IDs."""
+    """Return steps by the run ID in their records; older records without an ID are left out."""
     found: dict[str, list[int]] = {}
     for step in steps:
         run = (checkpoint.load_record(place, step) or {}).get("run")
@@ -258,7 +258,7 @@ def _check_old(output: Path, place: checkpoint.Place, record: Mapping[str, Any])
         return
     try:
         same = not resume.differences(record, load(output / "config.yaml", []))
-    except ValueError:  # a file that is damaged, or is none
+    except ValueError:  # not a file, or damaged
         same = False
     if not same:
         raise UserError(

@@ -2,8 +2,8 @@
 
     steps = ceil(train.epochs * rows of an epoch / train.batch_size)
 
-The rows are those of the batches, after packing. Of several sources an epoch is as many rows as all
-of them have; their weights decide how often each is seen in that time.
+Rows are those of the batches, after packing. With several sources, an epoch is as many rows as they
+have together; their weights determine how often each is seen in it.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def settle(
     """Return the config with `train.steps` computed from `train.epochs`, if that is set.
 
     Raises:
-        UserError: steps that are given too, or that are not those of the checkpoint of `record`.
+        UserError: `train.steps` is also set, or the steps differ from those in `record`.
     """
     given = config.train
     if given.epochs is None:

@@ -34,8 +34,8 @@ def mean_loss(
     mesh: Mesh,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """Return the nats per supervised token over all batches: every token has the same weight,
-    whatever its batch. `check` is called before each batch.
+    """Return the nats per supervised token over all batches; every token weighs the same. `check`
+    is called before each batch.
     """
     total, weight = 0.0, 0.0
     for batch in batches:
@@ -80,7 +80,7 @@ class Scores:
     answers: Sequence[Answer] = ()  # to the prompts of the task; empty if none are generated
 
     def numbers(self) -> dict[str, float]:
-        """Return all of them by the names that metrics.jsonl has."""
+        """Return all scores by their names in metrics.jsonl."""
         losses = {f"{name}_loss": loss for name, loss in self.losses.items()}
         return {**losses, **self.metrics}
 
@@ -92,11 +92,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Everything that measuring adapters on held-out data needs but the adapters.
+    """Measures adapters on held-out data.
 
-    adapter: their settings, or what these train of the model, where that is known
-    held_out: examples by name, of those that the config names: task, regression
-    generate: of a model that writes text; classify: of a classifier
+    adapter: their settings, or the `Trainable` of these if it is known
+    held_out: examples by name (task, regression), for the sets that the config names
+    generate: compiled, for a model that writes text; classify: compiled, for a classifier
     took: seconds of the last losses, and per answer of the last answers
     """
 
@@ -113,7 +113,7 @@ class Evaluator:
     took: dict[str, float] = field(default_factory=dict)
 
     def score(self, adapters: Any, losses: Mapping[str, float] | None = None) -> Scores:
-        """Return losses (measured unless they are given), answers and their metrics."""
+        """Return losses, answers and their metrics. Losses are measured unless given."""
         losses = self.losses(adapters) if losses is None else losses
         return self.with_metrics(losses, self.answers(adapters, self.config.eval.generate_examples))
 
@@ -144,15 +144,15 @@ class Evaluator:
         places = placeholders(methods.prefix(adapters, self.adapter))
         measured = scores.spread(held_out.examples, self.config.eval.loss_examples)
         measured = data.with_places(measured, places)
-        # Examples of another adapter's config may leave no room for places.
+        # Examples of another adapter's config may be full without virtual tokens.
         room = max([self.config.data.max_length, *(len(one.tokens) for one in measured)])
         return list(data.eval_batches(measured, self.config.eval.batch_size, room))
 
     def answers(
         self, adapters: Any, limit: int | None, check: Callable[[], None] = lambda: None
     ) -> list[Answer]:
-        """Return greedy answers to prompts of the task: to all, or to `limit` spread evenly over
-        them. `check` may raise between batches.
+        """Return greedy answers to all prompts of the task, or to `limit` evenly spaced ones.
+        `check` may raise between batches.
 
         Rows with the same prompt are one prompt with several references.
         """
@@ -253,7 +253,7 @@ def to_answer(
 
 
 def to_label(row: data.LabelRow, labels: Sequence[str], logits: np.ndarray) -> Answer:
-    """Return the most likely label of a row, and the probabilities softmax(logits) of all."""
+    """Return the most likely label of a row, and softmax(logits), the probabilities of all."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
     shares = dict(zip(labels, (powers / powers.sum()).tolist(), strict=True))
     label = labels[int(np.argmax(logits))]
@@ -297,9 +297,7 @@ def make_evaluator(
     display: Display = SILENT,
     trainable: Trainable | None = None,
 ) -> Evaluator:
-    """Return an `Evaluator` with its compiled functions. `trainable` is what the config trains, if
-    that is known.
-    """
+    """Return an `Evaluator` with its compiled functions. `trainable` is the config's, if known."""
     return Evaluator(
         config=config,
         model=model,
@@ -315,9 +313,9 @@ def make_evaluator(
 
 
 def score_pair(name: str, before: Scores | None, after: Scores) -> dict[str, Any] | None:
-    """Return the summary's entry for a held-out set. It is None if the set was not measured before
-    and after (a resumed run may have been allowed other sets or metrics). With
-    `eval.before=false`, the values before are None.
+    """Return the summary's entry for a held-out set; None if it was not measured both before and
+    after, as when a resumed run has other sets or metrics. With `eval.before=false`, the values
+    before are None.
     """
     if name not in after.losses or (before is not None and name not in before.losses):
         return None

@@ -50,8 +50,8 @@ def export_peft(
     facts: Facts = NO_FACTS,
     profile: str | None = None,
 ) -> None:
-    """Write a PEFT adapter directory with the tokenizer, templates and fingerprint of the run, a
-    model card, and under `eos_token_id` in lora_jax.json the ids that end an answer.
+    """Write a PEFT adapter directory with tokenizer, templates, fingerprint and model card.
+    `eos_token_id` in its lora_jax.json has the ids that end an answer.
     """
     config, model, trainable = session.config, session.model, session.trainable
     target = expand(target)
@@ -87,7 +87,7 @@ def export_peft(
 
 
 def stop_notes(session: Session, stops: Collection[int]) -> list[str]:
-    """Return a note on the ids that end an answer and that the base's own files do not name."""
+    """Return a note on ids that end an answer and are missing from the base's own files."""
     known = formats.generation_stops(session.source) if stops else []
     added = sorted(set(stops) - set(known))
     if not added:
@@ -127,14 +127,14 @@ def export_run(
 ) -> None:
     """Export the latest checkpoint of a run as `peft` or `hf`; with
     `train.load_best_model_at_end`, the best one. `overrides` are settings of `export`, as in
-    `export.dtype=bfloat16`. `profile` names a program that shall load the adapter; without one, a
-    line on the console names what keeps vLLM from loading it.
+    `export.dtype=bfloat16`. `profile` names a program that must be able to load the adapter.
+    Without one, a note names what keeps vLLM from loading it.
 
     Raises:
         UserError: no run, no checkpoint, a damaged one, `output` exists and is not empty, or base,
             tokenizer or template are not those of the run (unless named in `allow_change`);
-            adapters that PEFT has no form for, or others over this base (`peft_problems`); a
-            profile that cannot load the adapter, or of a merged model.
+            adapters that PEFT cannot represent or reads otherwise (`peft_problems`); a profile that
+            cannot load the adapter, or one for a merged model.
     """
     output = expand(output)
     run = expand(run)
@@ -182,8 +182,8 @@ def _read_results(run: Path, step: int) -> card.Results | None:
 
 
 def _read_probe(session: Session, console: Console) -> list[Example]:
-    """Return the rows of the run that a merge is measured on. Where they cannot be read, there are
-    none, and a line says so, unless `export.max_merge_kl` needs them.
+    """Return the rows of the run that a merge is measured on. If they cannot be read, print a note
+    and return none, or raise if `export.max_merge_kl` needs them.
     """
     limit = session.config.export.max_merge_kl
     try:
@@ -200,7 +200,7 @@ def _read_probe(session: Session, console: Console) -> list[Example]:
 
 
 def chosen_step(config: Config, record: Mapping[str, Any]) -> int:
-    """Return the step whose adapters a run that ends with this record exports."""
+    """Return the step to export for a run that ends with this record."""
     best = record["watch"]["best_step"] if config.train.load_best_model_at_end else None
     return record["step"] if best is None else best
 
@@ -213,11 +213,11 @@ def export_saved_adapter(
     results: card.Results | None,
     profile: str | None = None,
 ) -> None:
-    """Write the adapters of a run as a PEFT directory, with notes on their use elsewhere.
+    """Write the adapters of a run as a PEFT directory, with notes on their use in other programs.
 
     Raises:
-        UserError: a damaged checkpoint; adapters that PEFT has no form for, or others over this
-            base; as `export_peft`.
+        UserError: a damaged checkpoint; adapters that PEFT cannot represent or reads otherwise;
+            as `export_peft`.
     """
     stops = session.stops
     raise_all(formats.peft_problems(session.trainable, session.model))

@@ -1,4 +1,4 @@
-"""A run that has taken its last step: exports that are missing or wrong, and their repair."""
+"""Repair of a finished run: exports that are missing or differ from its summary."""
 
 import contextlib
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from lora_jax.train.ready import Ready
 
 
 def find_finished(run: Run, record: Mapping[str, Any], config: Config) -> dict[str, Any] | None:
-    """Return the summary of a finished run, and which of its exports are not as it says.
+    """Return the summary of a finished run, and its exports that differ from the summary.
 
-    None: the run has steps left to take, and its summary is removed.
+    Return None if the run has steps left; its summary is then removed.
     """
     run.check()
     file = run.output / "summary.json"
@@ -44,7 +44,7 @@ def repair(
     ready: Ready,
     console: Console,
 ) -> dict[str, Any]:
-    """Export again, from the checkpoint, what `find_finished` found wrong. Return the new
+    """Repeat the exports that `find_finished` found wrong, from the checkpoint. Return the new
     summary.
     """
     session = ready.session

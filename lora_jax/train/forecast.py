@@ -6,8 +6,8 @@ from lora_jax.train.evaluate import Evaluator
 
 
 def seconds_left(evaluator: Evaluator, clock: Clock, step: int) -> tuple[float, bool]:
-    """Estimate the seconds until the end, with `step` steps done and its evaluation still due.
-    False: evaluations are due of which none has been measured yet, and they are left out.
+    """Estimate the seconds until the end, with `step` steps done and its evaluation still due. Also
+    return False if the estimate omits evaluations because none has been timed yet.
     """
     config, took = evaluator.config, evaluator.took
     seconds = clock.remaining(config.train.total_steps - step)
@@ -19,13 +19,13 @@ def seconds_left(evaluator: Evaluator, clock: Clock, step: int) -> tuple[float, 
 
 
 def evaluations(config: Config, step: int) -> int:
-    """Count the evaluations at steps from `step` on; the last step has one in any case."""
+    """Count the evaluations at steps from `step` on; the last step always has one."""
     return _multiples(step, config.train.total_steps, config.train.eval_every)
 
 
 def due_answers(evaluator: Evaluator, step: int) -> int:
-    """Count the answers that are generated from `step` on: all of the held-out ones at the end and
-    every eval.generate_every steps, samples at other evaluations.
+    """Count the answers generated from `step` on: all held-out prompts at the end and every
+    eval.generate_every steps, samples at other evaluations.
     """
     settings, steps = evaluator.config.eval, evaluator.config.train.total_steps
     full = evaluator.count_answers(settings.generate_examples)

@@ -1,18 +1,18 @@
-"""SIGTERM, SIGHUP and Ctrl-C as an exception that is raised when a run can take it.
+"""SIGTERM, SIGHUP and Ctrl-C as an exception, raised where a run can handle it.
 
 with catch(say=print) as signals:
     ...                     # raises Interrupted at once
     with signals.held():    # a step is in progress: the signal waits
         ...
         signals.check()     # raises here
-    ...                     # what ends the run, such as a save: later signals do not disturb it
+    ...                     # the end of the run, such as a save: not interrupted again
 
-A scheduler or a terminal often sends a signal twice. Only Ctrl-C a second time, a second or more
-after the first signal, gives up what is still being saved.
+A scheduler or a terminal often sends a signal twice. Only another Ctrl-C, a second or more after
+the first signal, abandons a running save.
 
-Python runs a handler between two of its own instructions, and a program of XLA, or its compilation,
-is one of them, which may take minutes. A thread answers a signal in the meantime, and ends a
-process that has nothing to save (`leave`).
+Python runs a handler between two bytecode instructions, and one call into XLA may take minutes. In
+the meantime a thread prints an answer to the signal, and ends a process that has nothing to save
+(`leave`).
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-DELIBERATE = 1.0  # seconds after which Ctrl-C is no repetition of the first signal
-ANSWER = 0.3  # seconds until a thread answers for a main thread that does not
-STUCK = 3.0  # seconds until a process that should end at once is left
-# Ends this process with a status, if it is one of a command: in a notebook, nobody else's state is
-# to be lost. Set by the command line.
+DELIBERATE = 1.0  # seconds after which Ctrl-C no longer repeats the first signal
+ANSWER = 0.3  # seconds until a thread answers in place of the main thread
+STUCK = 3.0  # seconds until a process that should have ended is ended by `leave`
+# Ends this process with a status. Set by the command line only: in a notebook it would lose the
+# user's state.
 leave: Callable[[int], None] | None = None
 _AGAIN = "stopping now: what was not saved yet is lost"
 
 
 class Interrupted(BaseException):
-    """Raised when a signal asks the run to end. It is no `Exception`, so that no handler of
-    failures catches it.
+    """Raised when a signal asks the run to end. It is no `Exception`, so `except Exception` does
+    not catch it.
 
     status: the exit status: 0 for SIGTERM and SIGHUP, 130 for Ctrl-C
     """
@@ -48,11 +48,11 @@ class Interrupted(BaseException):
 class Signals:
     """The first signal since `catch`, and the callbacks that handle it.
 
-    agree: of a run on several hosts, the largest number that any of them gives; all must call it
-        together. Inside `held` such a run ends in `check` alone, which all must call then.
+    agree: returns the largest signal number over all hosts, which must call it together. Inside
+        `held`, a run on several hosts ends only in `check`, which all must call.
     say: takes a line of text for the user
-    leave: ends the process with a status, where the main thread should end at once and is inside
-        of XLA; None waits for it
+    leave: ends the process with a status if the main thread should end at once but is inside
+        XLA; None waits for it
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Signals:
         self._since = 0.0
         self._waits = False
         self._received = 0.0  # when the handler ran last
-        self._again = False  # a deliberate Ctrl-C has come, for which it may not have run
+        self._again = False  # a deliberate Ctrl-C came; the handler may not have run for it
         self._said: set[str] = set()
         self._over = threading.Event()
 
@@ -91,8 +91,8 @@ class Signals:
             self._say(text)
 
     def watch(self, mailbox: socket.socket) -> None:
-        """Read the numbers of signals as they come, and answer those that no handler has taken. It
-        ends when the other end of the pipe is closed.
+        """Read signal numbers as they come, and answer those that no handler has taken, until the
+        other end of the pipe is closed.
         """
         first = None
         while content := mailbox.recv(1):
@@ -142,8 +142,8 @@ class Signals:
 
     @contextlib.contextmanager
     def free(self) -> Iterator[None]:
-        """Inside `held`, let signals raise at once, also one that waits already. With several hosts
-        they wait for `check` here as well, so that all hosts stop together.
+        """Inside `held`, let signals raise at once, including one that already waits. With several
+        hosts they still wait for `check`, so all hosts stop together.
         """
         before, self._waits = self._waits, self._waits and self._agree is not None
         try:
@@ -164,9 +164,9 @@ def catch(
     say: Callable[[str], None] = lambda text: None,
     leave: Callable[[int], None] | None = None,
 ) -> Iterator[Signals]:
-    """Receive SIGTERM, SIGHUP and SIGINT until the block ends; a SIGHUP that is ignored, as under
-    `nohup`, stays ignored. Only the main thread may; elsewhere (some notebooks) the signals keep
-    their meaning. The arguments are those of `Signals`.
+    """Receive SIGTERM, SIGHUP and SIGINT until the block ends. A SIGHUP that is ignored, as under
+    `nohup`, stays ignored. Python allows this in the main thread only; in other threads (some
+    notebooks) signals keep their default action. The arguments are those of `Signals`.
     """
     signals = Signals(agree, say, leave)
     if threading.current_thread() is not threading.main_thread():

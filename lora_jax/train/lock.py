@@ -4,17 +4,18 @@
         ...
         lock.check()        # raises if another run has taken the directory over
 
-`.lora_jax.lock` names the holder: host, process, since when. It is dead, and its directory free
-again, as soon as one of these shows it:
+`.lora_jax.lock` names the holder: host, process and start time. The holder is dead, and its
+directory free, as soon as one of these shows it:
 
 - on the same machine, its `flock` on that file, which the kernel releases however a process ends;
-- where the file system has no `flock`, the process: its number and its start time;
-- from another machine, the file's time: the holder renews it every `BEAT` seconds, and one that
-  is older than `DEAD` belongs to no live process.
+- on a file system without `flock`, the process: its ID and its start time;
+- from another machine, the file's modification time: a live holder renews it every `BEAT` seconds,
+  so one older than `DEAD` seconds is dead.
 
-The file is made by `link`, which is atomic over NFS too. A dead lock has one heir at most: a
-contender links `.lora_jax.lock-after-TOKEN`, where TOKEN is the dead one's, and only the one that
-succeeds may replace the file. One that dies half-way leaves a chain, which the next one follows.
+The file is made by `link`, which is atomic over NFS too. At most one process replaces a dead lock:
+contenders link `.lora_jax.lock-after-TOKEN`, where TOKEN is the dead lock's, and only the one that
+succeeds may replace the file. If it dies half-way, it leaves a chain that the next contender
+follows.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from lora_jax.errors import UserError
 
 NAME = ".lora_jax.lock"
 BEAT = 10.0  # seconds after which the holder renews its file
-DEAD = 120.0  # seconds without that after which it is gone, seen from another machine
+DEAD = 120.0  # seconds without renewal after which other machines consider it dead
 _BUSY = 10.0  # seconds to compete with others that start at the same time
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -54,10 +55,10 @@ class Holder:
     since: float
     age: float  # seconds since it renewed the file
     alive: bool
-    certain: bool  # not by the age alone
+    certain: bool  # known otherwise than by its age
 
     def describe(self, file: Path, name: str) -> str:
-        """Return the reason why `name` cannot be used, with advice."""
+        """Return why the setting `name` cannot be used, with advice."""
         since = datetime.datetime.fromtimestamp(self.since).astimezone()
         text = (
             f"{name}={str(file.parent)!r} is in use by process {self.pid} on host {self.host} "
@@ -101,7 +102,7 @@ class Lock:
             _close(before)
 
     def release(self) -> None:
-        """Release the directory. A fork of the process holds nothing, and releases nothing."""
+        """Release the directory. A fork of the process does not hold it and does not release it."""
         if os.getpid() != self._pid:
             return
         self._over.set()
@@ -204,8 +205,8 @@ def look(directory: Path, name: str) -> None:
 
 
 def _candidate(own: Path, token: str) -> tuple[int, dict[str, Any]]:
-    """Write a file of this process, which becomes the lock by a second name. Return it with its
-    content.
+    """Write a file of this process, which becomes the lock when linked to its name. Return it with
+    its content.
     """
     fd = os.open(own, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
     _open.add(fd)
@@ -253,9 +254,7 @@ def _claim(own: Path, free: Path, record: dict[str, Any]) -> bool:
 
 
 def _last(file: Path, now: float) -> tuple[Holder | None, Path, list[Path]]:
-    """Return the holder, the name that its successor has to create, and the names of earlier
-    holders.
-    """
+    """Return the holder, the name that its successor must create, and files of earlier holders."""
     last, free, heirs = None, file, []
     while (found := _read(free, now)) is not None:
         last, free = found, file.with_name(f"{NAME}-after-{found.token}")
@@ -335,7 +334,9 @@ def _namespace() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """Return a text that differs between processes with one ID; None without such a process."""
+    """Return the start time as text, which distinguishes processes with one ID; None without a
+    process.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
@@ -360,7 +361,7 @@ def _unreadable(file: Path, reason: str) -> UserError:
     )
 
 
-# A fork inherits descriptors, and with them the flock, and may outlive its parent.
+# A fork inherits descriptors and so the flock, and may outlive its parent.
 
 
 _open: set[int] = set()

@@ -37,7 +37,7 @@ def run(
 ) -> dict[str, Any]:
     """Fine-tune as `config` says, write it all to `config.output_dir`, and return the summary.
 
-    `objective` is minimised in place of the config's cross-entropy (`lora_jax.objectives`).
+    `objective` replaces the config's cross-entropy (`lora_jax.objectives`).
 
     Raises:
         UserError: a mistake in config, model, data or adapter files, found before training starts;
@@ -56,7 +56,7 @@ def run(
 
 
 def _leave(console: Console, leave: Callable[[int], None], status: int) -> None:
-    """End the process in the middle of a program, with the cursor that a bar hides."""
+    """End the process at once, and show the cursor that a progress bar hid."""
     console.show_cursor()
     leave(status)
 
@@ -93,7 +93,7 @@ def _run(
         return start.seconds + time.monotonic() - began
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        # A signal waits from the first file on: a run that has begun ends with a checkpoint.
+        # Signals wait from the first file on: a run that has begun ends with a checkpoint.
         with signals.held():
             _write_first(run, start, fresh=record is None)
             trackers = stack.enter_context(_open_trackers(run, start))
@@ -150,7 +150,7 @@ def _metadata(run: Run, ready: Ready, start: Start) -> dict[str, Any]:
 
 
 def _count(session: Session) -> dict[str, Any]:
-    """Return the numbers of parameters, for the summary."""
+    """Return the parameter counts for the summary."""
     trained, frozen = session.trainable.parameters, session.frozen
     return {
         "total_parameters": frozen + trained,
@@ -161,7 +161,7 @@ def _count(session: Session) -> dict[str, Any]:
 
 
 def _write_first(run: Run, start: Start, fresh: bool) -> None:
-    """Write the first files. If anything failed before, the same output_dir can be used again."""
+    """Write the first files. After a failure before this, the same output_dir can be used again."""
     if fresh:
         run.clear_logs()
     run.begin()

@@ -1,4 +1,4 @@
-"""A run's adapters merged into its base, as a Hugging Face model directory with a report."""
+"""Export of a run's adapters merged into its base: a Hugging Face directory with a report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,14 +37,13 @@ def export_merged(
     facts: Facts = NO_FACTS,
 ) -> dict[str, Any]:
     """Write a Hugging Face model directory with the adapters merged in, in `export.dtype` or the
-    dtype of the base. The directory has the report of the merge, measured on the weights and on
-    `examples` (those of `probe`), and a model card; its generation config ends an answer at the
-    tokens of `facts` too.
+    dtype of the base. The directory has a model card and the report of the merge, measured on the
+    weights and on `examples` (from `probe`). Its generation config adds the stop tokens of `facts`.
 
     Over a quantised base, `export.quantized_base` chooses the weights that the adapters are merged
-    into. Returns, for the summary, the figures of the report under `merge`, and over such a base
-    `merged_distance`: the distance of either choice from the model that was trained,
-    |W - W_trained| / |W_trained| over all weights. `init=loftq` leaves no choice, and has none.
+    into. Return entries of the summary: the figures of the report as `merge` and, over such a base,
+    `merged_distance`, the distance of either choice from the trained model, |W - W_trained| /
+    |W_trained| over all weights. `init=loftq` has no such choice and no `merged_distance`.
 
     Raises:
         UserError: values that `export.dtype` cannot hold; a merge that `export.min_merge_cosine`
@@ -62,7 +61,7 @@ def export_merged(
     with jax.set_mesh(mesh):
         live = bind(model.params, adapters, trainable)
         start = _start(config, model, adapters, trainable, mesh)
-        bound, before = live, start  # what is merged, and the same before the first step
+        bound, before = live, start  # the tree to merge, and the tree before the first step
         if config.base_dtype in SCHEMES and config.adapter.init != "loftq":
             own = methods.residual(
                 formats.read_params(model.directory, model, mesh), adapters, trainable
@@ -111,7 +110,7 @@ def _write(
 
 
 def _compare_bases(original: Mapping, live: Mapping, console: Console) -> dict[str, float]:
-    """Print and return the distance of the model over the original weights from the live one."""
+    """Print and return the distance from the live model to the one over the original weights."""
     far = _distance(merge(original), merge(live))
     console.print(
         f"merged into the original weights, the model is {far:.2%} away from the one that "
@@ -154,7 +153,7 @@ def _measure_kl(
 
 
 def _distance(params: Mapping, trained: Mapping) -> float:
-    """|params - trained| / |trained| over all weights, in float32."""
+    """Return |params - trained| / |trained| over all weights, in float32."""
 
     @jax.jit
     def squares(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -183,14 +182,14 @@ def _merge(bound: Mapping, params: Mapping, dtype: str | None) -> dict:
     ]
     if lost:
         raise UserError(
-            f"merged weights hold numbers that {dtype or 'their dtype'} cannot hold, in:\n  "
+            f"merged weights hold values that {dtype or 'their dtype'} cannot hold, in:\n  "
             + tree.summarize(lost)
         )
     return tree.unflatten(merged)
 
 
 def _exact(leaf: Any) -> Any:
-    """Return the weight that trained, not rounded; a plain one is returned as it is."""
+    """Return a trained weight without rounding; a plain one is returned unchanged."""
     return leaf if isinstance(leaf, jax.Array) else materialize(widen(leaf))
 
 

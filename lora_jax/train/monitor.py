@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from lora_jax.config import LOSSES, TrainConfig
 
 WINDOW = 20  # steps whose mean loss is compared
-_MARGIN = 1.0  # nats by which a diverging mean is above the lowest, whatever their ratio
+_MARGIN = 1.0  # least nats of a diverging mean above the lowest
 
 
 @dataclass
@@ -59,7 +59,7 @@ class LossMonitor:
     def problem(
         self, step: int, loss: float, grad_norm: float, divergence: float | None
     ) -> str | None:
-        """Record a step. Return what is wrong with it, with the steps named, or None."""
+        """Record a step. Return a text on what is wrong with it and since which step, or None."""
         before = f"the {len(self.recent)} steps before have a mean loss of {self._mean():.4g}"
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return (

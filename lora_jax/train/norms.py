@@ -1,4 +1,4 @@
-"""Norms of adapters and of their updates, per module and layer, without building it."""
+"""Norms of adapters and of their updates, per module and layer, without building the updates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def _norm(x: jax.Array, lead: int = 0) -> jax.Array:
 
 @jax.jit
 def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
-    """|a b| = sqrt(sum((a^T a) * (b b^T))), which takes rank x rank products only."""
+    """Return |a b| = sqrt(sum((a^T a) * (b b^T))), which needs rank x rank products only."""
     with jax.default_matmul_precision("highest"):
         inner = (jnp.swapaxes(a, -1, -2) @ a) * (b @ jnp.swapaxes(b, -1, -2))
     return jnp.sqrt(jnp.maximum(inner.sum(axis=(-2, -1)), 0))
@@ -32,10 +32,10 @@ def _update_norm(a: jax.Array, b: jax.Array) -> jax.Array:
 def measure(
     params: Mapping, adapters: Mapping, config: AdapterConfig | Trainable
 ) -> dict[str, dict]:
-    """Return per adapted module the Frobenius norms of its factors (`lora_a`, `lora_b`), of the
-    `update` with its scale (of what was added since the start, for an init that takes its part out
-    of the base), and the update `relative` to the weight: lists with a number per layer, null where
-    the layer is not adapted (and for `relative`, where the weight is zero).
+    """Return the Frobenius norms of each adapted module: of its factors (`lora_a`, `lora_b`), of
+    the scaled `update`, and of the update `relative` to the weight. For an init that changes the
+    base, the update is the change since the start. Each is a list with a number per layer, null if
+    the layer is not adapted (and for `relative`, if the weight is zero).
     """
     found, leaves = as_trainable(params, config), tree.flatten(params)
     small = tree.flatten(adapters)
@@ -67,8 +67,8 @@ def _by_layer(numbers: jax.Array, target: Target) -> list[float | None]:
 
 
 def summarize(norms: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the root mean square over modules and layers of each norm: one number for a log line.
-    Nothing where no module has an adapter.
+    """Return the root mean square of each norm over modules and layers, for a log line; empty if no
+    module has an adapter.
     """
     kinds: dict[str, list[float]] = {}
     for module in norms.values():

@@ -29,7 +29,7 @@ _LEAST_EPSILON = 1e-18
 
 
 def join(params: Mapping, adapters: Mapping) -> dict:
-    """Base and adapters in one tree; they never share a path."""
+    """Join base and adapters in one tree; they never share a path."""
     return tree.unflatten(tree.flatten(params) | tree.flatten(adapters))
 
 
@@ -42,8 +42,8 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     """Learning rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to
     `final_rate`.
 
-    The first step already moves: step i of a warm-up over n steps has rate (i + 1) / n of the peak.
-    The last step has the rate just above the end of the decay, so no step has rate zero.
+    The first step already moves: step i of a warm-up over n steps has learning rate (i + 1) / n of
+    the peak. The last step is one before the end of the decay, so no step has learning rate zero.
 
     Example:
         >>> from lora_jax.config import TrainConfig
@@ -74,9 +74,9 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
 def make_optimizer(
     config: TrainConfig, adapter: AdapterConfig | Trainable | None = None
 ) -> optax.GradientTransformation:
-    """AdamW on the trainable labels, nothing on frozen leaves, one global clip over all trainable
-    leaves before it. `lora_plus_ratio` of `adapter` is the rate of `lora_b` over that of the
-    others; with its `freeze_a`, `lora_a` is frozen.
+    """Make AdamW for the trainable labels, after one global clip over all trainable leaves; frozen
+    leaves get no update. `lora_plus_ratio` of `adapter` is the learning rate of `lora_b` over that
+    of the others; `freeze_a` freezes `lora_a`.
     """
     adapter = adapter.config if isinstance(adapter, Trainable) else adapter or AdapterConfig()
     schedule = make_schedule(config)

@@ -2,7 +2,7 @@
 
     run.begin()                             # run.json, with the ID that every checkpoint repeats
     with run.exporting("adapter", config) as target:
-        ...                                 # written next to its place, and put there when complete
+        ...                                 # written next to its place, moved there when complete
     run.digests()                           # of the exported files, for summary.json
 
 Nothing is removed that run.json does not name, and nothing through links.
@@ -29,9 +29,9 @@ _SHOWN = 3  # names in a message
 
 @dataclass
 class Run:
-    """A run in its directories. Of several hosts the main one alone writes and removes.
+    """A run in its directories. With several hosts, only the main one writes and removes.
 
-    content: what run.json says
+    content: the content of run.json
     begun: whether an earlier session of the run has written to `output`
     """
 
@@ -56,7 +56,7 @@ class Run:
             held.check()
 
     def begin(self) -> None:
-        """Write that the directories are this run's, before anything else is written there."""
+        """Mark the directories as this run's, before anything else is written there."""
         self.check()
         self._write()
         if self.content["checkpoint_dir"] is not None and hosts.is_main():
@@ -65,7 +65,7 @@ class Run:
             write_place(self.place, shared | {"output_dir": str(self.output.absolute())})
 
     def committed(self) -> None:
-        """Record that there is a checkpoint: if it is gone, `resume=auto` must not start anew."""
+        """Record that a checkpoint exists: `resume=auto` must not start anew if it is lost."""
         if not self.content["saved"]:
             self.content["saved"] = True
             self._write()
@@ -88,7 +88,7 @@ class Run:
         )
 
     def remove_exports(self) -> None:
-        """Remove earlier exports of this run, and the rest of an export that was killed."""
+        """Remove earlier exports of this run, and the remains of a killed export."""
         if not hosts.is_main():
             return
         self.check()
@@ -102,7 +102,7 @@ class Run:
         ends without an error. Other files in that directory stay.
 
         Raises:
-            UserError: files or links of somebody else are in its place.
+            UserError: files or links that this run did not write are in its place.
         """
         if not hosts.is_main():
             yield self._work / name
@@ -129,7 +129,7 @@ class Run:
                 f"{target} was written by another program during the run; move it away, and go on "
                 "with resume=true"
             )
-        # Before it is done: a kill must not leave files that nothing names.
+        # Before the move: after a kill, run.json must name every file.
         exports[name] = {"files": sorted({*files, *before}), "settings": settings}
         self._write()
         if target.exists() and any(target.iterdir()):
@@ -144,7 +144,7 @@ class Run:
         self._write()
 
     def digests(self) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of every exported file, by its path in `output`."""
+        """Return size and SHA-256 of every exported file, by its path in `output`."""
         return {
             f"{name}/{file}": _digest(self.output / name / file)
             for name, export in self.content["exports"].items()

@@ -3,8 +3,8 @@
     {"step": 0, "where": "test.jsonl:3", "prompt": "two", "references": ["zwei"],
      "answer": "2", "exact_match": 0.0}
 
-`step` 0 is the base; `lora-jax eval` writes `adapter` in its place. A thought that came before the
-answer is in `thought`, the labels' probabilities of a classifier in `probabilities`.
+`step` 0 is the base; `lora-jax eval` writes `adapter` in place of `step`. `thought` holds the
+reasoning before the answer, `probabilities` those of a classifier's labels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +40,7 @@ def to_lines(
 
 
 def put(file: Path, step: int, answers: Sequence[Answer], names: Sequence[str]) -> None:
-    """Write the answers of a step in the order of steps, in place of any that the file has."""
+    """Write the answers of a step in the order of steps, replacing earlier ones of that step."""
     if not answers:
         return
     others = [line for line in journal.read_lines(file) if line["step"] != step]

@@ -2,8 +2,8 @@
 
     KL(live, other) = sum_v live(v) * (log live(v) - log other(v)),    v a token, or a label
 
-It is averaged over the supervised tokens, by their weights, as the loss is. Everything is computed
-in float32, whatever the run computes in, so that weights alone make the difference.
+It is averaged over the supervised tokens by their weights, as the loss is. It is computed in
+float32, whatever the dtype of the run, so that only the weights make a difference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,9 @@ from lora_jax.sharding import place_batch
 def choose(
     config: Config, encoder: Encoder, train: TrainData | None, held_out: Mapping[str, DataSet]
 ) -> list[data.Example]:
-    """Return `export.probe_rows` held-out rows of the task, spread over them; without held-out
-    rows, rows of the training data, and of a stream the first ones. Only rows with a supervised
-    token are chosen.
+    """Return `export.probe_rows` evenly spaced held-out rows of the task. Without held-out rows,
+    return rows of the training data; of a stream, the first ones. Rows without a supervised token
+    are skipped.
     """
     if not config.export.probe_rows:
         return []
@@ -46,7 +46,7 @@ def choose(
 
 
 def read(config: Config, encoder: Encoder) -> list[data.Example]:
-    """Read the data of a run as they are now, and return the rows that `choose` chooses.
+    """Read the data of a run as they are now, and return the rows of `choose`.
 
     Raises:
         UserError: data that cannot be read or used.
@@ -68,7 +68,7 @@ def divergences(
     batch_size: int,
     chunk: int,
 ) -> dict[str, float]:
-    """KL(live, other) in nats per supervised token for every tree of `others`, by its name.
+    """Return KL(live, other) in nats per supervised token for every tree of `others`, by its name.
 
     live, others: parameters that `model` runs on, plain, bound or merged.
     batch_size: rows at a time; chunk: tokens whose logits are in memory at once.
@@ -93,7 +93,7 @@ def divergences(
 
 
 def _batches(examples: Sequence[data.Example], batch_size: int, mesh: Mesh):
-    """One example a row, in arrays of equal shape whose rows every mesh can split."""
+    """Yield batches of one example per row, equal in shape, with rows that `mesh` can split."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(examples)) // parts) * parts
     length = max(len(example.tokens) for example in examples)
@@ -123,7 +123,7 @@ def _make_distance(model: Model, chunk: int):
 
     @jax.jit
     def distance(live, other, of_live, of_other, order, weights) -> jax.Array:
-        """The weighted sum over tokens; `order` (tokens,) and their `weights` go chunk by chunk."""
+        """Return the weighted sum over tokens, chunk by chunk in the `order` (tokens,) given."""
         width = min(chunk, len(order))
         padded = [jnp.pad(x, (0, -len(order) % width)) for x in (order, weights)]
 
@@ -143,10 +143,10 @@ def _make_distance(model: Model, chunk: int):
 
 
 def kl(p: jax.Array, q: jax.Array) -> jax.Array:
-    """KL(p, q) over the last axis, of logarithms of probabilities.
+    """Return KL(p, q) over the last axis, from log-probabilities.
 
-    With r = p - q every term is written e^p (e^-r - 1 + r), which has the same sum and is never
-    below zero: of models that are nearly equal e^p r would leave the rounding of r alone.
+    With r = p - q, every term is written as e^p (e^-r - 1 + r). The sum is the same and no term is
+    negative; for nearly equal models, e^p r would be only the rounding error of r.
     """
     r = p - q
     near = jnp.exp(p) * (jnp.expm1(-jnp.clip(r, -1, 1)) + r)

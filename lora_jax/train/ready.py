@@ -1,4 +1,4 @@
-"""A run that is ready to load its weights, which takes longest: its session, data and checks."""
+"""Session, data and checks of a run before its weights are loaded, which takes longest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ class Ready:
 def make_ready(
     config: Config, mesh: Mesh, record: Mapping[str, Any] | None, display: Display
 ) -> Ready:
-    """Read model, tokenizer and data; `record` is that of the checkpoint to go on from.
+    """Read model, tokenizer and data; `record` is that of the checkpoint to resume from.
 
     Raises:
-        UserError: a mistake in config, model, data or adapter files; what differs from `record`.
+        UserError: a mistake in config, model, data or adapter files; a difference from `record`.
     """
     console = display.console
     if jax.process_count() > 1:  # hosts may share the cache: the main one fills it

@@ -1,4 +1,4 @@
-"""Checks before a run goes on from its checkpoint: no setting that matters differs in silence."""
+"""Checks before a run resumes: every setting that affects the remaining steps must be the same."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -24,8 +24,8 @@ def with_stored(record: Mapping[str, Any], config: Config) -> Config:
 
 
 def with_ranks(record: Mapping[str, Any], config: Config) -> Config:
-    """The config with the ranks that init=eva has found, where those of the config are the ones
-    that the run of `record` was asked for.
+    """Return the config with the ranks that init=eva found, if the config's own ranks are those
+    that the run of `record` was given.
     """
     given, found = record.get("given_adapter"), record["config"]["adapter"]
     if given is None or any(getattr(config.adapter, name) != given[name] for name in _RANKS):
@@ -35,8 +35,8 @@ def with_ranks(record: Mapping[str, Any], config: Config) -> Config:
 
 
 def with_date(record: Mapping[str, Any], config: Config) -> Config:
-    """Return the config with the date that the run of `record` gives its chat template, unless the
-    config names one.
+    """Return the config with the date that the run of `record` passed to its chat template, unless
+    the config sets one.
     """
     stored = record["config"]["data"].get("template_date")
     if config.data.template_date is not None or stored is None:
@@ -46,7 +46,7 @@ def with_date(record: Mapping[str, Any], config: Config) -> Config:
 
 
 def check_config(record: Mapping[str, Any], config: Config) -> None:
-    """Compare the settings of a checkpoint with those of now.
+    """Compare the settings of a checkpoint with the current ones.
 
     Raises:
         UserError: settings that differ and are not in `allow_change`, all of them listed; fewer
@@ -66,11 +66,11 @@ def check_config(record: Mapping[str, Any], config: Config) -> None:
 
 
 def differences(record: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that change what the remaining steps compute and are not those of the checkpoint:
-    (now, then) by dotted key.
+    """Return the settings that affect the remaining steps and differ from the checkpoint: (now,
+    then) by dotted key.
     """
     now = _flat(dataclasses.asdict(config))
-    # A setting that did not exist at the time had the effect of its default.
+    # A setting that did not exist then acted as its default.
     then = _flat(dataclasses.asdict(Config())) | _flat(record["config"])
     if (
         then["data.template_date"] is None
@@ -86,7 +86,7 @@ def differences(record: Mapping[str, Any], config: Config) -> dict[str, tuple[An
 
 
 def check_steps(record: Mapping[str, Any], config: Config) -> None:
-    """Compare the steps that `train.epochs` take with those of a checkpoint.
+    """Compare the steps of `train.epochs` with those of a checkpoint.
 
     Raises:
         UserError: they differ, and `train.steps` is not in `allow_change`; fewer than are done.
@@ -109,9 +109,7 @@ def _check_done(record: Mapping[str, Any], config: Config) -> None:
 
 
 def _allowed(config: Config) -> list[str]:
-    """Settings in `allow_change`, named in full; `data` and its like are parts of the fingerprint
-    there.
-    """
+    """Return the settings in `allow_change`, without parts of the fingerprint such as `data`."""
     return [name for name in config.allow_change if name not in PRINTS]
 
 
@@ -120,7 +118,7 @@ def _covers(names: Collection[str], key: str) -> bool:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key; the mappings that are values stay whole."""
+    """Return the settings by dotted key; a mapping that is a value is not flattened."""
     flat: dict[str, Any] = {}
     sections = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
     for name, value in settings.items():

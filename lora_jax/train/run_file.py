@@ -2,8 +2,8 @@
 
     {"run": "9f2c..", "checkpoint_dir": null, "exports": {"adapter": {"files": [..]}}, ..}
 
-It has the ID of the run, the place of its checkpoints and the files that it exported. A directory
-of checkpoints outside of `output_dir` has one with the ID.
+It has the ID of the run, the place of its checkpoints and the files that it exported. A
+`checkpoint_dir` outside `output_dir` has a run.json with the ID too.
 """
 
 import datetime

@@ -27,18 +27,17 @@ from lora_jax.train import directory
 from lora_jax.train.evaluate import make_reader
 from lora_jax.train.outputs import Run
 
-_SHARED = 15.0  # seconds until a file that one host wrote must be there on the others
+_SHARED = 15.0  # seconds until a file written by one host must be visible on the others
 
 
 def prepare(config: Config, held: contextlib.ExitStack) -> tuple[Run, Mesh, dict[str, Any] | None]:
-    """Return the run in its directories, made and locked until `held` ends, the mesh, and the
-    record of the checkpoint that the run goes on from, if there is one.
+    """Create the directories of a run and lock them until `held` ends. Return the run, the mesh,
+    and the record of the checkpoint to resume from, if any.
 
     Raises:
-        UserError: no training data named; a metric or tracker whose package is missing; a mesh that
-            does not fit the devices, the batch or the rows; a shard size that is none; directories
-            that are in use, hold something, cannot be written or are not shared by all hosts; as
-            `directory.open_run`.
+        UserError: no training data; a metric or tracker whose package is missing; a mesh that does
+            not fit the devices, the batch or the rows; an invalid shard size; directories that are
+            in use, not writable or not shared by all hosts; as `directory.open_run`.
     """
     training_sources(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -59,7 +58,7 @@ def check_settings(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
     Raises:
         UserError: a metric or tracker whose package is missing; a mesh that does not fit the batch
-            or the rows; a shard size that is none.
+            or the rows; an invalid shard size.
     """
     scores.check_metrics(config.eval.metrics)
     check_trackers(config.train.report_to)
@@ -73,7 +72,7 @@ def check_settings(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 
 def _check_shared(directory: Path) -> None:
-    """Raise if a host does not see there what the main one writes."""
+    """Raise if a host does not see what the main host writes to `directory`."""
     mark = directory / hosts.from_main(lambda: f".shared-{secrets.token_hex(4)}")
     hosts.from_main(lambda: mark.write_bytes(b""))
     until = time.monotonic() + _SHARED
@@ -94,10 +93,10 @@ def _check_shared(directory: Path) -> None:
 
 
 def check_attention(config: Config, model: Model, mesh: Mesh, console: Console) -> None:
-    """Note heads that the mesh cannot split.
+    """Print notes on heads that the mesh cannot split.
 
     Raises:
-        UserError: a `train.attention` that cannot compute the model on these devices, or a prefix.
+        UserError: `train.attention` does not support this model, these devices or a prefix.
     """
     settings, device = config.train, mesh.devices.flat[0]
     if config.adapter.trains_prefix and settings.attention not in ("auto", "xla"):
@@ -128,8 +127,8 @@ def check_training(session: Session) -> None:
     """Raise if the model cannot be trained as the config says.
 
     Raises:
-        UserError: as `Session.trainable`; adapters that `export.peft` could not write; a loss of
-            routers where there are none.
+        UserError: as `Session.trainable`; adapters that `export.peft` could not write; a router
+            loss for a model without routers.
     """
     config, model = session.config, session.model
     check_experts(model, config)
@@ -141,7 +140,7 @@ def check_training(session: Session) -> None:
 
 def check_fingerprint(session: Session, record: Mapping[str, Any] | None) -> None:
     """Compare tokenizer, template and base with those of the checkpoint, or of `adapter.path`.
-    Without either, the digest of the base is not waited for.
+    Without either, do not wait for the digest of the base.
 
     Raises:
         UserError: everything that differs, by name; as `Session.fingerprint`.
@@ -158,7 +157,7 @@ def check_fingerprint(session: Session, record: Mapping[str, Any] | None) -> Non
 
 
 def check_metrics(session: Session, held_out: Mapping[str, DataSet]) -> None:
-    """Raise if the held-out answers are not what `eval.metrics` compares, or if it does not measure
+    """Raise if `eval.metrics` does not fit the held-out answers, or does not measure
     `train.metric_for_best_model`.
     """
     config = session.config
@@ -177,7 +176,7 @@ def check_metrics(session: Session, held_out: Mapping[str, DataSet]) -> None:
 
 
 def check_sizes(config: Config, model: Model, sets: Sequence[DataSet], console: Console) -> None:
-    """Note lengths beyond the model's, and raise for tokens as `check_vocabulary` does.
+    """Print a note on lengths beyond the model's, and check tokens by `check_vocabulary`.
 
     Raises:
         UserError: examples longer than a model with learned positions can read; unknown tokens.

@@ -33,9 +33,9 @@ class Start:
     key: of dropout
     examples: those that a merged model is compared on
     before: scores before the first step of the run; None if they were not measured
-    unsent: scores that the logs and trackers do not have yet
+    unsent: scores not yet in the logs and trackers
     position: place in a stream of training data
-    pending: line of the last step, whose evaluation is made up for
+    pending: line of the last step, whose interrupted evaluation is repeated
     seconds: time that earlier sessions of the run took
     """
 
@@ -94,7 +94,7 @@ def resumed_start(
     optimizer = make_optimizer(config.train, config.adapter)
     dropout_key = jax.random.split(jax.random.key(config.seed))[1]
     state = _restore(session, mesh, optimizer, run, record)
-    # The line of a step whose evaluation was interrupted is written when it is made up for.
+    # The line of a step with an interrupted evaluation is written after that is repeated.
     last = state.step - 1 if record["pending"] else state.step
     for name in journal.LOGS:
         journal.cut_back(run.output / name, last)

@@ -64,19 +64,19 @@ def make_train_step(
 ) -> Callable:
     """Make the jitted step.
 
-    `objective` is what it minimises (`lora_jax.objectives`); without one, what `config` asks for.
+    `objective` is the objective to minimise (`lora_jax.objectives`), by default `config`'s.
     Metrics are float32 scalars: loss and the objective's other sums, divided by its weight;
     grad_norm before clipping; supervised_tokens, the weight. A step whose loss or gradient is not
-    finite changes nothing: the state that came in goes out.
+    finite returns adapters and optimizer state unchanged.
 
     `placement` holds the shardings of (adapters, opt_state), which are reused for the outputs, so
     that the second step does not recompile. Without it the compiler chooses. Optimizer state in
-    host memory comes to the device for the update alone.
+    host memory is on the device only during the update.
 
     Raises:
-        UserError: a router_aux_loss_coef, and the model has no experts; settings that another
-            objective does not read; as `kernels.choose`. When it is traced: an objective that
-            returns something else than scalars.
+        UserError: a router_aux_loss_coef for a model without experts; settings that `objective`
+            does not read; as `kernels.choose`. When traced: an objective that does not return
+            scalars.
     """
     rows = config.train.batch_size
     pieces = rows // (config.train.micro_batch_size or rows)
@@ -86,7 +86,7 @@ def make_train_step(
     init = config.adapter.init if config.adapter.changes_base else None
 
     def micro_loss(adapters, params, micro, key, batch):
-        """Return what is differentiated, and the weight and sums for the metrics."""
+        """Return the value to differentiate, and the weight and sums for the metrics."""
         bound = bind(params, adapters, config.adapter, key)
         bound = Bound(bound, prefix(adapters, config.adapter))
         forward = Forward(model, compute, bound, params, init, batch)
@@ -118,7 +118,7 @@ def _accumulate(
     if pieces == 1:
         (_, sums), grads = value_and_grad(adapters, params, batch, key, batch)
         return grads, sums
-    # Every micro-batch takes rows from all over the batch, so that each device keeps its own.
+    # A micro-batch takes rows from across the batch, so no row moves to another device.
     micros = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(grads, micro_and_key):
@@ -153,8 +153,8 @@ def _on_device(x: jax.Array, sharding: Any) -> jax.Array:
 
 
 def make_classify(model: Model, config: Config) -> Callable:
-    """Make `classify(adapters, params, batch)`: logits (b, t, labels) in float32, at every token
-    those of its text, dropout off.
+    """Make `classify(adapters, params, batch)`: logits (b, t, labels) in float32, without dropout.
+    Every token has the logits of its text.
     """
     compute = _compute(config, _kernel(model, config))
 
@@ -167,7 +167,7 @@ def make_classify(model: Model, config: Config) -> Callable:
 
 def make_eval_step(model: Model, config: Config) -> Callable:
     """Make `eval_step(adapters, params, batch)`: summed negative log-likelihood and weights,
-    dropout off. Labels are not smoothed, and nothing is added for the balance of experts.
+    without dropout, label smoothing or router loss.
     """
     kernel = _kernel(model, config)
 

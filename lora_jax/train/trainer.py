@@ -37,14 +37,14 @@ Line = dict[str, Any]  # of metrics.jsonl
 
 @dataclass
 class State:
-    """State of training, which steps change and checkpoints hold."""
+    """State of training, updated by steps and stored in checkpoints."""
 
     adapters: Any
     opt_state: Any
     step: int = 0  # optimizer steps done
     supervised_tokens: float = 0.0  # trained on so far
     monitor: LossMonitor = field(default_factory=LossMonitor)
-    scores: Scores | None = None  # of this step, with answers, if they were measured; not saved
+    scores: Scores | None = None  # of this step, with answers, if measured; not in checkpoints
     window: Window = field(default_factory=Window)  # steps since the last line
 
 
@@ -87,7 +87,7 @@ class Training:
 def train(training: Training, state: State, pending: Line | None = None) -> float:
     """Take all steps after `state.step`; `state` is changed in place. Return tokens per second.
 
-    pending: line of the last step, if its evaluation was interrupted and is made up for
+    pending: line of the last step, if its evaluation was interrupted and is to be repeated
 
     A signal ends training between steps, and inside an evaluation, with a checkpoint of that step.
 
@@ -136,20 +136,20 @@ def train(training: Training, state: State, pending: Line | None = None) -> floa
 
 
 def _make_step(training: Training, state: State) -> Callable:
-    """Return the compiled train step, whose outputs are placed as the state is."""
+    """Return the compiled train step, whose outputs have the shardings of the state."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, (state.adapters, state.opt_state))
     model, config = training.evaluator.model, training.evaluator.config
     return make_train_step(model, config, training.optimizer, placement, training.objective)
 
 
 def _is_due(step: int, every: int | None) -> bool:
-    """Return True if something that happens every so many steps happens at this one."""
+    """Return True if an action with this interval is due at this step."""
     return every is not None and step % every == 0
 
 
 @dataclass
 class _Trainer:
-    """Takes the steps of a run, one after the other."""
+    """Takes the steps of a run in order."""
 
     training: Training
     state: State
@@ -202,7 +202,7 @@ class _Trainer:
         state.step += 1
         state.supervised_tokens += measured["supervised_tokens"]
         state.window.add(measured)
-        # Of several hosts each has seen its own rows only.
+        # Each host has seen only its own rows.
         share = rows / len(batch["segment_ids"])
         self.clock.lap(round(share * np.count_nonzero(batch["segment_ids"])))
         self.journal.show(state.step, measured["loss"], rate, self.clock)
@@ -224,15 +224,15 @@ class _Trainer:
         monitor, divergence = self.state.monitor, self.evaluator.config.train.divergence
         problem = monitor.problem(step, loss, grad_norm, divergence)
         if problem is not None:
-            # A loss that is not finite puts the state it came from in doubt; one that climbs, all
-            # states since it was lowest.
+            # A loss that is not finite makes the state before it suspect; one that climbs, all
+            # states since its minimum.
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             sound = monitor.lowest_step if finite else step - 2
             raise UserError(f"{problem}. {self._keep_good(sound or 0)}")
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
-        """The first call compiles the step; later ones return at once."""
+        """Show a progress phase around the first call of the step, which compiles it."""
         if self.compiled:
             yield
             return
@@ -321,8 +321,8 @@ class _Trainer:
         self.kept.save(state.step, state.adapters, state.opt_state, record, best, sound)
 
     def _keep_good(self, sound: int) -> str:
-        """Remove checkpoints after step `sound`, if there is an earlier one. The best one is kept
-        in any case. Return a sentence on what is left.
+        """Remove checkpoints after step `sound` if there is an earlier one; the best one is always
+        kept. Return a sentence on the remaining checkpoints.
         """
         self.kept.wait()
         best, steps = self.state.monitor.best_step, self.kept.steps
@@ -334,5 +334,5 @@ class _Trainer:
         if not steps:
             return "No checkpoint had been written yet"
         if not good:
-            return f"What is kept led here: start again (checkpoints: {steps})"
+            return f"All checkpoints are suspect: start again (checkpoints: {steps})"
         return f"The last good state is the checkpoint of step {good[-1]} (kept: {steps})"

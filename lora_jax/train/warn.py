@@ -19,7 +19,7 @@ from lora_jax.models.common import Model
 from lora_jax.session import Session
 
 _FORGOTTEN = 0.3  # nats that a regression loss may rise without a warning
-_LITTLE = 0.01  # a supervised share below it is worth a warning
+_LITTLE = 0.01  # supervised share of the tokens below which there is a warning
 _QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 _BINS = 8  # lines of a text histogram
 
@@ -112,8 +112,8 @@ def _of_overlap(train: TrainData, held_out: Mapping[str, DataSet]) -> Iterator[s
     both = sum(example.tokens.tobytes() in trained for example in examples)
     if both:
         yield (
-            f"{both} of {len(examples)} rows of data.eval are in data.train too: their scores say "
-            "what was learnt by heart; data.drop_overlap=true leaves them out"
+            f"{both} of {len(examples)} rows of data.eval are in data.train too: their scores "
+            "measure memorisation; data.drop_overlap=true leaves them out"
         )
 
 

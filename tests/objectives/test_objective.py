@@ -206,7 +206,7 @@ def test_a_function_of_logits_gives_a_value_per_token(model):
     ("override", "message"),
     [
         ("adapter.method=full", "adapter.method=full keeps no copy of it"),
-        ("adapter.init=pissa", "adapter.init=pissa takes its part out of the weights"),
+        ("adapter.init=pissa", "adapter.init=pissa subtracts its factors from the weights"),
     ],
 )
 def test_a_reference_that_is_not_kept(model, override, message):

@@ -194,7 +194,7 @@ def test_what_is_refused_before_anything_is_loaded(files, tmp_path, refused):
     found = text(
         "base_dtype=nf4", "adapter.modules_to_save=[q_proj]", "adapter.target_modules=[k_proj]"
     )
-    assert "modules_to_save=['q_proj'] trains the numbers" in found and "base_dtype" in found
+    assert "modules_to_save=['q_proj'] trains the weights" in found and "base_dtype" in found
     found = text(
         *("base_dtype=nf4", "adapter.init=loftq", "adapter.loftq_iter=2"),
         "export.quantized_base=dequantized",
