@@ -31,7 +31,7 @@ from lora_jax.adapters.updates import (
     base_matrix,
     build,
     find_updates,
-    plain_config,
+    plain_trainable,
     rank_problems,
     reader,
 )
@@ -135,14 +135,14 @@ def plan(
     biases = {part.config.bias for part in parts}
     saved = {name for part in parts for name in part.config.modules_to_save or ()}
     saved |= {dotted(path[:-1]) for path, _ in whole if path in (HEAD, tied_embedding(params))}
-    config = plain_config(
+    trainable = plain_trainable(
+        params,
         ranks,
         bias=next((kind for kind in ("all", "lora_only") if kind in biases), "none"),
         modules_to_save=sorted(saved) or None,
         trainable_token_indices=sorted({i for part in parts for i in _tokens(part)}) or None,
         ensure_weight_tying=tie,
     )
-    trainable = find_trainable(params, config)
     return Plan(trainable, params, tuple(parts), tuple(updates), method, density or 1.0, seed)
 
 

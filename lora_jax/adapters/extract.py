@@ -20,7 +20,7 @@ from lora_jax.adapters.updates import (
     base_matrix,
     build,
     places,
-    plain_config,
+    plain_trainable,
     rank_problems,
 )
 from lora_jax.config import AdapterConfig
@@ -104,13 +104,13 @@ def plan(
     biases = any(key[0][-1] == "bias" and changes[key].name not in saved for key in kept)
     tied = tied_embedding(params)
     as_one = tied is not None and dotted(tied[:-1]) in {*saved, *ranks}
-    config = plain_config(
+    return plain_trainable(
+        params,
         ranks,
         modules_to_save=sorted(saved) or None,
         bias="all" if biases else "none",
         ensure_weight_tying=as_one or None,
     )
-    return find_trainable(params, config)
 
 
 def _matrices(params: Mapping, target_modules: Any) -> dict[Key, tuple[str, int]]:

@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax.adapters.low_rank import as_plain
 from lora_jax.adapters.svd import Factors
 from lora_jax.config import AdapterConfig
-from lora_jax.targets import HEAD, FullWeight, Target, Trainable, as_trainable
+from lora_jax.targets import HEAD, FullWeight, Target, Trainable, as_trainable, find_trainable
 from lora_jax.tree import Path, flatten, lead_axes, stack_position, tied_embedding, unflatten
 from lora_jax.weights import materialize
 
@@ -174,12 +174,14 @@ def slices(whole: FullWeight) -> list[tuple[Key, str]]:
     return found
 
 
-def plain_config(ranks: Mapping[str, int], **fields: Any) -> AdapterConfig:
-    """Return the config of adapters of these ranks, by module path, whose scale is one."""
+def plain_trainable(params: Mapping, ranks: Mapping[str, int], **fields: Any) -> Trainable:
+    """Return the `Trainable` of adapters of these ranks, by module path, whose scale is one.
+    `fields` are further settings of the adapter.
+    """
     counts = sorted(ranks.values())
     rank = max(set(counts), key=counts.count) if counts else 1
     patterns = {name: own for name, own in sorted(ranks.items()) if own != rank}
-    return AdapterConfig(
+    config = AdapterConfig(
         rank=rank,
         alpha=float(rank),
         target_modules=sorted(ranks),
@@ -187,6 +189,7 @@ def plain_config(ranks: Mapping[str, int], **fields: Any) -> AdapterConfig:
         alpha_pattern={name: float(own) for name, own in patterns.items()},
         **fields,
     )
+    return find_trainable(params, config)
 
 
 def build(
@@ -195,7 +198,7 @@ def build(
     value: Callable[[Key], np.ndarray],
     rows: Callable[[], np.ndarray] | None = None,
 ) -> Combined:
-    """Build the adapters of a `plain_config`, matrix by matrix.
+    """Build the adapters of a `plain_trainable`, matrix by matrix.
 
     Args:
         factors: function of a matrix and its rank: factors, distance and norm, as in `svd`.

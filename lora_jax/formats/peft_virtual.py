@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.adapters import shapes
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, raise_all
-from lora_jax.targets import Trainable, find_trainable
+from lora_jax.targets import Trainable
 
 KINDS = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
 TENSOR = "prompt_embeddings"
@@ -89,7 +90,7 @@ def from_peft_config(content: Mapping[str, Any], params: Mapping) -> AdapterConf
         if not (name == "num_transformer_submodules" and value == 1)
     ]
     config = AdapterConfig(method=method, num_virtual_tokens=count, prompt_init="random")
-    shape = next(iter(find_trainable(params, config).virtual.values()))
+    shape = next(iter(shapes(params, config).values())).shape
     names = ("token_dim",) if method == "prompt" else ("num_layers", "token_dim")
     for name, mine in zip(names, (shape[0], shape[-1])[-len(names) :], strict=True):
         given = content.get(name)

@@ -22,7 +22,6 @@ from lora_jax.models.common import Model
 from lora_jax.nn import kernels
 from lora_jax.plan.program import Program, build, device_bytes, device_numbers, host_bytes
 from lora_jax.quantize import BLOCK, GROUP
-from lora_jax.targets import find_targets
 
 NF4_BITS = 4 + 8 / BLOCK + 32 / (BLOCK * GROUP)  # per weight: its code and its share of the scales
 
@@ -115,8 +114,9 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
     chosen = getattr(c, "num_experts_per_tok", 1)
     ffn = getattr(c, "moe_intermediate_size", c.intermediate_size)
     heads = split(c.num_attention_heads)
-    targets = find_targets(program.model.params, config.adapter)
-    adapted = [(target.shape[0], target.rank) for target in targets if target.stacked]
+    adapted = [
+        (target.shape[0], target.rank) for target in program.trainable.targets if target.stacked
+    ]
     return Sizes(
         number=number,
         stream=tokens * c.hidden_size * number,

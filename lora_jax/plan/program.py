@@ -8,6 +8,7 @@ program.compile()                        # of devices that need not be here
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from lora_jax.errors import UserError
 from lora_jax.models.common import Model
 from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.session import continue_adapter, open_session
-from lora_jax.targets import find_trainable
+from lora_jax.targets import Trainable, find_trainable
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.setup import check_training
 from lora_jax.train.step import make_train_step
@@ -44,6 +45,11 @@ class Program:
     batch: dict[str, Any]
     key: Any
 
+    @cached_property
+    def trainable(self) -> Trainable:
+        """Everything that the step trains of the base."""
+        return find_trainable(self.model.params, self.config.adapter)
+
     @property
     def needs_key(self) -> bool:
         """Return True if the step reads its key; otherwise the compiler drops that argument."""
@@ -54,9 +60,8 @@ class Program:
         """Frozen weights that are fully replaced by trained copies: the compiler drops them from
         the arguments.
         """
-        found = find_trainable(self.model.params, self.config.adapter)
         leaves = tree.flatten(self.base)
-        whole = {part.path for part in found.whole if all(part.chosen)} & leaves.keys()
+        whole = {part.path for part in self.trainable.whole if all(part.chosen)} & leaves.keys()
         return [leaves[path] for path in whole if isinstance(leaves[path], jax.ShapeDtypeStruct)]
 
     @property

@@ -13,7 +13,6 @@ from lora_jax import tree
 from lora_jax.plan.analytic import Estimate, layer_weights, sizes
 from lora_jax.plan.chips import Chip
 from lora_jax.plan.program import Program, device_bytes, device_numbers
-from lora_jax.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def count(program: Program) -> Step:
     attention = tokens * 4 * config.data.max_length * width
     tied = tree.tied_embedding(leaves) is not None
     adapters = tree.flatten(program.adapters)
-    targets = find_targets(program.model.params, config.adapter)
+    targets = program.trainable.targets
     low_rank = sum(math.prod(t.lead) * t.rank * sum(t.shape) for t in targets)
     # Weights that train themselves; an embedding that is only looked up has no products.
     whole = _numbers(adapters, ("full_kernel", "full_embedding") if tied else ("full_kernel",))
