@@ -152,8 +152,8 @@ def _cluster_size(environment: Any) -> int | None:
 
 
 def _meet(given: dict[str, Any], settings: HostsConfig) -> None:
-    """Wait for all processes. JAX ends the process when the time is over, so that the waiting is
-    done beside this thread, which raises instead.
+    """Wait for all processes. JAX ends the process when the time is over, so another thread does
+    the waiting, and this one raises an error instead.
     """
     problem: list[Exception] = []
     # Python handles SIGTERM (`train.interrupt`); JAX's own handler would take its place.
@@ -167,7 +167,7 @@ def _meet(given: dict[str, Any], settings: HostsConfig) -> None:
                 heartbeat_timeout_seconds=settings.lost_after,
                 shutdown_timeout_seconds=settings.lost_after,
             )
-        except Exception as error:  # of many kinds: what stands there says it
+        except Exception as error:  # of many kinds
             problem.append(error)
 
     thread = threading.Thread(target=initialize, daemon=True)
@@ -276,14 +276,14 @@ def _client() -> Any:
 
 
 def _tell(place: str, error: BaseException) -> None:
-    """Let the other hosts know; of several that fail, the first is heard."""
-    told = {
+    """Send the error of this host to the others; of several that fail, the first one counts."""
+    failure = {
         "host": jax.process_index(),
         "status": getattr(error, "status", 2 if isinstance(error, UserError) else 1),
         "message": str(error) or type(error).__name__,
     }
-    with contextlib.suppress(Exception):  # told already, or the coordinator is gone
-        _client().key_value_set(f"{place}/failed", json.dumps(told))
+    with contextlib.suppress(Exception):  # sent already, or the coordinator is gone
+        _client().key_value_set(f"{place}/failed", json.dumps(failure))
 
 
 def _part(place: str) -> None:
@@ -302,13 +302,13 @@ def _watch(place: str, over: threading.Event) -> None:
     """
     while not over.wait(_POLL):
         try:
-            told = json.loads(_client().key_value_try_get(f"{place}/failed"))
+            failure = json.loads(_client().key_value_try_get(f"{place}/failed"))
         except Exception:  # none has; or the coordinator is gone, and JAX ends this process
             continue
         if over.wait(_GRACE):
             return
-        text = f"host {told['host']} ended the run: {told['message']}"
+        text = f"host {failure['host']} ended the run: {failure['message']}"
         print(text, file=sys.stderr, flush=True)
         _part(place)
         sys.stdout.flush()
-        os._exit(told["status"])
+        os._exit(failure["status"])

@@ -36,7 +36,7 @@ FUSED = {
 }
 OUTPUT_HEADS = ("lm_head", "score", "classifier")  # linears that `all-linear` leaves out
 CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's linears: in files as here, (in, out)
-TIED_EMBEDDINGS = ("embed_tokens", "wte")  # without an `lm_head` beside them, they are the head too
+TIED_EMBEDDINGS = ("embed_tokens", "wte")  # in a tree without `lm_head` they are the head too
 
 
 class _Index(str):
@@ -103,8 +103,8 @@ def is_router(path: Path, leaves: Mapping[Path, Any]) -> bool:
     """Return True for a linear that chooses among the experts of its module."""
     *home, _, leaf = path
     experts = (*home, "experts")
-    beside = any(other[: len(experts)] == experts for other in leaves)
-    return leaf == "kernel" and beside and not has_experts(path)
+    has_siblings = any(other[: len(experts)] == experts for other in leaves)
+    return leaf == "kernel" and has_siblings and not has_experts(path)
 
 
 def fused_columns(path: Path, leaves: Mapping[Path, Any]) -> dict[str, tuple[int, int]]:

@@ -138,7 +138,7 @@ def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
     problems += peft_vera.problems(found) if config.trains_vera else []
     if config.init == "loftq" and config.changes_base:
         problems.append(
-            f"init=loftq and loftq_iter={config.loftq_iter}: the adapter stands on a quantised "
+            f"init=loftq and loftq_iter={config.loftq_iter}: the adapter belongs to a quantised "
             "base that is not the model's own; set loftq_iter to 1, or export with --format hf "
             "(export.peft=false, export.merged=true)"
         )

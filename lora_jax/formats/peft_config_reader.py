@@ -38,7 +38,7 @@ _INERT = frozenset(  # PEFT looks by itself where fan_in_fan_out holds
     megatron_core qalora_group_size layers_pattern runtime_config fan_in_fan_out
     """.split()
 )
-# Inits after which PEFT adapts the base as it stands; the others change it again at every load.
+# Inits after which PEFT adapts the base as it is; the others change it again at every load.
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda")
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -133,7 +133,7 @@ def _unsupported(content: Mapping[str, Any]) -> Iterable[str]:
         hint = ""
         if name == "init_lora_weights" and str(value).lower().startswith(_CONVERTIBLE_INITS):
             hint = (
-                ", after which an adapter stands on a base without its first part; convert it in "
+                ", after which an adapter belongs to a base without its first part; convert it in "
                 "PEFT by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
         yield f"{name}={quoted(value)}{hint}"

@@ -8,10 +8,10 @@ Reported for every module and layer: the share of weights that round(W') changes
 the two updates and the ratio of their norms. bfloat16 rounds away an update that is far smaller
 than its weight (one of 0.02 % of the norm of the weights leaves 95 % of them as they were).
 
-W is the weight of the files, in the dtype of the base; of a quantised base that is merged into as
-it was trained on, its dequantised one; under an init that changes the base, what that left with its
-part put back. So neither quantisation nor the part counts as an update, beside which a lost one
-would not show. A stack of experts is one module.
+W is the weight of the files, in the dtype of the base. If a merge goes into the quantised base that
+was trained on, W is its dequantised weight. Under an init that changes the base, W is what the init
+left, with its part put back. So neither quantisation nor that part counts as an update: either
+would hide a lost one. A stack of experts is one module.
 """
 
 import functools

@@ -457,7 +457,7 @@ EMBED_B = f"{P}model.embed_tokens.lora_embedding_B"
             UNTIED,
             {},
             dict(init_lora_weights="OLoRA"),
-            "init_lora_weights='OLoRA', after which an adapter stands on a base without its first",
+            "init_lora_weights='OLoRA', after which an adapter belongs to a base without its first",
         ),
         (UNTIED, {}, dict(init_lora_weights="loftq"), "not supported: init_lora_weights='loftq'"),
         (UNTIED, {}, dict(lora_bias=True), "not supported: lora_bias=True"),
