@@ -286,7 +286,7 @@ def _tell(place: str, error: BaseException) -> None:
 
 
 def _part(place: str) -> None:
-    """Wait for the others for a while: the coordinator must end last, or JAX ends them at its loss."""
+    """Wait for the others for a while: if the coordinator ends first, JAX ends them."""
     with contextlib.suppress(Exception):  # one of them is gone
         _client().wait_at_barrier(f"{place}/parting", _PARTING * 1000)
     if is_main():
