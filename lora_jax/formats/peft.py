@@ -71,8 +71,7 @@ def write_adapter(
     With adapted routers or experts the file has no dropout, as PEFT has none for them.
 
     Raises:
-        UserError: adapters that PEFT cannot represent (`peft_problems`), or that the program of the
-            profile cannot load; an unknown profile.
+        UserError: adapters that PEFT cannot represent (`peft_problems`) or the profile cannot load.
     """
     source = None if source is None else expand(source)
     target = expand(target)
