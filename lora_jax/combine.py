@@ -1,4 +1,4 @@
-"""Adapters from adapters, or from a fine-tuned model, as files: the work of `lora-jax combine`."""
+"""Files of combined or extracted adapters: the implementation of `lora-jax combine`."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ class Formula:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Facts about the training that a new adapter takes over from the directories it is made of."""
+    """Facts about the training that a new adapter inherits from its source directories."""
 
     side_files: Path  # directory of the tokenizer
     fingerprint: Mapping[str, str]
@@ -51,7 +51,7 @@ def combine_directories(
 
     Raises:
         UserError: the model or an adapter cannot be found, is damaged or does not fit; an adapter
-            was made on another base, or two with other tokenizers, templates or arguments for them
+            was made on another base; adapters differ in tokenizer, template or its arguments
             (unless named in `allow_change`); what `lora_jax.adapters.combine` refuses; `output` is
             not empty.
     """
@@ -203,8 +203,8 @@ def _check_fingerprints(
 
 
 def _template_kwargs(directories: Sequence[Path], allow_change: Collection[str]) -> dict[str, Any]:
-    """Return the arguments for the chat template that all adapters of this project were trained
-    with; those of the first, where the template may change.
+    """Return the chat template arguments that all adapters of this project were trained with; the
+    first adapter's, if the template may change.
     """
     known = [d for d in directories if formats.read_fingerprint(d)]
     given = [formats.read_template_kwargs(directory) for directory in known]
@@ -222,8 +222,8 @@ def _template_kwargs(directories: Sequence[Path], allow_change: Collection[str])
 
 
 def _report(made: Combined, **settings: Any) -> dict[str, Any]:
-    """Return the settings, the ranks and parameters of the result, and its distance from what was
-    meant, |made - meant| / |meant|: over all modules, and of the worst.
+    """Return the settings, the ranks and parameters of the result, and its relative error |result -
+    exact| / |exact|: over all modules, and of the worst.
     """
     ranks = [rank for target in made.trainable.targets for rank in target.ranks if rank]
     worst = max(made.errors, key=lambda name: made.errors[name]) if made.error else None
@@ -273,7 +273,7 @@ def _write(
 
 
 def _sources(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Return the source of the adapter for its card: no directory above the last two."""
+    """Return the sources of the adapter for its card; only the last two parts of a path."""
     for one in report.get("adapters", ()):
         path = expand(one["path"]).absolute()
         yield "adapter", f"{path.parent.name}/{path.name}, weight {one['weight']:g}"

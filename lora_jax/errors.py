@@ -1,4 +1,4 @@
-"""Errors of users: what was given, what exists, what to do."""
+"""User errors: what was given, what exists, what to do."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ _LONGEST = 2000  # characters of a line
 
 class UserError(ValueError):
     """A mistake in the input (config, data, files), not in the program: what was given, what
-    exists, what to do. A line that quotes a value without end keeps its start and its end.
+    exists, what to do. A long line keeps its start and its end.
     """
 
     def __init__(self, message: str = ""):
@@ -20,11 +20,11 @@ def _cut(line: str) -> str:
 
 
 class UnknownArgument(UserError, TypeError):
-    """An argument that a function does not have; a `TypeError` too, as Python's own is."""
+    """An argument that a function does not have; also a `TypeError`, as in Python."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the candidate closest to `name`, or the empty string."""
+    """Return ` Did you mean 'x'?` for the candidate closest to `name`, or the empty string."""
     close = difflib.get_close_matches(name[:200], list(candidates), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -35,6 +35,6 @@ def counted(number: int, noun: str) -> str:
 
 
 def raise_all(problems: Sequence[str]) -> None:
-    """Raise every problem of a kind in one `UserError`; nothing happens without any."""
+    """Raise all problems in one `UserError`; do nothing if there are none."""
     if problems:
         raise UserError("\n".join(problems))

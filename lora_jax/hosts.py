@@ -1,17 +1,16 @@
-"""One run on several hosts: they meet, agree, and end together. With one process nothing happens.
+"""One run on several hosts: they connect, agree and end together. One process needs none of this.
 
     with joined(config.hosts):          # jax.distributed, before any device is used
-        record = from_main(read)        # one host reads, all know
-        stop = agree(signal_here)       # all take the same turn
+        record = from_main(read)        # one host reads, all get the result
+        stop = agree(signal_here)       # all hosts act alike
 
-The same command runs on every host. Who they are comes from the environment:
-JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or, for what
-is not set, from Slurm, Open MPI or the TPU pod, as `jax.distributed.initialize` finds it. A process
-is called a host here, also where one machine has several. Host 0 is the main one: it alone logs and
-writes.
+The same command runs on every host. JAX_COORDINATOR_ADDRESS (host:port of process 0),
+JAX_NUM_PROCESSES and JAX_PROCESS_ID identify the hosts. `jax.distributed.initialize` finds unset
+ones from Slurm, Open MPI or the TPU pod. A process is called a host here, even if one machine has
+several. Only host 0, the main one, logs and writes.
 
-A host that fails tells the others why through the coordinator, and they end with its status; one
-that vanishes is missed after `lost_after` seconds, and JAX ends the rest.
+A host that fails reports the reason through the coordinator, and the others end with its status. If
+a host is lost, JAX ends the others after `lost_after` seconds.
 """
 
 import contextlib
@@ -37,22 +36,22 @@ from lora_jax.errors import UserError
 
 T = TypeVar("T")
 _GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_LONG = 7 * 24 * 3600 * 1000  # milliseconds: a host that is lost ends the wait
-_POLL = 1.0  # seconds between looks at whether another host has failed
+_LONG = 7 * 24 * 3600 * 1000  # milliseconds; the loss of a host ends the wait earlier
+_POLL = 1.0  # seconds between checks for the failure of another host
 _GRACE = 5.0  # seconds for this host to end by itself, often for the same reason
 _PARTING = 10  # seconds to wait for the others at the end of a run that failed
-_numbers = itertools.count()  # of names that are used once; every host counts alike
+_numbers = itertools.count()  # of names that are used once; the same on every host
 _failed = False  # a run on several hosts has ended here with an error
 
 
 @contextlib.contextmanager
 def joined(settings: HostsConfig) -> Iterator[None]:
-    """Inside, the processes that the environment names are one JAX: `jax.devices()` are those of
-    all. An error that leaves the block on one host ends the others; without one, all leave it
-    together. Where there is one process, nothing is done.
+    """Connect the processes that the environment names until the block ends: `jax.devices()` are
+    those of all. An error that leaves the block on one host ends the others; otherwise all leave it
+    together. With one process, do nothing.
 
     Raises:
-        UserError: the environment is incomplete or contradicts itself; not all came in time.
+        UserError: the environment is incomplete or contradictory; not all hosts connected in time.
     """
     global _failed
     if not jax.distributed.is_initialized():
@@ -67,7 +66,7 @@ def joined(settings: HostsConfig) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    programs.stop()  # hosts that find other programs in their caches would wait for one another
+    programs.stop()  # hosts with different cached programs would wait for one another
     number, over = next(_numbers), threading.Event()
     place = f"lora_jax/{number}"
     watcher = threading.Thread(target=_watch, args=(place, over), daemon=True)
@@ -87,11 +86,11 @@ def joined(settings: HostsConfig) -> Iterator[None]:
 
 
 def find_cluster(environment: Any) -> dict[str, Any] | None:
-    """The arguments of `jax.distributed.initialize` that `environment` gives, those that JAX works
-    out by itself left out; None for a single process.
+    """Return the arguments of `jax.distributed.initialize` from `environment`, without those that
+    JAX finds itself; None for a single process.
 
     Raises:
-        UserError: some of the variables are missing, or they contradict one another.
+        UserError: variables are missing or contradictory.
     """
     given = {name: environment[name] for name in _GIVEN if environment.get(name)}
     numbers: dict[str, int] = {}
@@ -134,8 +133,8 @@ def find_cluster(environment: Any) -> dict[str, Any] | None:
 
 def _cluster_size(environment: Any) -> int | None:
     """Return the number of processes that the launcher has started, as far as JAX knows; None
-    without a launcher. A Cloud TPU machine that does not name its neighbours counts as 2: JAX then
-    asks.
+    without a launcher. A Cloud TPU machine that does not name its neighbours counts as 2, and JAX
+    then queries them.
     """
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= set(environment):
         return int(environment.get("SLURM_NTASKS", 1))
@@ -179,13 +178,13 @@ def _meet(given: dict[str, Any], settings: HostsConfig) -> None:
         reason = str(problem[0]).splitlines()[0]
         raise UserError(f"the processes of this run cannot meet: {reason}") from problem[0]
     if _tasks_here(os.environ) == 1 and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-        # Under Slurm and Open MPI JAX gives every process one GPU; a process alone has them all.
+        # Under Slurm and Open MPI, JAX gives each process one GPU; a single process has them all.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
 
 
 def _nobody_came(given: dict[str, Any], seconds: float) -> str:
-    from jax._src.distributed import global_state  # what JAX found out by itself
+    from jax._src.distributed import global_state  # what JAX found itself
 
     address = given["coordinator_address"] or global_state.coordinator_address
     if address is None:
@@ -207,7 +206,7 @@ def _nobody_came(given: dict[str, Any], seconds: float) -> str:
 
 
 def _tasks_here(environment: Any) -> int | None:
-    """Processes of the launcher on this machine, if it says so."""
+    """Return the launcher's number of processes on this machine, if set."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE")  # 8(x2), or 8,4 where nodes differ
     if text is not None and text.partition("(")[0].isdecimal():
         return int(text.partition("(")[0])
@@ -239,8 +238,8 @@ def agree(number: int) -> int:
 def from_main(make: Callable[[], T]) -> T:
     """Return the result of `make` on the main host to every host; the others do not call it.
 
-    It must be JSON. Facts about files are read this way, so that no host sees another state of
-    them.
+    The result must be JSON. Facts about files are read this way, so that all hosts see the same
+    state.
     """
     if jax.process_count() == 1:
         return make()
@@ -254,8 +253,8 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def leave(status: int) -> None:
-    """End this process with `status` if a run on several hosts has failed in it: JAX would wait for
-    the others at exit, and they are gone. Otherwise nothing.
+    """End this process with `status` if a run on several hosts has failed in it; otherwise do
+    nothing. At a normal exit JAX would wait for the other hosts, which are gone.
     """
     if _failed:
         sys.stdout.flush()
@@ -269,7 +268,7 @@ def failed() -> bool:
 
 
 def _client() -> Any:
-    """JAX's connection to the coordinator; Orbax has the only public name for it."""
+    """Return JAX's client of the coordinator; only Orbax has a public name for it."""
     from orbax.checkpoint import multihost
 
     return multihost.get_jax_distributed_client()
@@ -287,9 +286,7 @@ def _tell(place: str, error: BaseException) -> None:
 
 
 def _part(place: str) -> None:
-    """Wait a while for the others: the coordinator ends last, or JAX would end them for its
-    loss.
-    """
+    """Wait for the others for a while: if the coordinator ends first, JAX ends them."""
     with contextlib.suppress(Exception):  # one of them is gone
         _client().wait_at_barrier(f"{place}/parting", _PARTING * 1000)
     if is_main():
@@ -297,8 +294,8 @@ def _part(place: str) -> None:
 
 
 def _watch(place: str, over: threading.Event) -> None:
-    """End this process when another host has failed. It may wait for that host inside a program on
-    the devices, where no exception reaches it.
+    """End this process when another host has failed. The main thread may wait for that host inside
+    a compiled program, where no exception reaches it.
     """
     while not over.wait(_POLL):
         try:

@@ -1,7 +1,7 @@
 """Leaves of the trainable tree: the only list of their names.
 
-A kind says what the optimizer does with a leaf, along which axes of its base weight it is split on
-a mesh, and what PEFT calls it:
+A kind has the optimizer's label of a leaf, the axes along which it is sharded, and its name in
+PEFT's files:
 
     name                   label         axes              file
     lora_a                 lora_a        in, rank          lora_A.weight
@@ -9,8 +9,8 @@ a mesh, and what PEFT calls it:
     magnitude              magnitude     out               lora_magnitude_vector
     full_kernel, ..        full          those of kernel   weight
 
-Axes called `in` and `out` are those of the base weight and split as it is. Names of mesh axes are
-taken as they are. All other axes are never split.
+Axes called `in` and `out` are sharded like those of the base weight. Names of mesh axes are used as
+they are. No other axis is sharded.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from lora_jax.config import AdapterConfig
 
 FROZEN = "frozen"
 LABELS = ("lora_a", "lora_b", "magnitude", "full", "prompt")  # of the optimizer, but for FROZEN
-_FULL = "full_"  # a weight that trains itself: full_kernel, full_bias, ..
+_FULL = "full_"  # a weight that trains in full: full_kernel, full_bias, ..
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Kind:
     label: str = FROZEN  # of the optimizer
     axes: tuple[str, ...] | None = None  # of one matrix; None: those of the base weight
     file: str | None = None  # name in PEFT's files, behind the module path
-    embedding_file: str | None = None  # the same of an embedding, where it differs
+    embedding_file: str | None = None  # the same for an embedding, if it differs
     is_factor: bool = False  # of an update: counted with its target, and measured by norms
 
 
@@ -38,7 +38,7 @@ _KINDS = {
     "lora_a": Kind("lora_a", ("in", "rank"), "lora_A.weight", "lora_embedding_A", is_factor=True),
     "lora_b": Kind("lora_b", ("rank", "out"), "lora_B.weight", "lora_embedding_B", is_factor=True),
     "magnitude": Kind("magnitude", ("out",), "lora_magnitude_vector"),
-    "init_a": Kind(axes=("in", "rank")),  # what an init took out of the base
+    "init_a": Kind(axes=("in", "rank")),  # what an init subtracted from the base
     "init_b": Kind(axes=("rank", "out")),
     "lambda_d": Kind("magnitude", ("rank",), "vera_lambda_d", is_factor=True),
     "lambda_b": Kind("magnitude", ("out",), "vera_lambda_b", is_factor=True),
@@ -67,7 +67,7 @@ def known_kind(name: str) -> Kind:
 
 
 def label_of(name: str, freeze_a: bool = False) -> str:
-    """Return the optimizer's label of any leaf, of the base too."""
+    """Return the optimizer's label of any leaf, including those of the base."""
     kind = kind_of(name)
     return FROZEN if kind is None or (freeze_a and name == "lora_a") else kind.label
 

@@ -37,7 +37,7 @@ kept_in: Path | None = None  # the directory in use, if `keep` chose it
 
 def keep() -> None:
     """Let JAX cache the programs that this process compiles, unless the environment or an earlier
-    setting of this process chose another directory or no cache.
+    setting chose another directory or no cache.
     """
     global kept_in
     jax = sys.modules.get("jax")

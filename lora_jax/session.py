@@ -1,11 +1,11 @@
-"""A config and the model that it names: every command begins here.
+"""Session: a config and the model that it names, the start of every command.
 
     session = open_session(config)       # config.json of the model alone
     session = continue_adapter(session)  # the settings and weights of `adapter.path`
     session = settle_date(session, console)
     session.trainable, session.tokenizer, session.fingerprint
 
-The last three are read at their first use, and once: a command reads what it needs and no more.
+The last three are read once, at their first use, so a command reads only what it needs.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.targets import Trainable
 
-# Settings of training, which an adapter that a run goes on from does not decide.
+# Settings that `adapter.path` does not determine.
 _OF_TRAINING = [name for name, rule in options_of(AdapterConfig).items() if rule.with_path]
-# Parts of a session that other settings of data and of training do not change.
+# Parts of a session that do not depend on settings of data and training.
 _KEPT = ("tokenizer", "template", "stops", "base_digest", "text_digests")
 
 
 @dataclass(frozen=True)
 class Session:
-    """A settled config with its model, and what both decide.
+    """A settled config with its model, and the properties that follow from both.
 
-    config: with all settings that the model decides
+    config: with all settings that follow from the model
     source: directory of the model
     model: shapes in place of weights
     loaded: the weights of `adapter.path`, after `continue_adapter`
@@ -55,7 +55,7 @@ class Session:
         """Everything that the config trains of the model.
 
         Raises:
-            UserError: as `targets.find_trainable`, of the base as `base_dtype` will have it.
+            UserError: as `targets.find_trainable`, for the base in `base_dtype`.
         """
         config, params = self.config, self.model.params
         if config.base_dtype in quantize.SCHEMES:
@@ -97,7 +97,7 @@ class Session:
 
     @cached_property
     def base_digest(self) -> Future[str]:
-        """Digest of the weights, which a thread computes."""
+        """Digest of the weights, computed in a thread."""
         return fingerprint.start(self.source)
 
     def start_digest(self) -> None:
@@ -121,7 +121,7 @@ class Session:
         return {"base": settle_base(self.base_digest), **texts}
 
     def with_config(self, config: Config) -> "Session":
-        """Return this session with other settings, though not of the model or its template."""
+        """Return this session with other settings, except those of the model or its template."""
         session = dataclasses.replace(self, config=config)
         kept = {*_KEPT, "trainable"} if config.adapter == self.config.adapter else {*_KEPT}
         vars(session).update({name: part for name, part in vars(self).items() if name in kept})
@@ -140,8 +140,8 @@ class Session:
 
 
 def open_session(config: Config, weights: bool = True) -> Session:
-    """Read the model of a config as shapes, and settle what it decides. A model of the hub is
-    fetched, without its weights if `weights` is False.
+    """Read the model of a config as shapes, and settle the settings that follow from it. A model on
+    the hub is downloaded, without its weights if `weights` is False.
 
     Raises:
         UserError: as `formats.resolve` and `settle.describe_model`.
@@ -170,7 +170,7 @@ def continue_adapter(session: Session) -> Session:
     for field in dataclasses.fields(AdapterConfig):
         mine, theirs = getattr(given, field.name), getattr(found, field.name)
         if field.name not in _OF_TRAINING and mine not in (getattr(default, field.name), theirs):
-            if not field.name.endswith("_modules"):  # compared by what they select
+            if not field.name.endswith("_modules"):  # compared by the modules that they select
                 problems.append(
                     f"adapter.{field.name}={mine!r} contradicts {given.path}, which has "
                     f"{theirs!r}; leave it out"
@@ -182,8 +182,8 @@ def continue_adapter(session: Session) -> Session:
 
 
 def settle_date(session: Session, console: Console) -> Session:
-    """Return the session with the date that its chat template is given, where it reads one: every
-    text is rendered alike, on every host and beyond midnight.
+    """Return the session with a fixed date for a chat template that reads the date, so that all
+    hosts render the same text, also after midnight.
 
     Raises:
         UserError: the template cannot be read.

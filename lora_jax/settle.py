@@ -1,4 +1,4 @@
-"""Settings that a model decides, from its config.json and before its weights are read."""
+"""Settings that follow from a model's config.json, before its weights are read."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ _OF_TEXT = (
 
 
 def describe_model(config: Config, source: Path) -> tuple[Config, Model]:
-    """Return the config with the settings that the model in `source` decides, and that model with
-    shapes in place of weights.
+    """Return the config with the settings that follow from the model in `source`, and that model
+    with shapes in place of weights.
 
     For a classifier, `data.labels` are those of the training data if none are given; its head
     trains (`modules_to_save`), with everything else that its files lack; and answers are scored by
@@ -40,7 +40,7 @@ def describe_model(config: Config, source: Path) -> tuple[Config, Model]:
         if given is not None:
             kind = model.hf_config.get("model_type")
             raise UserError(
-                f"data.labels={given!r} is for models that classify ({', '.join(CLASSIFIERS)}); "
+                f"data.labels={given!r} is for classifiers ({', '.join(CLASSIFIERS)}); "
                 f"{config.model} is of model_type={kind!r} and writes text"
             )
         _check_no_classification(config)
@@ -108,14 +108,13 @@ def _check_no_classification(config: Config) -> None:
     """Raise for settings of classifiers."""
     default = Config().data
     problems = [
-        f"data.{name}={getattr(config.data, name)!r} is for models that classify; {config.model} "
-        "writes text"
+        f"data.{name}={getattr(config.data, name)!r} is for classifiers; {config.model} writes text"
         for name in ("text", "label")
         if getattr(config.data, name) != getattr(default, name)
     ]
     if "accuracy" in config.eval.metrics:
         problems.append(
-            f"eval.metrics: accuracy is for models that classify, and {config.model} writes text; "
+            f"eval.metrics: accuracy is for classifiers, and {config.model} writes text; "
             "exact_match compares its answers"
         )
     raise_all(problems)
@@ -172,7 +171,7 @@ def _read_labels(config: Config) -> tuple[str, ...]:
 def _with_heads(adapter: AdapterConfig, source: Path, model: Model) -> AdapterConfig:
     if adapter.trains_everything:
         return adapter
-    heads = [model.names.heads[0]]  # trains in any case, as for PEFT's SEQ_CLS
+    heads = [model.names.heads[0]]  # always trains, as in PEFT's SEQ_CLS
     if any(source.glob("*.safetensors")):
         heads += [head for head in formats.missing_heads(source, model) if head not in heads]
     given = adapter.modules_to_save or []
@@ -200,5 +199,5 @@ def find_stops(config: Config, model: Model, tokenizer: Any) -> frozenset[int]:
     data.template_text(tokenizer, template)
     try:
         return data.stop_tokens(tokenizer, template, own, config.data.chat_template_kwargs)
-    except UserError:  # a template that refuses a plain question, though not the rows
+    except UserError:  # the template refuses a plain question, but may accept the rows
         return data.stop_tokens(tokenizer, data.PLAIN, own)

@@ -1,4 +1,4 @@
-"""A mesh over all devices, and path rules that say how every parameter is split over it.
+"""A mesh over all devices, and path rules for the sharding of every parameter.
 
 Axes: `data` (replicas), `fsdp` (weights and batch split), `tensor` (heads and hidden features
 split). A rule is (regex for the dotted tree path, PartitionSpec of one slice); the `layers` axis of
@@ -39,7 +39,7 @@ BATCH = P(("data", "fsdp"))  # rows of a batch
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of all devices (or the given ones) with axes data, fsdp, tensor; an axis of -1
-    takes what is left.
+    takes the remaining devices.
 
     Raises:
         UserError: the axes do not multiply to the number of devices.
@@ -50,9 +50,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def abstract_mesh(config: MeshConfig, devices: int | None = None) -> AbstractMesh:
-    """Return the shape of the mesh without its devices, to plan for other machines: for `devices`
-    devices, if it is given, or else for as many as the axes ask for, where -1 takes those of this
-    process.
+    """Return an abstract mesh, without devices, to plan for other machines. It has `devices`
+    devices if given, else the product of the axes, where -1 takes those of this process.
 
     Raises:
         UserError: the axes do not multiply to `devices`.
@@ -102,8 +101,8 @@ def check_length(tokens: int, mesh: Mesh | AbstractMesh, what: str) -> None:
 
 
 def param_specs(params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh) -> dict:
-    """Return a PartitionSpec per parameter. An axis that a dimension does not divide is left out
-    for that leaf.
+    """Return a PartitionSpec per parameter. A mesh axis that does not divide a dimension is left
+    out for that leaf.
 
     Raises:
         UserError: parameters that no rule covers, all of them listed.
@@ -125,15 +124,15 @@ def adapter_specs(
     adapters: Mapping, params: Mapping, rules: Rules, mesh: Mesh | AbstractMesh
 ) -> dict:
     """Return a PartitionSpec per trainable leaf: axes called `in` and `out` (`lora_jax.leaves`) are
-    split as those of the base weight, the rank never. A weight that trains itself is split as the
-    frozen one, and a prefix as keys and values.
+    split like those of the base weight, the rank never. A fully trained weight is split like the
+    frozen one, and a prefix like keys and values.
     """
     return _adapter_specs(adapters, params, flatten(param_specs(params, rules, mesh)), mesh)
 
 
 def place_adapters(adapters: dict, params: Mapping) -> dict:
-    """Put adapters where `params` are: on their mesh, split as `adapter_specs` says. Where `params`
-    are plain arrays, adapters become plain arrays; where they are shapes, nothing happens.
+    """Put adapters on the mesh of `params`, split by `adapter_specs`. If `params` are plain arrays,
+    adapters become plain arrays; if they are shapes, nothing happens.
     """
     arrays = _arrays(params)
     mesh = _mesh(arrays.values())
@@ -147,8 +146,8 @@ def place_adapters(adapters: dict, params: Mapping) -> dict:
 
 
 def _shortened(spec: P, mesh: Mesh) -> P:
-    """Return the spec as a compiled program writes it: without axes of one device, and `None` at
-    the end. Another spelling of the same placement would be compiled again.
+    """Return the spec in the form that compiled programs return: without axes of one device and
+    without `None` at the end. Another form of the same sharding would recompile.
     """
     axes = [None if axis is None or _size(axis, mesh) == 1 else axis for axis in spec]
     while axes and axes[-1] is None:
@@ -157,8 +156,8 @@ def _shortened(spec: P, mesh: Mesh) -> P:
 
 
 def place_state(state: Any, params: Mapping) -> Any:
-    """Put the arrays of an optimizer's state that are on no mesh, such as its counts of steps, on
-    every device of the mesh of `params`; nothing happens where `params` are plain arrays.
+    """Replicate the arrays of an optimizer's state that are on no mesh, such as step counts, over
+    the mesh of `params`; do nothing if `params` are plain arrays.
     """
     mesh = _mesh(_arrays(params).values())
 
@@ -247,7 +246,7 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
-    """Put a tree on the mesh. Every host of several gives all of it, and keeps its part."""
+    """Put a tree on the mesh. With several hosts, each passes the full tree and keeps its part."""
     return jax.tree.map(_put, tree, shardings(specs, mesh))
 
 
@@ -257,13 +256,13 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
         return x
     if spread or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    array = np.asarray(x)  # device_put would have the hosts compare what each of them has
+    array = np.asarray(x)  # device_put would make the hosts compare their values
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def gather_to_host(x: Any) -> np.ndarray:
-    """Return all of an array, in the memory of every host. All hosts must call this together for an
-    array that is split over several of them.
+    """Return a full array in the memory of every host. For an array that is split over hosts, all
+    must call this together.
     """
     if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
         return np.asarray(x)
@@ -271,9 +270,7 @@ def gather_to_host(x: Any) -> np.ndarray:
 
 
 def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
-    """Put the scalars of a tree (step counts) on every device of the mesh; its arrays stay where
-    they are.
-    """
+    """Replicate the scalars of a tree (step counts) over the mesh; arrays are not moved."""
     return jax.tree.map(lambda x: x if x.ndim else _put(x, NamedSharding(mesh, P())), tree)
 
 
@@ -284,12 +281,12 @@ def host_memory(mesh: Mesh) -> str | None:
 
 
 def to_host(x: jax.Array) -> jax.Array:
-    """Move an array to host memory, split as it is; scalars stay where they are."""
+    """Move an array to host memory, with its sharding; scalars are not moved."""
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if x.ndim else x
 
 
 def on_device(x: jax.Array) -> jax.Array:
-    """Invert `to_host`; arrays in other memory stay where they are."""
+    """Invert `to_host`; arrays in other memory are not moved."""
     if x.sharding.memory_kind != "pinned_host":
         return x
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
@@ -328,8 +325,8 @@ def place_batch(
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Fix how an activation is split over the mesh that `jax.set_mesh` made current; without one,
-    do nothing. An axis that a dimension does not divide is left out.
+    """Constrain the sharding of an activation on the mesh of `jax.set_mesh`; without one, do
+    nothing. A mesh axis that does not divide a dimension is left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, _fit(P(*spec), x.shape, mesh))

@@ -27,8 +27,8 @@ STACKS = (
     "layer",
     "blocks",
 )  # containers whose children share a leading `layers` axis
-LEAVES = ("kernel", "embedding", "scale", "bias")  # what a module calls its own arrays
-# Projections that hold several side by side, and what the parts are called.
+LEAVES = ("kernel", "embedding", "scale", "bias")  # names of a module's own arrays
+# Fused projections, and the names of their parts.
 FUSED = {
     "c_attn": ("q", "k", "v"),
     "qkv_proj": ("q", "k", "v"),
@@ -40,8 +40,8 @@ TIED_EMBEDDINGS = ("embed_tokens", "wte")  # in a tree without `lm_head` they ar
 
 
 class _Index(str):
-    """An integer key (NNX lists have them) as the string it is in a path. It comes back as an
-    integer: among strings "10" would go before "2", and `nnx.merge` takes leaves in their order.
+    """An integer key (as in NNX lists) as a string in a path. `unflatten` makes it an integer
+    again: "10" sorts before "2" as a string, and `nnx.merge` takes leaves in sorted order.
     """
 
 
@@ -138,8 +138,8 @@ def slice_names(path: Path, shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def layer_index(name: str) -> int | None:
-    """Return the first number in a module path: `model.layers.3.mlp.up_proj` is in layer 3,
-    `lm_head` in none.
+    """Return the first integer in a module path: 3 for `model.layers.3.mlp.up_proj`, None for
+    `lm_head`.
     """
     return next((int(key) for key in name.split(".") if key.isdigit()), None)
 
@@ -208,13 +208,13 @@ def _kind(given: Any) -> str:
 
 
 def summarize(problems: Sequence[str], most: int = 8) -> str:
-    """Join the first problems and a count of the rest, so that an error stays on one screen."""
+    """Join the first problems and a count of the rest, so that an error fits on a screen."""
     more = f"\n  ... and {len(problems) - most} more" if len(problems) > most else ""
     return "\n  ".join(problems[:most]) + more
 
 
 def count(tree: Any) -> int:
-    """Count the numbers in a tree of weights: arrays, shapes, or leaves in place of an array."""
+    """Count the elements of a tree of weights: arrays, shapes, or leaf types in place of arrays."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 

@@ -1,9 +1,9 @@
-"""Leaf types of weights, and the few functions that know them.
+"""Leaf types of weights, and the few functions that depend on them.
 
     Array                          a plain kernel (in, out) or embedding (vocab, d)
-    NF4Weight, Int8Weight          a kernel of 4 or 8 bits per number
+    NF4Weight, Int8Weight          a kernel of 4 or 8 bits per weight
     LoraWeight(base, a, b, gain)   y = gain * (x @ base + (x @ a) @ b)
-    Probe(base, basis, moments)    a base whose inputs are counted
+    Probe(base, basis, moments)    a base whose inputs are accumulated
     Untied(embed, head)            an embedding (vocab, d) that is the output head too, adapted in
                                    one of its two uses only
 
@@ -49,8 +49,8 @@ class LoraWeight(_OverBase):
     2106.09685).
 
     With `key`, dropout at the static rate `dropout` acts on the input of `a`; without one the leaf
-    is deterministic. It also passes for an array (`shape`, `dtype`, indexing, conversion), so that
-    modules that know nothing of it work.
+    is deterministic. It also acts as an array (`shape`, `dtype`, indexing, conversion), so other
+    modules work with it.
     """
 
     base: jax.Array | QuantizedWeight  # (..., in, out)
@@ -93,12 +93,13 @@ class Untied:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Probe(_OverBase):
-    """A weight that counts what goes into it. To the forward pass it is its base; the gradient of
-    any loss by `moments`, which are zeros, is the sum over all rows x of the inputs
+    """A weight that accumulates moments of its inputs. In the forward pass it acts as its base. The
+    gradient of any loss with respect to `moments`, which are zeros, is the sum over all rows x of
+    the inputs
 
         [x, 1]^T [x @ basis, 1, |x|^2]        (in + 1, k + 2)
 
-    in float32, once however often the backward pass runs the forward again. Only `linear` counts.
+    in float32, counted once even under remat. Only `linear` accumulates.
     """
 
     base: Any  # (..., in, out): an array or a quantised leaf
@@ -150,7 +151,7 @@ def _matmul(x: jax.Array, w: Weight) -> jax.Array:
 
 @jax.custom_vjp
 def _count(x: jax.Array, basis: jax.Array, moments: jax.Array, counted: Any) -> jax.Array:
-    """Return x (rows, in) as it is; see `Probe` for the gradient."""
+    """Return x (rows, in) unchanged; see `Probe` for the gradient."""
     return x
 
 
@@ -169,7 +170,7 @@ _count.defvjp(lambda x, basis, moments, counted: (x, (x, basis, counted)), _coun
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _quantized_matmul(x: jax.Array, w: QuantizedWeight) -> jax.Array:
-    """Multiply by a dequantised matrix, which the backward pass makes again."""
+    """Multiply by a dequantised matrix, which the backward pass dequantises again."""
     return x @ dequantize(w, x.dtype)
 
 
@@ -324,7 +325,7 @@ def materialize(w: Weight) -> Any:
     """Return the plain array of a leaf, W' = gain * (W + a @ b), added in float32 and rounded once;
     of an `Untied`, both its arrays.
 
-    Entries that the update does not move keep their bits, the sign of zero included.
+    Entries that the update does not change keep their bits, including the sign of zero.
 
     Example:
         >>> from lora_jax.weights import LoraWeight, materialize

@@ -368,7 +368,7 @@ def test_what_a_quantised_base_cannot_give(scheme, fields, text):
     with pytest.raises(UserError) as caught:
         lora.init(jax.random.key(0), params, AdapterConfig(**fields))
     assert text in str(caught.value)
-    assert "those of a quantised base (base_dtype) cannot be changed" in str(caught.value)
+    assert "a quantised base (base_dtype) cannot be changed" in str(caught.value)
 
 
 def test_problems_of_a_combination_are_told_together():

@@ -1,4 +1,4 @@
-"""Several adapters and their base, measured on the same held-out data."""
+"""Comparison of adapters and their base on the same held-out data."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -30,8 +30,8 @@ def compare(
     config: Config, paths: Sequence[str], console: Console, allow_change: Collection[str] = ()
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure the base and every PEFT adapter directory in `paths` on the same held-out data.
-    Return a mapping of losses and metrics for each, with its name under `adapter`, and a mapping
-    per answer, as in `predictions`.
+    Return a mapping of losses and metrics for each, with its name as `adapter`, and a mapping per
+    answer, as in `predictions`.
 
     `config` gives the model, the held-out data and the settings of the evaluation.
 
@@ -57,7 +57,7 @@ def compare(
     base_dtype = session.config.base_dtype
     params = base.read_params(session.source, session.model, mesh, base_dtype, display)
     loaded = Loaded(session, session.model.replace(params=params), held_out, mesh, display, found)
-    # Fresh adapters of plain LoRA change nothing: they are the base.
+    # Fresh adapters of plain LoRA change nothing, so they measure the base.
     plain = AdapterConfig(rank=1)
     fresh = methods.init(jax.random.key(0), params, plain)[1]
     results = [("base", loaded.measure("base", fresh, plain, is_base=True))]
@@ -132,7 +132,7 @@ def _read_adapters(
         adapters[path] = formats.read_adapter(directory, session.model.params, session.model)
         stored = formats.read_fingerprint(directory)
         fingerprint.check(stored, found, path, allow_change)
-        if stored:  # else it is another tool's, which records neither
+        if stored:  # else another tool wrote it, and recorded neither
             _note_prompt(console, path, directory, session.config)
     return adapters
 
@@ -148,7 +148,7 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def _note_prompt(console: Console, path: str, directory: Path, config: Config) -> None:
-    """Print a note if an adapter was trained with another prompt than it is measured with."""
+    """Print a note if an adapter is measured with another prompt than in training."""
     pairs: dict[str, Any] = {"chat_template_kwargs": formats.read_template_kwargs(directory)}
     if (system := formats.read_system_prompt(directory)) is not None:
         pairs["system_prompt"] = system

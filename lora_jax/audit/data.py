@@ -1,9 +1,9 @@
-"""Preview of a run's data: examples as the model sees them, and numbers about all of them.
+"""Preview of a run's data: examples as the model sees them, and statistics of all examples.
 
     report = inspect(config, console)  # trains nothing, loads no weights
     print_report(report, Console())
 
-Of a stream the first `data.stream_rows` records are read and no more.
+Of a stream, only the first `data.stream_rows` records are read.
 """
 
 import dataclasses
@@ -85,8 +85,8 @@ def _first_block(source: str, encoder: sets.Encoder) -> tuple[int, TrainData]:
 def show(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> Shown:
     """Return an example as text with its special tokens, and the name of its label, if it has one.
 
-    A character whose bytes are in two pieces goes to the later one. Ids that the tokenizer does not
-    know are shown as <ID>.
+    A character whose bytes are split over two pieces is shown in the later one. Unknown token ids
+    are shown as <ID>.
     """
     tokens, weights = example.tokens.tolist(), example.loss_weights
     label = [] if example.pair_start is None else [(f" -> {labels[tokens.pop()]}", 1.0)]
@@ -99,7 +99,7 @@ def show(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> S
             tokens[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    # From the beginning every time: a piece alone may lose a space or half a character.
+    # Decode from the start every time: a piece alone may lose a space or half a character.
     whole, pieces, start, done = decode(len(tokens)), [], 0, 0
     for end in [*edges, len(tokens)]:
         weight, is_unknown = marks[end - 1]
@@ -127,9 +127,9 @@ def find_repeats(examples: Iterable[data.Example]) -> list[Pair]:
 
 
 def find_overlap(examples: Iterable[data.Example], training: Sequence[data.Example]) -> Overlap:
-    """Find examples that are among those of `training`, wholly or with another answer.
+    """Find examples that are also in `training`, with the same answer or another one.
 
-    A plain text asks nothing: it has no prompt to be the same.
+    A plain text has no prompt, so it matches only as a whole.
     """
     same: dict[bytes, str] = {}
     asked: dict[bytes, str] = {}

@@ -14,9 +14,9 @@ from lora_jax.errors import UserError, counted
 from lora_jax.report import plots
 from lora_jax.train.warn import Measured
 
-_BAR = 40  # characters of its longest bar
+_BAR = 40  # characters of the longest bar of a histogram
 _NAME = 90  # characters of a set's name in a plot
-_PAIRS = 3  # of an overlap that are printed
+_PAIRS = 3  # printed examples of an overlap
 # Control characters in the data must neither hide nor steer the terminal.
 _VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | {127: "\u2421", ord("\n"): "↵\n"}
 
@@ -25,7 +25,7 @@ Pair = tuple[str, str]  # places of two examples
 
 @dataclass(frozen=True)
 class Shown:
-    """An example as text in pieces of one loss weight each, which are the whole of it if joined."""
+    """An example as consecutive pieces of text, each with one loss weight."""
 
     where: str
     tokens: int
@@ -48,9 +48,9 @@ class Packing:
     share: float  # of the rows of the run
     rows_per_epoch: int
     row_length: int  # tokens
-    efficiency: float  # the share of an epoch's tokens that is no padding
-    epochs: float  # in the run; of a stream: how often as much as was read of it
-    supervised_tokens: int  # in the run; one that is seen twice counts twice
+    efficiency: float  # share of an epoch's tokens that are not padding
+    epochs: float  # in the run; for a stream, relative to the part that was read
+    supervised_tokens: int  # in the run; a token seen twice counts twice
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Report:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """All of a report as text. Where nothing can be coloured, « and » enclose what is supervised.
+    """Print a report. Without colours, « and » enclose supervised text.
 
-    `console` should neither read markup nor highlight.
+    `console` should have markup and highlighting off.
     """
     if report.records is not None:
         console.print(
-            f"data.train is streamed: of it, all that follows is of the first {report.records:,} "
+            f"data.train is streamed: this report covers its first {report.records:,} "
             "records (data.stream_rows)\n"
         )
     marks = console.color_system is None or console.no_color
@@ -89,7 +89,7 @@ def print_report(report: Report, console: Console) -> None:
         for start, end, count, bar in _bars(one.histogram()):
             console.print(f"{start:>8}-{end:<7}{bar} {count:,}")
         console.print()
-    console.print(_heading("the same twice"))
+    console.print(_heading("duplicates"))
     _print_pairs(console, "examples repeated in data.train", report.repeats)
     for name, overlap in report.overlaps.items():
         _print_pairs(console, f"{name}: examples in data.train too", overlap.identical)
@@ -117,7 +117,7 @@ def _colour(shown: Shown, marks: bool) -> Text:
 
 
 def _shade(weight: float) -> str:
-    """From orange for weights near 0 to green for 1; those above 1 are blue."""
+    """Return a colour from orange for weights near 0 to green for 1; blue for weights above 1."""
     if weight == 1:
         return "green"
     return "blue" if weight > 1 else f"rgb({round(255 * (1 - weight))},160,0)"
@@ -173,11 +173,11 @@ def _print_packing(report: Report, console: Console) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """Histograms of lengths and of supervised tokens per example, as shares of each set. Where few
-    examples are far longer than the rest, the last range holds them.
+    """Plot histograms of lengths and of supervised tokens per example, as shares of each set. If
+    few examples are far longer than the rest, the last bin holds them.
 
     Raises:
-        UserError: the file cannot be written, or its ending names no format.
+        UserError: the file cannot be written, or its extension is unknown.
     """
     figure = Figure(figsize=(10, 4.5 + 0.2 * len(report.sets)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -190,7 +190,7 @@ def plot(report: Report, file: Path) -> None:
         longest = max(int(found.max()) for found in by_set.values())
         usual = max(int(np.quantile(found, 0.99)) for found in by_set.values())
         most = longest if longest <= 3 * usual or not usual else 2 * usual
-        width = most // 40 + 1  # whole: otherwise some ranges hold one more length than others
+        width = most // 40 + 1  # an integer, so that all bins hold equally many lengths
         edges = np.arange(0, most + 1 + width, width)
         for i, (name, found) in enumerate(by_set.items()):
             found, count = np.minimum(found, edges[-1] - 1), len(found)
@@ -209,10 +209,10 @@ def plot(report: Report, file: Path) -> None:
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center")
     try:
         plots.save(figure, file)
-    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not know
         raise UserError(f"--plot {file} cannot be written: {error}") from error
 
 
 def _cut(name: str) -> str:
-    """The setting and the end of what it names."""
+    """Shorten a name to its setting and the end of its source."""
     return name if len(name) <= _NAME else f"{name[:12]}…{name[13 - _NAME :]}"

@@ -21,7 +21,7 @@ _MOST = 10**6  # rank, scale and counts that are no slip of the hand
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The adapter: its method, size, targets and start. docs/methods.md compares the methods."""
+    """The adapter: its method, rank, targets and init. docs/methods.md compares the methods."""
 
     # lora: low-rank updates of weights. vera: vectors that scale shared random matrices, for
     # adapters about ten times smaller. prompt, prefix: train virtual tokens and no weight, for
@@ -140,12 +140,12 @@ class AdapterConfig:
 
     @property
     def needs_data(self) -> bool:
-        """The init looks at batches of data."""
+        """The init needs batches of data."""
         return self.init in DATA_INITS
 
     @property
     def changes_base(self) -> bool:
-        """The init takes its part out of the base; loftq does from its second round on."""
+        """The init subtracts its factors from the base; loftq does from its second round on."""
         if self.init == "loftq":
             return self.loftq_iter > 1
         return self.init in ("pissa", "olora", "lora_ga")

@@ -175,8 +175,9 @@ def _locate(path: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def _read(text: str, kind: Any, origin: str) -> Any:
-    """Return the value of an override. Where any text will do, it is no YAML, as in
-    `data.system_prompt=Parse: {x} # y`, unless the setting takes lists or mappings and it is one.
+    """Return the value of an override. For a setting that takes any text it is not parsed as YAML,
+    as in `data.system_prompt=Parse: {x} # y`, unless the setting also takes lists or mappings and
+    it is one.
     """
     structure = takes_structure(kind) and text.lstrip()[:1] in ("[", "{")
     if takes_text(kind) and not structure:
@@ -244,7 +245,7 @@ def _make(kind: Any, values: Mapping[str, Any], prefix: str, problems: list[str]
 
 
 def _with_origin(problem: str, given: Mapping[str, _Given]) -> str:
-    """Put in front of a problem the line of the file that has the setting it begins with."""
+    """Prefix a problem with the file's line of the setting that it begins with."""
     found = re.match(r"[a-z_]+(\.[a-z_0-9]+)*", problem)
     one = given.get(found[0]) if found else None
     return problem if one is None or not one.line else f"{one.origin}: {problem}"

@@ -24,11 +24,11 @@ _LARGE = 10**6  # bounds from here on are for slips of the hand, floats are writ
 
 @dataclass(frozen=True)
 class Option:
-    """The rule of a setting. A value of None is nothing set, and breaks no rule.
+    """The rule of a setting. None means not set, and satisfies every rule.
 
-    choices: all values that there are, or all items of a list; empty: there is no such list
+    choices: the allowed values, or allowed items of a list; empty: any
     at_least, at_most, above, below: bounds of a number, with and without the bound itself
-    hint: the end of an error about the value, where no near choice is known
+    hint: the end of an error about the value, if no choice is close to it
     is_path: the name of a file or a directory
     resumable: a resumed run may have another value than its checkpoint, because the remaining
         steps compute the same; True for a section holds for all of its settings
@@ -82,7 +82,7 @@ class Option:
         return f"{given} is not one of: {', '.join(names)}.{hint}"
 
     def _broken(self, value: Any, spec: str) -> str:
-        """Return the bound that a number breaks, both where they are those of a share."""
+        """Return the bound that a number breaks; for a share, both bounds."""
         low, high = self._lower(spec), self._upper(spec)
         upper = self.at_most if self.below is None else self.below
         too_small = (self.at_least is not None and not value >= self.at_least) or (
@@ -106,8 +106,8 @@ class Option:
         return "" if self.at_most is None else f"at most {self.at_most:{spec}}"
 
     def values(self) -> str:
-        """Return the values that are allowed, for the documentation; empty if any is. Bounds that
-        are there for slips of the hand are left out.
+        """Return the allowed values, for the documentation; empty if any is. Bounds that only catch
+        typing errors are left out.
         """
         if self.choices:
             names = [one if isinstance(one, str) else as_setting(one) for one in self.choices]

@@ -1,5 +1,5 @@
-"""docs/configuration.md, written from `settings.py` and `adapter.py`, where alone each setting has
-its type, default, rule and comment.
+"""Generator of docs/configuration.md from `settings.py` and `adapter.py`, which define the type,
+default, rule and comment of every setting.
 
     python -m lora_jax.config.reference > docs/configuration.md
 """

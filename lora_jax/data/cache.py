@@ -1,4 +1,4 @@
-"""Tokenised examples kept in a file for the next run, under everything that decides them.
+"""Cache of tokenised examples for the next run, keyed by everything that affects them.
 
     key = {"data": digest_files([file]), "tokenizer": ..., "settings": ..., "code": code_version()}
     cached = cached_examples(directory, key, lambda: encode_all(rows, tokenizer, ...))
@@ -9,8 +9,8 @@ An entry is one file named by the digest of its key:
     safetensors          tokens (int32) and loss_weights (float32) of all examples one after the
                          other, offsets (int64); key, counts and `where` as JSON in bytes
 
-It appears by a rename once it is whole. Whatever is wrong with an entry or with the directory, the
-examples are built as if there were none.
+It is renamed into place when complete. If the entry or the directory cannot be used, the examples
+are built without the cache.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _DECIDING = ("jinja2", "tokenizers", "transformers")  # packages that take part 
 
 @dataclass(frozen=True)
 class Cached:
-    """Examples from the cache, or built where it had none."""
+    """Examples from the cache, or built if it has none."""
 
     examples: list[Example]
     counts: Counts
@@ -52,10 +52,11 @@ def cached_examples(
     key: Mapping[str, str],
     build: Callable[[], tuple[list[Example], Counts]],
 ) -> Cached:
-    """The examples that `build` makes, from `directory` if they were built under the same `key`.
+    """Return the examples of `build`, from `directory` if it has them under the same `key`.
 
-    `key` names all that decides the examples, as digests or short texts: bytes of the data,
-    tokenizer, template, settings, code. They come back bit for bit; arrays may be read-only.
+    `key` has everything that affects the examples, as digests or short texts: bytes of the data,
+    tokenizer, template, settings, code. Cached examples equal built ones bit for bit; arrays may be
+    read-only.
 
     Raises:
         ValueError: an empty key, or one that is not of strings; examples whose arrays are not of
@@ -84,10 +85,11 @@ def cached_examples(
 
 
 def digest_files(paths: Iterable[Path]) -> str:
-    """The sha256, in hexadecimal, of names (not directories) and bytes of the files in their order.
+    """Return the hexadecimal sha256 of the names (without directories) and bytes of files, in
+    order.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: a file cannot be read.
     """
     total = hashlib.sha256()
     for path in map(Path, paths):
@@ -105,8 +107,8 @@ def digest_files(paths: Iterable[Path]) -> str:
 
 
 def code_version(package: Path = Path(__file__).parent) -> str:
-    """A digest of the code that decides what is in an example: the modules of this package but for
-    those that only arrange examples, and the versions of the libraries that take part.
+    """Return a digest of the code that affects examples: the modules of this package, except those
+    that only arrange examples, and the versions of the libraries involved.
 
     Raises:
         UserError: the modules cannot be read.
@@ -149,10 +151,10 @@ def _pack(examples: list[Example], counts: Counts, key: str) -> bytes:
 
 
 def _unpack(checksum: bytes, content: bytes, key: str) -> tuple[list[Example], Counts]:
-    """Inverse of `_pack`.
+    """Invert `_pack`.
 
     Raises:
-        _Damaged: not what it made, or under another key.
+        _Damaged: the content is damaged or belongs to another key.
     """
     if hashlib.sha256(content).digest() != checksum:
         raise _Damaged("its checksum differs")
@@ -171,7 +173,7 @@ def _unpack(checksum: bytes, content: bytes, key: str) -> tuple[list[Example], C
             for a, b, where, pair in spans
         ]
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise _Damaged(f"it is of another make: {error!r}") from error
+        raise _Damaged(f"it has another format: {error!r}") from error
     return examples, counts
 
 

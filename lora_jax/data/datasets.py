@@ -1,4 +1,4 @@
-"""Data sets of a run as examples, and how held-out examples are taken from them."""
+"""Data sets of a run as examples, and the choice of held-out examples."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence

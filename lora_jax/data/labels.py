@@ -1,4 +1,4 @@
-"""Texts and pairs of texts with a label, for models that classify.
+"""Texts and pairs of texts with a label, for classifiers.
 
     {"text": "Parker & Sons Ltd", "label": "company"}
     {"sentence1": "..", "sentence2": "..", "label": 1}

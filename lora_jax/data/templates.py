@@ -199,7 +199,7 @@ def _render_rows(rows: Sequence[AnyRow], rendering: Rendering) -> _Rendered:
     for row in rows:
         try:
             if isinstance(row, LabelRow):
-                raise UserError(f"{row.where}: a label is for models that classify")
+                raise UserError(f"{row.where}: a label is for classifiers")
             if isinstance(row, TokenRow):
                 item = _from_tokens(row)
             elif isinstance(row, Row):

@@ -5,10 +5,9 @@
 
 `adapter_config.json` (`peft_config`, `peft_config_reader`) and `adapter_model.safetensors`
 (`peft_tensors`) are PEFT's; `lora_jax.json` holds what PEFT has no field for. It and the tensors
-carry a digest of the tensors (`peft_digest`). Adapters of an init that takes its part out of the
-base are written as those of twice the rank over the original base, and those of parts of a fused
-projection as one of the sum of their ranks over all of it. `peft_virtual` has virtual tokens, and
-`peft_vera` VeRA.
+carry a digest of the tensors (`peft_digest`). Adapters of an init that changes the base are written
+with twice the rank over the original base. Adapters of parts of a fused projection are joined into
+one, whose rank is the sum. `peft_virtual` has virtual tokens, and `peft_vera` VeRA.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -80,7 +79,7 @@ def write_adapter(
     `params` may hold arrays or shapes. `source` is the base model's directory, whose tokenizer is
     copied. `details` are those of `AdapterDetails`.
 
-    Where routers or experts are adapted, the file says nothing of dropout: PEFT has none for them.
+    With adapted routers or experts the file has no dropout, as PEFT has none for them.
 
     Raises:
         UserError: what PEFT has no form for (`peft_problems`); with a profile also what its reader
@@ -126,8 +125,8 @@ def write_adapter(
 
 
 def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
-    """List why these adapters have no form in PEFT, or would be others there over the files of
-    `base`, with remedies; empty if they have one.
+    """List reasons why PEFT cannot represent these adapters, or would read them otherwise over the
+    files of `base`, with remedies; empty if there are none.
     """
     config = found.config
     if config.trains_everything:
@@ -163,15 +162,15 @@ def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
         if not all(f"{home}.{stack}" in saved for stack in EXPERTS):
             problems.append(
                 f"modules_to_save={config.modules_to_save!r}: in PEFT {name} is a parameter of "
-                f"{home}, which is saved whole; name that, or export with --format hf"
+                f"{home}, which is saved in full; name that, or export with --format hf"
             )
             break
     return problems + ([] if base is None else _token_problems(found, base))
 
 
 def _token_problems(found: Trainable, base: Model) -> list[str]:
-    """PEFT ties trained tokens of the embedding to the head if config.json says so, whatever head
-    the files have.
+    """Yield problems of trained tokens. PEFT ties those of the embedding to the head if config.json
+    says so, whatever head the files have.
     """
     file = base.directory / "config.json"
     untied = tree.tied_embedding(base.params) is None
@@ -192,8 +191,8 @@ def _dora_problems(found: Trainable) -> Iterable[str]:
     remedy = "export with --format hf, or leave one out"
     if config.ensure_weight_tying and any(t.leaf == "embedding" for t in found.targets):
         yield (
-            "ensure_weight_tying=true: PEFT gives embedding and output head sizes of their own, so "
-            f"that they part; {remedy}"
+            "ensure_weight_tying=true: PEFT gives embedding and output head separate magnitudes, "
+            f"which then differ; {remedy}"
         )
     named = sorted({tree.dotted(t.path) for t in found.targets if is_parameter(t)})
     if named:

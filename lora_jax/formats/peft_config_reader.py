@@ -220,7 +220,7 @@ def _through_embedding(
     if config.use_dora:
         problems.append(
             "not supported: use_dora=True with ensure_weight_tying=True, by which PEFT gives "
-            f"{embedding} and {HEAD[0]} sizes of their own, and they part"
+            f"{embedding} and {HEAD[0]} separate magnitudes, which then differ"
         )
     for field, default in (("rank_pattern", config.rank), ("alpha_pattern", config.alpha)):
         patterns = getattr(config, field)

@@ -1,4 +1,4 @@
-"""Fused attention kernels, which never hold the scores of all pairs of tokens, and their choice.
+"""Fused attention kernels, which do not store the scores of all pairs of tokens, and their choice.
 
     xla      `attention.attention`: every platform and model, float32 and bfloat16, with a cache too
     cudnn    NVIDIA GPUs from compute capability 8.0 on, bfloat16, head size a multiple of 8 up to
@@ -46,7 +46,7 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Settings by which queries and keys become scores."""
+    """Settings of the scores of queries and keys."""
 
     scale: float
     softcap: float | None
@@ -54,8 +54,8 @@ class _Scores:
 
 
 def choose(name: str, config: Any, dtype: Any, device: Any) -> str:
-    """Return the kernel that `train.attention` means for a model's `config`, a compute dtype and
-    the devices of a mesh. auto: splash on TPUs, cudnn where it can compute the model, else xla.
+    """Return the kernel of `train.attention` for a model's `config`, a compute dtype and the
+    devices of a mesh. auto: splash on TPUs, cudnn where it can compute the model, else xla.
 
     Raises:
         UserError: the kernel named cannot compute the model on this device.

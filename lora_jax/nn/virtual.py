@@ -1,9 +1,9 @@
-"""Virtual tokens: the argument by which prompt and prefix tuning enter the forward.
+"""Virtual tokens: the argument of the forward for prompt and prefix tuning.
 
-    Prompt   embeddings in the place of tokens        (arXiv 2104.08691)
+    Prompt   embeddings in place of tokens            (arXiv 2104.08691)
     Prefix   keys and values in front of every layer  (arXiv 2101.00190)
 
-Each text has them, also if several texts are packed into a row. The embeddings of a `Prompt`
+Each text has them, even if several texts are packed into a row. The embeddings of a `Prompt`
 replace those of the first tokens of a text, for which a batch must hold placeholders
 (`placeholders`). A `Prefix` needs no tokens, but it may use the first positions.
 """

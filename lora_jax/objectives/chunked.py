@@ -1,4 +1,4 @@
-"""Functions of the logits of a batch, a chunk of tokens at a time: the logits never exist whole.
+"""Functions of the logits of a batch, a chunk of tokens at a time; not all logits exist at once.
 
     weighted_sums   sums over tokens: value and gradient in one pass over the chunks
     each_token      a value per token: the gradient computes the logits of a chunk again
@@ -34,7 +34,7 @@ class Head:
 
 def make_head(module: Any, hidden: jax.Array) -> Head:
     """Make the `Head` of an NNX module, whose `logits` maps (.., d) to (.., vocab)."""
-    # By features: every device can put the tokens of its rows in order, and none holds them whole.
+    # Split by features: each device can reorder the tokens of its rows, and none holds them all.
     hidden = constrain(hidden, *BATCH, None, "tensor")
     graphdef, state = nnx.split(module)
     leaves, structure = jax.tree.flatten(_split_vocabulary(state, module, hidden))
@@ -69,13 +69,13 @@ class _Chunks:
     and (chunks, rows, width, d).
     """
 
-    order: jax.Array  # (b, t): the position that came to each place
+    order: jax.Array  # (b, t): the original position of each sorted token
     hiddens: tuple[jax.Array, ...]  # of every head
     targets: jax.Array
     weights: jax.Array
 
     def restore(self, values: jax.Array) -> jax.Array:
-        """Put values (chunks, rows, width) back to the tokens (b, t) that they are of."""
+        """Return values (chunks, rows, width) in the order of the tokens (b, t)."""
         rows, time = self.order.shape
         values = values.swapaxes(0, 1).reshape(rows, -1)[:, :time]
         values = jnp.take_along_axis(values, jnp.argsort(self.order, axis=1), axis=1)
@@ -182,8 +182,8 @@ def _make_values(function: TokenFunction, applies: Sequence[Callable]) -> Callab
 
 
 def _skip_unsupervised(compute: Callable, *chunk: Any) -> Any:
-    """`compute` of a chunk, or zeros of the same shapes where the chunk has no weight. The weights
-    are the last argument.
+    """Return `compute` of a chunk, or zeros of the same shapes if the chunk has no weight. The
+    weights are the last argument.
     """
 
     def zeros(*chunk: Any) -> Any:
@@ -216,7 +216,7 @@ def _sums(
 
 
 def _zeros_like_results(compute: Callable, chunks: Any) -> Any:
-    """Zeros in the form of what `compute` returns for the first of `chunks`."""
+    """Return zeros of the shapes that `compute` returns for the first of `chunks`."""
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunks)
     results = jax.eval_shape(compute, *first)
     return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), results)
@@ -228,8 +228,8 @@ _chunked_sums = jax.custom_vjp(_sums, nondiff_argnums=(0,))
 def _forward(
     values: Callable, leaves: list, hiddens: tuple, targets: Any, weights: Any
 ) -> tuple[tuple[jax.Array, ...], Any]:
-    """Value and gradients in one pass: both are taken while a chunk's logits are there, then the
-    logits are dropped.
+    """Return value and gradients in one pass: both are computed from a chunk's logits, which are
+    then freed.
 
     Recomputing them in the backward pass instead costs a third product with the vocabulary. Which
     leaves train is known at trace time (`perturbed`); the others get no gradient and cost nothing.

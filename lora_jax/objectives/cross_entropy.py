@@ -1,4 +1,4 @@
-"""Supervised next-token cross-entropy, with label smoothing and the balance of experts.
+"""Supervised next-token cross-entropy, with label smoothing and a router loss.
 
     loss = sum_i w_i l_i / sum_i w_i
     l_i  = (1 - e) * -log p(token_i) + e * mean_v -log p(v),    e = label_smoothing
@@ -32,7 +32,7 @@ def from_config(settings: TrainConfig) -> Objective:
 
 
 def metric_names(settings: TrainConfig) -> list[str]:
-    """Names of the metrics that the objective of `from_config` adds to `loss`."""
+    """Return the names of the metrics that the objective of `from_config` adds to `loss`."""
     return [metric for option, metric in SETTINGS.items() if getattr(settings, option)]
 
 
@@ -43,7 +43,7 @@ def plain_sums(outputs: Outputs) -> Result:
 
 
 def smoothed_sums(outputs: Outputs, smoothing: float) -> Result:
-    """Return the same with smoothed labels. `loss` stays the plain one."""
+    """Return the same with smoothed labels; `loss` is not smoothed."""
 
     def both(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         nll = negative_log_prob(logits, targets)

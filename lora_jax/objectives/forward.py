@@ -1,4 +1,4 @@
-"""The forward that an objective computes with, and its outputs.
+"""The forward pass available to an objective, and its outputs.
 
 ours = forward(forward.bound, batch)          # the adapted model
 base = forward(forward.reference, batch)      # the frozen one, in the same memory
@@ -30,7 +30,7 @@ Batch = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Compute:
-    """Settings of a forward that change its cost and precision, and not what it computes."""
+    """Settings of a forward that change its cost and precision, not its result."""
 
     execution: Execution = PLAIN  # of the model
     chunk: int = 1024  # tokens whose logits are in memory at once
@@ -149,7 +149,7 @@ def run_model(
 
 
 def _without_placeholders(batch: Batch, count: int) -> Batch:
-    """Make padding of the tokens at the start of every text that stand for virtual ones."""
+    """Turn the placeholders of virtual tokens, at the start of every text, into padding."""
     if not count:
         return batch
     positions = batch["positions"]
@@ -162,8 +162,8 @@ def _without_placeholders(batch: Batch, count: int) -> Batch:
 
 def negative_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Return -log softmax(logits)[target], in nats: (.., vocab) and (..) to (..)."""
-    # Not an index: each device looks in its own part of the vocabulary. Targets without a weight
-    # are no labels of a classifier, and pick nothing.
+    # A mask instead of a gather: each device reads its own part of the vocabulary. Targets without
+    # a weight may be no label of a classifier, and select nothing.
     here = jnp.arange(logits.shape[-1]) == targets[..., None]
     picked = jnp.sum(jnp.where(here, logits, 0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -22,11 +22,11 @@ _TAKEN = (
 
 
 def checked(objective: Objective, forward: Forward, batch: Batch, key: jax.Array) -> Result:
-    """Return what an objective gives for a batch, as float32 scalars; `loss` is among the sums,
-    the weighted sum itself where the objective reports no other.
+    """Return the result of an objective for a batch, as float32 scalars. The sums include `loss`,
+    by default the weighted sum.
 
     Raises:
-        UserError: what it returned is not of the form of a `Result`.
+        UserError: the result does not have the form of `Result`.
     """
     name = getattr(objective, "__name__", type(objective).__name__)
     found: Any = objective(forward, batch, key)

@@ -1,4 +1,4 @@
-"""The auxiliary loss that balances routers, so that experts are used alike."""
+"""The auxiliary loss that balances routers, so that experts are used equally."""
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ _ALWAYS = {
     *("method", "rank", "alpha", "target_modules", "max_length"),
     *("steps", "batch_size", "learning_rate", "schedule", "compute_dtype"),
 }
-# Of no interest to others, or written elsewhere.
+# Specific to this machine, or shown elsewhere in the card.
 _NEVER = {
     *("train", "eval", "regression", "path", "system_prompt", "cache", "report_to"),
     *("save_every", "save_total_limit", "log_every", "eval_every", "remat", "loss_chunk"),
@@ -33,8 +33,8 @@ def of_adapter(
     results: Results | None,
     versions: Mapping[str, str],
 ) -> str:
-    """Return the card of an exported adapter, whose largest rank is `rank`; `problems` are those of
-    vLLM with it.
+    """Return the card of an exported adapter; `rank` is its largest rank, `problems` are reasons
+    why vLLM cannot load it.
     """
     return card.adapter_card(
         card.Base(config.model, model.directory),
@@ -76,7 +76,7 @@ def _scores(results: Results | None):
 
 
 def _settings(config: Config):
-    """Yield name and value of the data, and of settings that are not the defaults."""
+    """Yield name and value of the data sources and of settings that differ from their defaults."""
     for name in ("train", "eval", "regression"):
         if (source := getattr(config.data, name)) is not None:
             yield f"data.{name}", _data_name(source)

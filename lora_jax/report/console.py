@@ -12,7 +12,7 @@ from lora_jax.report.scores import Answer, is_right
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Return a console that writes plain text to stderr: brackets and colons are no markup."""
+    """Return a console that writes plain text to stderr, without rich's markup and emoji."""
     return Console(
         stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet
     )

@@ -41,7 +41,7 @@ def append_line(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
-    """Write the sample answers of a step, in place of those that a killed run wrote."""
+    """Write the sample answers of a step; they replace those of a killed run."""
     cut_back(file, step - 1)
     for answer in answers:
         line = {"step": step, "prompt": answer.prompt, "references": answer.references}
@@ -50,8 +50,8 @@ def append_samples(file: Path, step: int, answers: Sequence[Answer]) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a .jsonl file, without a last line that was cut off; none if there is
-    no such file.
+    """Return the objects of a .jsonl file, without an incomplete last line; none if the file is
+    missing.
     """
     found = []
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
@@ -63,15 +63,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(file: Path, step: int) -> None:
-    """Keep the lines of a .jsonl file up to `step`: the later ones are written again."""
+    """Remove the lines of a .jsonl file after `step`, which will be written again."""
     if hosts.is_main() and file.is_file():
         kept = [line for line in read_lines(file) if line["step"] <= step]
         write_whole(file, to_text(kept))
 
 
 def read_curves(file: Path, held_out: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
-    """Return the points (step, loss) of metrics.jsonl by curve: `train`, and each held-out set that
-    has any.
+    """Return the points (step, loss) of metrics.jsonl by curve: `train`, and each held-out set with
+    points.
     """
     lines = read_lines(file)
     curves = {"train": [(line["step"], line["loss"]) for line in lines]}
@@ -136,7 +136,7 @@ class Journal:
 
     def _status(self) -> str:
         left = self._end - time.monotonic()
-        if left < 1:  # an evaluation takes longer than those before: nobody knows
+        if left < 1:  # an evaluation takes longer than earlier ones: the estimate is unknown
             return self._text
         more = "" if self._known else " and evaluations"
         return f"{self._text}  ETA {format_seconds(left)}{more}"

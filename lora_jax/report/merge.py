@@ -1,17 +1,17 @@
-"""Loss of an update by rounding, once it is merged and written.
+"""Report on how much of an update survives rounding when it is merged.
 
-    intended = W' - W                   in float32; W' is the weight that trained, W what it was
-                                        before the first step
+    intended = W' - W                   in float32; W' is the trained weight, W the one before the
+                                        first step
     realised = round(W') - round(W)     in the dtype that is written
 
 Reported for every module and layer: the share of weights that round(W') changes, the cosine between
 the two updates and the ratio of their norms. bfloat16 rounds away an update that is far smaller
-than its weight (one of 0.02 % of the norm of the weights leaves 95 % of them as they were).
+than its weight: with 0.02 % of the weights' norm, 95 % of the weights do not change.
 
-W is the weight of the files, in the dtype of the base. If a merge goes into the quantised base that
-was trained on, W is its dequantised weight. Under an init that changes the base, W is what the init
-left, with its part put back. So neither quantisation nor that part counts as an update: either
-would hide a lost one. A stack of experts is one module.
+W is the weight of the files, in the dtype of the base. For a merge into the dequantised base, W is
+the dequantised weight; for an init that changes the base, W has the subtracted factors added back.
+So quantisation and initial factors do not count as an update and cannot hide a lost one. A stack of
+experts is one module.
 """
 
 import functools
@@ -56,14 +56,14 @@ class Fit:
 
     @property
     def cosine(self) -> float | None:
-        """None where nothing was to change, 0 where nothing did."""
+        """None if no change was intended, 0 if none was realised."""
         if not self.intended:
             return None
         return self.product / math.sqrt(self.realised * self.intended) if self.realised else 0.0
 
     @property
     def norm_ratio(self) -> float | None:
-        """|realised| / |intended|, None where nothing was to change."""
+        """|realised| / |intended|; None if no change was intended."""
         return math.sqrt(self.realised / self.intended) if self.intended else None
 
     def numbers(self) -> dict[str, float | None]:
@@ -81,7 +81,7 @@ class Report:
     kl: nats per token of the probe, `merged` and `base`, each KL(live, it); None: not measured
     """
 
-    dtype: str  # of the weights as they are written
+    dtype: str  # of the written weights
     modules: Mapping[str, Fit]
     kl: Mapping[str, float] | None = None
     probe_rows: int = 0
@@ -105,10 +105,10 @@ def measure(found: Trainable, bound: Mapping, start: Mapping, merged: Mapping) -
     """Compare intended and realised update of every module that trains, layer by layer.
 
     Args:
-        found: what trains.
+        found: the weights that train.
         bound: the tree that was trained, bound; only one matrix of it is materialised at a time.
-        start: the same before the first step, plain, quantised or bound.
-        merged: what is written, in its dtype.
+        start: the tree before the first step, plain, quantised or bound.
+        merged: the tree that is written, in its dtype.
     """
     trees = [tree.flatten(one) for one in (bound, start, merged)]
     fits: dict[str, Fit] = {}
@@ -127,8 +127,8 @@ def measure(found: Trainable, bound: Mapping, start: Mapping, merged: Mapping) -
 
 
 def _parts(found: Trainable):
-    """Yield the path of a weight that trains, names of its slices, which of them train, and in
-    which columns (None: all).
+    """Yield, for each weight that trains: path, names of the slices, which of them train, and the
+    trained columns (None: all).
     """
     for target in found.targets:
         yield target.weight, target.names, [rank > 0 for rank in target.ranks], target.columns
@@ -140,7 +140,7 @@ def _parts(found: Trainable):
 
 
 def _leaf(leaves: Mapping[tree.Path, Any], path: tree.Path, found: Trainable) -> Any:
-    """Return the weight of a path; of an embedding that is untied, the one of its two uses."""
+    """Return the weight of a path; for an `Untied` embedding, the one that the path names."""
     leaf = leaves[found.untied if path == HEAD and found.untied else path]
     if not isinstance(leaf, Untied):
         return leaf
@@ -248,8 +248,8 @@ def write(report: Report, directory: Path) -> None:
 
 def plot(report: Report, file: Path) -> None:
     """Plot 1 - cosine on a log axis, and the share of weights that the merge leaves as they were,
-    over the layers: a line per kind of module; modules outside of the layers as a line across. One
-    sentence where nothing is lost, as in float32.
+    over the layers: a line per kind of module, and a horizontal line for a module outside the
+    layers. If nothing is lost, as in float32, the plot is one sentence.
     """
     worst = max((1 - cosine for cosine, _ in report.worst()), default=0.0)
     if worst <= _EXACT:

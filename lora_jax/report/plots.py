@@ -1,4 +1,4 @@
-"""Plots of a run: losses over the steps, sizes of the update by module and layer."""
+"""Plots of a run: losses over the steps, norms of the update by module and layer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lora_jax import hosts, tree
 
 _NAME = 36  # characters of a module's name
-_FEW = 25  # points up to which each has a dot, and none is smoothed
+_FEW = 25  # up to this many points, each is a dot and there is no smoothing
 _HELD_OUT = {"task": "tab:orange", "regression": "tab:green"}
 
 
@@ -25,8 +25,8 @@ def smooth(values: Sequence[float], width: int) -> np.ndarray:
 
 
 def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Points (step, loss) by curve: `train` as it was logged and, if there are many points, its
-    centred mean; held-out sets as they were measured.
+    """Plot the points (step, loss) of each curve: `train` as logged and, if there are many points,
+    its centred mean; held-out sets as measured.
     """
     if not hosts.is_main() or not curves["train"]:  # the logs may be on another machine
         return
@@ -51,25 +51,27 @@ def plot_losses(file: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title="loss")
     axes.set_ylim(0, top)
     if steps[-1] < 10:
-        axes.set_xticks(range(steps[-1] + 1))  # no halves of steps
+        axes.set_xticks(range(steps[-1] + 1))  # ticks at whole steps only
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, file)
 
 
 def _top(losses: Sequence[float], held_out: Sequence[float]) -> float:
-    """Upper end of the axis: above all losses, unless a few of training are far above the rest."""
+    """Return the upper end of the axis: above all losses but rare training losses far above the
+    rest.
+    """
     usual = max([float(np.quantile(losses, 0.97, method="lower")), losses[0], *held_out])
     highest = max(*losses, usual)
     return 1.05 * (highest if highest <= 2 * usual else usual) or 1.0
 
 
 def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
-    """Map of the update's size relative to the weight: a row per module, a column per layer. A
-    module outside of the layers fills its row.
+    """Plot a map of the update's norm relative to the weight's: a row per module, a column per
+    layer. A module outside the layers fills its row.
 
-    Few cells that are far above the others do not stretch the colours: they have the last one, and
-    their value in them.
+    A few cells far above the others do not stretch the colour scale: they have its last colour, and
+    their value is printed in them.
     """
     if not hosts.is_main():
         return
@@ -83,19 +85,21 @@ def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | Non
     names = short_names(list(norms))
     figure = Figure(figsize=(9, max(2.8, 1.5 + 0.35 * len(grid))), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_facecolor("0.85")  # of cells without an adapter
+    axes.set_facecolor("0.85")  # cells without an adapter
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=limit)
     _write_values(axes, grid, limit)
     axes.set_yticks(range(len(grid)), names, fontsize="small")
     set_layers(axes, width)
-    axes.set(xlabel="layer", title="size of the update relative to the weight")
+    axes.set(xlabel="layer", title="norm of the update relative to the weight")
     beyond = "max" if np.nanmax(grid, initial=0) > limit else "neither"
     figure.colorbar(image, ax=axes, extend=beyond, label="|update| / |weight|")
     save(figure, file)
 
 
 def _limit(grid: np.ndarray) -> float:
-    """Upper end of the colours: the largest value, or less where few are far above the rest."""
+    """Return the upper end of the colour scale: the largest value, or less if few are far above the
+    rest.
+    """
     found = grid[np.isfinite(grid)]
     if not found.size or not found.max():
         return 1.0

@@ -9,8 +9,8 @@
     terminal:   base: losses 2/3 batches ━━━━━━━━──── 0:14  ETA 0:07
     elsewhere:  base: losses 2/3 batches, 0:32, ETA 0:16        (every 30 seconds)
 
-Where there is no terminal, no control characters are written. A phase of less than two seconds
-leaves no line in either place.
+Without a terminal, no control characters are written. A phase of less than two seconds prints no
+line.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ class Phase:
         if self.total and 0 < self.done < self.total:
             each = (self._moved - self.began) / self.done
             left = each * (self.total - self.done) - (now - self._moved)
-            if left >= 1:  # later than expected: nobody knows
+            if left >= 1:  # later than expected: no estimate
                 times.append(f"ETA {format_seconds(left)}")
         return times
 
@@ -115,7 +115,7 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        # FORCE_COLOR makes rich take a file for a terminal: colours, but no moving bars there.
+        # FORCE_COLOR makes rich treat a file as a terminal: use colours, but no moving bars.
         self._moves = console.is_interactive and console.file.isatty()
         self._phases: list[Phase] = []
         self._prefix = ""
@@ -184,12 +184,12 @@ class Display:
         """Print lines about the innermost phase, which may be busy in one long call."""
         while not over.wait(1 / _RATE):
             for phase in self._phases[-1:]:
-                # One whose lines come at the end of a step has them in a long step too.
+                # A phase that prints at the end of a step also prints during a long step.
                 self.say_line(phase, EVERY - phase.every)
 
 
 def _to_row(phase: Phase) -> Table:
-    """Return title, bar and status in a table of their own: shared columns would cut long lines."""
+    """Return title, bar and status as a table of one row: shared columns would cut long lines."""
     table = Table.grid(padding=(0, 1))
     for _ in range(3):
         table.add_column(no_wrap=True)

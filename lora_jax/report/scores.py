@@ -3,8 +3,8 @@
     answers = [Answer("13 of us\\nAsked for: []", ('{"people": "13"}',), '{"people": "13 of us"}')]
     compute(["exact_match", "slot_f1"], answers)    # {"exact_match": 0.0, "slot_f1": 0.0}
 
-accuracy, exact_match, slot_f1 and rouge_l run from 0 to 1, bleu from 0 to 100, as its users report
-it. Every metric is a function of at least one answer, each with at least one reference.
+accuracy, exact_match, slot_f1 and rouge_l range from 0 to 1, bleu from 0 to 100, as is usual. Every
+metric takes at least one answer, each with at least one reference.
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ class Answer:
     prompt: str
     references: tuple[str, ...]
     answer: str
-    thought: str = ""  # that came before the answer, and is not compared
-    where: str = ""  # the first row that asks it
+    thought: str = ""  # reasoning before the answer, not compared
+    where: str = ""  # the first row with this prompt
     probabilities: Mapping[str, float] | None = None  # of a classifier: by label
 
 
@@ -40,10 +40,10 @@ def accuracy(answers: Sequence[Answer]) -> float:
 
 
 def same_answer(output: str, expected: str) -> bool:
-    """Compare as parsed JSON where the reference is a JSON object or list, and as text without
-    outer spaces elsewhere.
+    """Compare as parsed JSON if the reference is a JSON object or list, else as stripped text.
 
-    An output that is no JSON is a miss; key order and spacing do not count.
+    For a JSON reference, an output that is no JSON does not match; key order and spacing do not
+    count.
     """
     try:
         wanted = json.loads(expected)
@@ -66,8 +66,7 @@ def slot_f1(answers: Sequence[Answer]) -> float:
 
     A pair is right if slot and value are; values are compared as JSON, so the order of keys inside
     them does not count. An answer that is no JSON object has no pairs. Of several references the
-    one with the best F1 for the answer counts. Without a pair on either side it is 1: nothing was
-    to be found, and nothing was.
+    one with the best F1 for the answer counts. Without a pair on either side F1 is 1.
     """
     both = total = 0
     for one in answers:
@@ -99,8 +98,8 @@ def bleu(answers: Sequence[Answer]) -> float:
     from sacrebleu.metrics.bleu import BLEU
 
     longest = max(len(one.references) for one in answers)
-    # sacrebleu wants the first reference of every answer, then the second of every one, ...; where
-    # an answer has fewer, its first stands in: a repeated reference changes nothing.
+    # sacrebleu takes the first reference of every answer, then the second of every answer, and so
+    # on. An answer with fewer repeats its first, which changes nothing.
     streams = [
         [one.references[i if i < len(one.references) else 0] for one in answers]
         for i in range(longest)
@@ -133,7 +132,7 @@ def check_metrics(names: Iterable[str], references: Iterable[str] = ()) -> None:
     """Check metrics and their references before anything slow starts.
 
     Raises:
-        UserError: unknown names; missing packages; references without slots for a metric of slots.
+        UserError: unknown names; missing packages; references without slots for slot_f1.
     """
     problems = []
     for name in dict.fromkeys(names):
@@ -176,7 +175,7 @@ def is_right(answer: Answer) -> bool:
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
     """Return `count` of the items, evenly spaced and in order; all if there are fewer, or for None.
 
-    Test files are often sorted, by length or by topic: their first rows stand for no other.
+    Test files are often sorted by length or topic, so their first rows are not representative.
     """
     count = len(items) if count is None else min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

@@ -15,8 +15,8 @@ from lora_jax.config import Config
 from lora_jax.errors import UserError
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-_FLUSH = 5  # seconds after which TensorBoard sees a number at the latest
-Tracker = Callable[[int, Mapping[str, float]], None]  # step, numbers by name
+_FLUSH = 5  # seconds between writes to TensorBoard
+Tracker = Callable[[int, Mapping[str, float]], None]  # step, values by name
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ def open_trackers(config: Config, output: Path, first_step: int) -> Iterator[lis
     `first_step` on, the first step that will be sent; Trackio keeps both.
 
     Raises:
-        UserError: a tracker that cannot be started, such as for want of a login.
+        UserError: a tracker cannot be started, for example without a login.
     """
     names, own = config.train.report_to if hosts.is_main() else [], ""
     if any(name != "tensorboard" for name in names):
@@ -79,7 +79,7 @@ def _open_tracker(
         else:  # Trackio identifies a run by its name
             run = package.init(name=own, **options)
             stack.callback(package.finish)
-    except Exception as error:  # no login, no network: these packages raise many kinds
+    except Exception as error:  # no login, no network: many exception types
         raise UserError(
             f"train.report_to: {name} cannot be started: {error}. Set it up, or leave it out"
         ) from error

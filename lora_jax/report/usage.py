@@ -55,6 +55,6 @@ def peak_rss_bytes() -> int:
 
 
 def device_memory() -> dict[str, int]:
-    """Return `device_bytes`, the peak memory of an accelerator; empty where it is not known."""
+    """Return `device_bytes`, the peak memory of an accelerator; empty if it is unknown."""
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {} if peak is None else {"device_bytes": peak}

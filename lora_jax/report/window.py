@@ -18,7 +18,9 @@ class Window:
     means: dict[str, float] = field(default_factory=dict)  # of the other measurements
 
     def add(self, measured: Mapping[str, float]) -> None:
-        """Add the measurements of a step. Means over one step are its measurements, to the bit."""
+        """Add the measurements of a step. Means over one step equal its measurements bit for
+        bit.
+        """
         tokens = measured["supervised_tokens"]
         self.steps += 1
         self.supervised_tokens += tokens

@@ -14,7 +14,7 @@ from lora_jax.tree import (
     tied_embedding,
 )
 
-_NO_NUMBERS = "; those of a quantised base (base_dtype) cannot be changed"
+_QUANTISED = "; a quantised base (base_dtype) cannot be changed"
 
 
 def check_init(params: Mapping, found: Trainable) -> None:
@@ -26,7 +26,7 @@ def check_init(params: Mapping, found: Trainable) -> None:
         if found.config.needs_float_base and _is_quantized(params, target.weight):
             raise UserError(
                 f"init={found.config.init} subtracts its factors from {dotted(target.path)}"
-                f"{_NO_NUMBERS}: run init on float weights first, and quantise the remaining base "
+                f"{_QUANTISED}: run init on float weights first, and quantise the remaining base "
                 "with quantize_tree"
             )
 
@@ -150,7 +150,7 @@ def dense_problems(params: Mapping, found: Trainable) -> Iterable[str]:
                 if config.trains_everything
                 else f"modules_to_save={config.modules_to_save!r}"
             )
-            yield f"{setting} trains the weights of {dotted(whole.path[:-1])}{_NO_NUMBERS}"
+            yield f"{setting} trains the weights of {dotted(whole.path[:-1])}{_QUANTISED}"
             return
 
 

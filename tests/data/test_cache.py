@@ -241,7 +241,7 @@ def test_a_whole_entry_of_another_make_is_not_used(tmp_path):
         cached = cached_examples(tmp_path, KEY, built(some()))
         check(cached, some())
         assert (
-            not cached.hit and "is damaged and not used: it is of another make" in cached.notes[0]
+            not cached.hit and "is damaged and not used: it has another format" in cached.notes[0]
         )
 
 

@@ -136,5 +136,5 @@ def test_the_cache_keeps_where_the_second_text_begins(tokenizer, tmp_path):
 
 
 def test_a_label_is_not_for_a_model_that_writes(tokenizer):
-    with pytest.raises(UserError, match="a label is for models that classify"):
+    with pytest.raises(UserError, match="a label is for classifiers"):
         data.encode_all([row("a")], tokenizer, chat_template="none", max_length=9)

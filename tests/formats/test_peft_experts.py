@@ -250,7 +250,7 @@ def problems_of(tiny, **fields):
         (
             dict(target_modules=["q_proj"], modules_to_save=["experts.down_proj"]),
             "modules_to_save=['experts.down_proj']: in PEFT model.layers.0.mlp.experts.down_proj "
-            "is a parameter of model.layers.0.mlp.experts, which is saved whole; name that",
+            "is a parameter of model.layers.0.mlp.experts, which is saved in full; name that",
         ),
     ],
 )

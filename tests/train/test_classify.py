@@ -1,4 +1,4 @@
-"""Models that classify, through the same runs: learning, resuming, exports, mistakes."""
+"""Classifiers, through the same runs: learning, resuming, exports, mistakes."""
 
 import json
 
@@ -226,4 +226,4 @@ def test_labels_are_not_for_models_that_write(files, tmp_path, capsys):
     write_model(tmp_path / "llama")
     options = settings(files, f"model={tmp_path / 'llama'}", f"output_dir={tmp_path / 'out'}")
     assert train_main([*options, "data.labels=[a,b]"]) == 2
-    assert "data.labels=['a', 'b'] is for models that classify" in capsys.readouterr().err
+    assert "data.labels=['a', 'b'] is for classifiers" in capsys.readouterr().err

@@ -400,7 +400,7 @@ def test_of_a_stream_only_the_first_records_are_read(look, write):
     (packing,) = report.packing.values()
     assert (packing.rows_per_epoch, packing.row_length, packing.epochs) == (2, 64, 4)
     text = printed(report)
-    assert text.startswith("data.train is streamed: of it, all that follows is of the first 3 rec")
+    assert text.startswith("data.train is streamed: this report covers its first 3 rec")
     assert "4.00 times as much as was read" in text and "epoch" not in text
 
 
