@@ -1,5 +1,6 @@
 """Every mistake of a user is one screen of text and status 2, and leaves output_dir as it was."""
 
+import argparse
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import cli
-from lora_jax.cli import main, train_main
+from lora_jax.cli import COMMANDS, main, train_main
 
 from .train.conftest import files as files
 from .train.conftest import write_rows, write_tokenizer
@@ -421,3 +422,16 @@ def test_a_directory_where_a_file_shall_be_written(refused, files, tmp_path):
 
 def test_a_seed_that_is_too_large(train_refused):
     assert f"seed={2**63} must be at most {2**63 - 1}" in train_refused(f"seed={2**63}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_pages_have_a_sentence_for_every_option_and_examples(name, capsys):
+    command, parser = COMMANDS[name], argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert not [action.dest for action in parser._actions if not action.help]
+    assert ("train.py" if name == "train" else f"lora-jax {name}") in command.EPILOG
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert " ".join(command.EPILOG.split()) in page and command.HELP[1:] in page

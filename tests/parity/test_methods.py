@@ -94,6 +94,7 @@ def to_peft(module, config: AdapterConfig) -> peft.PeftModel:
         *("method", "init", "path", "freeze_a", "lora_plus_ratio"),
         *("calibration_batches", "eva_rho", "loftq_iter"),
         *("num_virtual_tokens", "prompt_init", "prompt_text", "prefix_gate"),
+        *("d_initial", "projection_prng_key"),
     ):
         del given[ours]
     names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
