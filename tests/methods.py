@@ -314,3 +314,7 @@ def make_batch(seed: int, rows: int = 4, time: int = 13, vocab: int = 97) -> dic
         "segment_ids": np.ones_like(tokens),
         "positions": np.tile(np.arange(time, dtype=np.int32), (rows, 1)),
     }
+
+
+def names_of(fields):
+    return "-".join(f"{key}={value}" for key, value in fields.items())

@@ -13,7 +13,6 @@ import optax
 import pytest
 
 from lora_jax import AdapterConfig, Config, lora, tree
-from lora_jax.adapters import dora
 from lora_jax.adapters import low_rank as low_rank
 from lora_jax.adapters.inits import draw
 from lora_jax.config import TrainConfig
@@ -22,10 +21,10 @@ from lora_jax.quantize import SCHEMES, dequantize, quantize, quantize_tree
 from lora_jax.targets import find_trainable
 from lora_jax.train.optimizer import join, label_tree, make_optimizer
 from lora_jax.train.step import make_train_step
-from lora_jax.weights import LoraWeight, Untied, linear
+from lora_jax.weights import LoraWeight, linear
 
 from . import methods
-from .methods import QUICK, ROWS, SVD, VIRTUAL, make_batch, stirred, tiny_model, trains
+from .methods import QUICK, ROWS, SVD, VIRTUAL, make_batch, names_of, stirred, tiny_model, trains
 
 SEEDS = (0, 1)
 STEPS = 20
@@ -420,83 +419,6 @@ def test_a_draw_depends_on_the_key_and_the_path_alone():
 # DoRA's norm
 
 
-def dense_norms(weight, a, b):
-    return np.linalg.norm(
-        np.asarray(weight, np.float64) + np.asarray(a, np.float64) @ np.asarray(b, np.float64),
-        axis=-2,
-    )
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", *SCHEMES])
-def test_norms_are_those_of_the_dense_matrix(kind, size):
-    for seed in SEEDS:
-        rng = np.random.default_rng(seed)
-        shape = (3, 200, 72)
-        kernel = jnp.asarray(rng.standard_normal(shape) * 200**-0.5, jnp.float32)
-        weight = quantize(kernel, kind) if kind in SCHEMES else kernel.astype(kind)
-        params = {"model": {"layers": {"q_proj": {"kernel": weight}}}}
-        config = AdapterConfig(rank=5, rank_pattern={r"0\.q_proj": 2})
-        (target,) = find_trainable(params, config).targets
-        a = jnp.asarray(rng.standard_normal((3, 200, 5)) * target.rank_mask(), jnp.float32)
-        b = jnp.asarray(size * rng.standard_normal((3, 5, 72)), jnp.float32)
-        wide = dequantize(weight) if kind in SCHEMES else weight.astype(jnp.float32)
-        expected = dense_norms(wide, a, b)
-        norms = np.asarray(dora.column_norms(target, weight, a, b))
-        assert norms.dtype == np.float32
-        assert np.max(np.abs(norms - expected) / expected) <= 1e-5
-
-
-def test_columns_of_zeros_and_columns_that_vanish_stay_finite():
-    """Their direction is not defined: they stay zero, and no gradient is spoiled."""
-    params = toy(2, 12, 9)
-    kernel = params["model"]["layers"]["q_proj"]["kernel"].at[:, :, 4].set(0.0)
-    kernel = kernel.at[:, :, 5].set(jnp.arange(12) / 8)
-    params["model"]["layers"]["q_proj"]["kernel"] = kernel
-    config = AdapterConfig(rank=2, alpha=2.0, use_dora=True)
-    _, adapters = lora.init(jax.random.key(0), params, config)
-    own = adapters["model"]["layers"]["q_proj"]
-    # The update takes column 5 away exactly.
-    own["lora_a"] = own["lora_a"].at[:, :, 0].set(jnp.arange(12) / 8)
-    own["lora_b"] = own["lora_b"].at[:, 0, 5].set(-1.0)
-
-    def total(adapters):
-        return jnp.sum(kernel_of(lora.bind(params, adapters, config)) ** 2)
-
-    merged = kernel_of(lora.bind(params, adapters, config))
-    assert np.isfinite(merged).all() and not np.any(merged[:, :, 4:6])
-    gradients = jax.tree.leaves(jax.grad(total)(adapters))
-    assert all(np.isfinite(leaf).all() for leaf in gradients)
-    norms = np.linalg.norm(np.asarray(merged), axis=1)
-    others = [0, 1, 2, 3, 6, 7, 8]
-    np.testing.assert_allclose(norms[:, others], own["magnitude"][:, others], rtol=1e-5)
-
-
-def test_dora_trains_its_direction_with_the_norm_held_constant(error):
-    """Section 4.3 of the paper: d(m V / c) = m / c dV."""
-    params = toy(2, 12, 9)
-    config = AdapterConfig(rank=2, alpha=6.0, use_dora=True)
-    _, adapters = lora.init(jax.random.key(0), params, config)
-    adapters = stirred(params, adapters, config, 0, 0.5)
-    target = jnp.asarray(np.random.default_rng(2).standard_normal((2, 12, 9)), jnp.float32)
-
-    def ours(adapters):
-        return jnp.sum(kernel_of(lora.bind(params, adapters, config)) * target)
-
-    weight = params["model"]["layers"]["q_proj"]["kernel"]
-    own = adapters["model"]["layers"]["q_proj"]
-    constant = jnp.linalg.norm(weight + own["lora_a"] @ (3.0 * own["lora_b"]), axis=1)
-
-    def by_hand(own):
-        moved = weight + own["lora_a"] @ (3.0 * own["lora_b"])
-        return jnp.sum(own["magnitude"][:, None] * moved / constant[:, None] * target)
-
-    found = jax.grad(ours)(adapters)["model"]["layers"]["q_proj"]
-    for name, gradient in jax.grad(by_hand)(own).items():
-        assert np.abs(gradient).max() > 0.1
-        assert error(found[name], gradient) <= 1e-5, name
-
-
 def float_shapes(jaxpr):
     """Shapes of all float arrays that a program makes, those of its inner programs too."""
     for equation in jaxpr.eqns:
@@ -535,81 +457,6 @@ def test_a_quantised_base_is_dequantised_one_layer_at_a_time(name):
 
 
 # Tied embeddings
-
-
-def names_of(fields):
-    return "-".join(f"{key}={value}" for key, value in fields.items())
-
-
-SIDES = [
-    ({"modules_to_save": ["embed_tokens"]}, "head"),
-    ({"modules_to_save": ["lm_head"], "ensure_weight_tying": False}, "embed"),
-    ({"target_modules": ["embed_tokens"]}, "head"),
-    ({"target_modules": ["lm_head"], "ensure_weight_tying": False}, "embed"),
-]
-
-
-@pytest.mark.parametrize(("fields", "plain"), SIDES, ids=[names_of(f) for f, _ in SIDES])
-def test_an_untied_embedding_shares_what_is_not_adapted(fields, plain):
-    row = dataclasses.replace(ROWS["LoRA"], fields=fields, tied=True)
-    model, base, adapters = start(row, 0)
-    embedding = base["model"]["embed_tokens"]["embedding"]
-    assert base is model.params
-    bound = lora.bind(base, stirred(base, adapters, row.config, 0), row.config)
-    leaf = bound["model"]["embed_tokens"]["embedding"]
-    assert isinstance(leaf, Untied)
-    assert getattr(leaf, plain) is embedding
-    other = getattr(leaf, "embed" if plain == "head" else "head")
-    if isinstance(other, LoraWeight):
-        assert other.base is embedding
-    assert "lm_head" not in bound
-    merged = lora.merge(bound)["model"]["embed_tokens"]["embedding"]
-    assert getattr(merged, plain) is embedding
-    difference = np.abs(np.asarray(merged.embed) - np.asarray(merged.head)).max()
-    assert difference > 1e-2
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
-        {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
-        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-        {"target_modules": ["lm_head"], "ensure_weight_tying": True},
-        {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
-        {"trainable_token_indices": [1, 2]},
-        {"method": "full"},
-    ],
-    ids=names_of,
-)
-def test_a_tied_embedding_stays_one_leaf_however_it_is_named(fields):
-    row = dataclasses.replace(ROWS["LoRA"], fields=fields, tied=True)
-    model, base, adapters = start(row, 0)
-    assert "lm_head" not in adapters
-    bound = lora.bind(base, adapters, row.config)
-    assert not isinstance(bound["model"]["embed_tokens"]["embedding"], Untied)
-    merged = lora.merge(bound)["model"]["embed_tokens"]["embedding"]
-    assert merged.shape == model.params["model"]["embed_tokens"]["embedding"].shape
-    # One set of numbers however it is named.
-    found = find_trainable(model.params, row.config)
-    parts = [*found.targets, *found.whole]
-    paths = [(*p.path, p.leaf) if hasattr(p, "leaf") else p.path for p in parts]
-    assert len(paths) == len(set(paths))
-
-
-def test_rows_of_tokens_alone_change(error):
-    """The others keep their bits, in the embedding and in the tied head."""
-    row = ROWS["tokens, tied"]
-    model, base, adapters = start(row, 0)
-    moved = stirred(base, adapters, row.config, 0)
-    merged = lora.merge(lora.bind(base, moved, row.config))["model"]["embed_tokens"]["embedding"]
-    original = np.asarray(base["model"]["embed_tokens"]["embedding"])
-    indices = row.config.trainable_token_indices
-    others = [i for i in range(97) if i not in indices]
-    assert np.asarray(merged)[others].tobytes() == original[others].tobytes()
-    trained = moved["model"]["embed_tokens"]["trainable_tokens"]
-    assert error(np.asarray(merged)[indices], trained) <= 1e-6
 
 
 # Over what a quantised base was before

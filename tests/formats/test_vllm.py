@@ -1,0 +1,143 @@
+"""Adapters for vLLM: the profile that folds patterns in, and what vLLM cannot load."""
+
+import copy
+import json
+
+import numpy as np
+import peft
+import pytest
+from safetensors.numpy import load_file
+
+from lora_jax import AdapterConfig, UserError, formats, lora
+from lora_jax.targets import find_trainable
+from lora_jax.tree import flatten, slice_names, unflatten
+
+from .test_peft import (
+    AS_ONE,
+    BIASED,
+    HEAD_A,
+    HEAD_B,
+    KO,
+    OURS,
+    PATTERNS,
+    QV,
+    SEEDS,
+    TIED,
+    TOLERANCE,
+    UNTIED,
+    P,
+    make_fields,
+    make_tokens,
+    random_adapters,
+    torch_logits,
+)
+from .test_peft import forward as forward
+from .test_peft import logits as logits
+
+SERVED = {
+    "plain": (UNTIED, dict(target_modules=QV)),
+    "patterns": (UNTIED, PATTERNS),
+    "patterns, rslora, tied": (TIED, PATTERNS | dict(use_rslora=True)),
+    "all modules by patterns": (
+        UNTIED,
+        dict(target_modules=["q_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 5.0}),
+    ),
+    "pissa, rslora": (UNTIED, PATTERNS | dict(init="pissa", use_rslora=True, rank=3)),
+    "pissa above a side": (
+        UNTIED,
+        dict(init="pissa", rank=12, target_modules=KO),
+    ),
+    "embedding and head": (UNTIED, dict(target_modules=["embed_tokens", "lm_head", "q_proj"])),
+    "embedding as head": (TIED, AS_ONE | dict(rank_pattern={"q_proj": 2})),
+}
+
+
+def served(params, directory):
+    """The params with what vLLM adds to them: one alpha / r of adapter_config.json for every pair
+    of the file, whatever the patterns say.
+    """
+    content = json.loads((directory / "adapter_config.json").read_text())
+    assert not (content["use_dora"] or content["modules_to_save"] or content["bias"] != "none")
+    assert content["trainable_token_indices"] is None
+    rank = content["r"]
+    scale = content["lora_alpha"] / (rank**0.5 if content["use_rslora"] else rank)
+    file = load_file(directory / "adapter_model.safetensors")
+    leaves = {path: np.array(leaf) for path, leaf in flatten(params).items()}
+    for path, leaf in leaves.items():
+        for i, name in enumerate(slice_names(path[:-1], leaf.shape)):
+            part = "embedding_" if path[-1] == "embedding" else ""
+            suffix = "" if part else ".weight"
+            pair = [file.pop(f"{P}{name}.lora_{part}{x}{suffix}", None) for x in "AB"]
+            if pair[0] is not None:
+                place = leaf if leaf.ndim == 2 else leaf[i]
+                place += scale * (pair[1] @ pair[0]).T
+    return unflatten(leaves), file
+
+
+@pytest.mark.parametrize(("base", "fields"), SERVED.values(), ids=SERVED)
+def test_the_vllm_profile_gives_the_live_logits_without_patterns(
+    tiny_llama, tmp_path, error, forward, logits, base, fields
+):
+    for seed in SEEDS:
+        directory, oracle = tiny_llama(seed, **base)
+        model = formats.load(directory)
+        config, tokens = AdapterConfig(**make_fields(fields)), make_tokens(seed)
+        adapters = random_adapters(model.params, config, seed)
+        target = tmp_path / f"adapter{seed}"
+        formats.write_adapter(
+            target, adapters, model.params, config, base_model="org/base", profile="vllm"
+        )
+        content = json.loads((target / "adapter_config.json").read_text())
+        assert (content["rank_pattern"], content["alpha_pattern"]) == ({}, {})
+        for name, array in load_file(target / "adapter_model.safetensors").items():
+            assert array.shape["lora_B" in name or "embedding_B" in name] == content["r"]
+        params, rest = served(model.params, target)
+        assert set(rest) == ({HEAD_A, HEAD_B} if config.ensure_weight_tying else set())
+        live = logits(model, adapters, config, tokens)
+        assert error(forward(model, params, tokens), live) < TOLERANCE
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(oracle), target)
+        assert error(torch_logits(loaded, tokens), live) < TOLERANCE
+
+
+def test_without_the_profile_vllm_would_scale_wrongly(tiny_llama, tmp_path, error, forward, logits):
+    """So that the test above can fail; and only then there is something to say about it."""
+    directory, _ = tiny_llama(**UNTIED)
+    model, tokens = formats.load(directory), make_tokens(0)
+    cut = OURS["pissa above a side"][1]  # some ranks are cut down there, and keep their scale
+    for patterns, wrong in ((PATTERNS, True), (dict(target_modules=QV), False), (cut, False)):
+        config = AdapterConfig(**make_fields(patterns))
+        adapters = random_adapters(model.params, config, 0)
+        target = tmp_path / str(len(str(patterns)))
+        formats.write_adapter(target, adapters, model.params, config, base_model="org/base")
+        params, _ = served(model.params, target)
+        live = logits(model, adapters, config, tokens)
+        assert (error(forward(model, params, tokens), live) > 1e-3) == wrong
+        problems = formats.serving_problems(find_trainable(model.params, config))
+        assert len(problems) == wrong
+        assert all("--profile vllm" in problem for problem in problems)
+
+
+def test_what_vllm_cannot_load_is_named_with_what_to_do(tiny_llama, tmp_path):
+    directory, _ = tiny_llama(**BIASED)
+    params = formats.describe(directory).params
+    given = dict(
+        use_dora=True, bias="all", modules_to_save=["lm_head"], trainable_token_indices=[3]
+    )
+    config = AdapterConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2}, **given)
+    adapters = lora.shapes(params, config)
+    with pytest.raises(UserError) as caught:
+        formats.write_adapter(
+            tmp_path / "adapter", adapters, params, config, base_model="base", profile="vllm"
+        )
+    problems = formats.serving_problems(find_trainable(params, config))
+    assert str(caught.value).splitlines() == problems[:4]
+    for name, value in given.items():
+        assert any(
+            f"{name}={value!r}; export a merged model with --format hf" in p for p in problems
+        )
+    assert "rank_pattern and alpha_pattern" in problems[4]
+    with pytest.raises(UserError, match="profile='vlm' is not one of: vllm"):
+        formats.write_adapter(
+            tmp_path / "adapter", adapters, params, config, base_model="base", profile="vlm"
+        )
+    assert not (tmp_path / "adapter").exists()
