@@ -13,7 +13,7 @@ from lora_jax import cli
 from lora_jax.cli import COMMANDS, main, train_main
 
 from .train.conftest import files as files
-from .train.conftest import write_rows, write_tokenizer
+from .train.tiny import write_rows, write_tokenizer
 
 
 @pytest.fixture

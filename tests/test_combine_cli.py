@@ -25,7 +25,7 @@ from .formats.test_peft import (
     random_adapters,
     torch_logits,
 )
-from .train.conftest import write_tokenizer
+from .train.tiny import write_tokenizer
 
 BIASED = UNTIED | dict(attention_bias=True, mlp_bias=True)
 EXACT = 1e-6

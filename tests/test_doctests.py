@@ -12,7 +12,7 @@ import pytest
 import lora_jax
 from lora_jax import AdapterConfig, formats, lora
 
-from .train.conftest import write_model, write_rows
+from .train.tiny import write_model, write_rows
 
 ROOT = Path(lora_jax.__file__).parent
 MODULES = sorted(

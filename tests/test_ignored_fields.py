@@ -6,7 +6,7 @@ from lora_jax import AdapterConfig, formats
 from lora_jax.cli import main
 
 from .formats.test_peft import UNTIED, random_adapters
-from .train.conftest import write_tokenizer
+from .train.tiny import write_tokenizer
 
 
 @pytest.fixture

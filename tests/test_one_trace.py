@@ -11,7 +11,7 @@ import pytest
 
 from lora_jax import AdapterConfig, formats, lora
 
-from .train.conftest import random_adapters, write_model
+from .train.tiny import random_adapters, write_model
 
 README = Path(__file__).parents[1] / "README.md"
 EVERY_START = (

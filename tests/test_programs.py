@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax import programs
 
-from .train.conftest import write_model, write_rows
+from .train.tiny import write_model, write_rows
 
 SCRIPT = Path(__file__).parent / "train" / "warm.py"
 NAMES = (

@@ -16,7 +16,7 @@ from lora_jax.formats import fingerprint
 from lora_jax.train import export
 
 from .families import FAMILIES
-from .train.conftest import random_adapters, write_model
+from .train.tiny import random_adapters, write_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "your-own-loop.md"
 CONFIG = AdapterConfig(rank=4, target_modules="all-linear")

@@ -9,8 +9,8 @@ import pytest
 from lora_jax import demo
 from lora_jax.cli import train_main
 
-from .train.conftest import write_model
 from .train.test_classify import write_encoder
+from .train.tiny import write_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))

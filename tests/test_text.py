@@ -18,7 +18,7 @@ from lora_jax.config.text import JSON_LIMIT, TEXT_LIMIT, exists
 from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
 
-from .train.conftest import CHATML, write_model
+from .train.tiny import CHATML, write_model
 
 MARK = b"\xef\xbb\xbf"
 

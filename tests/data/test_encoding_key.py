@@ -14,7 +14,7 @@ from lora_jax.config.options import encoding_keys, option
 from lora_jax.data import sets
 from lora_jax.errors import UserError
 
-from ..train.conftest import CHATML, write_rows, write_tokenizer
+from ..train.tiny import CHATML, write_rows, write_tokenizer
 
 TEMPLATE = "{{ strftime_now('%Y') }}{% if shout %}{{ '!' }}{% endif %}" + CHATML
 CHAT = [

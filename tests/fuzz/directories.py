@@ -17,7 +17,7 @@ from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.targets import find_trainable
 
-from ..train.conftest import write_model
+from ..train.tiny import write_model
 from . import watch
 from .damage import HOSTILE, damage_bytes, damage_json, damage_kind, damage_tensors
 from .templates import HOSTILE_TEMPLATES

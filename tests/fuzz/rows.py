@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax import data, formats
 from lora_jax.data import LabelRow, Row, TextRow, TokenRow
 
-from ..train.conftest import write_tokenizer
+from ..train.tiny import write_tokenizer
 from . import watch
 from .damage import damage_bytes, damage_json
 from .templates import TEMPLATES

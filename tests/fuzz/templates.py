@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax import data, formats
 from lora_jax.data import Row
 
-from ..train.conftest import CHATML, write_tokenizer
+from ..train.tiny import CHATML, write_tokenizer
 from . import watch
 from .damage import damage_bytes
 

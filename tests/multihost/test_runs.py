@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from lora_jax.report.journal import read_lines
 from lora_jax.train import checkpoint
 
-from ..train.conftest import SUMS, write_model, write_rows
+from ..train.tiny import SUMS, write_model, write_rows
 
 SETTINGS = {
     "adapter": {"rank": 4, "dropout": 0.2},

@@ -12,9 +12,9 @@ from lora_jax import models, objectives
 from lora_jax.errors import UserError
 from lora_jax.train.step import make_eval_step, make_train_step
 
-from ..train.conftest import distance, make_config, random_adapters, random_batch
-from ..train.conftest import tiny_model as make_model
 from ..train.test_step import KEEP_GRADIENT
+from ..train.tiny import distance, make_config, random_adapters, random_batch
+from ..train.tiny import tiny_model as make_model
 
 SMOOTHING = 0.15
 OWN = {"loss", "grad_norm", "supervised_tokens"}  # metrics of every objective

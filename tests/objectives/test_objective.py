@@ -18,8 +18,8 @@ from lora_jax.objectives import (
 )
 from lora_jax.train.step import make_train_step
 
-from ..train.conftest import distance, make_config, random_adapters, random_batch, tiny_model
 from ..train.test_step import KEEP_GRADIENT
+from ..train.tiny import distance, make_config, random_adapters, random_batch, tiny_model
 
 BETA = 0.2
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..train.conftest import write_model
+from ..train.tiny import write_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 

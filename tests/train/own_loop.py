@@ -12,7 +12,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lora_jax import AdapterConfig, formats, lora, sharding
 from lora_jax.config import MeshConfig
-from tests.train.conftest import write_model
+from tests.train.tiny import write_model
 
 CONFIG = AdapterConfig(rank=4, target_modules="all-linear")
 

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import distance, make_config, random_adapters, random_batch, tiny_model
+from tiny import distance, make_config, random_adapters, random_batch, tiny_model
 
 from lora_jax import adapters as methods
 from lora_jax import sharding, tree

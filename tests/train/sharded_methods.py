@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `methods`
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import distance
 from methods import PATTERNS, ROWS, VIRTUAL, Row, calibrate_on, make_batch, stirred, tiny_model
+from tiny import distance
 
 from lora_jax import Config, lora, sharding, tree
 from lora_jax.config import DATA_INITS, MeshConfig, TrainConfig

@@ -221,7 +221,7 @@ def test_it_writes_no_text(files, capsys):
 
 
 def test_labels_are_not_for_models_that_write(files, tmp_path, capsys):
-    from .conftest import write_model
+    from .tiny import write_model
 
     write_model(tmp_path / "llama")
     options = settings(files, f"model={tmp_path / 'llama'}", f"output_dir={tmp_path / 'out'}")

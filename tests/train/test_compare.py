@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.cli import main, train_main
 
-from .conftest import write_model, write_rows
+from .tiny import write_model, write_rows
 
 TRAIN = ("train.steps=12", "eval.samples=0")
 

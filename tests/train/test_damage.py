@@ -14,7 +14,7 @@ from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
 from lora_jax.formats import digests, fingerprint
 
-from .conftest import write_model, write_rows
+from .tiny import write_model, write_rows
 
 LARGE = "model.layers.1.mlp.up_proj.weight"
 

@@ -14,7 +14,7 @@ from lora_jax.errors import UserError
 from lora_jax.report.journal import read_lines
 from lora_jax.train import checkpoint
 
-from .conftest import CHATML, ROWS, write_model, write_rows
+from .tiny import CHATML, ROWS, write_model, write_rows
 
 DATED = "{{ '<|im_start|>' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 SETTINGS = {

@@ -19,7 +19,7 @@ from lora_jax.errors import UserError
 from lora_jax.train import checkpoint, lock
 from lora_jax.train.directory import open_run
 
-from .conftest import make_config, tiny_model
+from .tiny import make_config, tiny_model
 
 STATE = {"w": {"lora_a": jnp.ones(3)}}
 

@@ -10,7 +10,7 @@ from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
 from lora_jax.train import checkpoint, epochs
 
-from .conftest import make_config
+from .tiny import make_config
 
 STEPS_UNSET = "train.steps=null"  # the file has steps
 

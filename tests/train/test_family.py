@@ -20,7 +20,7 @@ from lora_jax.report.console import make_console
 from lora_jax.sharding import make_mesh
 from lora_jax.train import base, checkpoint, export, merged
 
-from .conftest import distance, random_adapters, write_model
+from .tiny import distance, random_adapters, write_model
 
 STEPS = ("train.steps=6", "train.save_every=3", "train.save_total_limit=null")
 METHODS = {

@@ -24,7 +24,7 @@ from lora_jax.cli import main
 from lora_jax.data import sets
 from lora_jax.errors import UserError
 
-from .conftest import TINY, write_rows, write_tokenizer
+from .tiny import TINY, write_rows, write_tokenizer
 
 QUIET = Console(quiet=True)
 

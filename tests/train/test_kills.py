@@ -15,8 +15,8 @@ import yaml
 
 from lora_jax.train import checkpoint, lock
 
-from .conftest import SUMS, write_model, write_rows
 from .test_resume import SETTINGS, command, last_step, trace
+from .tiny import SUMS, write_model, write_rows
 
 OPTIONS = (
     *("train.steps=200", "train.save_every=3", "train.eval_every=40", "eval.samples=0"),

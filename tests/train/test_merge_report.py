@@ -28,8 +28,8 @@ from lora_jax.weights import Untied
 
 from ..families import FAMILIES, random_model
 from ..methods import ROWS, Row, stirred, tiny_model
-from .conftest import make_config, random_adapters, write_model, write_rows
 from .test_classify import write_encoder
+from .tiny import make_config, random_adapters, write_model, write_rows
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 CASES = {

@@ -10,7 +10,7 @@ from lora_jax import targets as selection
 from lora_jax import tree
 from lora_jax.train import norms
 
-from .conftest import make_config, random_adapters, tiny_model
+from .tiny import make_config, random_adapters, tiny_model
 
 KINDS = ("lora_a", "lora_b", "update", "relative")
 

@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.train.optimizer import join, label_tree, make_optimizer, make_schedule
 
-from .conftest import make_config
+from .tiny import make_config
 
 CASES = [
     ("constant", 4, 0, 0.0, [1, 1, 1, 1]),

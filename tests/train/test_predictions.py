@@ -14,7 +14,7 @@ from lora_jax.report.journal import read_lines
 from lora_jax.report.scores import Answer
 from lora_jax.train import base_scores, warn
 
-from .conftest import ROWS, write_model, write_rows
+from .tiny import ROWS, write_model, write_rows
 
 LEARN = (
     *("train.steps=24", "train.learning_rate=2e-2", "train.eval_every=8", "eval.generate_every=8"),

@@ -17,7 +17,7 @@ from lora_jax.report.progress import Display, format_seconds
 from lora_jax.report.usage import Clock
 from lora_jax.train import forecast
 
-from .conftest import make_config
+from .tiny import make_config
 
 
 @pytest.fixture

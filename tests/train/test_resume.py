@@ -20,7 +20,7 @@ from lora_jax.report.journal import read_lines
 from lora_jax.train import base, checkpoint, loop, trainer
 from lora_jax.train.evaluate import Evaluator
 
-from .conftest import SUMS, write_model, write_rows
+from .tiny import SUMS, write_model, write_rows
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {

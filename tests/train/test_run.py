@@ -15,7 +15,7 @@ from lora_jax.cli import main, train_main
 from lora_jax.train import trainer
 from lora_jax.train.step import make_train_step
 
-from .conftest import ROWS
+from .tiny import ROWS
 
 LEARN = (
     "train.steps=50",

@@ -17,7 +17,7 @@ from lora_jax.formats.fingerprint import tokenizer_digest
 from lora_jax.report.journal import read_lines
 from lora_jax.train import warn
 
-from .conftest import make_config, write_rows, write_tokenizer
+from .tiny import make_config, write_rows, write_tokenizer
 
 
 def rows(count, word="question", answer="answer"):

@@ -16,7 +16,7 @@ from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
 from lora_jax.formats import hub, side_files
 
-from .conftest import CHATML, write_model
+from .tiny import CHATML, write_model
 
 TOOLS = "{# tools #}" + CHATML
 LEARN = ("train.steps=50", "train.learning_rate=2e-2", "train.save_every=50", "adapter.rank=8")

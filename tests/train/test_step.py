@@ -17,7 +17,7 @@ from lora_jax.objectives import Outputs, cross_entropy
 from lora_jax.train import optimizer as optimizers
 from lora_jax.train.step import batch_sums, make_eval_step, make_train_step
 
-from .conftest import distance, make_config, random_adapters, random_batch, tiny_model
+from .tiny import distance, make_config, random_adapters, random_batch, tiny_model
 
 # An optimizer that moves nothing and whose state is the last gradient.
 KEEP_GRADIENT = optax.GradientTransformation(

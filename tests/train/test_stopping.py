@@ -11,7 +11,7 @@ from lora_jax.cli import main, train_main
 from lora_jax.report.journal import read_lines
 from lora_jax.train import checkpoint
 
-from .conftest import ROWS, write_rows
+from .tiny import ROWS, write_rows
 
 OPTIONS = ("eval.generate=false", "eval.samples=0", "data.packing=false")
 

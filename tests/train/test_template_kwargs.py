@@ -12,7 +12,7 @@ from lora_jax.audit.compare import compare
 from lora_jax.cli import main, train_main
 from lora_jax.data import answers
 
-from .conftest import CHATML
+from .tiny import CHATML
 
 MODE = "{{ mode or '' }}" + CHATML
 

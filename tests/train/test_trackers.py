@@ -20,7 +20,7 @@ from lora_jax.errors import UserError
 from lora_jax.report.journal import read_lines
 from lora_jax.report.trackers import check_trackers, open_trackers
 
-from .conftest import make_config
+from .tiny import make_config
 
 
 class Stand:

@@ -9,7 +9,7 @@ import yaml
 from lora_jax import formats, lora
 from lora_jax.cli import train_main
 
-from .conftest import write_model, write_rows
+from .tiny import write_model, write_rows
 
 RANK, LAYERS, HIDDEN = 12, 2, 32
 

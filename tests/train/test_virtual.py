@@ -15,7 +15,7 @@ from lora_jax.data.sets import DataSet
 from lora_jax.train import setup
 
 from ..families import describe
-from .conftest import write_model, write_rows
+from .tiny import write_model, write_rows
 
 SETTINGS = {
     "data": {"max_length": 64, "cache": False},

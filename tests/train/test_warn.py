@@ -7,7 +7,7 @@ import pytest
 from lora_jax.cli import main, train_main
 from lora_jax.train import warn
 
-from .conftest import make_config
+from .tiny import make_config
 
 WARM = "train.warmup_steps=8 is not below train.steps=2: the learning rate only rises, to 0.00025"
 
