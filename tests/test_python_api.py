@@ -71,7 +71,10 @@ def test_mistaken_arguments_say_what_was_given(model, trees):
         (lambda: lora.merge(trees), r"merge takes.*got a tuple; lora\.init returns"),
         (lambda: model.apply(adapters, tokens), rf"runs on parameters.*bind.*adapters.*{leaf}"),
         (lambda: model.apply(tokens, params), r"runs on parameters.*got a.* ndarray"),
-        (lambda: model.apply(params["model"], tokens), r"not the model's: missing model\.embed"),
+        (
+            lambda: model.apply(params["model"], tokens),
+            r"not the parameters of the model: missing model\.embed",
+        ),
         (lambda: lora.bind(adapters, params, CONFIG), r"adapters first and parameters second"),
         (lambda: lora.bind(adapters, adapters, CONFIG), rf"params, adapters and a.*{leaf}"),
         (lambda: lora.bind(params, params, CONFIG), r"do not fit.*missing"),
@@ -90,7 +93,7 @@ def functions_of_paths():
     """Public functions with an argument that is annotated as a path."""
     for module in (formats, formats.gguf, fingerprint, combine, export, configs):
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            own = function.__module__ == module.__name__ or hasattr(module, "__path__")
+            own = function.__module__ == module.__name__ or module in (formats, configs)
             if name.startswith("_") or not (own and function.__module__.startswith("lora_jax")):
                 continue
             hints = typing.get_type_hints(function)

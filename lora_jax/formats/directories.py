@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_jax import hosts
+from lora_jax.config import expand
 from lora_jax.errors import UserError
 
 
@@ -43,9 +44,11 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_directory_on_main(target: Path) -> Iterator[Path | None]:
+def new_directory_on_main(target: str | Path) -> Iterator[Path | None]:
     """Yield `new_directory(target)` on the main host, and None on the others."""
-    with new_directory(target) if hosts.is_main() else contextlib.nullcontext() as temporary:
+    with (
+        new_directory(expand(target)) if hosts.is_main() else contextlib.nullcontext() as temporary
+    ):
         yield temporary
 
 

@@ -67,7 +67,7 @@ def write_model(
     Raises:
         UserError: `target` exists and is not empty, or cannot be written; a malformed size.
     """
-    with new_directory_on_main(expand(target)) as directory:
+    with new_directory_on_main(target) as directory:
         write_model_files(directory, model, params, source, max_shard_size, chat_template, stops)
 
 

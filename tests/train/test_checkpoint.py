@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_good_step(tmp_path):
     script = f"""
         import pathlib, resource, signal
         import jax.numpy as jnp
-        from lora_jax.config import UserError
+        from lora_jax.errors import UserError
         from lora_jax.train import checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         state = {{"w": {{"lora_a": jnp.arange(300_000.0) ** 0.5}}}}

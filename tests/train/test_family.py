@@ -215,7 +215,7 @@ def test_exports_of_a_finished_run(files, tmp_path, refused):
     config = ("--config", files / "run.yaml", f"output_dir={run}", *STEPS[:1], "base_dtype=int8")
     assert train_main([str(word) for word in config]) == 0
     command = ("export", "--run", run, "--format", "hf", "--output", tmp_path / "merged")
-    assert "set export.quantized_base=dequantized" in refused(main, *command)
+    assert "Set export.quantized_base=dequantized" in refused(main, *command)
     found = refused(main, *command, "train.steps=3")
     assert "only settings of export can be given here, not train.steps=3" in found
     chosen = ("export.quantized_base=original", "export.dtype=bfloat16")

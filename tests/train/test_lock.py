@@ -18,7 +18,7 @@ from lora_jax.train.lock import NAME, hold
 PROGRAM = """
 import contextlib, sys, time
 from pathlib import Path
-from lora_jax.config import UserError
+from lora_jax.errors import UserError
 from lora_jax.train.lock import hold
 print("ready", flush=True)
 sys.stdin.readline()
