@@ -72,7 +72,7 @@ def write_model(
 
 
 def write_model_files(
-    directory: Path | None,
+    directory: str | Path | None,
     model: Model,
     params: Mapping,
     source: str | Path,
@@ -102,6 +102,7 @@ def write_model_files(
         if isinstance(leaf, Untied):
             leaves |= {path: leaf.embed, HEAD: jnp.swapaxes(leaf.head, 0, 1)}
             config["tie_word_embeddings"] = False
+    directory = None if directory is None else expand(directory)
     _write_weights(directory, leaves, model, limit)
     if directory is None:
         return
