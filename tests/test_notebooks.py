@@ -12,6 +12,7 @@ import pytest
 from nbclient import NotebookClient
 
 from lora_jax import config as configs
+from lora_jax.errors import UserError
 
 DIRECTORY = Path(__file__).parents[1] / "notebooks"
 LESSON, EXPORT = "01_lora_by_numbers.ipynb", "02_finetune_and_export.ipynb"
@@ -137,7 +138,7 @@ def test_the_readme_lists_every_notebook():
 def test_the_stored_error_is_what_a_wrong_key_says_now(capsys):
     notebook = nbformat.read(DIRECTORY / EXPORT, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "rnak" in cell.source]
-    exec(cell.source, {"configs": configs, "SYSTEM": ""})
+    exec(cell.source, {"configs": configs, "SYSTEM": "", "UserError": UserError})
     assert printed(cell) == capsys.readouterr().out
 
 
