@@ -90,6 +90,7 @@ def holds(text, figure):
     return any(all(part in line for part in parts) for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_the_lesson_computes_every_figure():
     notebook = execute(LESSON)
     # In one cell each: a figure that also stands elsewhere would hide that its own cell is gone.

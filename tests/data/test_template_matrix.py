@@ -315,6 +315,7 @@ def check_refusal(row: Row, error: UserError, tokenizer) -> None:
             assert accepts(after, tokenizer), remedy
 
 
+@pytest.mark.long_table(8)
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_each_conversation_is_supervised_exactly_or_refused_with_what_to_do(name):
     tokenizer, accepted = TOKENIZERS[name], set()

@@ -206,6 +206,7 @@ def torch_logits(module, tokens) -> np.ndarray:
         return module(torch.tensor(np.asarray(tokens)).long(), use_cache=False).logits.numpy()
 
 
+@pytest.mark.long_table(5)
 @CASES
 def test_files_of_peft_give_its_logits_losses_and_gradients(
     tiny_llama, tmp_path, error, base, fields

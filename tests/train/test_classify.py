@@ -170,6 +170,7 @@ def test_a_run_is_exported_afterwards(files, run, tmp_path):
     np.testing.assert_array_equal(texts(files, tmp_path / "hf")[1], texts(files, run / "merged")[1])
 
 
+@pytest.mark.slow
 def test_roberta_quantised_and_whole(files, tmp_path):
     write_encoder(tmp_path / "encoder", "roberta", type_vocab_size=1)
     for name, options in {

@@ -375,6 +375,7 @@ def report_of(directory):
     return json.loads((directory / "merge_report.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_nf4_run_by_the_command_line(files, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl")
     run, settings = tmp_path / "run", ("base_dtype=nf4", "export.quantized_base=dequantized")

@@ -126,6 +126,7 @@ CASES = {
 }
 
 
+@pytest.mark.long_table(2)
 @pytest.mark.parametrize("case", CASES)
 def test_seven_steps_and_thirteen_more_are_twenty(config, tmp_path, interrupted, case):
     options = CASES[case]
@@ -551,6 +552,7 @@ def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, kills)
     assert trace(killed) == trace(whole)
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_goes_on_on_one_and_four(config, tmp_path):
     """Bit-exact on eight again, and to 1e-5 elsewhere."""
     script = Path(__file__).with_name("resharded.py")
