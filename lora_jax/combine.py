@@ -60,8 +60,8 @@ def combine_directories(
     source = formats.resolve(spec)
     model = _describe(source, ignore)
     directories = _adapter_directories([path for path, _ in adapters])
-    prints = _check_fingerprints(source, directories, allow_change)
-    origin = _origin(source, directories, prints, allow_change)
+    digests = _check_fingerprints(source, directories, allow_change)
+    origin = _origin(source, directories, digests, allow_change)
     parts = _read_parts(model, directories, adapters)
     options: dict[str, Any] = {
         "rank": formula.rank,
@@ -110,7 +110,7 @@ def _read_parts(
 def _origin(
     source: Path,
     directories: Sequence[Path],
-    prints: Mapping[str, str],
+    digests: Mapping[str, str],
     allow_change: Collection[str],
 ) -> _Origin:
     systems = {formats.read_system_prompt(directory) for directory in directories}
@@ -120,7 +120,7 @@ def _origin(
     }
     side = next((d for d in directories if (d / "tokenizer_config.json").is_file()), source)
     stops = {token for directory in directories for token in formats.read_stops(directory)}
-    return _Origin(side, prints, stops, prompt)
+    return _Origin(side, digests, stops, prompt)
 
 
 def extract_directory(
@@ -189,13 +189,13 @@ def _check_fingerprints(
     """
     stored = {directory: formats.read_fingerprint(directory) for directory in directories}
     found: dict[str, str] = {}
-    for prints in stored.values():
-        found = {name: prints[name] for name in fingerprint.PARTS if name in prints} | found
+    for digests in stored.values():
+        found = {name: digests[name] for name in fingerprint.PARTS if name in digests} | found
     found["base"] = fingerprint.base_digest(source)
     problems = []
-    for directory, prints in stored.items():
+    for directory, digests in stored.items():
         try:
-            fingerprint.check(prints, found, str(directory), allow_change)
+            fingerprint.check(digests, found, str(directory), allow_change)
         except UserError as error:
             problems.append(str(error))
     raise_all(problems)
