@@ -409,5 +409,5 @@ def _joined(one: Event, other: Event) -> Event:
         join(one.log_probs, other.log_probs),
         other.finish_reason,
         other.stop_token,
-        one.prompt_log_probs,
+        join(one.prompt_log_probs, other.prompt_log_probs),
     )
