@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_jax.errors import UserError
 from lora_jax.generate.sampling import Sampling as Sampling
-from lora_jax.generate.sampling import sample
+from lora_jax.generate.sampling import kept_number, sample
 from lora_jax.models.common import Execution, Model
 from lora_jax.nn.cache import Cache
 from lora_jax.nn.rope import changed
@@ -28,7 +28,6 @@ from lora_jax.sharding import gather_to_host
 
 # Lengths of prompts and answers are rounded up to a multiple of this, to compile few shapes.
 _BUCKET = 32
-_ALL = np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
@@ -331,7 +330,7 @@ def _batch(
         stops=np.asarray(sorted(stop_tokens) or [-1], np.int32),
         keys=jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(numbers, np.uint32)),
         temperature=np.float32(sampling.temperature),
-        top_k=np.int32(min(sampling.top_k or _ALL, _ALL)),
+        top_k=np.int32(kept_number(sampling.top_k)),
         tail=np.float32(1 - sampling.top_p),
     )
 
