@@ -1,6 +1,7 @@
 """Continuous batching over one base and many adapters, without HTTP.
 
-engine = Engine(model, rows=8, max_length=1024, max_loras=4, max_lora_rank=16)
+bank = lora.bank(model.params, slots=5, rank=16)           # slot 0 is the base
+engine = Engine(model, rows=8, max_length=1024, bank=bank)
 engine.publish("a", adapters, config)                     # a tree from a run or a file
 answers = engine.answer([Request(prompt, 64, adapter="a"), Request(prompt, 64)])
 
@@ -11,13 +12,14 @@ free rows, reads chunks of their prompts, and gives the running rows their next 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import bank as banks
+from lora_jax.bank import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import MOST_STEPS, Admission, Chunk, Made
@@ -58,10 +60,9 @@ class Engine:
         model: the model; `for_decoding(model)` is faster where memory allows.
         rows: texts at once.
         max_length: most tokens of a prompt with its answer.
-        max_loras: adapters in the bank at once; more may be published.
-        max_lora_rank: largest rank of an adapter.
+        bank: slots for adapters, as `lora.bank(model.params, ..)` makes them. They are the engine's
+            from now on. More adapters than slots may be published.
         max_terms: most adapters in a weighted sum.
-        modules: modules that adapters may adapt, as `lora.bank` takes them.
         dtype: of activations and of the cache.
 
     Example:
@@ -78,10 +79,8 @@ class Engine:
         *,
         rows: int = 8,
         max_length: int = 1024,
-        max_loras: int = 0,
-        max_lora_rank: int = 16,
+        bank: Bank | None = None,
         max_terms: int = 2,
-        modules: Any = "all-linear",
         dtype: Any = jnp.float32,
     ):
         sizes = {"rows": rows, "max_length": max_length, "max_terms": max_terms}
@@ -91,12 +90,6 @@ class Engine:
         self.model, self.max_length = model, max_length
         self._terms, self._vocab = max_terms, model.config.vocab_size
         self._device = Device(model, rows, max_length, max_terms, dtype)
-        bank = None
-        if max_loras:
-            with self._device.on_mesh():
-                bank = banks.bank(
-                    model.params, slots=max_loras + 1, rank=max_lora_rank, modules=modules
-                )
         self._versions = Versions(bank)
         self._idle = self._admission(Request([0], 0), [])
         self._waiting: deque[tuple[int, Request, list[Version]]] = deque()
@@ -165,8 +158,7 @@ class Engine:
             raise UserError(
                 f"{len(versions)} adapters in one request are more than max_terms={self._terms}"
             )
-        if len(versions) > 1 and self._versions.bank is not None:
-            banks.check_sum([version.config for version in versions])
+        _check_terms(_terms(request), versions)
         self._count += 1
         self._waiting.append((self._count, request, versions))
         return self._count
@@ -387,6 +379,23 @@ def _terms(request: Request) -> Mapping[str, float]:
     if request.adapter is None:
         return {}
     return {request.adapter: 1.0} if isinstance(request.adapter, str) else request.adapter
+
+
+def _check_terms(weights: Mapping[str, float], versions: Sequence[Version]) -> None:
+    """Check the weights of a sum of adapters.
+
+    Raises:
+        UserError: weights that are no finite numbers; a DoRA adapter that is not alone, weight 1.
+    """
+    for version in versions:
+        weight = weights[version.name]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+            raise UserError(f"adapter {version.name!r}: its weight {weight!r} is no finite number")
+        if version.has_gain and (len(versions) > 1 or weight != 1):
+            raise UserError(
+                f"adapter {version.name!r} has a gain (DoRA), which has no weighted sum; ask for "
+                "it alone, with weight 1"
+            )
 
 
 def _filled(values: Sequence[Any], length: int, dtype: Any) -> np.ndarray:
