@@ -89,7 +89,7 @@ class Versions:
         if name not in self._current:
             known = ", ".join(sorted(self._current)) or "none"
             hint = nearest(name, self._current)
-            raise UserError(f"adapter {name!r} is not published; there are: {known}{hint}")
+            raise UserError(f"adapter {name!r} is not published; there are: {known}.{hint}")
         return self._current[name]
 
     @property
