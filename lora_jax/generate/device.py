@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from lora_jax.models.common import Model
 from lora_jax.nn.cache import Cache
 from lora_jax.nn.virtual import Virtual
 from lora_jax.sharding import BATCH, constrain, gather_to_host, mesh_of
-from lora_jax.weights import Layered
+from lora_jax.weights import Layered, separate
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once
 _FIRST_VIEW = 128  # slots that attention reads in the smallest program
@@ -61,6 +61,13 @@ class Device:
         cache, rows = self._allocated()
         self._state = cache, self._programs.admit(rows, np.int32(row), own)
 
+    def begin(self, row: int, virtual: Virtual, count: int) -> None:
+        """Write the first `count` virtual tokens to the start of a row."""
+        cache, rows = self._allocated()
+        own = np.array([row], np.int32)
+        cache = self._programs.begin(self._given, cache, own, virtual, np.int32(count))
+        self._state = cache, rows
+
     def prefill(self, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
         """Read a chunk of a text; return its hidden states (1, t, d), and its last one (1, d)."""
         cache, rows = self._allocated()
@@ -98,8 +105,12 @@ class Device:
         made = self._decode(np.asarray(chosen, np.int32), view, steps, hurry)
         return made, {row: column for column, row in enumerate(chosen)}
 
-    def warm_up(self, idle: Admission) -> None:
-        """Compile all programs; rows are idle before and after."""
+    def warm_up(self, idle: Admission, virtual: Iterable[Virtual]) -> None:
+        """Compile all programs; rows are idle before and after. `virtual` are virtual tokens of
+        each kind.
+        """
+        for one in virtual:
+            self.begin(0, one, 0)
         one = np.ones(1, np.int32)
         for time in CHUNKS:
             tokens = np.zeros((1, time), np.int32)
@@ -135,6 +146,14 @@ class Device:
         if self._state is None:
             self._state = self._allocate()
         return self._state
+
+
+def for_decoding(model: Model) -> Model:
+    """Return the model in the form that decodes fastest: each layer's weights in arrays of their
+    own. The stacked weights of the argument are not needed any more; drop them, or the base is in
+    memory twice.
+    """
+    return model.replace(params=separate(model.params))
 
 
 def _place(tree: Any) -> Any:
