@@ -173,7 +173,7 @@ class Bank:
                 )
 
     def _check_choice(self, slot_ids: Any, slot_weights: Any) -> None:
-        if isinstance(slot_ids, Tracer) or isinstance(slot_weights, Tracer):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves((slot_ids, slot_weights))):
             return
         ids = np.asarray(slot_ids)
         weights = np.ones(ids.shape) if slot_weights is None else np.asarray(slot_weights)

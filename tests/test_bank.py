@@ -196,6 +196,7 @@ def test_a_leaf_that_is_no_single_matrix_says_so():
 # Models.
 
 
+@pytest.mark.long_table(5)
 @pytest.mark.parametrize("form", [dict, separate], ids=["stacked", "separate"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_a_batch_are_those_of_adapters_alone(error, family, form):
@@ -295,17 +296,6 @@ def test_parts_of_a_fused_projection_share_its_ranks(error):
         expected.append(plain(merged(base, adapters, config), tokens)[slot])
     logits = banked(bank, model.params, tokens, np.arange(4))
     assert max(map(error, logits[1:], expected)) <= CLOSE
-
-
-def test_loftq_over_the_base_that_it_quantised(error):
-    row = ROWS["LoftQ"]
-    model = tiny_model(row.hf_config, 0)
-    base, adapters = methods.start(row, model, 0)
-    bank = lora.bank(base, 2, 4).put(1, adapters, row.config)
-    plain, banked = both_programs(model)
-    tokens = make_tokens(0, 1)
-    alone = plain(lora.bind(base, adapters, row.config), tokens)
-    assert error(banked(bank, base, tokens, [1]), alone) <= CLOSE
 
 
 def test_weighted_sums_are_those_of_combine_and_of_merged_weights(error):
@@ -522,6 +512,19 @@ def test_a_gain_takes_no_weight_and_no_other_slot(tied):
         with pytest.raises(UserError, match="row 0 has slots .* a DoRA adapter among them"):
             bank.bind(tied.params, ids, weights)
     bank.bind(tied.params, [[1, 0], [2, 2], [1, 2]], [[1, 1], [0.3, 0.4], [0, 3.0]])
+
+
+def test_a_choice_may_be_traced_or_any_list(small):
+    params, bank = small
+    module = ("model", "layers", "self_attn", "q_proj", "kernel")
+
+    def ids_of(ids):
+        return tree.flatten(bank.bind(params, ids))[module].slot_ids
+
+    expected = np.broadcast_to([[1], [0]], (3, 2, 1))
+    for ids in ([1, 0], (1, 0), np.array([1, 0]), jnp.array([[1], [0]], jnp.int8)):
+        np.testing.assert_array_equal(ids_of(ids), expected)
+        np.testing.assert_array_equal(jax.jit(ids_of)(ids), expected)
 
 
 @pytest.mark.parametrize(
