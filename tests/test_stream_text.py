@@ -69,12 +69,11 @@ def unigram(**options):
     return fast(model, decoders.Metaspace(), **options)
 
 
-class Joined(PreTrainedTokenizer):
-    """A tokenizer in Python: "@@" at the end of a token joins it with the next."""
+class Python(PreTrainedTokenizer):
+    """A tokenizer in Python."""
 
-    def __init__(self, **options):
-        tokens = ("[UNK]", *WORDS, *(f"{word}@@" for word in WORDS))
-        self.pieces = {token: i for i, token in enumerate(tokens)}
+    def __init__(self, tokens, join, **options):
+        self.pieces, self.join = ["[UNK]", *tokens], join
         super().__init__(unk_token="[UNK]", eos_token="<|end|>", **options)
 
     @property
@@ -82,16 +81,33 @@ class Joined(PreTrainedTokenizer):
         return len(self.pieces)
 
     def get_vocab(self):
-        return dict(self.pieces) | self.added_tokens_encoder
+        return {token: i for i, token in enumerate(self.pieces)} | self.added_tokens_encoder
 
     def _convert_token_to_id(self, token):
-        return self.pieces.get(token, 0)
+        return self.pieces.index(token) if token in self.pieces else 0
 
     def _convert_id_to_token(self, index):
-        return list(self.pieces)[index] if index < len(self.pieces) else None
+        return self.pieces[index] if index < len(self.pieces) else None
 
     def convert_tokens_to_string(self, tokens):
-        return " ".join(filter(None, tokens)).replace("@@ ", "").strip()
+        return self.join(filter(None, tokens))
+
+
+def joined(**options):
+    """ "@@" at the end of a token joins it with the next."""
+    tokens = (*WORDS, *(f"{word}@@" for word in WORDS))
+    return Python(tokens, lambda own: " ".join(own).replace("@@ ", "").strip(), **options)
+
+
+def python_bytes():
+    """Each byte that is not part of a character is one "\ufffd"."""
+
+    def join(tokens):
+        letters = b"".join(bytes.fromhex(token) if len(token) == 2 else b"" for token in tokens)
+        text = letters.decode("utf-8", "surrogateescape")
+        return "".join("\ufffd" if "\udc80" <= letter <= "\udcff" else letter for letter in text)
+
+    return Python([token[3:5] for token in BYTES], join)
 
 
 TOKENIZERS = {
@@ -100,6 +116,7 @@ TOKENIZERS = {
     "metaspace, spaces removed": unigram(clean_up_tokenization_spaces=True),
     "byte fallback": llama(),
     "byte fallback, stripped": llama(decoders.Strip(" ", 1, 0)),
+    "byte fallback, two stripped": llama(decoders.Strip(" ", 2, 0)),
     "byte fallback, setting ignored": llama(clean_up_tokenization_spaces=True),
     "word pieces": words((*WORDS, *(f"##{word}" for word in WORDS)), decoders.WordPiece()),
     "word pieces, spaces removed": words(
@@ -109,8 +126,14 @@ TOKENIZERS = {
     ),
     "suffixes": words((*WORDS, *(f"{word}</w>" for word in WORDS)), decoders.BPEDecoder()),
     "no decoder": words(WORDS, None),
-    "Python": Joined(),
-    "Python, spaces removed": Joined(clean_up_tokenization_spaces=True),
+    "letters, spaces removed": fast(
+        models.WordLevel({letter: i for i, letter in enumerate(" n'tmsver.?")}, unk_token="?"),
+        decoders.Fuse(),
+        clean_up_tokenization_spaces=True,
+    ),
+    "Python": joined(),
+    "Python, spaces removed": joined(clean_up_tokenization_spaces=True),
+    "Python, bytes": python_bytes(),
 }
 
 
@@ -153,6 +176,15 @@ def test_pieces_are_the_decoded_text(name, data):
     assert "".join(pieces) == stream.text == decode(name, tokens)
     assert stream.tokens == len(tokens) and stream.stopped_by is None
     assert stream.end() == ""
+
+
+@given(st.lists(st.sampled_from((" ", " '", "n't", "'s", "'ve", "'re", ".", "'", "n")), max_size=9))
+@settings(max_examples=300, deadline=None)
+def test_spaces_that_later_letters_remove(parts):
+    letters = TOKENIZERS["letters, spaces removed"]
+    tokens = [letters.convert_tokens_to_ids(letter) for letter in "".join(parts)]
+    stream = TextStream(letters)
+    assert "".join(stream.add([token]) for token in tokens) + stream.end() == letters.decode(tokens)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
