@@ -4,7 +4,7 @@ import pytest
 
 from lora_jax import formats
 from lora_jax.errors import UserError
-from lora_jax.generate import make_generate
+from lora_jax.generate import Engine, Request
 
 
 @pytest.mark.parametrize(
@@ -21,15 +21,15 @@ from lora_jax.generate import make_generate
 def test_prompts_that_the_model_cannot_read(tiny_llama, prompts, text):
     model = formats.load(tiny_llama()[0])
     with pytest.raises(UserError, match=text):
-        make_generate(model)(model.params, prompts, max_new_tokens=2, stop_tokens=())
+        Engine(model, max_length=8).answer([Request(prompt, 2) for prompt in prompts])
 
 
 def test_what_needs_no_decoding(tiny_llama):
     model = formats.load(tiny_llama()[0])
-    generate = make_generate(model)
-    assert generate(model.params, [], max_new_tokens=2, stop_tokens=()) == []
+    engine = Engine(model, max_length=8)
+    assert engine.answer([]) == []
     with pytest.raises(UserError, match="max_new_tokens=0 must be at least 1"):
-        generate(model.params, [[1]], max_new_tokens=0, stop_tokens=())
+        engine.answer([Request([1], 0)])
     for tokens, text in (([[97]], "token 97"), ([[-1]], "token -1"), ([[0.5]], "not float32")):
         with pytest.raises(UserError, match=text):
             model.apply(model.params, tokens)
