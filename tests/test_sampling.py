@@ -80,10 +80,10 @@ def test_draws_have_the_probabilities():
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
         ({"top_p": float("nan")}, "top_p=nan must be above 0"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": -2}, "top_k=-2 must be an integer, at least -1"),
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
         ({"temperature": float("nan")}, "temperature=nan must not be negative"),
-        ({"temperature": float("inf")}, "temperature=inf must be finite"),
+        ({"temperature": float("inf")}, "temperature=inf must not be negative, and finite"),
     ],
 )
 def test_settings_out_of_range(options, text):

@@ -1,10 +1,12 @@
 """The compiled programs of an engine: admit a row, prefill prompts, decode rows.
 
 admit    write the settings of a request into a free row
-prefill  read a chunk of a prompt into the cache of its row; the last chunk gives the first token
+prefill  read a chunk of a prompt into the cache of its row
+score    log-probabilities of the tokens of a chunk
+first    give rows their first token, from the last hidden state of the prompt
 decode   give running rows their next tokens, several per call
 
-All three are functions of the parameters, the cache and the rows. Cache and rows are donated and
+They are functions of the parameters, the cache and the rows. Cache and rows are donated and
 come back. Everything that differs between requests is an array with a row axis, so a request
 compiles nothing. Calls differ in static sizes only: the rows and tokens of a batch, and the slots
 that attention reads.
@@ -16,13 +18,13 @@ vocab.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.generate.log_probs import LogProbs, log_probs_if
+from lora_jax.generate.log_probs import LogProbs, log_probs, log_probs_if
 from lora_jax.generate.sampling import (
     Sampling,
     SamplingRows,
@@ -40,6 +42,7 @@ from lora_jax.nn.cache import Cache
 from lora_jax.nn.virtual import Virtual
 
 MOST_STEPS = 8  # tokens of a row per call of `decode`
+_SCORED = 16  # tokens whose logits are computed together
 
 
 @jax.tree_util.register_dataclass
@@ -74,17 +77,13 @@ class Admission:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chunk:
-    """Parts of the texts of some rows. A row without tokens is left as it is."""
+    """Parts of the texts of some rows."""
 
     rows: Any  # (b,)
     tokens: Any  # (b, t)
     start: Any  # (b,) position of the first token
     count: Any  # (b,) tokens; the rest is padding
-    last: Any  # (b,) bool: the text ends here, and the next token follows
     length: Any  # (b,) of the whole text, which chooses some rotary frequencies
-    limit: Any  # (b,) tokens of the answer after which the row pauses
-    targets: Any  # (b, t) the token after each, whose log-probability is reported
-    reports: Any  # (b,) bool: log-probabilities of the prompt are wanted
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +100,9 @@ class Programs:
     """Compiled programs, and how many were compiled so far."""
 
     admit: Callable[..., Rows]
-    prefill: Callable[..., tuple[Cache, Rows, Made, LogProbs]]
+    prefill: Callable[..., tuple[Cache, jax.Array, jax.Array]]
+    score: Callable[..., LogProbs]
+    first: Callable[..., tuple[Rows, Made]]
     decode: Callable[..., tuple[Cache, Rows, Made]]
     compiled: dict[str, int]
 
@@ -120,48 +121,68 @@ def empty_rows(rows: int, adapters: int, vocab: int) -> Rows:
 
 
 def make_programs(model: Model, dtype: Any, place: Callable[[Any], Any]) -> Programs:
-    """Return the programs of a model in a compute dtype. `place` constrains the sharding of a
-    cache or of rows, so that the next call takes them as they are.
+    """Return the programs of a model in a compute dtype. `place` constrains the sharding of their
+    results, so that the next call takes cache and rows as they are.
     """
-    compiled = {"admit": 0, "prefill": 0, "decode": 0}
+    compiled: dict[str, int] = {}
 
-    def admit(rows: Rows, index: Any, own: Admission) -> Rows:
-        compiled["admit"] += 1
-        return place(_admitted(rows, index, own))
+    def counted(function: Callable, **options: Any) -> Callable:
+        """Compile a function, and count how often."""
 
-    def prefill(params, bank, prefix, cache, rows, chunk, view):
-        compiled["prefill"] += 1
-        run = _Forward(model, dtype, params, bank, prefix, rows, chunk.rows)
-        cache, rows, *made = _prefill(run, cache, rows, chunk, view)
-        return place(cache), place(rows), *map(place, made)
+        @wraps(function)
+        def counting(*arguments: Any, **named: Any) -> Any:
+            compiled[function.__name__] = compiled.get(function.__name__, 0) + 1
+            return place(function(*arguments, **named))
 
-    def decode(params, bank, prefix, cache, rows, chosen, limit, hurry, view):
-        compiled["decode"] += 1
-        run = _Forward(model, dtype, params, bank, prefix, rows, chosen)
-        cache, rows, made = _decode(run, cache, rows, chosen, limit, hurry, view)
-        return place(cache), place(rows), place(made)
+        return jax.jit(counting, **options)
 
-    donated: dict[str, Any] = {"static_argnames": "view", "donate_argnames": ("cache", "rows")}
+    def prefill(given, cache, rows, chunk, view):
+        run = _Forward(model, dtype, given, rows, chunk.rows)
+        return _prefill(run, cache, chunk, view)
+
+    def score(given, rows, chunk, hidden, targets):
+        return _score(_Forward(model, dtype, given, rows, chunk.rows), hidden, targets)
+
+    def first(given, rows, chosen, hidden, length, limit):
+        return _first(
+            _Forward(model, dtype, given, rows, chosen), rows, chosen, hidden, length, limit
+        )
+
+    def decode(given, cache, rows, chosen, limit, hurry, view):
+        run = _Forward(model, dtype, given, rows, chosen)
+        return _decode(run, cache, rows, chosen, limit, hurry, view)
+
     return Programs(
-        jax.jit(admit, donate_argnames="rows"),
-        jax.jit(prefill, **donated),
-        jax.jit(decode, **donated),
+        counted(admit, donate_argnames="rows"),
+        counted(prefill, static_argnames="view", donate_argnames="cache"),
+        counted(score),
+        counted(first, donate_argnames="rows"),
+        counted(decode, static_argnames="view", donate_argnames=("cache", "rows")),
         compiled,
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Given:
+    """What all rows share: parameters, the bank of adapters, and virtual tokens."""
+
+    params: Any
+    bank: Any = None  # its `params` are left out
+    prefix: Virtual | None = None
 
 
 class _Forward:
     """The model with the adapters of some rows bound: all, or those `chosen` (b,)."""
 
-    def __init__(
-        self, model: Model, dtype: Any, params: Any, bank: Any, prefix: Any, rows: Rows, chosen: Any
-    ):
-        if bank is not None:
+    def __init__(self, model: Model, dtype: Any, given: Given, rows: Rows, chosen: Any):
+        params = given.params
+        if given.bank is not None:
             choice = (rows.slot_ids, rows.slot_weights)
             ids, shares = choice if chosen is None else (x[chosen] for x in choice)
-            params = dataclasses.replace(bank, params=params).bind(params, ids, shares)
+            params = dataclasses.replace(given.bank, params=params).bind(params, ids, shares)
         self.module = model.module(params)
-        virtual: dict[str, Virtual] = {} if prefix is None else {"prefix": prefix}
+        virtual: dict[str, Virtual] = {} if given.prefix is None else {"prefix": given.prefix}
         self.hidden = partial(self.module.hidden, execution=Execution(dtype), **virtual)
         self.by_length = bool(getattr(model.config, "ropes_by_length", ()))
 
@@ -169,7 +190,7 @@ class _Forward:
         return self.module.logits(hidden).astype(jnp.float32)
 
 
-def _admitted(rows: Rows, index: Any, own: Admission) -> Rows:
+def admit(rows: Rows, index: Any, own: Admission) -> Rows:
     def put(name: str, value: Any) -> jax.Array:
         return getattr(rows, name).at[index].set(value)
 
@@ -188,14 +209,14 @@ def _admitted(rows: Rows, index: Any, own: Admission) -> Rows:
 
 
 def _prefill(
-    run: _Forward, cache: Cache, rows: Rows, chunk: Chunk, view: int
-) -> tuple[Cache, Rows, Made, LogProbs]:
-    """Return also the log-probabilities (b, t, ..) of `chunk.targets`."""
+    run: _Forward, cache: Cache, chunk: Chunk, view: int
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Return also hidden states of the chunk (b, t, d), and of its last token (b, d)."""
     batch, time = chunk.tokens.shape
     real = jnp.arange(time) < chunk.count[:, None]
     more = {}
     if run.by_length:
-        more["lengths"] = jnp.broadcast_to(chunk.length[:, None], chunk.tokens.shape)
+        more["lengths"] = jnp.broadcast_to(chunk.length[:, None], (batch, time))
     hidden, seen = run.hidden(
         chunk.tokens,
         positions=chunk.start[:, None] + jnp.arange(time),
@@ -204,43 +225,36 @@ def _prefill(
         **more,
     )
     cache = dataclasses.replace(cache, keys=seen.keys, values=seen.values)
-    own = jax.tree.map(lambda x: x[chunk.rows], rows)
-    own = dataclasses.replace(own, length=chunk.start + chunk.count, limit=chunk.limit)
     ends = jnp.maximum(chunk.count - 1, 0)[:, None, None]
-    final = jnp.take_along_axis(hidden, ends, axis=1)[:, 0]
-    last = chunk.last & (chunk.count > 0)
-    token, report = jax.lax.cond(
-        last.any(),
-        lambda x: _pick(run.logits(x), own, last),
-        lambda x: _nothing(_pick, jax.eval_shape(run.logits, x), own, last),
-        final,
-    )
-    new = _advanced(own, token, last)
-    # Of a row twice in a batch, and of rows without tokens, nothing is written.
-    where = jnp.where(chunk.count > 0, chunk.rows, len(rows.token))
-    rows = jax.tree.map(lambda all_, x: all_.at[where].set(x, mode="drop"), rows, new)
-    made = Made(jnp.where(last, token, -1)[None], jax.tree.map(lambda x: x[None], report))
-    return cache, rows, made, _prompt_log_probs(run, hidden, chunk)
+    return cache, hidden, jnp.take_along_axis(hidden, ends, axis=1)[:, 0]
 
 
-def _prompt_log_probs(run: _Forward, hidden: jax.Array, chunk: Chunk) -> LogProbs:
-    """Return log-probabilities (b, t, ..) of `chunk.targets`; zeros if no row wants them."""
-    batch, time = chunk.targets.shape
+def _score(run: _Forward, hidden: jax.Array, targets: jax.Array) -> LogProbs:
+    """Return log-probabilities (b, t, ..) of `targets` (b, t), the tokens after each."""
+    batch, time = targets.shape
 
-    def measure(hidden: jax.Array, targets: jax.Array) -> LogProbs:
-        return log_probs_if(jnp.ones(1, bool), run.logits(hidden), targets)
+    def measure(pair: tuple[jax.Array, jax.Array]) -> LogProbs:
+        return log_probs(run.logits(pair[0]), pair[1])
 
-    def one(pair: tuple[jax.Array, jax.Array]) -> LogProbs:
-        return jax.lax.cond(
-            chunk.reports.any(), measure, lambda *pair: _nothing(measure, *pair), *pair
-        )
+    # A few tokens at a time: the logits of a chunk would be its largest array by far.
+    parts = (hidden.reshape(-1, _SCORED, hidden.shape[-1]), targets.reshape(-1, _SCORED))
+    found = jax.lax.map(measure, parts)
+    return jax.tree.map(lambda x: x.reshape(batch, time, *x.shape[2:]), found)
 
-    # A few tokens at a time: logits of a chunk would be its largest array by far.
-    size = next(size for size in (16, 8, 4, 2, 1) if batch * time % size == 0)
-    parts = jax.lax.map(
-        one, (hidden.reshape(-1, size, hidden.shape[-1]), chunk.targets.reshape(-1, size))
-    )
-    return jax.tree.map(lambda x: x.reshape(batch, time, *x.shape[2:]), parts)
+
+def _first(
+    run: _Forward, rows: Rows, chosen: Any, hidden: jax.Array, length: Any, limit: Any
+) -> tuple[Rows, Made]:
+    """Give rows `chosen` (b,) their next token and let them run up to `limit` (b,) tokens of the
+    answer. Their texts have `length` (b,) tokens and end in the state `hidden` (b, d).
+    """
+    own = jax.tree.map(lambda x: x[chosen], rows)
+    own = dataclasses.replace(own, length=jnp.asarray(length), limit=jnp.asarray(limit))
+    all_ = jnp.ones_like(own.running)
+    token, report = _pick(run.logits(hidden), own, all_)
+    new = _advanced(own, token, all_)
+    rows = jax.tree.map(lambda x, y: x.at[chosen].set(y), rows, new)
+    return rows, Made(token[None], jax.tree.map(lambda x: x[None], report))
 
 
 def _decode(
@@ -305,9 +319,3 @@ def _advanced(own: Rows, token: jax.Array, now: jax.Array) -> Rows:
         running=jnp.where(now, ~stops & (made < own.limit), own.running),
         seen=count_tokens(own.seen, token, now),
     )
-
-
-def _nothing(function: Callable, *arguments: Any) -> Any:
-    """Return zeros in place of the result of a function."""
-    shapes = jax.eval_shape(function, *arguments)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

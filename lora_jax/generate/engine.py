@@ -1,43 +1,41 @@
 """Continuous batching over one base and many adapters, without HTTP.
 
-engine = Engine(model, rows=8, max_length=1024, max_loras=4, max_lora_rank=16)
+bank = lora.bank(model.params, slots=5, rank=16)           # slot 0 is the base
+engine = Engine(model, rows=8, max_length=1024, bank=bank)
 engine.publish("a", adapters, config)                     # a tree from a run or a file
 answers = engine.answer([Request(prompt, 64, adapter="a"), Request(prompt, 64)])
 
-The engine is a driver of three compiled programs (`decode`). Each step admits waiting requests to
+The engine is the driver of the compiled programs in `decode`. Each step admits waiting requests to
 free rows, reads chunks of their prompts, and gives the running rows their next tokens.
 """
 
-import contextlib
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import bank as banks
+from lora_jax.bank import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError
-from lora_jax.generate.decode import MOST_STEPS, Admission, Chunk, Made, empty_rows, make_programs
+from lora_jax.generate.decode import MOST_STEPS, Admission, Chunk, Made
+from lora_jax.generate.device import Device, chunk_size
 from lora_jax.generate.log_probs import LogProbs
 from lora_jax.generate.requests import Completion, Event, Request, check_request, join
 from lora_jax.generate.sampling import prompt_mask, row_of
 from lora_jax.generate.versions import Version, Versions
 from lora_jax.models.common import Model
-from lora_jax.nn.cache import Cache
 from lora_jax.nn.rope import next_change
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
-from lora_jax.sharding import BATCH, constrain, gather_to_host, mesh_of
+from lora_jax.sharding import gather_to_host
 from lora_jax.targets import Trainable
-from lora_jax.weights import Layered, separate
+from lora_jax.weights import separate
 
-_CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once
 _PREFILL = 512  # tokens of prompts per step, while other rows wait for their next token
-_FIRST_VIEW = 128  # slots; views grow by a factor of 4
 
 
 @dataclass
@@ -62,10 +60,9 @@ class Engine:
         model: the model; `for_decoding(model)` is faster where memory allows.
         rows: texts at once.
         max_length: most tokens of a prompt with its answer.
-        max_loras: adapters in the bank at once; more may be published.
-        max_lora_rank: largest rank of an adapter.
+        bank: slots for adapters, as `lora.bank(model.params, ..)` makes them. They are the engine's
+            from now on. More adapters than slots may be published.
         max_terms: most adapters in a weighted sum.
-        modules: modules that adapters may adapt, as `lora.bank` takes them.
         dtype: of activations and of the cache.
 
     Example:
@@ -82,10 +79,8 @@ class Engine:
         *,
         rows: int = 8,
         max_length: int = 1024,
-        max_loras: int = 0,
-        max_lora_rank: int = 16,
+        bank: Bank | None = None,
         max_terms: int = 2,
-        modules: Any = "all-linear",
         dtype: Any = jnp.float32,
     ):
         sizes = {"rows": rows, "max_length": max_length, "max_terms": max_terms}
@@ -93,22 +88,10 @@ class Engine:
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         self.model, self.max_length = model, max_length
-        self._params: Mapping = model.params
-        self._prefix: Virtual | None = None
         self._terms, self._vocab = max_terms, model.config.vocab_size
-        self._batches, self._views = _batch_sizes(rows), _views(max_length)
-        self._allocate = _allocator(model, rows, max_length, max_terms, dtype)
-        self._programs = make_programs(model, dtype, _place)
-        self._mesh = mesh_of(model.params)
-        bank = None
-        if max_loras:
-            with self._on_mesh():
-                bank = banks.bank(
-                    model.params, slots=max_loras + 1, rank=max_lora_rank, modules=modules
-                )
+        self._device = Device(model, rows, max_length, max_terms, dtype)
         self._versions = Versions(bank)
         self._idle = self._admission(Request([0], 0), [])
-        self._state: tuple[Cache, Any] | None = None
         self._waiting: deque[tuple[int, Request, list[Version]]] = deque()
         self._rows: dict[int, _Running] = {}
         self._count = 0
@@ -116,7 +99,7 @@ class Engine:
     @property
     def compiled_programs(self) -> int:
         """Number of programs compiled so far."""
-        return sum(self._programs.compiled.values())
+        return self._device.compiled
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -133,7 +116,7 @@ class Engine:
         Raises:
             UserError: an engine without slots; adapters that do not fit the bank.
         """
-        with self._on_mesh():
+        with self._device.on_mesh():
             return self._versions.publish(name, adapters, config).identity
 
     def withdraw(self, name: str) -> None:
@@ -149,12 +132,12 @@ class Engine:
         before each prompt. Nothing is compiled anew if the trees have the same shapes.
         """
         assert not self.busy, "requests are running"
-        self._params, self._prefix = params, prefix
+        self._device.params, self._device.prefix = params, prefix
 
     def release(self) -> None:
         """Free the memory of cache and rows until the next request."""
         assert not self.busy, "requests are running"
-        self._state = None
+        self._device.release()
 
     @property
     def busy(self) -> bool:
@@ -168,15 +151,14 @@ class Engine:
             UserError: a prompt that is empty, has tokens outside of the vocabulary, or is too long
                 with its answer; an adapter that is not published; settings out of range.
         """
-        check_request(self.model, request, self.max_length, self._prefix)
+        check_request(self.model, request, self.max_length, self._device.prefix)
         row_of(request.sampling, request.number, request.stop_tokens, self._vocab)
         versions = [self._versions.find(name) for name in _terms(request)]
         if len(versions) > self._terms:
             raise UserError(
                 f"{len(versions)} adapters in one request are more than max_terms={self._terms}"
             )
-        if len(versions) > 1 and self._versions.bank is not None:
-            banks.check_sum([version.config for version in versions])
+        _check_terms(_terms(request), versions)
         self._count += 1
         self._waiting.append((self._count, request, versions))
         return self._count
@@ -194,8 +176,9 @@ class Engine:
         """Admit requests, read chunks of prompts, decode; return what came of it. A request has at
         most one event per step.
         """
-        with self._on_mesh():
+        with self._device.on_mesh():
             self._admit()
+            self._device.bank = self._versions.bank
             events = self._read_prompts()
             done = self._decode_rows()
         merged: dict[int, Event] = {}
@@ -241,31 +224,26 @@ class Engine:
     def warm_up(self) -> int:
         """Compile all programs that requests may need; return how many there are."""
         assert not self.busy, "requests are running"
-        with self._on_mesh():
-            self._write_row(0, self._idle)
-            for time in _CHUNKS:
-                for view in sorted({self._prefill_view(start, time) for start in (0, 1)}):
-                    self._run_prefill(_no_tokens(time), view)
-            for size in self._batches:
-                for view in self._views:
-                    self._run_decode(list(range(size)), view, 0, False)
+        with self._device.on_mesh():
+            self._device.bank = self._versions.bank
+            self._device.warm_up(self._idle)
         return self.compiled_programs
 
     # Admission.
 
     def _admit(self) -> None:
-        free = [row for row in range(self._batches[-1]) if row not in self._rows]
+        free = [row for row in range(self._device.batches[-1]) if row not in self._rows]
         while self._waiting and free:
             id, request, versions = self._waiting[0]
             slots = self._versions.acquire(versions) if versions else []
             if slots is None:
                 return  # in order: a request that waits for a slot is not overtaken
             self._waiting.popleft()
-            places = placeholders(self._prefix)
+            places = placeholders(self._device.prefix)
             text = [0] * places + [int(token) for token in request.prompt]
             own = _Running(id, request, versions, free.pop(0), text, len(text))
             self._rows[own.row] = own
-            self._write_row(own.row, self._admission(request, slots))
+            self._device.admit(own.row, self._admission(request, slots))
 
     def _admission(self, request: Request, slots: Sequence[int]) -> Admission:
         weights = list(_terms(request).values())
@@ -281,8 +259,8 @@ class Engine:
         """Free the row of a request, and stop it on the device if it runs."""
         self._free(own)
         if own.decoding:
-            with self._on_mesh():
-                self._write_row(own.row, self._idle)
+            with self._device.on_mesh():
+                self._device.admit(own.row, self._idle)
 
     def _free(self, own: _Running) -> None:
         del self._rows[own.row]
@@ -293,66 +271,65 @@ class Engine:
     def _read_prompts(self) -> list[Event]:
         """Read chunks of texts, up to a number of tokens; return the first tokens of answers."""
         running = any(own.decoding for own in self._rows.values())
-        budget, results = _PREFILL if running else 4 * _PREFILL, []
+        budget, events = _PREFILL if running else 4 * _PREFILL, []
         for own in list(self._rows.values()):
             while not own.decoding and budget > 0:
-                piece = self._next_piece(own)
-                view = self._prefill_view(own.read, piece.tokens.shape[1])
-                results.append((own, piece, *self._run_prefill(piece, view)))
-                own.read += int(piece.count[0])
-                budget -= piece.tokens.shape[1]
-                own.decoding = own.read == len(own.text)
-        return [event for result in results for event in self._after_piece(*result)]
+                chunk = self._next_chunk(own)
+                budget -= chunk.tokens.shape[1]
+                hidden, last = self._device.prefill(chunk)
+                events += self._after_chunk(own, chunk, hidden, last)
+                if own.row not in self._rows:
+                    break
+        return events
 
-    def _next_piece(self, own: _Running) -> Chunk:
-        """Return the next chunk of a text. Its size depends on the text alone, and so do its bits."""
-        left, total = len(own.text) - own.read, len(own.text)
-        time = _chunk_size(left)
-        count = min(left, time)
-        answered = total - own.start
-        own.limit = own.request.max_new_tokens
-        if (change := self._next_change(total)) is not None:
-            own.limit = min(own.limit, change - own.start)
-        wanted = own.request.prompt_log_probs is not None and not answered
+    def _next_chunk(self, own: _Running) -> Chunk:
+        """Return the next chunk of a text. Its size depends on the text alone, as do its bits."""
+        left = len(own.text) - own.read
+        time = chunk_size(left)
+        piece = own.text[own.read : own.read + time]
         return Chunk(
             rows=np.array([own.row], np.int32),
-            tokens=_filled(own.text[own.read : own.read + count], time, np.int32)[None],
+            tokens=_filled(piece, time, np.int32)[None],
             start=np.array([own.read], np.int32),
-            count=np.array([count], np.int32),
-            last=np.array([count == left and own.request.max_new_tokens > 0]),
-            length=np.array([total], np.int32),
-            limit=np.array([own.limit], np.int32),
-            targets=_filled(own.text[own.read + 1 : own.read + 1 + time], time, np.int32)[None],
-            reports=np.array([wanted]),
+            count=np.array([len(piece)], np.int32),
+            length=np.array([len(own.text)], np.int32),
         )
 
-    def _after_piece(
-        self, own: _Running, piece: Chunk, made: Made, prompt: LogProbs
+    def _after_chunk(
+        self, own: _Running, chunk: Chunk, hidden: jax.Array, last: jax.Array
     ) -> Iterator[Event]:
-        first, count = int(piece.start[0]), int(piece.count[0])
-        found = None
-        if piece.reports[0]:
-            skipped = max(0, placeholders(self._prefix) - first)  # targets within the prompt
-            stop = min(count, own.start - 1 - first)
-            found = _trimmed(prompt, np.s_[0, skipped:stop], own.request.prompt_log_probs)
-        if first + count == own.start and not own.request.max_new_tokens:
+        """Yield the log-probabilities of a chunk of a prompt, and the first token after it."""
+        request, scored, start = own.request, None, own.read
+        own.read += int(chunk.count[0])
+        if request.prompt_log_probs is not None and len(own.text) == own.start:
+            scored = self._scored(own, chunk, hidden, start)
+        if own.read < len(own.text):
+            if scored is not None:
+                yield Event(own.id, [], prompt_log_probs=scored)
+        elif not request.max_new_tokens:
             self._free(own)
-            yield Event(own.id, [], finish_reason="length", prompt_log_probs=found)
-        elif piece.last[0]:
-            yield self._after_tokens(own, made, 0, found)
-        elif found is not None:
-            yield Event(own.id, [], prompt_log_probs=found)
+            yield Event(own.id, [], finish_reason="length", prompt_log_probs=scored)
+        else:
+            own.decoding, own.limit = True, request.max_new_tokens
+            if (change := self._next_change(len(own.text))) is not None:
+                own.limit = min(own.limit, change - own.start)
+            made = self._device.first(own.row, last, len(own.text), own.limit)
+            yield self._after_tokens(own, made, 0, scored)
+
+    def _scored(self, own: _Running, chunk: Chunk, hidden: jax.Array, start: int) -> LogProbs:
+        time, places = chunk.tokens.shape[1], placeholders(self._device.prefix)
+        targets = _filled(own.text[start + 1 : start + 1 + time], time, np.int32)[None]
+        found = self._device.score(chunk, hidden, targets)
+        # Targets are the second to the last token of the prompt, without placeholders.
+        part = np.s_[0, max(0, places - start) : min(own.read, own.start - 1) - start]
+        return _trimmed(found, part, own.request.prompt_log_probs)
 
     def _next_change(self, length: int) -> int | None:
         """Return the next length of a text at which its cache has other rotary frequencies."""
-        shift = first_position(self._prefix)
+        shift = first_position(self._device.prefix)
         ropes = getattr(self.model.config, "ropes_by_length", ())
         changes = [next_change(own, length + shift) for own in ropes]
         return min((change - shift for change in changes if change is not None), default=None)
-
-    def _prefill_view(self, start: int, time: int) -> int:
-        """Return the slots that a chunk looks at: its own if it is the first, else all."""
-        return min(time, self.max_length) if start == 0 else self.max_length
 
     # Answers.
 
@@ -363,15 +340,9 @@ class Engine:
         reading = len(running) < len(self._rows)
         steps = 1 if reading else MOST_STEPS
         longest = max(min(len(own.text) + steps, own.start + own.limit) for own in running)
-        view = next(view for view in self._views if view >= min(longest, self.max_length))
-        size = next(size for size in self._batches if size >= len(running))
-        chosen = [own.row for own in running]
-        chosen += [row for row in range(self._batches[-1]) if row not in chosen]
-        made = self._run_decode(chosen[:size], view, steps, bool(self._waiting))
-        where = {row: i for i, row in enumerate(chosen)}
-        if size == self._batches[-1]:
-            where = {row: row for row in chosen}
-        return [self._after_tokens(own, made, where[own.row], None) for own in running]
+        rows = [own.row for own in running]
+        made, columns = self._device.decode(rows, longest, steps, bool(self._waiting))
+        return [self._after_tokens(own, made, columns[own.row], None) for own in running]
 
     def _after_tokens(
         self, own: _Running, made: Made, column: int, prompt: LogProbs | None
@@ -394,59 +365,6 @@ class Engine:
             self._free(own)
         return Event(own.id, tokens, found, reason, stop, prompt)
 
-    # Programs.
-
-    @property
-    def _arguments(self) -> tuple[Any, ...]:
-        bank = self._versions.bank
-        bank = None if bank is None else dataclasses.replace(bank, params={})  # they come first
-        return self._params, bank, self._prefix
-
-    def _write_row(self, row: int, own: Admission) -> None:
-        cache, rows = self._allocated()
-        self._state = cache, self._programs.admit(rows, np.int32(row), own)
-
-    def _run_prefill(self, piece: Chunk, view: int) -> tuple[Made, LogProbs]:
-        cache, rows, made, prompt = self._programs.prefill(
-            *self._arguments, *self._allocated(), piece, view=view
-        )
-        self._state = cache, rows
-        return made, prompt
-
-    def _run_decode(self, chosen: list[int], view: int, steps: int, hurry: bool) -> Made:
-        several = len(chosen) < self._batches[-1]
-        cache, rows, made = self._programs.decode(
-            *self._arguments,
-            *self._allocated(),
-            np.asarray(chosen, np.int32) if several else None,
-            np.int32(steps),
-            np.bool_(hurry),
-            view=view,
-        )
-        self._state = cache, rows
-        return jax.tree.map(gather_to_host, made)
-
-    def _allocated(self) -> tuple[Cache, Any]:
-        if self._state is None:
-            self._state = self._allocate()
-        return self._state
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-
-def _allocator(
-    model: Model, rows: int, slots: int, terms: int, dtype: Any
-) -> Callable[[], tuple[Cache, Any]]:
-    """Return a function that makes an empty cache and free rows."""
-
-    @jax.jit
-    def allocate() -> tuple[Cache, Any]:
-        cache = model.empty_cache(rows, slots, dtype)
-        return _place(cache), _place(empty_rows(rows, terms, model.config.vocab_size))
-
-    return allocate
-
 
 def for_decoding(model: Model) -> Model:
     """Return the model in the form that decodes fastest: each layer's weights in arrays of their
@@ -456,67 +374,28 @@ def for_decoding(model: Model) -> Model:
     return model.replace(params=separate(model.params))
 
 
-def _place(tree: Any) -> Any:
-    """Constrain the sharding of a cache, rows or results on the mesh: rows of the cache over data
-    and fsdp, its heads over tensor; other arrays whole on each device.
-    """
-    if isinstance(tree, Cache):
-        spec = (BATCH[0], "tensor", None, None)
-
-        def of_layers(x: Any) -> Any:
-            if isinstance(x, Layered):
-                return Layered(tuple(constrain(layer, *spec) for layer in x.layers))
-            return constrain(x, None, *spec)
-
-        return dataclasses.replace(tree, keys=of_layers(tree.keys), values=of_layers(tree.values))
-    return jax.tree.map(constrain, tree)
-
-
-def _views(longest: int) -> list[int]:
-    """Return the numbers of slots that decoding may look at.
-
-    >>> _views(1000)
-    [128, 512, 1000]
-    """
-    views = [_FIRST_VIEW]
-    while views[-1] < longest:
-        views.append(4 * views[-1])
-    return [*(view for view in views if view < longest), longest]
-
-
-def _batch_sizes(rows: int) -> list[int]:
-    """Return the numbers of rows that decoding may compute.
-
-    >>> _batch_sizes(8)
-    [1, 4, 8]
-    """
-    sizes = [1]
-    while sizes[-1] < rows:
-        sizes.append(4 * sizes[-1])
-    return [*(size for size in sizes if size < rows), rows]
-
-
-def _chunk_size(left: int) -> int:
-    """Return how many tokens to read next: a size that is at least half full, or the smallest.
-
-    >>> [_chunk_size(left) for left in (3, 20, 40, 100, 130)]
-    [16, 16, 64, 64, 256]
-    """
-    return next(size for size in reversed(_CHUNKS) if 2 * left >= size or size == _CHUNKS[0])
-
-
-def _no_tokens(time: int) -> Chunk:
-    """Return a chunk that changes nothing."""
-    one, off = np.zeros(1, np.int32), np.zeros(1, bool)
-    tokens = np.zeros((1, time), np.int32)
-    return Chunk(one, tokens, one, one, off, one + 1, one, tokens, off)
-
-
 def _terms(request: Request) -> Mapping[str, float]:
     """Return the weights of the adapters of a request, by name."""
     if request.adapter is None:
         return {}
     return {request.adapter: 1.0} if isinstance(request.adapter, str) else request.adapter
+
+
+def _check_terms(weights: Mapping[str, float], versions: Sequence[Version]) -> None:
+    """Check the weights of a sum of adapters.
+
+    Raises:
+        UserError: weights that are no finite numbers; a DoRA adapter that is not alone, weight 1.
+    """
+    for version in versions:
+        weight = weights[version.name]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+            raise UserError(f"adapter {version.name!r}: its weight {weight!r} is no finite number")
+        if version.has_gain and (len(versions) > 1 or weight != 1):
+            raise UserError(
+                f"adapter {version.name!r} has a gain (DoRA), which has no weighted sum; ask for "
+                "it alone, with weight 1"
+            )
 
 
 def _filled(values: Sequence[Any], length: int, dtype: Any) -> np.ndarray:
@@ -539,5 +418,5 @@ def _joined(one: Event, other: Event) -> Event:
         join(one.log_probs, other.log_probs),
         other.finish_reason,
         other.stop_token,
-        one.prompt_log_probs,
+        join(one.prompt_log_probs, other.prompt_log_probs),
     )

@@ -34,6 +34,11 @@ class Version:
     users: int = 0  # requests that are running on it
     used: int = 0  # when it was last acquired
 
+    @property
+    def has_gain(self) -> bool:
+        """True for DoRA, whose update has no weighted sum."""
+        return _settings(self.config).use_dora
+
 
 class Versions:
     """Published adapters over one bank, whose slot 0 is the base."""
@@ -54,7 +59,7 @@ class Versions:
             UserError: an engine without slots; adapters that the bank refuses.
         """
         if self.bank is None:
-            raise UserError(f"adapter {name!r}: the engine has no slots; make it with max_loras=1")
+            raise UserError(f"adapter {name!r}: the engine has no slots; give it a bank")
         self.bank.check(adapters, config)
         copy = jax.tree.map(gather_to_host, dict(adapters))
         version = Version(name, _identity(copy, config), copy, config)
@@ -84,7 +89,7 @@ class Versions:
         if name not in self._current:
             known = ", ".join(sorted(self._current)) or "none"
             hint = nearest(name, self._current)
-            raise UserError(f"adapter {name!r} is not published; there are: {known}{hint}")
+            raise UserError(f"adapter {name!r} is not published; there are: {known}.{hint}")
         return self._current[name]
 
     @property
@@ -145,10 +150,14 @@ class Versions:
 
 def _identity(adapters: Mapping[str, Any], config: AdapterConfig | Trainable) -> str:
     """Return the SHA-256 of the weights of adapters and of their settings."""
-    settings = config.config if isinstance(config, Trainable) else config
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True, default=str).encode())
+    settings = json.dumps(asdict(_settings(config)), sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode())
     for path, leaf in sorted(flatten(adapters).items()):
         array = np.asarray(leaf)
         digest.update(f"{dotted(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _settings(config: AdapterConfig | Trainable) -> AdapterConfig:
+    return config.config if isinstance(config, Trainable) else config
