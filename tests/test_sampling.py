@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from lora_jax import formats
 from lora_jax.errors import UserError
-from lora_jax.generate import Rows, Sampling, make_generate, make_stream
+from lora_jax.generate import Engine, Request, Sampling
 from lora_jax.generate.sampling import keep_likely, sample
 
 TEXTS = [[3, 5, 7, 11], [2], [13, 17, 19, 23, 29, 31, 37, 41]]
@@ -118,34 +118,40 @@ def model(tmp_path_factory):
 
 
 def test_an_answer_depends_on_its_number_and_not_on_the_batch(model):
-    generate = make_generate(model)
-    options = {"max_new_tokens": 9, "stop_tokens": ()}
-    drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
-    together = generate(model.params, TEXTS, sampling=drawn, **options)
-    assert together == generate(model.params, TEXTS, sampling=drawn, **options)
-    for number in (0, 1, 2):
-        alone = Rows([number], 8)
-        assert generate(model.params, [TEXTS[number]], sampling=drawn, rows=alone, **options) == [
-            together[number]
+    engine = Engine(model, rows=2, max_length=32)
+
+    def answers(sampling=Sampling(), texts=TEXTS, numbers=(0, 1, 2)):
+        requests = [
+            Request(text, 9, sampling=sampling, number=number)
+            for text, number in zip(texts, numbers, strict=True)
         ]
-    twice = generate(model.params, [TEXTS[0]] * 2, sampling=drawn, **options)
+        return [found.tokens for found in engine.answer(requests)]
+
+    drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
+    together = answers(drawn)
+    assert together == answers(drawn)
+    for number in (0, 1, 2):
+        assert answers(drawn, [TEXTS[number]], [number]) == [together[number]]
+    twice = answers(drawn, [TEXTS[0]] * 2, (0, 1))
     assert twice[0] == together[0] != twice[1]
-    other = Sampling(temperature=1.5, top_p=0.9, seed=4)
-    assert generate(model.params, TEXTS, sampling=other, **options) != together
-    greedy = generate(model.params, TEXTS, **options)
+    assert answers(Sampling(temperature=1.5, top_p=0.9, seed=4)) != together
+    greedy = answers()
     assert greedy != together
-    tiny = Sampling(temperature=1.5, top_p=1e-6)
-    assert generate(model.params, TEXTS, sampling=tiny, **options) == greedy
+    assert answers(Sampling(temperature=1.5, top_p=1e-6)) == greedy
 
 
-@pytest.mark.parametrize("every", [1, 4, 100])
-def test_a_stream_is_the_answer_in_pieces(model, every):
-    generate, stream = make_generate(model), make_stream(model, every=every)
-    for sampling in (Sampling(), Sampling(temperature=1.5, seed=3)):
-        options = {"max_new_tokens": 9, "sampling": sampling}
-        (whole,) = generate(model.params, TEXTS[:1], stop_tokens=(), **options)
-        assert len(whole) == 9
-        for stops in ((), {whole[5]}, {whole[0]}):
-            wanted = generate(model.params, TEXTS[:1], stop_tokens=stops, **options)[0]
-            found = stream(model.params, TEXTS[0], stop_tokens=stops, **options)
-            assert list(found) == wanted
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, seed=3)])
+def test_events_are_the_answer_in_pieces(model, sampling):
+    engine = Engine(model, max_length=32)
+
+    def answer(stops):
+        [found] = engine.answer([Request(TEXTS[0], 19, stops, sampling)])
+        return found.tokens
+
+    whole = answer(())
+    assert len(whole) == 19
+    for stops in ((), {whole[5]}, {whole[0]}):
+        engine.submit(Request(TEXTS[0], 19, stops, sampling))
+        events = list(engine.run())
+        assert [token for event in events for token in event.tokens] == answer(stops)
+        assert len(events) > 1 or stops

@@ -88,12 +88,15 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
         UserError: a prompt that is empty or not a list of tokens; as `Model.check_tokens`.
     """
     for number, prompt in enumerate(prompts):
-        what = f"prompt {number}"
-        if np.ndim(prompt) != 1:
-            raise UserError(f"{what} must be a list of tokens, not {prompt!r}")
-        if not len(prompt):
-            raise UserError(f"{what} is empty; begin it with a token, such as the tokenizer's BOS")
-        model.check_tokens(prompt, what)
+        _check_prompt(model, prompt, f"prompt {number}")
+
+
+def _check_prompt(model: Model, prompt: Sequence[int], what: str) -> None:
+    if np.ndim(prompt) != 1:
+        raise UserError(f"{what} must be a list of tokens, not {prompt!r}")
+    if not len(prompt):
+        raise UserError(f"{what} is empty; begin it with a token, such as the tokenizer's BOS")
+    model.check_tokens(prompt, what)
 
 
 def check_room(
@@ -154,7 +157,7 @@ def check_request(model: Model, request: Request, max_length: int, virtual: int)
     most = request.max_new_tokens
     if not _is_count(most):
         raise UserError(f"max_new_tokens={most!r} must be an integer, at least 1")
-    check_prompts(model, [request.prompt])
+    _check_prompt(model, request.prompt, "the prompt")
     if most > 0 or request.prompt_log_probs is None:
         _check_room(model, len(request.prompt), most, virtual)
     model.check_tokens(np.asarray(list(request.stop_tokens), np.int64), "stop_tokens")
