@@ -14,7 +14,7 @@ from lora_jax.models.common import Model
 from lora_jax.nn.cache import Cache
 from lora_jax.nn.virtual import Virtual
 from lora_jax.sharding import BATCH, constrain, gather_to_host, mesh_of
-from lora_jax.weights import Layered, separate
+from lora_jax.weights import Layered, is_layered, separate
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once
 _FIRST_VIEW = 128  # slots that attention reads in the smallest program
@@ -36,12 +36,12 @@ class Device:
         self._programs = make_programs(model, dtype, _place)
         self._state: tuple[Cache, Any] | None = None
 
-        @jax.jit
-        def allocate() -> tuple[Cache, Any]:
+        def allocate(params: Any) -> tuple[Cache, Any]:
             free = empty_rows(rows, adapters, model.config.vocab_size)
-            return _place(model.empty_cache(rows, slots, dtype)), _place(free)
+            cache = model.replace(params=params).empty_cache(rows, slots, dtype)
+            return _place(cache), _place(free)
 
-        self._allocate = allocate
+        self._allocate = jax.jit(allocate)
 
     @property
     def compiled(self) -> int:
@@ -51,6 +51,12 @@ class Device:
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """Return a context for calls: the mesh of the parameters, if there is one."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def use(self, params: Mapping, prefix: Virtual | None) -> None:
+        """Compute with other parameters, stacked or in separate layers, and virtual tokens."""
+        if _is_separate(params) != _is_separate(self.params):
+            self.release()
+        self.params, self.prefix = params, prefix
 
     def release(self) -> None:
         """Free cache and rows until the next call."""
@@ -144,7 +150,7 @@ class Device:
 
     def _allocated(self) -> tuple[Cache, Any]:
         if self._state is None:
-            self._state = self._allocate()
+            self._state = self._allocate(self.params)
         return self._state
 
 
@@ -154,6 +160,11 @@ def for_decoding(model: Model) -> Model:
     memory twice.
     """
     return model.replace(params=separate(model.params))
+
+
+def _is_separate(params: Mapping) -> bool:
+    leaves = jax.tree.leaves(params, is_leaf=is_layered)
+    return any(map(is_layered, leaves))
 
 
 def _place(tree: Any) -> Any:

@@ -140,7 +140,7 @@ class Engine:
         before each prompt. Nothing is compiled anew if the trees have the same shapes.
         """
         assert not self.busy, "requests are running"
-        self._device.params, self._device.prefix = params, prefix
+        self._device.use(params, prefix)
 
     def release(self) -> None:
         """Free the memory of cache and rows until the next request."""
