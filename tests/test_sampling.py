@@ -42,7 +42,7 @@ def test_what_is_kept_is_what_transformers_keeps(seed, top_p, top_k):
     assert np.isfinite(found).any(axis=-1).all()
 
 
-@pytest.mark.parametrize("top_p", [0.2, 0.3, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.2, 0.3, 0.6, 0.95, 1.0])
 @pytest.mark.parametrize("top_k", [None, 2, 3])
 def test_ties(top_p, top_k):
     logits = np.log(np.array([[0.1, 0.25, 0.25, 0.25, 0.15], [0.2] * 5], np.float32))
