@@ -37,6 +37,7 @@ from lora_jax.tree import (
     check_adapters,
     check_parameters,
     check_same_structure,
+    dotted,
     flatten,
     fused_columns,
     nbytes,
@@ -84,8 +85,8 @@ class Bank:
             >>> bank = lora.bank(params, slots=3, rank=4).put(1, adapters, config)
             >>> bank = bank.put([1, 2], lora.stack([adapters, adapters]), config)
         """
-        many = not isinstance(slot, int | np.integer)
-        numbers = list(slot) if many else [slot]
+        many = isinstance(slot, Sequence | np.ndarray) and not isinstance(slot, str)
+        numbers: list[Any] = [*slot] if many else [slot]
         problems = list(_slot_problems(numbers, self.slots))
         members = _split(adapters, len(numbers)) if many else [adapters]
         found = [self._find(member, config) for member in members]
@@ -149,6 +150,7 @@ class Bank:
         """
         check_parameters(params, "bind takes params and slot_ids, in this order")
         check_same_structure(params, self.params, "these are not the parameters of the bank")
+        self._check_form(params)
         self._check_choice(slot_ids, slot_weights)
         ids = jnp.asarray(slot_ids, jnp.int32)
         weights = jnp.ones(ids.shape) if slot_weights is None else jnp.asarray(slot_weights)
@@ -168,8 +170,19 @@ class Bank:
             bound[tied] = untied
         return unflatten(leaves | bound)
 
+    def _check_form(self, params: Mapping) -> None:
+        leaves = flatten(params)
+        for path, factors in self.factors.items():
+            is_separate = isinstance(leaves.get(path), Layered)
+            if is_separate != isinstance(factors, tuple):
+                given, own = ("separate", "stacked") if is_separate else ("stacked", "separate")
+                raise UserError(
+                    f"{dotted(path)}: the layers of these parameters are {given}, and those of the "
+                    f"bank {own}; create the bank from the parameters that the model runs on"
+                )
+
     def _check_choice(self, slot_ids: Any, slot_weights: Any) -> None:
-        if isinstance(slot_ids, Tracer) or isinstance(slot_weights, Tracer):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves((slot_ids, slot_weights))):
             return
         ids = np.asarray(slot_ids)
         weights = np.ones(ids.shape) if slot_weights is None else np.asarray(slot_weights)

@@ -193,9 +193,8 @@ def _is_placed(x: Any) -> bool:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """Return the mesh that arrays of a tree are on; None if they are on one device."""
-    mesh = _mesh(jax.tree.leaves(tree))
-    return None if mesh is None or mesh.size == 1 else mesh
+    """Return the mesh that arrays of a tree are on; None for arrays on no mesh."""
+    return _mesh(jax.tree.leaves(tree))
 
 
 def _mesh(arrays: Iterable[Any]) -> Any:

@@ -216,3 +216,58 @@ def test_a_gain_has_no_weighted_sum(model):
         with pytest.raises(UserError, match="'norms' has a gain"):
             engine.submit(Request([1], 2, adapter=weights))
     assert len(engine.answer([Request([1], 2, adapter={"norms": 1.0})])[0].tokens) == 2
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_of_some_rows(error, family, method):
+    """Beside rows of the base and of a low-rank adapter, as when all rows have them."""
+    model = random_model(family, **FAMILIES[family].fields)
+    own = AdapterConfig(method=method, num_virtual_tokens=5, prompt_init="random")
+    low = AdapterConfig(rank=3, target_modules=FAMILIES[family].targets)
+    form = {"mistral": for_decoding, "gpt2": lambda model: model}[family](model)
+    bank = lora.bank(form.params, slots=2, rank=3, modules=FAMILIES[family].targets)
+    engine = Engine(form, rows=3, max_length=64, bank=bank, max_virtual_tokens=7)
+    trees = {"soft": (random_adapters(model, own, 1), own)}
+    trees["low"] = random_adapters(model, low, 1), low
+    for name, tree in trees.items():
+        engine.publish(name, *tree)
+    programs = engine.warm_up()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 97, n).tolist() for n in (20, 7, 3, 33)]
+    requests = [
+        Request(prompt, 12, adapter=name, prompt_log_probs=0)
+        for prompt in prompts
+        for name in ("soft", None, "low")
+    ]
+    found = engine.answer(requests)
+    assert engine.compiled_programs == programs
+    alone = Engine(model, rows=1, max_length=64)
+    for name in ("soft", None, "low"):
+        params, prefix = model.params, None
+        if name is not None:
+            params = lora.bind(params, *trees[name])
+            prefix = lora.prefix(*trees[name])
+        alone.use(params, prefix)
+        mine = [one for one in zip(requests, found, strict=True) if one[0].adapter == name]
+        expected = alone.answer([Request(r.prompt, 12, prompt_log_probs=0) for r, _ in mine])
+        for (_, one), other in zip(mine, expected, strict=True):
+            assert one.tokens == other.tokens
+            assert error(one.prompt_log_probs.own, other.prompt_log_probs.own) < 1e-5
+
+
+def test_virtual_tokens_that_rows_cannot_have(model):
+    engine = Engine(model, rows=1, max_length=16, max_virtual_tokens=3)
+    for more, text in (
+        ({"num_virtual_tokens": 4}, "it has 4 virtual tokens, and the engine has room for max_vir"),
+        ({"method": "prefix", "prefix_gate": True, "num_virtual_tokens": 2}, "has a gate"),
+    ):
+        config = AdapterConfig(**{"method": "prompt", "prompt_init": "random", **more})
+        with pytest.raises(UserError, match=text):
+            engine.publish("a", random_adapters(model, config, 1), config)
+    config = AdapterConfig(method="prompt", prompt_init="random", num_virtual_tokens=3)
+    engine.publish("a", random_adapters(model, config, 1), config)
+    with pytest.raises(UserError, match="'a' has virtual tokens and no weighted sum"):
+        engine.submit(Request([1], 2, adapter={"a": 0.5}))
+    with pytest.raises(UserError, match="10 tokens, 3 virtual ones and max_new_tokens=4 are more"):
+        engine.submit(Request([1] * 10, 4, adapter="a"))

@@ -51,6 +51,22 @@ def test_ties(top_p, top_k):
     assert np.array_equal(np.isfinite(found), np.isfinite(wanted))
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.75, 0.875])
+def test_what_adds_up_to_the_tail_exactly_is_dropped(top_p):
+    logits = np.log(np.array([[1 / 2, 1 / 16, 1 / 4, 1 / 8, 1 / 16]], np.float32))
+    found, wanted = kept(logits, None, top_p), expected(logits, None, top_p)
+    assert np.array_equal(found, wanted)
+    assert np.isfinite(found).sum() == {0.5: 1, 0.75: 2, 0.875: 3}[top_p]
+
+
+def test_the_most_likely_token_is_kept_at_the_largest_min_p():
+    logits = np.random.default_rng(0).normal(0, 3, (4, 300)).astype(np.float32)
+    cut = np.asarray(keep_likely(jnp.asarray(logits), 300, 0.0, 1.0))
+    assert np.array_equal(
+        cut, np.where(logits == logits.max(axis=-1, keepdims=True), logits, -np.inf)
+    )
+
+
 def test_all_are_kept_at_one_even_those_without_probability():
     logits = np.array([[0.0, -200.0, 1.0]], np.float32)
     assert np.array_equal(kept(logits), logits)

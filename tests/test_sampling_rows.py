@@ -238,6 +238,17 @@ def test_draws_depend_on_seed_number_and_step():
     assert draws(Sampling(temperature=1.0, seed=2**32 - 1), 2**32 - 1) == wanted
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_draws_are_those_of_categorical(seed):
+    many, setting = 300, Sampling(temperature=1.5, top_k=9, seed=seed)
+    logits, rows = logits_of(seed, many), batch_of([setting] * many)
+    found = choose(logits, rows, jnp.zeros(many, int), sampling.empty_seen(many, VOCAB))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(many))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    kept = np.where(logits >= np.sort(logits)[:, [-9]], logits / np.float32(1.5), -np.inf)
+    assert np.array_equal(found, jax.vmap(jax.random.categorical)(keys, kept))
+
+
 def test_all_settings_share_one_program():
     chex.clear_trace_counter()
     once = jax.jit(chex.assert_max_traces(sampling.choose, n=1))
