@@ -15,8 +15,7 @@ from lora_jax import adapters as methods
 from lora_jax import data
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.data.sets import DataSet
-from lora_jax.generate.engine import Engine, for_decoding
-from lora_jax.generate.requests import Completion, Request
+from lora_jax.generate import Completion, Engine, Request, for_decoding
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import placeholders
 from lora_jax.report import scores
