@@ -14,9 +14,15 @@ from lora_jax import data, formats, hosts
 from lora_jax.config import Config, expand, is_directory, shown
 from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
-from lora_jax.generate.engine import Engine, for_decoding
-from lora_jax.generate.requests import Request, beyond_positions, check_prompts, check_room
-from lora_jax.generate.sampling import Sampling
+from lora_jax.generate import (
+    Engine,
+    Request,
+    Sampling,
+    beyond_positions,
+    check_prompts,
+    check_room,
+    for_decoding,
+)
 from lora_jax.generate.text import TextStream, check_stop_strings
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import placeholders

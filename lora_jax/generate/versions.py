@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from lora_jax import adapters as methods
-from lora_jax.bank import Bank
+from lora_jax.adapters import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, nearest
 from lora_jax.models.common import Model
