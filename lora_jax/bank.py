@@ -216,9 +216,12 @@ def bank(
         UserError: fewer than 2 slots, a rank below 1, modules that do not exist.
 
     Example:
-        >>> bank = lora.bank(params, slots=3, rank=4)
-        >>> bank.nbytes == 4 * 3 * 4 * (4 + 3)  # float32, slots, rank, sides of the kernel
-        True
+        >>> _, trained = lora.init(jax.random.key(0), model.params, config)
+        >>> bank = lora.bank(model.params, slots=3, rank=2)
+        >>> bank = bank.put(1, trained, config)
+        >>> bound = bank.bind(model.params, slot_ids=[1, 0])  # row 1 is the base's
+        >>> model.apply(bound, np.array([[3, 5], [3, 5]])).shape[:2]
+        (2, 2)
     """
     check_parameters(params, "bank takes params, slots and rank, in this order")
     raise_all(
