@@ -26,7 +26,7 @@ from jax.core import Tracer
 
 from lora_jax.adapters import dora
 from lora_jax.adapters.stacks import count_members, unstack
-from lora_jax.bank_updates import Place, Update, find_update
+from lora_jax.bank_updates import Found, Place, Update, find_update
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, counted, raise_all
 from lora_jax.sharding import gather_to_host, zeros_beside
@@ -89,16 +89,25 @@ class Bank:
         numbers: list[Any] = [*slot] if many else [slot]
         problems = list(_slot_problems(numbers, self.slots))
         members = _split(adapters, len(numbers)) if many else [adapters]
-        places, updates = _places(self), []
-        for member in members:
-            found = find_update(self.params, places, self.scaled is not None, member, config)
-            updates.append(found.by_weight)
-            problems += [line for line in found.problems if line not in problems]
+        found = [self._find(member, config) for member in members]
+        problems += dict.fromkeys(line for one in found for line in one.problems)
         raise_all(problems)
+        updates = [one.by_weight for one in found]
         bank = self
         for number, update in zip(numbers, updates, strict=True):
             bank = bank._write(number, update)
         return bank
+
+    def check(self, adapters: Mapping, config: AdapterConfig | Trainable) -> None:
+        """Check that adapters fit a slot.
+
+        Raises:
+            UserError: as `put`.
+        """
+        raise_all(self._find(adapters, config).problems)
+
+    def _find(self, adapters: Mapping, config: AdapterConfig | Trainable) -> Found:
+        return find_update(self.params, _places(self), self.scaled is not None, adapters, config)
 
     def clear(self, slot: int) -> "Bank":
         """Return the bank with the base in a slot. This bank is donated and no longer valid.

@@ -192,6 +192,11 @@ def _is_placed(x: Any) -> bool:
     return known and isinstance(x.sharding, NamedSharding)
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """Return the mesh that arrays of a tree are on; None for arrays on no mesh."""
+    return _mesh(jax.tree.leaves(tree))
+
+
 def _mesh(arrays: Iterable[Any]) -> Any:
     """Return the mesh that some of the arrays are on, or None."""
     return next((x.sharding.mesh for x in arrays if _is_placed(x)), None)

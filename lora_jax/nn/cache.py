@@ -85,9 +85,12 @@ class LayerCache:
         """Return keys and values (b, k, s, h) of the rows of the batch."""
 
         def take(own: jax.Array) -> jax.Array:
-            own = own if self.index is None else own[self.index]
-            own = own if self.rows is None else own[self.rows]
-            return own if self.view is None else own[:, :, : self.view]
+            view = slice(own.shape[-2] if self.view is None else self.view)
+            if self.rows is None:
+                return own[:, :, view] if self.index is None else own[self.index][:, :, view]
+            if self.index is None:
+                return own[self.rows, :, view]
+            return own[self.index, self.rows, :, view]
 
         return take(self.keys), take(self.values)
 
