@@ -15,7 +15,7 @@ An adapter of a smaller rank is padded with zeros. Slots that several rows take 
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from jax.core import Tracer
 
 from lora_jax.adapters import dora
 from lora_jax.adapters.stacks import count_members, unstack
-from lora_jax.bank_updates import Found, Place, Update, find_update
+from lora_jax.bank_updates import Found, Place, Update, choice_problems, find_update, slot_problems
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, counted, raise_all
 from lora_jax.sharding import gather_to_host, zeros_beside
@@ -87,7 +87,7 @@ class Bank:
         """
         many = isinstance(slot, Sequence | np.ndarray) and not isinstance(slot, str)
         numbers: list[Any] = [*slot] if many else [slot]
-        problems = list(_slot_problems(numbers, self.slots))
+        problems = list(slot_problems(numbers, self.slots))
         members = _split(adapters, len(numbers)) if many else [adapters]
         found = [self._find(member, config) for member in members]
         problems += dict.fromkeys(line for one in found for line in one.problems)
@@ -115,7 +115,7 @@ class Bank:
         Raises:
             UserError: a slot that does not exist, or slot 0.
         """
-        raise_all(list(_slot_problems([slot], self.slots)))
+        raise_all(list(slot_problems([slot], self.slots)))
         return self._write(slot, {})
 
     def _write(self, slot: int, updates: Mapping[Path, Update]) -> "Bank":
@@ -186,7 +186,7 @@ class Bank:
             return
         ids = np.asarray(slot_ids)
         weights = np.ones(ids.shape) if slot_weights is None else np.asarray(slot_weights)
-        raise_all(list(_choice_problems(ids, weights, self.slots)))
+        raise_all(list(choice_problems(ids, weights, self.slots)))
         if self.scaled is None or isinstance(self.scaled, Tracer):
             return
         ids, weights = ids.reshape(len(ids), -1), weights.reshape(len(ids), -1)
@@ -225,9 +225,12 @@ def bank(
         UserError: fewer than 2 slots, a rank below 1, modules that do not exist.
 
     Example:
-        >>> bank = lora.bank(params, slots=3, rank=4)
-        >>> bank.nbytes == 4 * 3 * 4 * (4 + 3)  # float32, slots, rank, sides of the kernel
-        True
+        >>> _, trained = lora.init(jax.random.key(0), model.params, config)
+        >>> bank = lora.bank(model.params, slots=3, rank=2)
+        >>> bank = bank.put(1, trained, config)
+        >>> bound = bank.bind(model.params, slot_ids=[1, 0])  # row 1 is the base's
+        >>> model.apply(bound, np.array([[3, 5], [3, 5]])).shape[:2]
+        (2, 2)
     """
     check_parameters(params, "bank takes params, slots and rank, in this order")
     raise_all(
@@ -370,32 +373,3 @@ def _gain(base: Any, update: Update, is_turned: bool) -> jax.Array:
     size = norms(base, update.a, update.b)
     sound = (size > 0) & update.scaled
     return jnp.where(sound, update.magnitude / jnp.where(sound, size, 1), 1)
-
-
-def _slot_problems(numbers: Sequence[Any], slots: int) -> Iterable[str]:
-    """Yield slots that no adapter can be put into."""
-    if not numbers:
-        yield "put needs at least one slot"
-    for number in numbers:
-        if not isinstance(number, int | np.integer) or isinstance(number, bool):
-            yield f"slot={number!r} is no integer; the slots of adapters are 1 to {slots - 1}"
-        elif number == 0:
-            yield f"slot 0 is the base; the slots of adapters are 1 to {slots - 1}"
-        elif not 0 < number < slots:
-            yield f"slot {number} does not exist; the slots of adapters are 1 to {slots - 1}"
-    if len(set(map(str, numbers))) < len(numbers):
-        yield f"slots={list(numbers)} names a slot twice"
-
-
-def _choice_problems(ids: np.ndarray, weights: np.ndarray, slots: int) -> Iterable[str]:
-    if ids.dtype.kind not in "iu":
-        yield f"slot_ids must be integers, not {ids.dtype}"
-    elif ids.ndim not in (1, 2) or not ids.size:
-        yield f"slot_ids has shape {ids.shape}; it must be (rows,) or (rows, m)"
-    elif ids.min() < 0 or ids.max() >= slots:
-        wrong = sorted({int(i) for i in ids.flat if not 0 <= i < slots})
-        yield f"slot_ids has {wrong}; the bank has slots 0 (the base) to {slots - 1}"
-    if weights.shape != ids.shape:
-        yield f"slot_weights has shape {weights.shape}, and slot_ids {ids.shape}; give one for each"
-    elif weights.dtype.kind not in "iuf" or not np.isfinite(weights).all():
-        yield "slot_weights must be finite numbers"
