@@ -10,6 +10,8 @@ for dynamic at each token beyond it, which costs a forward pass over the whole t
 
 from lora_jax.generate.device import for_decoding as for_decoding
 from lora_jax.generate.engine import Engine as Engine
+from lora_jax.generate.gap import Gap as Gap
+from lora_jax.generate.gap import make_log_prob_gap as make_log_prob_gap
 from lora_jax.generate.requests import Completion as Completion
 from lora_jax.generate.requests import Event as Event
 from lora_jax.generate.requests import Request as Request
