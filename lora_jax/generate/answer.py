@@ -252,7 +252,9 @@ def open_writer(
     model = formats.load(reader.source, dtype=base_dtype, ignore=ignore)
     if reader.adapter is not None:
         model = model.replace(params=methods.bind(model.params, *reader.adapter))
-    return Writer(reader, for_decoding(model), sampling, jnp.dtype(compute_dtype), stop)
+    return Writer(
+        reader, for_decoding(model, donate=True), sampling, jnp.dtype(compute_dtype), stop
+    )
 
 
 def answer(

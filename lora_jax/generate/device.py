@@ -154,12 +154,12 @@ class Device:
         return self._state
 
 
-def for_decoding(model: Model) -> Model:
+def for_decoding(model: Model, *, donate: bool = False) -> Model:
     """Return the model in the form that decodes fastest: each layer's weights in arrays of their
-    own. The stacked weights of the argument are not needed any more; drop them, or the base is in
-    memory twice.
+    own. They are a copy; with `donate`, the stacked arrays of the argument are deleted one after
+    the other, and the base is in memory once.
     """
-    return model.replace(params=separate(model.params))
+    return model.replace(params=separate(model.params, donate=donate))
 
 
 def _is_separate(params: Mapping) -> bool:

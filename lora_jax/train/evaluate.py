@@ -187,7 +187,8 @@ class Evaluator:
         try:
             answers = generate_all(engine, requests, phase, check)
         finally:
-            engine.use(self.model.params)  # the memory of the other form is free again
+            engine.use(self.model.params)  # frees the other form
+            engine.release()
         return [
             to_answer(self.reader, rows, prompt, tokens)
             for (prompt, rows), tokens in zip(questions.items(), answers, strict=True)
