@@ -86,7 +86,7 @@ class Bank:
             >>> bank = bank.put([1, 2], lora.stack([adapters, adapters]), config)
         """
         many = isinstance(slot, Sequence | np.ndarray) and not isinstance(slot, str)
-        numbers: list[Any] = [*slot] if many else [slot]
+        numbers: list[Any] = list(np.asarray(slot)) if many else [slot]
         problems = list(slot_problems(numbers, self.slots))
         members = _split(adapters, len(numbers)) if many else [adapters]
         found = [self._find(member, config) for member in members]
@@ -335,10 +335,10 @@ def _write(
     `turned` is stored as (out, in).
     """
 
-    def put(own: jax.Array, update: jax.Array) -> jax.Array:
+    def put(own: jax.Array, update: Any) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(own, update, slot, own.ndim - 3)
 
-    def write(own: Factors, update: Update, base: Any, is_turned: bool) -> Factors:
+    def write(own: Factors, update: Update, base: Any, *, is_turned: bool) -> Factors:
         gain = own.gain
         if gain is not None:
             compute = functools.partial(_gain, is_turned=is_turned)
@@ -354,22 +354,22 @@ def _write(
         if isinstance(own, tuple):
             of_layers = parts[2] or (None,) * len(own)
             layers = zip(own, new[path], of_layers, strict=True)
-            written[path] = tuple(write(*layer, False) for layer in layers)
+            written[path] = tuple(write(*each, is_turned=False) for each in layers)
         else:
-            written[path] = write(*parts, path == turned)
+            written[path] = write(*parts, is_turned=path == turned)
     return written, None if scaled is None else scaled.at[slot].set(has_gain)
 
 
 def _gain(base: Any, update: Update, is_turned: bool) -> jax.Array:
     """Return magnitude / |W + a b| per column; 1 without a magnitude, or for a column of zeros."""
 
-    def norms(base: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    def norms(parts: tuple[Any, ...]) -> jax.Array:
+        base, a, b = parts
+        if a.ndim > 2:  # one layer or expert at a time
+            return jax.lax.map(norms, parts)
         wide = widen(base)
         return dora.norms_of_matrix(wide.T if is_turned else wide, a.T, b)
 
-    for _ in range(update.a.ndim - 2):
-        norms = functools.partial(jax.lax.map, lambda parts, own=norms: own(*parts))
-        norms = (lambda mapped: lambda *parts: mapped(parts))(norms)
-    size = norms(base, update.a, update.b)
+    size = norms((base, update.a, update.b))
     sound = (size > 0) & update.scaled
     return jnp.where(sound, update.magnitude / jnp.where(sound, size, 1), 1)

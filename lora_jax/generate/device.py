@@ -149,9 +149,10 @@ class Device:
         return Given(self.params, bank, self.prefix)
 
     def _allocated(self) -> tuple[Cache, Any]:
-        if self._state is None:
-            self._state = self._allocate(self.params)
-        return self._state
+        state = self._state
+        if state is None:
+            state = self._state = self._allocate(self.params)
+        return state
 
 
 def for_decoding(model: Model, *, donate: bool = False) -> Model:
