@@ -1,7 +1,7 @@
 """A model with its adapter, tokenizer and chat template, loaded from files to answer prompts."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,8 +141,10 @@ class Writer:
             reason = "stop" if text.stopped_by is not None else event.finish_reason
             yield number, Written(text.text, text.tokens, str(reason))
 
-    def stream(self, engine: Engine, prompt: Sequence[int], number: int) -> Iterator[str]:
-        """Yield an answer piece by piece. It is cancelled where the iterator is closed."""
+    def stream(
+        self, engine: Engine, prompt: Sequence[int], number: int
+    ) -> Generator[str, None, None]:
+        """Yield an answer piece by piece. It is cancelled when the generator is closed."""
         text = self._text()
         id = engine.submit(self.request(prompt, number))
         try:
