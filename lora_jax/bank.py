@@ -17,7 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ class Bank:
             >>> bank = bank.put([1, 2], lora.stack([adapters, adapters]), config)
         """
         many = isinstance(slot, Sequence | np.ndarray) and not isinstance(slot, str)
-        numbers: list[Any] = list(np.asarray(slot)) if many else [slot]
+        numbers: list[Any] = list(cast(Sequence, slot)) if many else [slot]
         problems = list(slot_problems(numbers, self.slots))
         members = _split(adapters, len(numbers)) if many else [adapters]
         found = [self._find(member, config) for member in members]

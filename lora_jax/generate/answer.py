@@ -144,7 +144,7 @@ class Writer:
     def stream(
         self, engine: Engine, prompt: Sequence[int], number: int
     ) -> Generator[str, None, None]:
-        """Yield an answer piece by piece. It is cancelled where the iterator is closed."""
+        """Yield an answer piece by piece. It is cancelled when the generator is closed."""
         text = self._text()
         id = engine.submit(self.request(prompt, number))
         try:
