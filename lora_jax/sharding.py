@@ -179,6 +179,12 @@ def _is_placed(x: Any) -> bool:
     return known and isinstance(x.sharding, NamedSharding)
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """Return the mesh that arrays of a tree are on; None if they are on one device."""
+    mesh = _mesh(jax.tree.leaves(tree))
+    return None if mesh is None or mesh.size == 1 else mesh
+
+
 def _mesh(arrays: Iterable[Any]) -> Any:
     """Return the mesh that some of the arrays are on, or None."""
     return next((x.sharding.mesh for x in arrays if _is_placed(x)), None)

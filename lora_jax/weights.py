@@ -6,6 +6,7 @@
     Probe(base, basis, moments)    a base whose inputs are accumulated
     Untied(embed, head)            an embedding (vocab, d) that is the output head too, adapted in
                                    one of its two uses only
+    Layered(layers)                a stack of layers as separate leaves, one per layer
 
 A model calls `linear`, `embed` and `unembed` on whatever leaf it finds and never mentions adapters.
 Leaves may carry a leading `layers` axis; inside a scanned stack the functions see one slice.
@@ -13,6 +14,7 @@ Leaves may carry a leading `layers` axis; inside a scanned stack the functions s
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.quantize import Int8Weight, NF4Weight, QuantizedWeight, dequantize
+from lora_jax.tree import Path, flatten, stack_position, unflatten
 
 _BLOCK = 32  # rows of one expert that a CPU multiplies at once
 
@@ -92,6 +95,30 @@ class Untied:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Layered:
+    """Layers of one shape as separate leaves, in place of one leaf with a `layers` axis.
+
+    A forward over a stack slices one layer at a time, which on some backends copies it. Decoding
+    reads all weights for few tokens, so the copy would cost as much as the product.
+    """
+
+    layers: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.layers), *self.layers[0].shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self):
+        return self.layers[0].dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Probe(_OverBase):
     """A weight that accumulates moments of its inputs. In the forward pass it acts as its base. The
     gradient of any loss with respect to `moments`, which are zeros, is the sum over all rows x of
@@ -120,6 +147,41 @@ class Absent:
 
 
 Weight = jax.Array | QuantizedWeight | LoraWeight | Untied | Probe
+
+
+def separate(params: Mapping) -> dict:
+    """Return parameters with each stacked leaf as a `Layered`; the other leaves are shared.
+
+    The input is not changed: drop it, or the base is in memory twice.
+
+    Example:
+        >>> from lora_jax.weights import separate
+        >>> params = {"layers": {"proj": {"kernel": jnp.ones((3, 2, 4))}}}
+        >>> kernel = separate(params)["layers"]["proj"]["kernel"]
+        >>> kernel.shape, [layer.shape for layer in kernel.layers]
+        ((3, 2, 4), [(2, 4), (2, 4), (2, 4)])
+    """
+
+    def split(path: Path, leaf: Any) -> Any:
+        if stack_position(path) is None or isinstance(leaf, Layered):
+            return leaf
+        return Layered(tuple(layer_of(leaf, index) for index in range(leaf.shape[0])))
+
+    return unflatten({path: split(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def is_layered(leaf: Any) -> bool:
+    """Return True for a `Layered`."""
+    return isinstance(leaf, Layered)
+
+
+def layer_of(tree: Any, index: int) -> Any:
+    """Return one layer of a tree of `Layered` leaves and of arrays with a `layers` axis."""
+
+    def take(leaf: Any) -> Any:
+        return leaf.layers[index] if isinstance(leaf, Layered) else leaf[index]
+
+    return jax.tree.map(take, tree, is_leaf=is_layered)
 
 
 def linear(x: jax.Array, w: Weight) -> jax.Array:

@@ -46,7 +46,7 @@ def both(
     (*inputs, slope), segments = draw(SIZES[size], seed, dtype)
     masks = (segments[:, :, None] == segments[:, None, :],)
     if causal:
-        masks = mask_specs("xla", segments, None, windows)[which]
+        masks = mask_specs("xla", segments, segments, None, windows)[which]
     spec = kernels.MaskSpec(segments, jnp.int32(which), kernel, windows, causal)
 
     @jax.jit

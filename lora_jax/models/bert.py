@@ -204,8 +204,8 @@ class Encoder(nnx.Module):
         else:
             masks = MaskSpec(segment_ids, jnp.int32(0), execution.kernel, causal=False)
 
-        def block(x, layer, own):
-            return layer(x, masks), None
+        def block(x, layer, own, cached):
+            return layer(x, masks), None, cached
 
         x = self.embeddings(tokens, positions, types).astype(execution.dtype)
         return scan_layers(block, self.encoder.layer, x, None, execution.remat)[0]

@@ -13,44 +13,71 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
+from lora_jax import weights
 from lora_jax.errors import UserError
-from lora_jax.nn.cache import Cache, empty_cache
+from lora_jax.nn.cache import Cache, empty_cache, empty_layers
 from lora_jax.nn.virtual import Virtual, placeholders
 from lora_jax.sharding import Rules, constrain_stream
 from lora_jax.tree import check_parameters, dotted, flatten, summarize
 
 
 def scan_layers(
-    block: Callable, layers: nnx.Module, x: jax.Array, per_layer: Any, remat: str
-) -> tuple[jax.Array, Any]:
-    """Run `block(x, layer, own) -> (x, out)` over stacked layers.
+    block: Callable,
+    layers: nnx.Module,
+    x: jax.Array,
+    per_layer: Any,
+    remat: str,
+    cache: tuple[Cache, jax.Array] | None = None,
+) -> tuple[jax.Array, Any, Cache | None]:
+    """Run `block(x, layer, own, cached) -> (x, out, cached)` over layers: by a scan over stacked
+    parameters, unrolled over `Layered` ones.
 
     Args:
-        block: one layer; `own` is its slice of `per_layer`.
-        layers: the stacked module; each parameter has a leading layer axis.
+        block: one layer; `own` is its slice of `per_layer`, `cached` its `LayerCache`, or None.
+        layers: the module; each parameter has a leading layer axis, or is a `Layered`.
         x: input (b, t, d) of the first layer.
         per_layer: a tree of arrays with a leading layer axis.
         remat: activations kept for the backward pass. none: all of them; dots: results of matrix
             products; full: the input of each layer; offload: the same, in host memory.
+        cache: the cache and the slots (b, t) of the new tokens.
 
     Returns:
-        The output of the last layer, and the stacked `out` of all layers.
+        The output of the last layer, the stacked `out` of all layers, and the cache with the new
+        tokens.
     """
     graphdef, state = nnx.split(layers)
+    kept, places = (None, None) if cache is None else cache
 
-    def body(x, slices):
-        state, own = slices
+    def body(carry, slices):
+        (x, kept), (state, own, index) = carry, slices
         x = checkpoint_name(constrain_stream(x), "stream")
-        return block(x, nnx.merge(graphdef, state), own)
+        cached = None if kept is None else kept.layer(index, places)
+        x, out, cached = block(x, nnx.merge(graphdef, state), own, cached)
+        return (x, None if kept is None else kept.with_layer(index, cached)), out
 
+    leaves = jax.tree.leaves(state, is_leaf=weights.is_layered)
+    if any(map(weights.is_layered, leaves)):
+        carry, outs = (x, kept), []
+        for index in range(leaves[0].shape[0]):
+            own = weights.layer_of((state, per_layer), index)
+            carry, out = body(carry, (*own, index))
+            outs.append(out)
+        return carry[0], jax.tree.map(lambda *each: jnp.stack(each), *outs), carry[1]
+    body = _remat(body, remat)
+    indices = jnp.arange(leaves[0].shape[0])
+    (x, kept), out = jax.lax.scan(body, (x, kept), (state, per_layer, indices))
+    return x, out, kept
+
+
+def _remat(body: Callable, remat: str) -> Callable:
+    """Return the body of a scan with the activations of `remat` kept."""
     policies = jax.checkpoint_policies
     match remat:
         case "full":
-            body = jax.checkpoint(body, prevent_cse=False)
+            return jax.checkpoint(body, prevent_cse=False)
         case "dots":
-            body = jax.checkpoint(
-                body, prevent_cse=False, policy=policies.dots_with_no_batch_dims_saveable
-            )
+            policy = policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(body, prevent_cse=False, policy=policy)
         case "offload":
             keep = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
@@ -58,8 +85,8 @@ def scan_layers(
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-            body = jax.checkpoint(body, prevent_cse=False, policy=keep)
-    return jax.lax.scan(body, x, (state, per_layer))
+            return jax.checkpoint(body, prevent_cse=False, policy=keep)
+    return body
 
 
 @dataclass(frozen=True)
@@ -213,11 +240,12 @@ class Model:
         return (logits, hidden) if return_hidden else logits
 
     def empty_cache(self, rows: int, slots: int, dtype: Any) -> Cache:
-        """Return an empty cache for `rows` texts of up to `slots` tokens."""
-        c = self.config
-        return empty_cache(
-            c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim, dtype
-        )
+        """Return an empty cache for `rows` texts of up to `slots` tokens: one array per layer if
+        the parameters are `Layered`.
+        """
+        c, leaves = self.config, jax.tree.leaves(self.params, is_leaf=weights.is_layered)
+        make = empty_layers if any(map(weights.is_layered, leaves)) else empty_cache
+        return make(c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim, dtype)
 
     def replace(self, **changes: Any) -> "Model":
         """Return the model with some fields changed."""

@@ -173,12 +173,12 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any]:
-        """Return the output (b, t, d) for x (b, t, d), and the new keys and values (b, k, t, h)."""
+        """Return the output (b, t, d) for x (b, t, d), and the cache with the new tokens."""
         q, k, v = self.project(x)
         q, k = rotate(q, inputs.cos_sin), rotate(k, inputs.cos_sin)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-        mixed = attend(q, new, kv, inputs.masks, self.scale, self.softcap)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), new
+        mixed, cached = attend(q, new, kv, inputs.masks, self.scale, self.softcap)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cached
 
 
 class MLP(nnx.Module):
@@ -207,9 +207,9 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any, Any]:
-        y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
+        y, cached = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), new, None
+        return x + self.mlp(self.post_attention_layernorm(x)), cached, None
 
 
 class Decoder(nnx.Module):
@@ -224,8 +224,8 @@ class Decoder(nnx.Module):
 class CausalLM(nnx.Module):
     """Embedding, layers, norm and output head.
 
-    `block(config, rngs=...)` makes one layer. Its call returns its output, its new keys and values,
-    and its `Routing` (None without experts).
+    `block(config, rngs=...)` makes one layer. Its call returns its output, its cache with the new
+    tokens, and its `Routing` (None without experts).
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class CausalLM(nnx.Module):
         config = self.config
         if lengths is None and config.ropes_by_length:
             lengths = text_lengths(positions, segment_ids)
-        x = put_in(self.embed(tokens, execution.dtype), positions, prefix)
+        x, in_text = put_in(self.embed(tokens, execution.dtype), positions, prefix), positions
         positions = positions + first_position(prefix)
         lengths = None if lengths is None else lengths + first_position(prefix)
         own = by_layer(prefix)
@@ -275,7 +275,7 @@ class CausalLM(nnx.Module):
         windows = {FULL: None, SLIDING: config.sliding_window}
         own_windows = [windows[kind] for kind in kinds]
         prefix_masks = [own.visible(positions, window) for window in own_windows] if own else []
-        seen = mask_specs(execution.kernel, segment_ids, cache, own_windows, prefix_masks)
+        seen = mask_specs(execution.kernel, in_text, segment_ids, cache, own_windows, prefix_masks)
         inputs_by_kind = [
             AttentionInputs(
                 rope(positions, config.head_dim, config.rope_parameters[kind], lengths),
@@ -285,20 +285,19 @@ class CausalLM(nnx.Module):
             for kind, masks in zip(kinds, seen, strict=True)
         ]
         kind_of_layer = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
-        kv = KVContext(None if cache is None else (cache.keys, cache.values), own)
+        placed = None if cache is None else (cache, cache.places(in_text, segment_ids))
 
-        def block(x, layer, own):
-            kv, kind = own
+        def block(x, layer, each, cached):
+            prefix, kind = each
             inputs = inputs_by_kind[0]
             if len(inputs_by_kind) > 1:
                 inputs = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *inputs_by_kind)
-            x, new, routing = layer(x, inputs, kv)
-            return x, (None if cache is None else new, routing)
+            x, cached, routing = layer(x, inputs, KVContext(cached, prefix))
+            return x, routing, cached
 
-        x, (new, routing) = scan_layers(
-            block, self.model.layers, x, (kv, kind_of_layer), execution.remat
+        x, routing, cache = scan_layers(
+            block, self.model.layers, x, (own, kind_of_layer), execution.remat, placed
         )
-        cache = None if cache is None else cache.write(new[0], new[1], segment_ids)
         return self.model.norm(x), cache, routing
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -106,10 +106,10 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any, Any]:
-        y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
+        y, cached = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + self.post_attention_layernorm(y)
         y = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(y), new, None
+        return x + self.post_feedforward_layernorm(y), cached, None
 
 
 class Model(decoder.CausalLM):

@@ -110,13 +110,13 @@ class Attention(nnx.Module):
 
     def __call__(self, x, masks, kv, divisor):
         """Return the output (b, t, d) for x (b, t, d), with scores divided by `divisor`, and the
-        new keys and values (b, n, t, h).
+        cache with the new tokens.
         """
         parts = jnp.split(self.c_attn(x), 3, axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-        mixed = attend(q / divisor.astype(q.dtype), new, kv, masks, self.scale)
-        return self.c_proj(mixed.reshape(x.shape)), new
+        mixed, cached = attend(q / divisor.astype(q.dtype), new, kv, masks, self.scale)
+        return self.c_proj(mixed.reshape(x.shape)), cached
 
 
 class MLP(nnx.Module):
@@ -139,9 +139,9 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x, masks, kv, divisor):
-        y, new = self.attn(self.ln_1(x), masks, kv, divisor)
+        y, cached = self.attn(self.ln_1(x), masks, kv, divisor)
         x = x + y
-        return x + self.mlp(self.ln_2(x)), new
+        return x + self.mlp(self.ln_2(x)), cached
 
 
 class Decoder(nnx.Module):
@@ -179,25 +179,27 @@ class Model(nnx.Module):
         placeholders for it.
         """
         config, own = self.config, by_layer(prefix)
-        x = put_in(self.embed(tokens, jnp.float32), positions, prefix)
+        x, in_text = put_in(self.embed(tokens, jnp.float32), positions, prefix), positions
         positions = positions + first_position(prefix)
         prefix_masks = [own.visible(positions, None)] if own else []
-        (masks,) = mask_specs(execution.kernel, segment_ids, cache, prefix_masks=prefix_masks)
-        kv = KVContext(None if cache is None else (cache.keys, cache.values), own)
+        (masks,) = mask_specs(
+            execution.kernel, in_text, segment_ids, cache, prefix_masks=prefix_masks
+        )
+        placed = None if cache is None else (cache, cache.places(in_text, segment_ids))
         divisors = jnp.ones(config.num_hidden_layers)
         if config.scale_attn_by_inverse_layer_idx:
             divisors = jnp.arange(1.0, config.num_hidden_layers + 1)
 
-        def block(x, layer, own):
-            kv, divisor = own
-            x, new = layer(x, masks, kv, divisor)
-            return x, None if cache is None else new
+        def block(x, layer, each, cached):
+            prefix, divisor = each
+            x, cached = layer(x, masks, KVContext(cached, prefix), divisor)
+            return x, None, cached
 
         x = (x + self.transformer.wpe(positions)).astype(execution.dtype)
-        x, new = scan_layers(block, self.transformer.h, x, (kv, divisors), execution.remat)
-        return self.transformer.ln_f(x), None if cache is None else cache.write(
-            new[0], new[1], segment_ids
+        x, _, cache = scan_layers(
+            block, self.transformer.h, x, (own, divisors), execution.remat, placed
         )
+        return self.transformer.ln_f(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return logits (..., vocab) of hidden states (..., d), in their dtype."""

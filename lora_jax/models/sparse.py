@@ -118,7 +118,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any, Routing]:
-        y, new = self.self_attn(self.input_layernorm(x), inputs, kv)
+        y, cached = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + y
         y, routing = self.mlp(self.post_attention_layernorm(x), inputs.real)
-        return x + y, new, routing
+        return x + y, cached, routing

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.nn import kernels
-from lora_jax.nn.cache import Cache
+from lora_jax.nn.cache import Cache, LayerCache
 from lora_jax.nn.kernels import MaskSpec
 from lora_jax.nn.virtual import Prefix
 
@@ -23,54 +23,51 @@ from lora_jax.nn.virtual import Prefix
 class KVContext:
     """Keys and values that a layer attends to in addition to those of the new tokens."""
 
-    cached: tuple[jax.Array, jax.Array] | None = None  # keys and values (b, k, s, h)
+    cached: LayerCache | None = None
     prefix: Prefix | None = None  # the slice of this layer
 
 
 def attention_masks(
-    segment_ids: jax.Array, cache: Cache | None, window: int | None = None
+    positions: jax.Array, segment_ids: jax.Array, cache: Cache | None, window: int | None = None
 ) -> tuple[jax.Array, ...]:
-    """Return causal masks: (b, t, t) among the new tokens and, with a cache, (b, t, s) for the
-    tokens before them.
+    """Return the causal mask (b, t, t) among new tokens or, with a cache, (b, t, s) for its slots,
+    which hold the new tokens too.
 
     A query sees the keys of its own segment up to itself and, with a `window`, only the last
     `window` tokens (itself included). The tokens of a segment are adjacent, so distance in slots
     is distance in positions.
     """
-    time = jnp.arange(segment_ids.shape[1])
-
-    def visible(distance: jax.Array, key_segments: jax.Array) -> jax.Array:
+    if cache is not None:
+        distance = positions[:, :, None] - jnp.arange(cache.slots)
         near = distance >= 0
-        if window is not None:
-            near &= distance < window
-        return near[None] & (segment_ids[:, :, None] == key_segments[:, None, :])
-
-    new = visible(time[:, None] - time[None, :], segment_ids)
-    if cache is None:
-        return (new,)
-    slots = jnp.arange(cache.segment_ids.shape[1])
-    old = visible(cache.length + time[:, None] - slots[None, :], cache.segment_ids)
-    return new, old & (slots < cache.length)[None, None, :]
+        near = near if window is None else near & (distance < window)
+        return (near & (segment_ids != 0)[:, :, None],)
+    time = jnp.arange(segment_ids.shape[1])
+    distance = time[:, None] - time[None, :]
+    near = distance >= 0
+    near = near if window is None else near & (distance < window)
+    return (near[None] & (segment_ids[:, :, None] == segment_ids[:, None, :]),)
 
 
 def mask_specs(
     kernel: str,
+    positions: jax.Array,
     segment_ids: jax.Array,
     cache: Cache | None = None,
     windows: Sequence[int | None] = (None,),
     prefix_masks: Sequence[jax.Array] = (),
 ) -> list[Any]:
     """Return the masks argument of `attention` for each of `windows`: a tuple of masks or, for a
-    fused kernel without cache and prefix, a `MaskSpec`. `prefix_masks` (b, t, p), one per window,
-    are the masks of a prefix.
+    fused kernel without cache and prefix, a `MaskSpec`. `positions` (b, t) are those of the tokens
+    in their texts. `prefix_masks` (b, t, p), one per window, are the masks of a prefix.
     """
     if prefix_masks:
         return [
-            (*attention_masks(segment_ids, cache, window), mask)
+            (*attention_masks(positions, segment_ids, cache, window), mask)
             for window, mask in zip(windows, prefix_masks, strict=True)
         ]
     if kernel == "xla" or cache is not None:
-        return [attention_masks(segment_ids, cache, window) for window in windows]
+        return [attention_masks(positions, segment_ids, cache, window) for window in windows]
     kinds = range(len(windows))
     return [MaskSpec(segment_ids, jnp.int32(i), kernel, tuple(windows)) for i in kinds]
 
@@ -91,7 +88,7 @@ def attention(
 
     queries (b, t, n, h); each block is keys and values (b, k, s, h) with a mask (b, t, s). Returns
     (b, t, n, h). Scores and softmax are in float32; `softcap` limits the scores (arXiv 2408.00118).
-    Only scores are concatenated over blocks, so that a cache is not copied.
+    Only scores are concatenated over blocks.
 
     With a `MaskSpec` in place of masks, a fused kernel computes it over one block.
     """
@@ -138,19 +135,21 @@ def attend(
     masks: tuple[jax.Array, ...],
     scale: float,
     softcap: float | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, LayerCache | None]:
     """`attention` over the `new` keys and values (b, k, t, h), the cache and the prefix of `kv`.
+    Return its result and the cache with `new` written, if there is one.
 
     A prefix with a gate has a softmax of its own, and its result is added times tanh(gate) (arXiv
     2303.16199).
     """
-    blocks = [new] if kv.cached is None else [new, kv.cached]
+    cached = None if kv.cached is None else kv.cached.write(*new)
+    blocks = [new if cached is None else cached.read()]
     prefix = kv.prefix
     if prefix is None:
-        return attention(queries, blocks, masks, scale, softcap)
+        return attention(queries, blocks, masks, scale, softcap), cached
     own = prefix.heads(queries.shape[0], queries.shape[-1])
     if prefix.gate is None:
-        return attention(queries, [*blocks, own], masks, scale, softcap)
+        return attention(queries, [*blocks, own], masks, scale, softcap), cached
     mixed = attention(queries, blocks, masks[:-1], scale, softcap)
     gated = attention(queries, [own], masks[-1:], scale, softcap)
-    return mixed + jnp.tanh(prefix.gate).astype(mixed.dtype) * gated
+    return mixed + jnp.tanh(prefix.gate).astype(mixed.dtype) * gated, cached

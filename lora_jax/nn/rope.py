@@ -11,7 +11,7 @@
 
 With dynamic and longrope the length of the text chooses the frequencies of all its tokens. In a
 packed row it is the length of each segment, without padding, with virtual tokens. When a text in a
-cache grows to a length at which they change (`changed`), the cache must be recomputed.
+cache grows to a length at which they change (`next_change`), the cache must be recomputed.
 
 Inverse frequencies follow transformers operation by operation, since the position multiplies their
 last bits. Powers are computed in float64 and rounded once, which gives the same bits on every
@@ -89,16 +89,17 @@ def by_length(parameters: Mapping[str, Any]) -> bool:
     return parameters["rope_type"] in ("dynamic", "longrope")
 
 
-def changed(parameters: Mapping[str, Any], lengths: jax.Array) -> jax.Array:
-    """Return True for texts of `lengths` tokens whose frequencies differ from those of the same
-    texts without the last token.
+def next_change(parameters: Mapping[str, Any], length: int) -> int | None:
+    """Return the next length at which a text of `length` tokens has other frequencies than with
+    one token less; None if there is none.
     """
     match parameters["rope_type"]:
         case "dynamic":
-            return lengths > parameters["max_position_embeddings"]
+            return max(length, int(parameters["max_position_embeddings"])) + 1
         case "longrope":
-            return lengths == int(parameters[ORIGINAL]) + 1
-    return jnp.zeros_like(lengths, bool)
+            change = int(parameters[ORIGINAL]) + 1
+            return change if length < change else None
+    return None
 
 
 def text_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

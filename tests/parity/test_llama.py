@@ -230,7 +230,6 @@ def test_cache_step_by_step_equals_the_full_forward(tiny_llama, error, name):
             model.params, cache, tokens[:, part], positions[:, part], segment_ids[:, part]
         )
         logits.append(np.asarray(new))
-    assert int(cache.length) == total
     assert error(np.concatenate(logits, axis=1)[real], expected[real]) < TOLERANCE
 
 

@@ -1,0 +1,194 @@
+"""The cache and the rows of an engine on its devices, and calls of its compiled programs."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.generate.decode import Admission, Chunk, Given, Made, empty_rows, make_programs
+from lora_jax.generate.log_probs import LogProbs
+from lora_jax.models.common import Model
+from lora_jax.nn.cache import Cache
+from lora_jax.nn.virtual import Virtual
+from lora_jax.sharding import BATCH, constrain, gather_to_host, mesh_of
+from lora_jax.weights import Layered
+
+CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once
+_FIRST_VIEW = 128  # slots that attention reads in the smallest program
+
+
+class Device:
+    """State and programs of an engine with `rows` texts of up to `slots` tokens.
+
+    Results are futures: only `first` and `decode` wait for the device.
+    """
+
+    def __init__(self, model: Model, rows: int, slots: int, adapters: int, dtype: Any):
+        self.params: Mapping = model.params
+        self.bank: Any = None
+        self.prefix: Virtual | None = None
+        self.slots = slots
+        self.batches, self.views = _batch_sizes(rows), _views(slots)
+        self._mesh = mesh_of(model.params)
+        self._programs = make_programs(model, dtype, _place)
+        self._state: tuple[Cache, Any] | None = None
+
+        @jax.jit
+        def allocate() -> tuple[Cache, Any]:
+            free = empty_rows(rows, adapters, model.config.vocab_size)
+            return _place(model.empty_cache(rows, slots, dtype)), _place(free)
+
+        self._allocate = allocate
+
+    @property
+    def compiled(self) -> int:
+        """Number of programs compiled so far."""
+        return sum(self._programs.compiled.values())
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Return a context for calls: the mesh of the parameters, if there is one."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def release(self) -> None:
+        """Free cache and rows until the next call."""
+        self._state = None
+
+    def admit(self, row: int, own: Admission) -> None:
+        """Write the settings of a row, which does not run until `first`."""
+        cache, rows = self._allocated()
+        self._state = cache, self._programs.admit(rows, np.int32(row), own)
+
+    def prefill(self, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
+        """Read a chunk of a text; return its hidden states (1, t, d), and its last one (1, d)."""
+        cache, rows = self._allocated()
+        view = self._views_of(chunk.tokens.shape[1])[int(chunk.start[0] > 0)]
+        cache, hidden, last = self._programs.prefill(self._given, cache, rows, chunk, view=view)
+        self._state = cache, rows
+        return hidden, last
+
+    def score(self, chunk: Chunk, hidden: jax.Array, targets: np.ndarray) -> LogProbs:
+        """Return log-probabilities (1, t, ..) of `targets` (1, t), the tokens after each."""
+        return self._programs.score(self._given, self._allocated()[1], chunk, hidden, targets)
+
+    def first(self, row: int, last: jax.Array, length: int, limit: int) -> Made:
+        """Give a row its next token after a text of `length` tokens that ends in the hidden state
+        `last` (1, d), and let it run up to `limit` tokens of the answer.
+        """
+        cache, rows = self._allocated()
+        numbers = [np.array([x], np.int32) for x in (row, length, limit)]
+        rows, made = self._programs.first(self._given, rows, numbers[0], last, *numbers[1:])
+        self._state = cache, rows
+        return jax.tree.map(gather_to_host, made)
+
+    def decode(
+        self, rows: Sequence[int], length: int, steps: int, hurry: bool
+    ) -> tuple[Made, dict[int, int]]:
+        """Give rows up to `steps` tokens, fewer if `hurry` and one of them ends. Their texts reach
+        `length` tokens at most. Return also the column of each row in the result.
+        """
+        size = next(size for size in self.batches if size >= len(rows))
+        view = next(view for view in self.views if view >= min(length, self.slots))
+        every = range(self.batches[-1])
+        if size == self.batches[-1]:
+            return self._decode(None, view, steps, hurry), {row: row for row in every}
+        chosen = [*rows, *(row for row in every if row not in rows)][:size]
+        made = self._decode(np.asarray(chosen, np.int32), view, steps, hurry)
+        return made, {row: column for column, row in enumerate(chosen)}
+
+    def warm_up(self, idle: Admission) -> None:
+        """Compile all programs; rows are idle before and after."""
+        one = np.ones(1, np.int32)
+        for time in CHUNKS:
+            tokens = np.zeros((1, time), np.int32)
+            for start in (0 * one, one)[: len(set(self._views_of(time)))]:
+                chunk = Chunk(0 * one, tokens, start, one, one)
+                hidden, last = self.prefill(chunk)
+            self.score(chunk, hidden, tokens)
+        self.first(0, last, 1, 0)
+        self.admit(0, idle)
+        for size in self.batches:
+            chosen = None if size == self.batches[-1] else np.arange(size, dtype=np.int32)
+            for view in self.views:
+                self._decode(chosen, view, 0, False)
+
+    def _views_of(self, time: int) -> tuple[int, int]:
+        """Return the slots that a chunk of `time` tokens looks at if it is the first, and later."""
+        return min(time, self.slots), self.slots
+
+    def _decode(self, chosen: Any, view: int, steps: int, hurry: bool) -> Made:
+        limits = np.int32(steps), np.bool_(hurry)
+        cache, rows, made = self._programs.decode(
+            self._given, *self._allocated(), chosen, *limits, view=view
+        )
+        self._state = cache, rows
+        return jax.tree.map(gather_to_host, made)
+
+    @property
+    def _given(self) -> Given:
+        bank = None if self.bank is None else dataclasses.replace(self.bank, params={})
+        return Given(self.params, bank, self.prefix)
+
+    def _allocated(self) -> tuple[Cache, Any]:
+        if self._state is None:
+            self._state = self._allocate()
+        return self._state
+
+
+def _place(tree: Any) -> Any:
+    """Constrain the sharding of a cache, rows or results on the mesh: rows of the cache over data
+    and fsdp, its heads over tensor; other arrays whole on each device.
+    """
+
+    def of_cache(cache: Cache) -> Cache:
+        spec = (BATCH[0], "tensor", None, None)
+
+        def of_layers(x: Any) -> Any:
+            if isinstance(x, Layered):
+                return Layered(tuple(constrain(layer, *spec) for layer in x.layers))
+            return constrain(x, None, *spec)
+
+        keys, values = of_layers(cache.keys), of_layers(cache.values)
+        return dataclasses.replace(cache, keys=keys, values=values)
+
+    def is_cache(x: Any) -> bool:
+        return isinstance(x, Cache)
+
+    return jax.tree.map(
+        lambda x: of_cache(x) if is_cache(x) else constrain(x), tree, is_leaf=is_cache
+    )
+
+
+def _views(longest: int) -> list[int]:
+    """Return the numbers of slots that decoding may look at.
+
+    >>> _views(1000)
+    [128, 512, 1000]
+    """
+    views = [_FIRST_VIEW]
+    while views[-1] < longest:
+        views.append(4 * views[-1])
+    return [*(view for view in views if view < longest), longest]
+
+
+def _batch_sizes(rows: int) -> list[int]:
+    """Return the numbers of rows that decoding may compute.
+
+    >>> _batch_sizes(8)
+    [1, 4, 8]
+    """
+    sizes = [1]
+    while sizes[-1] < rows:
+        sizes.append(4 * sizes[-1])
+    return [*(size for size in sizes if size < rows), rows]
+
+
+def chunk_size(left: int) -> int:
+    """Return how many tokens to read next: a size that is at least half full, or the smallest.
+
+    >>> [chunk_size(left) for left in (3, 20, 40, 100, 130)]
+    [16, 16, 64, 64, 256]
+    """
+    return next(size for size in reversed(CHUNKS) if 2 * left >= size or size == CHUNKS[0])

@@ -1,0 +1,413 @@
+"""Continuous batching over one base and many adapters, without HTTP.
+
+engine = Engine(model, rows=8, max_length=1024, max_loras=4, max_lora_rank=16)
+engine.publish("a", adapters, config)                     # a tree from a run or a file
+answers = engine.answer([Request(prompt, 64, adapter="a"), Request(prompt, 64)])
+
+The engine is the driver of the compiled programs in `decode`. Each step admits waiting requests to
+free rows, reads chunks of their prompts, and gives the running rows their next tokens.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import bank as banks
+from lora_jax.config import AdapterConfig
+from lora_jax.errors import UserError
+from lora_jax.generate.decode import MOST_STEPS, Admission, Chunk, Made
+from lora_jax.generate.device import Device, chunk_size
+from lora_jax.generate.log_probs import LogProbs
+from lora_jax.generate.requests import Completion, Event, Request, check_request, join
+from lora_jax.generate.sampling import prompt_mask, row_of
+from lora_jax.generate.versions import Version, Versions
+from lora_jax.models.common import Model
+from lora_jax.nn.rope import next_change
+from lora_jax.nn.virtual import Virtual, first_position, placeholders
+from lora_jax.sharding import gather_to_host
+from lora_jax.targets import Trainable
+from lora_jax.weights import separate
+
+_PREFILL = 512  # tokens of prompts per step, while other rows wait for their next token
+
+
+@dataclass
+class _Running:
+    """A request in a row."""
+
+    id: int
+    request: Request
+    versions: list[Version]
+    row: int
+    text: list[int]  # placeholders, prompt and answer
+    start: int  # of the answer in it
+    read: int = 0  # tokens that the cache has
+    limit: int = 0  # tokens of the answer after which the row pauses
+    decoding: bool = False
+
+
+class Engine:
+    """Answers requests in the rows of one batch; see `lora_jax.generate.engine`.
+
+    Args:
+        model: the model; `for_decoding(model)` is faster where memory allows.
+        rows: texts at once.
+        max_length: most tokens of a prompt with its answer.
+        max_loras: adapters in the bank at once; more may be published.
+        max_lora_rank: largest rank of an adapter.
+        max_terms: most adapters in a weighted sum.
+        modules: modules that adapters may adapt, as `lora.bank` takes them.
+        dtype: of activations and of the cache.
+
+    Example:
+        >>> from lora_jax.generate import Engine, Request
+        >>> engine = Engine(model, rows=2, max_length=32)
+        >>> answers = engine.answer([Request([1, 2, 3], max_new_tokens=4)])
+        >>> len(answers[0].tokens), answers[0].finish_reason
+        (4, 'length')
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        rows: int = 8,
+        max_length: int = 1024,
+        max_loras: int = 0,
+        max_lora_rank: int = 16,
+        max_terms: int = 2,
+        modules: Any = "all-linear",
+        dtype: Any = jnp.float32,
+    ):
+        sizes = {"rows": rows, "max_length": max_length, "max_terms": max_terms}
+        for name, value in sizes.items():
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        self.model, self.max_length = model, max_length
+        self._terms, self._vocab = max_terms, model.config.vocab_size
+        self._device = Device(model, rows, max_length, max_terms, dtype)
+        bank = None
+        if max_loras:
+            with self._device.on_mesh():
+                bank = banks.bank(
+                    model.params, slots=max_loras + 1, rank=max_lora_rank, modules=modules
+                )
+        self._versions = Versions(bank)
+        self._idle = self._admission(Request([0], 0), [])
+        self._waiting: deque[tuple[int, Request, list[Version]]] = deque()
+        self._rows: dict[int, _Running] = {}
+        self._count = 0
+
+    @property
+    def compiled_programs(self) -> int:
+        """Number of programs compiled so far."""
+        return self._device.compiled
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Names and identities of the published adapters."""
+        names = self._versions.names
+        return {name: self._versions.find(name).identity for name in names}
+
+    def publish(
+        self, name: str, adapters: Mapping[str, Any], config: AdapterConfig | Trainable
+    ) -> str:
+        """Publish a copy of adapters under a name and return their identity. Requests submitted
+        from now on use it; those submitted before keep the version that they have.
+
+        Raises:
+            UserError: an engine without slots; adapters that do not fit the bank.
+        """
+        with self._device.on_mesh():
+            return self._versions.publish(name, adapters, config).identity
+
+    def withdraw(self, name: str) -> None:
+        """Forget a published name; its requests are still answered.
+
+        Raises:
+            UserError: a name that is not published.
+        """
+        self._versions.withdraw(name)
+
+    def use(self, params: Mapping, prefix: Virtual | None = None) -> None:
+        """Answer with other parameters of the model, such as bound ones, and with virtual tokens
+        before each prompt. Nothing is compiled anew if the trees have the same shapes.
+        """
+        assert not self.busy, "requests are running"
+        self._device.params, self._device.prefix = params, prefix
+
+    def release(self) -> None:
+        """Free the memory of cache and rows until the next request."""
+        assert not self.busy, "requests are running"
+        self._device.release()
+
+    @property
+    def busy(self) -> bool:
+        """True while requests wait or run."""
+        return bool(self._waiting or self._rows)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its ID, which is in its events.
+
+        Raises:
+            UserError: a prompt that is empty, has tokens outside of the vocabulary, or is too long
+                with its answer; an adapter that is not published; settings out of range.
+        """
+        check_request(self.model, request, self.max_length, self._device.prefix)
+        row_of(request.sampling, request.number, request.stop_tokens, self._vocab)
+        versions = [self._versions.find(name) for name in _terms(request)]
+        if len(versions) > self._terms:
+            raise UserError(
+                f"{len(versions)} adapters in one request are more than max_terms={self._terms}"
+            )
+        if len(versions) > 1 and self._versions.bank is not None:
+            banks.check_sum([version.config for version in versions])
+        self._count += 1
+        self._waiting.append((self._count, request, versions))
+        return self._count
+
+    def cancel(self, id: int) -> None:
+        """End a request; what it has answered is kept, and no event follows. An ID that has ended
+        is left alone.
+        """
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != id)
+        for own in list(self._rows.values()):
+            if own.id == id:
+                self._stop(own)
+
+    def step(self) -> list[Event]:
+        """Admit requests, read chunks of prompts, decode; return what came of it. A request has at
+        most one event per step.
+        """
+        with self._device.on_mesh():
+            self._admit()
+            self._device.bank = self._versions.bank
+            events = self._read_prompts()
+            done = self._decode_rows()
+        merged: dict[int, Event] = {}
+        for event in [*events, *done]:
+            known = merged.get(event.id)
+            merged[event.id] = event if known is None else _joined(known, event)
+        return list(merged.values())
+
+    def run(self) -> Iterator[Event]:
+        """Yield the events of all requests until none waits or runs."""
+        while self.busy:
+            yield from self.step()
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        done: Callable[[int, Completion], None] = lambda index, completion: None,
+    ) -> list[Completion]:
+        """Return the completions of requests, in their order; `done(index, completion)` is called
+        as each one ends. An exception in it ends all of them.
+
+        Raises:
+            UserError: as `submit`, before any request is answered.
+        """
+        ids: dict[int, int] = {}
+        try:
+            for index, request in enumerate(requests):
+                ids[self.submit(request)] = index
+            found = [Completion() for _ in requests]
+            for event in self.run():
+                if event.id not in ids:
+                    continue
+                index = ids[event.id]
+                found[index].add(event)
+                if event.finish_reason is not None:
+                    done(index, found[index])
+        except BaseException:
+            for id in ids:
+                self.cancel(id)
+            raise
+        return found
+
+    def warm_up(self) -> int:
+        """Compile all programs that requests may need; return how many there are."""
+        assert not self.busy, "requests are running"
+        with self._device.on_mesh():
+            self._device.bank = self._versions.bank
+            self._device.warm_up(self._idle)
+        return self.compiled_programs
+
+    # Admission.
+
+    def _admit(self) -> None:
+        free = [row for row in range(self._device.batches[-1]) if row not in self._rows]
+        while self._waiting and free:
+            id, request, versions = self._waiting[0]
+            slots = self._versions.acquire(versions) if versions else []
+            if slots is None:
+                return  # in order: a request that waits for a slot is not overtaken
+            self._waiting.popleft()
+            places = placeholders(self._device.prefix)
+            text = [0] * places + [int(token) for token in request.prompt]
+            own = _Running(id, request, versions, free.pop(0), text, len(text))
+            self._rows[own.row] = own
+            self._device.admit(own.row, self._admission(request, slots))
+
+    def _admission(self, request: Request, slots: Sequence[int]) -> Admission:
+        weights = list(_terms(request).values())
+        return Admission(
+            reports=np.bool_(request.log_probs is not None),
+            slot_ids=_filled(slots, self._terms, np.int32),
+            slot_weights=_filled(weights, self._terms, np.float32),
+            sampling=row_of(request.sampling, request.number, request.stop_tokens, self._vocab),
+            in_prompt=prompt_mask(request.prompt, self._vocab),
+        )
+
+    def _stop(self, own: _Running) -> None:
+        """Free the row of a request, and stop it on the device if it runs."""
+        self._free(own)
+        if own.decoding:
+            with self._device.on_mesh():
+                self._device.admit(own.row, self._idle)
+
+    def _free(self, own: _Running) -> None:
+        del self._rows[own.row]
+        self._versions.release(own.versions)
+
+    # Prompts.
+
+    def _read_prompts(self) -> list[Event]:
+        """Read chunks of texts, up to a number of tokens; return the first tokens of answers."""
+        running = any(own.decoding for own in self._rows.values())
+        budget, events = _PREFILL if running else 4 * _PREFILL, []
+        for own in list(self._rows.values()):
+            while not own.decoding and budget > 0:
+                chunk = self._next_chunk(own)
+                budget -= chunk.tokens.shape[1]
+                hidden, last = self._device.prefill(chunk)
+                events += self._after_chunk(own, chunk, hidden, last)
+                if own.row not in self._rows:
+                    break
+        return events
+
+    def _next_chunk(self, own: _Running) -> Chunk:
+        """Return the next chunk of a text. Its size depends on the text alone, as do its bits."""
+        left = len(own.text) - own.read
+        time = chunk_size(left)
+        piece = own.text[own.read : own.read + time]
+        return Chunk(
+            rows=np.array([own.row], np.int32),
+            tokens=_filled(piece, time, np.int32)[None],
+            start=np.array([own.read], np.int32),
+            count=np.array([len(piece)], np.int32),
+            length=np.array([len(own.text)], np.int32),
+        )
+
+    def _after_chunk(
+        self, own: _Running, chunk: Chunk, hidden: jax.Array, last: jax.Array
+    ) -> Iterator[Event]:
+        """Yield the log-probabilities of a chunk of a prompt, and the first token after it."""
+        request, scored, start = own.request, None, own.read
+        own.read += int(chunk.count[0])
+        if request.prompt_log_probs is not None and len(own.text) == own.start:
+            scored = self._scored(own, chunk, hidden, start)
+        if own.read < len(own.text):
+            if scored is not None:
+                yield Event(own.id, [], prompt_log_probs=scored)
+        elif not request.max_new_tokens:
+            self._free(own)
+            yield Event(own.id, [], finish_reason="length", prompt_log_probs=scored)
+        else:
+            own.decoding, own.limit = True, request.max_new_tokens
+            if (change := self._next_change(len(own.text))) is not None:
+                own.limit = min(own.limit, change - own.start)
+            made = self._device.first(own.row, last, len(own.text), own.limit)
+            yield self._after_tokens(own, made, 0, scored)
+
+    def _scored(self, own: _Running, chunk: Chunk, hidden: jax.Array, start: int) -> LogProbs:
+        time, places = chunk.tokens.shape[1], placeholders(self._device.prefix)
+        targets = _filled(own.text[start + 1 : start + 1 + time], time, np.int32)[None]
+        found = self._device.score(chunk, hidden, targets)
+        # Targets are the second to the last token of the prompt, without placeholders.
+        part = np.s_[0, max(0, places - start) : min(own.read, own.start - 1) - start]
+        return _trimmed(found, part, own.request.prompt_log_probs)
+
+    def _next_change(self, length: int) -> int | None:
+        """Return the next length of a text at which its cache has other rotary frequencies."""
+        shift = first_position(self._device.prefix)
+        ropes = getattr(self.model.config, "ropes_by_length", ())
+        changes = [next_change(own, length + shift) for own in ropes]
+        return min((change - shift for change in changes if change is not None), default=None)
+
+    # Answers.
+
+    def _decode_rows(self) -> list[Event]:
+        running = [own for own in self._rows.values() if own.decoding]
+        if not running:
+            return []
+        reading = len(running) < len(self._rows)
+        steps = 1 if reading else MOST_STEPS
+        longest = max(min(len(own.text) + steps, own.start + own.limit) for own in running)
+        rows = [own.row for own in running]
+        made, columns = self._device.decode(rows, longest, steps, bool(self._waiting))
+        return [self._after_tokens(own, made, columns[own.row], None) for own in running]
+
+    def _after_tokens(
+        self, own: _Running, made: Made, column: int, prompt: LogProbs | None
+    ) -> Event:
+        """Return the event of the tokens that a row made in a call."""
+        column_tokens = np.asarray(made.tokens)[:, column]
+        tokens = column_tokens[column_tokens >= 0].tolist()
+        own.text += tokens
+        reason, stop = None, None
+        if tokens and tokens[-1] in own.request.stop_tokens:
+            reason, stop = "stop", tokens.pop()
+        elif len(own.text) - own.start >= own.request.max_new_tokens:
+            reason = "length"
+        elif len(own.text) - own.start >= own.limit:
+            own.read, own.decoding = 0, False  # the cache is computed anew
+        found = None
+        if own.request.log_probs is not None:
+            found = _trimmed(made.log_probs, np.s_[: len(tokens), column], own.request.log_probs)
+        if reason is not None:
+            self._free(own)
+        return Event(own.id, tokens, found, reason, stop, prompt)
+
+
+def for_decoding(model: Model) -> Model:
+    """Return the model in the form that decodes fastest: each layer's weights in arrays of their
+    own. The stacked weights of the argument are not needed any more; drop them, or the base is in
+    memory twice.
+    """
+    return model.replace(params=separate(model.params))
+
+
+def _terms(request: Request) -> Mapping[str, float]:
+    """Return the weights of the adapters of a request, by name."""
+    if request.adapter is None:
+        return {}
+    return {request.adapter: 1.0} if isinstance(request.adapter, str) else request.adapter
+
+
+def _filled(values: Sequence[Any], length: int, dtype: Any) -> np.ndarray:
+    return np.array([*values, *[0] * (length - len(values))], dtype)[:length]
+
+
+def _trimmed(found: LogProbs, where: Any, top: int | None) -> LogProbs:
+    """Return some of the log-probabilities, with `top` alternatives."""
+    own, ids, values = (
+        gather_to_host(x)[where] for x in (found.own, found.top_ids, found.top_values)
+    )
+    return LogProbs(own, ids[..., :top], values[..., :top])
+
+
+def _joined(one: Event, other: Event) -> Event:
+    """Return the events of one request in one step as one."""
+    return Event(
+        one.id,
+        one.tokens + other.tokens,
+        join(one.log_probs, other.log_probs),
+        other.finish_reason,
+        other.stop_token,
+        one.prompt_log_probs,
+    )
