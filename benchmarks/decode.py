@@ -74,54 +74,41 @@ class Ours:
         import jax.numpy as jnp
 
         from lora_jax import AdapterConfig, formats
+        from lora_jax.generate import for_decoding
 
-        self.options, self.home = options, home
-        self.model = formats.load(options.model, dtype=jnp.float32)
-        self.config = AdapterConfig(
+        self.options, self.engines = options, {}
+        model = formats.load(options.model, dtype=jnp.float32)
+        config = AdapterConfig(
             rank=options.rank, alpha=2 * options.rank, target_modules="all-linear"
         )
         for number in range(max(CASES.values())):
-            self._write(number)
-        self.engines: dict[tuple[str, int], Any] = {}
-
-    def _write(self, number: int) -> None:
-        """Write the PEFT directory of a random adapter."""
-        import jax
-
-        from lora_jax import formats, lora
-
-        _, adapters = lora.init(jax.random.key(number), self.model.params, self.config)
-        draw = np.random.default_rng(number)
-        adapters = jax.tree.map(
-            lambda leaf: draw.normal(0, 0.04, leaf.shape).astype(np.float32), adapters
-        )
-        target = self.home / str(number)
-        source = self.model.directory
-        formats.write_adapter(
-            target, adapters, self.model.params, self.config, base_model=str(source)
-        )
+            write_adapter(home / str(number), number, model, config)
+        # What PEFT reads is what we read.
+        self.adapters = [
+            formats.read_adapter(home / str(number), model.params, model)
+            for number in range(max(CASES.values()))
+        ]
+        self.merged = for_decoding(merge(model, *self.adapters[0]))
+        self.model = for_decoding(model)
 
     def _engine(self, case: str, rows: int) -> Any:
         """Return an engine with the adapters of a case."""
-        from lora_jax import formats, lora
-        from lora_jax.generate.engine import Engine
+        from lora_jax.generate import Engine
 
-        model, count = self.model, CASES[case]
-        read = [
-            formats.read_adapter(self.home / str(number), model.params, model)
-            for number in range(max(count, case == "merged"))
-        ]
-        if case == "merged":
-            model = model.replace(params=lora.merge(lora.bind(model.params, *read.pop())))
-        length = self.options.prompt + self.options.new
-        bank = {"slots": count + 1, "rank": self.options.rank} if count else {}
-        engine = Engine(model, rows=rows, max_length=length, **bank)
-        for number, (adapters, config) in enumerate(read):
-            engine.publish(str(number), adapters, config)
+        options, count = self.options, CASES[case]
+        engine = Engine(
+            self.merged if case == "merged" else self.model,
+            rows=rows,
+            max_length=options.prompt + options.new,
+            max_loras=count,
+            max_lora_rank=options.rank,
+        )
+        for number, adapter in enumerate(self.adapters[:count]):
+            engine.publish(str(number), *adapter)
         return engine
 
     def answer(self, case: str, rows: int, new: int) -> list[list[int]]:
-        from lora_jax.generate.engine import Request
+        from lora_jax.generate import Request
 
         if (case, rows) not in self.engines:
             # Those of another batch size are not used again.
@@ -129,16 +116,31 @@ class Ours:
             self.engines[case, rows] = self._engine(case, rows)
         count = CASES[case]
         requests = [
-            Request(
-                prompt,
-                max_new_tokens=new,
-                stop_tokens=(),
-                adapter=str(row % count) if count else None,
-            )
+            Request(prompt, new, adapter=str(row % count) if count else None)
             for row, prompt in enumerate(prompts_of(self.options, rows))
         ]
-        found = self.engines[case, rows].answer(requests)
-        return [list(one.tokens) for one in found]
+        return [one.tokens for one in self.engines[case, rows].answer(requests)]
+
+
+def write_adapter(target: Path, number: int, model: Any, config: Any) -> None:
+    """Write the PEFT directory of a random adapter."""
+    import jax
+
+    from lora_jax import formats, lora
+
+    _, adapters = lora.init(jax.random.key(number), model.params, config)
+    draw = np.random.default_rng(number)
+    adapters = jax.tree.map(
+        lambda leaf: draw.normal(0, 0.04, leaf.shape).astype(np.float32), adapters
+    )
+    formats.write_adapter(target, adapters, model.params, config, base_model=str(model.directory))
+
+
+def merge(model: Any, adapters: Any, config: Any) -> Any:
+    """Return the model with an adapter merged into it."""
+    from lora_jax import lora
+
+    return model.replace(params=lora.merge(lora.bind(model.params, adapters, config)))
 
 
 class Theirs:
