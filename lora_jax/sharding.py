@@ -145,6 +145,19 @@ def place_adapters(adapters: dict, params: Mapping) -> dict:
     return jax.tree.map(_put_or_constrain, adapters, shardings(short, mesh))
 
 
+def zeros_beside(weight: Any, shape: Sequence[int], axes: Sequence[int | None]) -> jax.Array:
+    """Return float32 zeros on the mesh of a weight. Each axis is split like the axis of the weight
+    that `axes` names, or not at all.
+    """
+    first = next(iter(jax.tree.leaves(weight)), None)
+    if not _is_placed(first):
+        return jnp.zeros(shape)
+    mesh, known = first.sharding.mesh, first.sharding.spec
+    of_weight = (*known, *(None,) * (len(weight.shape) - len(known)))
+    spec = _fit(P(*(None if i is None else of_weight[i] for i in axes)), shape, mesh)
+    return jnp.zeros(shape, device=NamedSharding(mesh, _shortened(spec, mesh)))
+
+
 def _shortened(spec: P, mesh: Mesh) -> P:
     """Return the spec in the form that compiled programs return: without axes of one device and
     without `None` at the end. Another form of the same sharding would recompile.
@@ -180,9 +193,8 @@ def _is_placed(x: Any) -> bool:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """Return the mesh that arrays of a tree are on; None if they are on one device."""
-    mesh = _mesh(jax.tree.leaves(tree))
-    return None if mesh is None or mesh.size == 1 else mesh
+    """Return the mesh that arrays of a tree are on; None for arrays on no mesh."""
+    return _mesh(jax.tree.leaves(tree))
 
 
 def _mesh(arrays: Iterable[Any]) -> Any:

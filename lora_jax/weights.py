@@ -4,6 +4,7 @@
     NF4Weight, Int8Weight          a kernel of 4 or 8 bits per weight
     LoraWeight(base, a, b, gain)   y = gain * (x @ base + (x @ a) @ b)
     Probe(base, basis, moments)    a base whose inputs are accumulated
+    LoraBank(base, a, b, ..)       LoraWeights in slots; every row of the input has its own
     Untied(embed, head)            an embedding (vocab, d) that is the output head too, adapted in
                                    one of its two uses only
     Layered(layers)                a stack of layers as separate leaves, one per layer
@@ -21,10 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import slots
+from lora_jax.errors import UserError, counted
+from lora_jax.experts import grouped_matmul
+from lora_jax.moments import count
 from lora_jax.quantize import Int8Weight, NF4Weight, QuantizedWeight, dequantize
 from lora_jax.tree import Path, flatten, stack_position, unflatten
-
-_BLOCK = 32  # rows of one expert that a CPU multiplies at once
 
 
 class _OverBase:
@@ -72,13 +75,47 @@ class LoraWeight(_OverBase):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class LoraBank(_OverBase):
+    """A frozen weight with a low-rank update per slot, every scale folded in. The first axis of the
+    input is that of the rows, each with slots of its own; slot 0 is the base.
+
+    `a` has its input last, the faster form of the product with all slots. In a stack, every array
+    has the leading axes of the base: layers, and experts but for `slot_ids` and `slot_weights`.
+    """
+
+    base: Any  # (..., in, out): an array, a quantised leaf
+    a: jax.Array  # (..., slots, rank, in)
+    b: jax.Array  # (..., slots, rank, out)
+    gain: jax.Array | None  # (..., slots, 1, out); None: 1
+    slot_ids: jax.Array  # (..., rows, m) int32
+    slot_weights: jax.Array  # (..., rows, m) float32
+
+    @property
+    def factors(self) -> slots.Factors:
+        return slots.Factors(self.a, self.b, self.gain)
+
+    @property
+    def choice(self) -> slots.Choice:
+        return slots.Choice(self.slot_ids, self.slot_weights)
+
+    def check_rows(self, x: jax.Array) -> None:
+        """Raise for an input whose first axis is not that of the rows."""
+        if x.ndim < 2 or len(x) != len(self.slot_ids):
+            raise UserError(
+                f"a bank is bound to {counted(len(self.slot_ids), 'row')}, and the input has shape "
+                f"{x.shape}; bind slot_ids for every row of the batch"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Untied:
     """A tied embedding (vocab, d) whose two uses differ; an array that is not adapted is shared and
     not copied.
     """
 
-    embed: Any  # (vocab, d): an array or a LoraWeight
-    head: Any  # (vocab, d): an array or a LoraWeight
+    embed: Any  # (vocab, d): an array, LoraWeight or LoraBank
+    head: Any  # (vocab, d): an array, LoraWeight or LoraBank
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -146,7 +183,7 @@ class Absent:
     dtype: Any = field(metadata={"static": True})
 
 
-Weight = jax.Array | QuantizedWeight | LoraWeight | Untied | Probe
+Weight = jax.Array | QuantizedWeight | LoraWeight | LoraBank | Untied | Probe
 
 
 def separate(params: Mapping) -> dict:
@@ -196,8 +233,17 @@ def linear(x: jax.Array, w: Weight) -> jax.Array:
         >>> linear(jnp.array([[1.0, 2.0]]), w).tolist()  # x @ W + (x @ a) @ b
         [[2.5, 3.5]]
     """
+    if isinstance(w, LoraBank):
+        return _banked(x, linear(x, w.base), w)
     rows = x.reshape(-1, x.shape[-1])
     return _matmul(rows, w).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _banked(x: jax.Array, y: jax.Array, w: LoraBank) -> jax.Array:
+    """Add the updates of a bank to y (rows, ..., out), the product of x (rows, ..., in)."""
+    w.check_rows(x)
+    wide = (part.reshape(len(x), -1, part.shape[-1]) for part in (y, x))
+    return slots.apply(*wide, w.factors, w.choice).reshape(y.shape)
 
 
 def _matmul(x: jax.Array, w: Weight) -> jax.Array:
@@ -207,27 +253,8 @@ def _matmul(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, NF4Weight | Int8Weight):
         return _quantized_matmul(x, w)
     if isinstance(w, Probe):
-        return _matmul(_count(x, w.basis, w.moments, w.counted), w.base)
+        return _matmul(count(x, w.basis, w.moments, w.counted), w.base)
     return x @ materialize(w).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _count(x: jax.Array, basis: jax.Array, moments: jax.Array, counted: Any) -> jax.Array:
-    """Return x (rows, in) unchanged; see `Probe` for the gradient."""
-    return x
-
-
-def _count_backward(saved: tuple[Any, ...], slope: jax.Array) -> tuple[Any, ...]:
-    x, basis, counted = saved
-    ones = jnp.ones((len(x), 1)) if counted is None else counted[:, None]
-    wide = jnp.where(ones > 0, x.astype(jnp.float32), 0)
-    with jax.default_matmul_precision("highest"):
-        sizes = jnp.sum(wide * wide, axis=-1, keepdims=True)
-        right = jnp.concatenate([wide @ basis, ones, sizes], axis=-1)
-        return slope, None, jnp.concatenate([wide, ones], axis=-1).T @ right, None
-
-
-_count.defvjp(lambda x, basis, moments, counted: (x, (x, basis, counted)), _count_backward)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -236,10 +263,20 @@ def _quantized_matmul(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     return x @ dequantize(w, x.dtype)
 
 
-def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array) -> jax.Array:
+def expert_linear(
+    x: jax.Array, w: Weight, group_sizes: jax.Array, order: jax.Array | None = None
+) -> jax.Array:
     """Multiply rows by the matrix of their expert, in the dtype of `x`: x (rows, in), w (experts,
     in, out) -> (rows, out). The first group_sizes[0] rows are those of expert 0, and so on.
+
+    `order` (rows,) is the permutation that sorted the rows by expert, so that each finds its slots
+    in a bank; only a bank needs it.
     """
+    if isinstance(w, LoraBank):
+        assert order is not None, "a bank of experts needs the order of the rows"
+        choice = w.choice.take(order // (len(x) // len(w.slot_ids)))
+        y = expert_linear(x, w.base, group_sizes)
+        return slots.apply_to_experts(y, x, w.factors, choice, group_sizes)
     if isinstance(w, LoraWeight):
         dropped = _drop(x, w.key, w.dropout)
         y = expert_linear(x, w.base, group_sizes)
@@ -250,82 +287,12 @@ def expert_linear(x: jax.Array, w: Weight, group_sizes: jax.Array) -> jax.Array:
         return y * gain.astype(x.dtype)
     if isinstance(w, NF4Weight | Int8Weight):
         return _quantized_expert_linear(x, w, group_sizes)
-    return _grouped_matmul(x, materialize(w).astype(x.dtype), group_sizes)
+    return grouped_matmul(x, materialize(w).astype(x.dtype), group_sizes)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _quantized_expert_linear(x: jax.Array, w: QuantizedWeight, group_sizes: jax.Array) -> jax.Array:
-    return _grouped_matmul(x, dequantize(w, x.dtype), group_sizes)
-
-
-def _grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Compute `jax.lax.ragged_dot`; by blocks on a CPU, where it multiplies every row by every
-    expert.
-    """
-    return jax.lax.platform_dependent(x, w, group_sizes, cpu=_by_blocks, default=jax.lax.ragged_dot)
-
-
-@jax.custom_vjp
-def _by_blocks(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Compute `jax.lax.ragged_dot` of groups that add up to the rows of x, at the cost of at most
-    rows + experts * _BLOCK rows.
-    """
-    return _times_blocks(x, w, group_sizes, 1)
-
-
-def _blocks(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return expert, first row and end of its group for every block of rows, in the order of the
-    rows; surplus blocks start behind the last row.
-    """
-    size, ends = min(_BLOCK, rows), jnp.cumsum(group_sizes)
-    last = jnp.cumsum(-(-group_sizes // size))  # how many blocks there are up to each expert
-    block = jnp.arange(rows // size + min(rows, len(group_sizes)))
-    expert = jnp.searchsorted(last, block, side="right").clip(max=len(group_sizes) - 1)
-    starts = ends[expert] - group_sizes[expert]
-    before = last[expert] - -(-group_sizes[expert] // size)
-    start = jnp.minimum(starts + (block - before) * size, rows)
-    return expert, start, ends[expert]
-
-
-def _times_blocks(x: jax.Array, w: jax.Array, group_sizes: jax.Array, contracted: int) -> jax.Array:
-    """Multiply x (rows, n) by the matrices of w, whose axis `contracted` has n features."""
-    rows = len(x)
-    size = min(_BLOCK, rows)
-    padded = jnp.pad(x, ((0, size), (0, 0)))
-
-    def step(y: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        expert, start, _ = block
-        own = jax.lax.dynamic_slice_in_dim(padded, start, size)
-        own = jax.lax.dot_general(own, w[expert], (((1,), (contracted - 1,)), ((), ())))
-        # The next block overwrites the rows behind the end of its group.
-        return jax.lax.dynamic_update_slice_in_dim(y, own, start, 0), None
-
-    y = jnp.zeros((rows + size, w.shape[3 - contracted]), x.dtype)
-    return jax.lax.scan(step, y, _blocks(group_sizes, rows))[0][:rows]
-
-
-def _forward(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, Any]:
-    return _by_blocks(x, w, group_sizes), (x, w, group_sizes)
-
-
-def _backward(saved: tuple[jax.Array, ...], slope: jax.Array) -> tuple[Any, ...]:
-    x, w, group_sizes = saved
-    size = min(_BLOCK, len(x))
-    pair = [jnp.pad(part, ((0, size), (0, 0))) for part in (x, slope)]
-
-    def step(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        expert, start, end = block
-        own, of_own = (jax.lax.dynamic_slice_in_dim(part, start, size) for part in pair)
-        own = jnp.where((start + jnp.arange(size) < end)[:, None], own, 0)
-        product = jnp.matmul(own.T, of_own, preferred_element_type=jnp.float32)
-        return total.at[expert].add(product), None
-
-    total = jnp.zeros(w.shape, jnp.float32)
-    total, _ = jax.lax.scan(step, total, _blocks(group_sizes, len(x)))
-    return _times_blocks(slope, w, group_sizes, 2), total.astype(w.dtype), None
-
-
-_by_blocks.defvjp(_forward, _backward)
+    return grouped_matmul(x, dequantize(w, x.dtype), group_sizes)
 
 
 def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -346,6 +313,11 @@ def embed(ids: jax.Array, w: Weight) -> jax.Array:
     """
     if isinstance(w, Untied):
         return embed(ids, w.embed)
+    if isinstance(w, LoraBank):
+        w.check_rows(ids[..., None])
+        rows = embed(ids, w.base).astype(jnp.float32)
+        wide = rows.reshape(len(ids), -1, rows.shape[-1]), ids.reshape(len(ids), -1)
+        return slots.apply_to_lookup(*wide, w.factors, w.choice).reshape(rows.shape)
     if isinstance(w, LoraWeight):
         rows = embed(ids, w.base).astype(jnp.float32)
         rows = rows + jnp.take(w.a, ids, axis=0) @ w.b
@@ -359,8 +331,10 @@ def unembed(x: jax.Array, w: Weight) -> jax.Array:
     """Return logits from a tied embedding: x (..., d), w (vocab, d) -> (..., vocab), in the dtype
     of `x`.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    return _unembed(rows, w.head if isinstance(w, Untied) else w).reshape(*x.shape[:-1], -1)
+    w = w.head if isinstance(w, Untied) else w
+    if isinstance(w, LoraBank):  # its factors are those of the head (d, vocab)
+        return _banked(x, unembed(x, w.base), w)
+    return _unembed(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
 
 
 def _unembed(x: jax.Array, w: Weight) -> jax.Array:
@@ -378,7 +352,7 @@ def widen(w: Any) -> Any:
     """Return the weight over a base in float32, so that `materialize` rounds nothing."""
     if isinstance(w, Untied):
         return Untied(widen(w.embed), widen(w.head))
-    if isinstance(w, LoraWeight | Probe):
+    if isinstance(w, LoraWeight | LoraBank | Probe):
         return dataclasses.replace(w, base=widen(w.base))
     return dequantize(w) if isinstance(w, NF4Weight | Int8Weight) else w.astype(jnp.float32)
 
@@ -401,6 +375,11 @@ def materialize(w: Weight) -> Any:
         return dequantize(w, w.dtype)
     if isinstance(w, Probe):
         return materialize(w.base)
+    if isinstance(w, LoraBank):
+        raise UserError(
+            "a weight of a bank has a matrix for every slot and is no single array; bind one "
+            "adapter with lora.bind to merge it"
+        )
     if not isinstance(w, LoraWeight):
         return w
     wide = widen(w.base)

@@ -275,7 +275,8 @@ def trains(adapters: Any, found: Trainable) -> dict[tree.Path, np.ndarray]:
         real, chosen = target.rank_mask(), np.asarray(target.ranks) > 0
         masks[(*target.path, "lora_a")] = real * (not found.config.freeze_a)
         masks[(*target.path, "lora_b")] = np.swapaxes(real, -1, -2)
-        masks[(*target.path, "magnitude")] = chosen[:, None] if target.stacked else chosen
+        by_layer = target.per_layer(chosen)
+        masks[(*target.path, "magnitude")] = by_layer[..., 0] if target.stacked else chosen
         masks |= {(*target.path, name): np.zeros(()) for name in ("init_a", "init_b")}
         for name in ("lambda_d", "lambda_b"):
             masks[(*target.path, name)] = masks[(*target.path, "magnitude")]

@@ -59,5 +59,5 @@ def test_the_main_functions_have_examples():
         for test in find_examples(importlib.import_module(name))
     }
     assert {f"adapters.{name}" for name in ("init", "bind", "merge", "shapes")} <= found
-    assert {"formats.load", "generate.make_generate", "weights.linear"} <= found
+    assert {"formats.load", "generate.engine.Engine", "weights.linear"} <= found
     assert len(found) >= 14

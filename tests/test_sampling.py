@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from lora_jax import formats
 from lora_jax.errors import UserError
-from lora_jax.generate import Rows, Sampling, make_generate, make_stream
+from lora_jax.generate import Engine, Request, Sampling
 from lora_jax.generate.sampling import keep_likely, sample
 
 TEXTS = [[3, 5, 7, 11], [2], [13, 17, 19, 23, 29, 31, 37, 41]]
@@ -50,6 +50,22 @@ def test_ties(top_p, top_k):
     assert np.array_equal(np.isfinite(found), np.isfinite(wanted))
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.75, 0.875])
+def test_what_adds_up_to_the_tail_exactly_is_dropped(top_p):
+    logits = np.log(np.array([[1 / 2, 1 / 16, 1 / 4, 1 / 8, 1 / 16]], np.float32))
+    found, wanted = kept(logits, None, top_p), expected(logits, None, top_p)
+    assert np.array_equal(found, wanted)
+    assert np.isfinite(found).sum() == {0.5: 1, 0.75: 2, 0.875: 3}[top_p]
+
+
+def test_the_most_likely_token_is_kept_at_the_largest_min_p():
+    logits = np.random.default_rng(0).normal(0, 3, (4, 300)).astype(np.float32)
+    cut = np.asarray(keep_likely(jnp.asarray(logits), 300, 0.0, 1.0))
+    assert np.array_equal(
+        cut, np.where(logits == logits.max(axis=-1, keepdims=True), logits, -np.inf)
+    )
+
+
 def test_all_are_kept_at_one_even_those_without_probability():
     logits = np.array([[0.0, -200.0, 1.0]], np.float32)
     assert np.array_equal(kept(logits), logits)
@@ -80,10 +96,10 @@ def test_draws_have_the_probabilities():
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
         ({"top_p": float("nan")}, "top_p=nan must be above 0"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": -2}, "top_k=-2 must be an integer, at least -1"),
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
         ({"temperature": float("nan")}, "temperature=nan must not be negative"),
-        ({"temperature": float("inf")}, "temperature=inf must be finite"),
+        ({"temperature": float("inf")}, "temperature=inf must not be negative, and finite"),
     ],
 )
 def test_settings_out_of_range(options, text):
@@ -102,34 +118,40 @@ def model(tmp_path_factory):
 
 
 def test_an_answer_depends_on_its_number_and_not_on_the_batch(model):
-    generate = make_generate(model)
-    options = {"max_new_tokens": 9, "stop_tokens": ()}
-    drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
-    together = generate(model.params, TEXTS, sampling=drawn, **options)
-    assert together == generate(model.params, TEXTS, sampling=drawn, **options)
-    for number in (0, 1, 2):
-        alone = Rows([number], 8)
-        assert generate(model.params, [TEXTS[number]], sampling=drawn, rows=alone, **options) == [
-            together[number]
+    engine = Engine(model, rows=2, max_length=32)
+
+    def answers(sampling=Sampling(), texts=TEXTS, numbers=(0, 1, 2)):
+        requests = [
+            Request(text, 9, sampling=sampling, number=number)
+            for text, number in zip(texts, numbers, strict=True)
         ]
-    twice = generate(model.params, [TEXTS[0]] * 2, sampling=drawn, **options)
+        return [found.tokens for found in engine.answer(requests)]
+
+    drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
+    together = answers(drawn)
+    assert together == answers(drawn)
+    for number in (0, 1, 2):
+        assert answers(drawn, [TEXTS[number]], [number]) == [together[number]]
+    twice = answers(drawn, [TEXTS[0]] * 2, (0, 1))
     assert twice[0] == together[0] != twice[1]
-    other = Sampling(temperature=1.5, top_p=0.9, seed=4)
-    assert generate(model.params, TEXTS, sampling=other, **options) != together
-    greedy = generate(model.params, TEXTS, **options)
+    assert answers(Sampling(temperature=1.5, top_p=0.9, seed=4)) != together
+    greedy = answers()
     assert greedy != together
-    tiny = Sampling(temperature=1.5, top_p=1e-6)
-    assert generate(model.params, TEXTS, sampling=tiny, **options) == greedy
+    assert answers(Sampling(temperature=1.5, top_p=1e-6)) == greedy
 
 
-@pytest.mark.parametrize("every", [1, 4, 100])
-def test_a_stream_is_the_answer_in_pieces(model, every):
-    generate, stream = make_generate(model), make_stream(model, every=every)
-    for sampling in (Sampling(), Sampling(temperature=1.5, seed=3)):
-        options = {"max_new_tokens": 9, "sampling": sampling}
-        (whole,) = generate(model.params, TEXTS[:1], stop_tokens=(), **options)
-        assert len(whole) == 9
-        for stops in ((), {whole[5]}, {whole[0]}):
-            wanted = generate(model.params, TEXTS[:1], stop_tokens=stops, **options)[0]
-            found = stream(model.params, TEXTS[0], stop_tokens=stops, **options)
-            assert list(found) == wanted
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.5, seed=3)])
+def test_events_are_the_answer_in_pieces(model, sampling):
+    engine = Engine(model, max_length=32)
+
+    def answer(stops):
+        [found] = engine.answer([Request(TEXTS[0], 19, stops, sampling)])
+        return found.tokens
+
+    whole = answer(())
+    assert len(whole) == 19
+    for stops in ((), {whole[5]}, {whole[0]}):
+        engine.submit(Request(TEXTS[0], 19, stops, sampling))
+        events = list(engine.run())
+        assert [token for event in events for token in event.tokens] == answer(stops)
+        assert len(events) > 1 or stops

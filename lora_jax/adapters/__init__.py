@@ -20,6 +20,10 @@ import jax
 
 from lora_jax.adapters import eva, full, low_rank, prompt, vera
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
+from lora_jax.adapters.stacks import stack as stack
+from lora_jax.adapters.stacks import unstack as unstack
+from lora_jax.bank import Bank as Bank
+from lora_jax.bank import bank as bank
 from lora_jax.config import DATA_INITS, AdapterConfig
 from lora_jax.errors import UserError
 from lora_jax.nn.virtual import Virtual

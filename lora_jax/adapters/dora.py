@@ -18,14 +18,15 @@ from lora_jax.weights import Weight
 
 def column_norms(target: Target, weight: Weight, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return |(W + a b)_j| as (..., out) in float32; `b` includes its scale."""
+    return over_slices(norms_of_matrix, target, weight, a, b)
 
-    def of_one(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            mixed = 2 * (a.T @ weight) + (a.T @ a) @ b
-        squares = jnp.sum(weight * weight, axis=0) + jnp.sum(mixed * b, axis=0)
-        return jnp.sqrt(jnp.maximum(squares, 0))
 
-    return over_slices(of_one, target, weight, a, b)
+def norms_of_matrix(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return |(W + a b)_j| of one matrix as (out,)."""
+    with jax.default_matmul_precision("highest"):
+        mixed = 2 * (a.T @ weight) + (a.T @ a) @ b
+    squares = jnp.sum(weight * weight, axis=0) + jnp.sum(mixed * b, axis=0)
+    return jnp.sqrt(jnp.maximum(squares, 0))
 
 
 def gain(

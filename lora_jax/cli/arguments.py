@@ -81,6 +81,20 @@ def share(text: str) -> float:
     return value
 
 
+def part(text: str) -> float:
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{value} must be from 0 to 1")
+    return value
+
+
+def factor(text: str) -> float:
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0")
+    return value
+
+
 def json_object(text: str) -> dict:
     try:
         value = json.loads(text)

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.positive,
         default=16,
         metavar="N",
-        help="prompts per batch (default: 16)",
+        help="prompts that are answered at once (default: 16)",
     )
     _add_rendering(parser)
     _add_sampling(parser)
@@ -124,6 +124,28 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=arguments.positive,
         metavar="K",
         help="sample from the K most likely tokens (default: all)",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=arguments.part,
+        default=0.0,
+        metavar="P",
+        help="sample from tokens at least P times as likely as the most likely one (default: 0, "
+        "all)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=arguments.factor,
+        default=1.0,
+        metavar="F",
+        help="above 1: tokens of the prompt and the answer so far become less likely (default: 1)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
     )
     parser.add_argument(
         "--seed", type=arguments.seed, default=0, metavar="N", help="seed of sampling (default: 0)"

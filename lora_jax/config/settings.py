@@ -181,7 +181,7 @@ class EvalConfig:
     # steps between answers during training, a multiple of train.eval_every; null: only before and
     # after
     generate_every: int | None = option(None, at_least=1, at_most=_MANY_STEPS, resumable=True)
-    # prompts that are answered together
+    # prompts that are answered at once
     generate_batch_size: int = option(64, at_least=1, at_most=_ROWS, resumable=True)
     # most tokens of an answer
     max_new_tokens: int = option(200, at_least=1, at_most=10**7)

@@ -8,8 +8,8 @@ of the text, its cache is recomputed when they change: for longrope once, at the
 for dynamic at each token beyond it, which costs a forward pass over the whole text per token.
 """
 
+from lora_jax.generate.device import for_decoding as for_decoding
 from lora_jax.generate.engine import Engine as Engine
-from lora_jax.generate.engine import for_decoding as for_decoding
 from lora_jax.generate.requests import Completion as Completion
 from lora_jax.generate.requests import Event as Event
 from lora_jax.generate.requests import Request as Request

@@ -14,16 +14,15 @@ from lora_jax import data, formats, hosts
 from lora_jax.config import Config, expand, is_directory, shown
 from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
-from lora_jax.generate import (
-    Sampling,
-    beyond_positions,
-    check_prompts,
-    check_room,
-    make_generate,
-    make_stream,
-)
+from lora_jax.generate.engine import Engine, for_decoding
+from lora_jax.generate.requests import Request, beyond_positions, check_prompts, check_room
+from lora_jax.generate.sampling import Sampling
+from lora_jax.generate.text import TextStream, check_stop_strings
 from lora_jax.models.common import Model
+from lora_jax.nn.virtual import placeholders
 from lora_jax.session import Session, open_session
+
+ROWS = 16  # prompts that are answered at once, unless named
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,6 @@ class Reader:
     def tokenizer(self) -> Any:
         return self.rendering.tokenizer
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-
     @cached_property
     def prefix(self) -> Any:
         return None if self.adapter is None else methods.prefix(*self.adapter)
@@ -80,24 +76,80 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A finished answer. `finish_reason` is stop or length; a stop token is not counted."""
+
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
 class Writer:
     """A loaded model that answers prompts given as tokens."""
 
     reader: Reader
-    bound: Any
-    generate: Callable[..., list[list[int]]]
-    stream: Callable[..., Iterator[int]]
+    model: Model  # its parameters are bound
     sampling: Sampling
+    dtype: Any = jnp.float32
+    stop: Sequence[str] = ()  # strings that end an answer
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of `generate` and `stream` that all prompts share."""
-        return {
-            "max_new_tokens": self.reader.max_new_tokens,
-            "stop_tokens": self.reader.stops,
-            "prefix": self.reader.prefix,
-            "sampling": self.sampling,
+    def open_engine(self, rows: int, longest: int) -> Engine:
+        """Return an engine for prompts of up to `longest` tokens."""
+        prefix, most = self.reader.prefix, self.reader.max_new_tokens
+        room = placeholders(prefix) + longest + most
+        engine = Engine(self.model, rows=rows, max_length=room, dtype=self.dtype)
+        engine.use(self.model.params, prefix)
+        return engine
+
+    def request(self, prompt: Sequence[int], number: int) -> Request:
+        """Return the request for an answer. Draws depend on the seed and the `number` only."""
+        most, stops = self.reader.max_new_tokens, self.reader.stops
+        return Request(prompt, most, stops, self.sampling, number=number)
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: int,
+        count: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[tuple[int, Written]]:
+        """Yield the number of a prompt and its answer, as the answers end. `rows` are generated at
+        once; `count` is called with the number of new tokens.
+        """
+        if not prompts:
+            return
+        engine = self.open_engine(min(rows, len(prompts)), max(map(len, prompts)))
+        running = {
+            engine.submit(self.request(prompt, number)): (number, self._text())
+            for number, prompt in enumerate(prompts)
         }
+        for event in engine.run():
+            number, text = running[event.id]
+            text.add(event.tokens)
+            count(len(event.tokens))
+            if text.stopped_by is not None:
+                engine.cancel(event.id)
+            elif event.finish_reason is None:
+                continue
+            text.end()
+            reason = "stop" if text.stopped_by is not None else event.finish_reason
+            yield number, Written(text.text, text.tokens, str(reason))
+
+    def stream(self, engine: Engine, prompt: Sequence[int], number: int) -> Iterator[str]:
+        """Yield an answer piece by piece. It is cancelled where the iterator is closed."""
+        text = self._text()
+        id = engine.submit(self.request(prompt, number))
+        try:
+            for event in engine.run():
+                yield text.add(event.tokens)
+                if text.stopped_by is not None:
+                    break
+            yield text.end()
+        finally:
+            engine.cancel(id)
+
+    def _text(self) -> TextStream:
+        return TextStream(self.reader.tokenizer, stop=self.stop)
 
 
 def open_reader(
@@ -180,6 +232,7 @@ def open_writer(
     reader: Reader,
     sampling: Sampling,
     *,
+    stop: str | Sequence[str] = (),
     compute_dtype: str = "float32",
     base_dtype: str | None = None,
     ignore: Collection[str] = (),
@@ -187,12 +240,13 @@ def open_writer(
     """Load the weights.
 
     Raises:
-        UserError: weights that cannot be read, or are not finite.
+        UserError: weights that cannot be read, or are not finite; as `check_stop_strings`.
     """
+    stop = check_stop_strings(stop)
     model = formats.load(reader.source, dtype=base_dtype, ignore=ignore)
-    bound = model.params if reader.adapter is None else methods.bind(model.params, *reader.adapter)
-    dtype = jnp.dtype(compute_dtype)
-    return Writer(reader, bound, make_generate(model, dtype), make_stream(model, dtype), sampling)
+    if reader.adapter is not None:
+        model = model.replace(params=methods.bind(model.params, *reader.adapter))
+    return Writer(reader, for_decoding(model), sampling, jnp.dtype(compute_dtype), stop)
 
 
 def answer(
@@ -200,21 +254,23 @@ def answer(
     prompts: Sequence[str],
     *,
     sampling: Sampling | None = None,
+    stop: str | Sequence[str] = (),
     compute_dtype: str = "float32",
     base_dtype: str | None = None,
     ignore: Collection[str] = (),
     **options: Any,
 ) -> list[str]:
-    """Return one answer per prompt, each prompt a user turn of its own conversation; `options` are
-    those of `open_reader`.
+    """Return one answer per prompt, each prompt a user turn of its own conversation; `stop` are
+    strings that end an answer, and `options` are those of `open_reader`.
 
     Raises:
         UserError: as `open_reader`, `Reader.encode_row` and `open_writer`.
     """
+    check_stop_strings(stop)
     reader = open_reader(spec, ignore=ignore, **options)
     tokens = [reader.encode([{"role": "user", "content": prompt}]) for prompt in prompts]
     reader.note_positions(max(map(len, tokens), default=0))
     own = {"compute_dtype": compute_dtype, "base_dtype": base_dtype, "ignore": ignore}
-    writer = open_writer(reader, sampling or Sampling(), **own)
-    answers = writer.generate(writer.bound, tokens, **writer.options)
-    return [reader.decode(one) for one in answers]
+    writer = open_writer(reader, sampling or Sampling(), stop=stop, **own)
+    found = dict(writer.answers(tokens, ROWS))
+    return [found[number].text for number in range(len(tokens))]

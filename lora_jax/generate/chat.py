@@ -3,14 +3,15 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Generator
-from typing import TextIO
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TextIO
 
 from lora_jax.errors import UserError
-from lora_jax.generate import Rows
 from lora_jax.generate.answer import Writer
-from lora_jax.generate.prompts import bucket
+from lora_jax.generate.engine import Engine
+from lora_jax.nn.virtual import placeholders
 
+_ROOM = 1024  # tokens of a conversation, at first; a longer one takes twice as many
 HELP = "/reset starts a new conversation; /quit or Ctrl-D ends it; Ctrl-C stops an answer"
 
 
@@ -21,6 +22,7 @@ class Chat:
         self._writer = writer
         self._messages: list[dict[str, str]] = []
         self._turn = 0
+        self._engine: Engine | None = None
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -37,26 +39,28 @@ class Chat:
         messages = [*self._messages, {"role": "user", "content": text}]
         prompt = reader.encode(messages, "the conversation")
         reader.note_positions(len(prompt))
-        tokens: list[int] = []
-        shown = ""
+        answer = ""
         self._turn += 1
-        stream = self._writer.stream(
-            self._writer.bound,
-            prompt,
-            rows=Rows([self._turn - 1], bucket(len(prompt))),
-            **self._writer.options,
-        )
+        engine = self._open_engine(len(prompt))
         try:
-            for token in stream:
-                tokens.append(token)
-                answer = reader.decode(tokens)
-                if not answer.endswith("\ufffd"):  # a character may take several tokens
-                    piece, shown = answer[len(shown) :], answer
+            with contextlib.closing(self._writer.stream(engine, prompt, self._turn - 1)) as pieces:
+                for piece in pieces:
+                    answer += piece
                     yield piece
-            yield reader.decode(tokens)[len(shown) :]
+        except KeyboardInterrupt:
+            self._engine = None  # in the middle of a step
+            raise
         finally:
-            answer = reader.decode(tokens)
             self._messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def _open_engine(self, length: int) -> Engine:
+        """Return the engine of the conversation, or a larger one if the prompt needs it."""
+        reader = self._writer.reader
+        needed = placeholders(reader.prefix) + length + reader.max_new_tokens
+        if self._engine is None or self._engine.max_length < needed:
+            room = max(_ROOM, 1 << (needed - 1).bit_length())
+            self._engine = self._writer.open_engine(1, room - reader.max_new_tokens)
+        return self._engine
 
 
 def run(writer: Writer, stdin: TextIO | None = None, stdout: TextIO | None = None) -> None:
@@ -101,11 +105,37 @@ def _next_line(stdin: TextIO) -> str:
     return line.rstrip("\r\n")
 
 
+@contextlib.contextmanager
+def _between_steps() -> Iterator[Callable[[], None]]:
+    """Hold back a first Ctrl-C until the function of the block is called: a step ends as a whole.
+    A second one acts at once.
+    """
+    before, pressed = signal.getsignal(signal.SIGINT), []
+
+    def press(*arguments: Any) -> None:
+        if pressed:
+            signal.default_int_handler(*arguments)
+        pressed.append(True)
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _answer(chat: Chat, line: str, stdout: TextIO) -> None:
     pieces = chat.say(line)
     try:
-        for piece in pieces:
-            print(piece, end="", flush=True, file=stdout)
+        with _between_steps() as check:
+            for piece in pieces:
+                print(piece, end="", flush=True, file=stdout)
+                check()
         print(flush=True, file=stdout)
     except KeyboardInterrupt:
         pieces.close()

@@ -1,21 +1,23 @@
 """Implementation of `lora-jax generate`."""
 
 import argparse
+import dataclasses
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from lora_jax.config import expand
 from lora_jax.errors import UserError
-from lora_jax.generate import Sampling, chat, prompts
+from lora_jax.generate import chat, prompts
 from lora_jax.generate.answer import open_reader, open_writer
 from lora_jax.generate.prompts import Answered, Prompt
+from lora_jax.generate.sampling import Sampling
+from lora_jax.generate.text import check_stop_strings
+from lora_jax.report.console import make_console
+from lora_jax.report.progress import SILENT, Display
 
 _PAUSE = 10.0  # seconds between lines on the progress, without a terminal
 
@@ -28,7 +30,8 @@ def run(options: argparse.Namespace) -> None:
             `open_reader`, `encode` and `open_writer`.
     """
     output = _check_output(options)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    check_stop_strings(options.stop)
+    sampling = _sampling(options)
     asked: list[Prompt] = []
     if options.prompts is not None:
         asked = prompts.read_prompts(options.prompts, options.prompt_format)
@@ -50,18 +53,28 @@ def run(options: argparse.Namespace) -> None:
     writer = open_writer(
         reader,
         sampling,
+        stop=options.stop,
         compute_dtype=options.compute_dtype,
         base_dtype=options.base_dtype,
         ignore=options.ignore_config_fields,
     )
     if options.chat:
         return chat.run(writer)
-    answers = prompts.answer_all(writer, asked, tokens, options.batch_size)
-    if output is not None:
-        return _write(output, _shown(answers, len(asked)), len(asked))
-    if options.prompts is not None and not sys.stdout.isatty():
-        return _print_lines(_shown(answers, len(asked)))
-    _print(answers, options.max_new_tokens)
+    prints = output is None and (options.prompts is None or sys.stdout.isatty())
+    display = SILENT if prints else Display(make_console())
+    with display.phase("answers", len(asked), every=_PAUSE) as phase:
+        answers = prompts.answer_all(writer, asked, tokens, options.batch_size, phase)
+        if output is not None:
+            _write(output, answers, len(asked))
+        elif prints:
+            _print(answers, options.max_new_tokens)
+        else:
+            _print_lines(answers)
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    names = [field.name for field in dataclasses.fields(Sampling) if field.name in options]
+    return Sampling(**{name: getattr(options, name) for name in names})
 
 
 def _check_output(options: argparse.Namespace) -> Path | None:
@@ -102,7 +115,7 @@ def _print_lines(answers: Iterable[Answered]) -> None:
 
 def _print(answers: Iterable[Answered], max_new_tokens: int) -> None:
     """Print each prompt on stderr, and its answer on stdout, which has nothing else."""
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = make_console()
     for number, one in enumerate(answers):
         if number:
             print(flush=True)
@@ -116,18 +129,3 @@ def _last_turn(prompt: Prompt) -> str:
     if isinstance(prompt.given, str):
         return prompt.given
     return str(prompt.given[-1].get("content") or "")
-
-
-def _shown(answers: Iterable[Answered], count: int) -> Iterator[Answered]:
-    """Pass answers on, with a bar on stderr, or a line now and then without a terminal."""
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    after = time.monotonic() + _PAUSE
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answers", total=count)
-        for done, one in enumerate(answers, 1):
-            bar.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() >= after:
-                console.print(f"answers {done}/{count}")
-                after = time.monotonic() + _PAUSE
-            yield one

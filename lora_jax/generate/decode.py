@@ -1,6 +1,7 @@
 """The compiled programs of an engine: admit a row, prefill prompts, decode rows.
 
 admit    write the settings of a request into a free row
+begin    write virtual tokens to the start of the cache of a row
 prefill  read a chunk of a prompt into the cache of its row
 score    log-probabilities of the tokens of a chunk
 first    give rows their first token, from the last hidden state of the prompt
@@ -39,7 +40,7 @@ from lora_jax.generate.sampling import (
 )
 from lora_jax.models.common import Execution, Model
 from lora_jax.nn.cache import Cache
-from lora_jax.nn.virtual import Virtual
+from lora_jax.nn.virtual import Prefix, Prompt, Virtual
 
 MOST_STEPS = 8  # tokens of a row per call of `decode`
 _SCORED = 16  # tokens whose logits are computed together
@@ -100,6 +101,7 @@ class Programs:
     """Compiled programs, and how many were compiled so far."""
 
     admit: Callable[..., Rows]
+    begin: Callable[..., Cache]
     prefill: Callable[..., tuple[Cache, jax.Array, jax.Array]]
     score: Callable[..., LogProbs]
     first: Callable[..., tuple[Rows, Made]]
@@ -136,6 +138,9 @@ def make_programs(model: Model, dtype: Any, place: Callable[[Any], Any]) -> Prog
 
         return jax.jit(counting, **options)
 
+    def begin(given, cache, row, virtual, count):
+        return _begin(model.module(given.params), dtype, cache, row, virtual, count)
+
     def prefill(given, cache, rows, chunk, view):
         run = _Forward(model, dtype, given, rows, chunk.rows)
         return _prefill(run, cache, chunk, view)
@@ -154,6 +159,7 @@ def make_programs(model: Model, dtype: Any, place: Callable[[Any], Any]) -> Prog
 
     return Programs(
         counted(admit, donate_argnames="rows"),
+        counted(begin, donate_argnames="cache"),
         counted(prefill, static_argnames="view", donate_argnames="cache"),
         counted(score),
         counted(first, donate_argnames="rows"),
@@ -206,6 +212,33 @@ def admit(rows: Rows, index: Any, own: Admission) -> Rows:
         sampling=set_row(rows.sampling, index, own.sampling),
         seen=start_row(rows.seen, index, own.in_prompt),
     )
+
+
+def _begin(
+    module: Any, dtype: Any, cache: Cache, row: jax.Array, virtual: Virtual, count: jax.Array
+) -> Cache:
+    """Write the first `count` virtual tokens to a `row` (1,). The base reads those of a prompt;
+    a prefix is keys and values already.
+    """
+    own = dataclasses.replace(cache, rows=row)
+    if isinstance(virtual, Prompt):
+        places = jnp.arange(len(virtual.embeddings))[None]
+        _, own = module.hidden(
+            jnp.zeros_like(places),
+            positions=places,
+            segment_ids=(places < count).astype(jnp.int32),
+            cache=dataclasses.replace(own, view=places.shape[1]),
+            prefix=virtual,
+            execution=Execution(dtype),
+        )
+        return dataclasses.replace(cache, keys=own.keys, values=own.values)
+    layers, most, _ = virtual.keys.shape
+    places = own.places(jnp.arange(most)[None], (jnp.arange(most) < count)[None])
+    for index in range(layers):
+        slices = Prefix(virtual.keys[index], virtual.values[index])
+        heads = slices.heads(1, module.config.head_dim)
+        own = own.with_layer(index, own.layer(index, places).write(*heads))
+    return dataclasses.replace(own, rows=None)
 
 
 def _prefill(

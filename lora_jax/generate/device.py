@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from lora_jax.models.common import Model
 from lora_jax.nn.cache import Cache
 from lora_jax.nn.virtual import Virtual
 from lora_jax.sharding import BATCH, constrain, gather_to_host, mesh_of
-from lora_jax.weights import Layered
+from lora_jax.weights import Layered, is_layered, separate
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once
 _FIRST_VIEW = 128  # slots that attention reads in the smallest program
@@ -36,12 +36,12 @@ class Device:
         self._programs = make_programs(model, dtype, _place)
         self._state: tuple[Cache, Any] | None = None
 
-        @jax.jit
-        def allocate() -> tuple[Cache, Any]:
+        def allocate(params: Any) -> tuple[Cache, Any]:
             free = empty_rows(rows, adapters, model.config.vocab_size)
-            return _place(model.empty_cache(rows, slots, dtype)), _place(free)
+            cache = model.replace(params=params).empty_cache(rows, slots, dtype)
+            return _place(cache), _place(free)
 
-        self._allocate = allocate
+        self._allocate = jax.jit(allocate)
 
     @property
     def compiled(self) -> int:
@@ -52,6 +52,12 @@ class Device:
         """Return a context for calls: the mesh of the parameters, if there is one."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
+    def use(self, params: Mapping, prefix: Virtual | None) -> None:
+        """Compute with other parameters, stacked or in separate layers, and virtual tokens."""
+        if _is_separate(params) != _is_separate(self.params):
+            self.release()
+        self.params, self.prefix = params, prefix
+
     def release(self) -> None:
         """Free cache and rows until the next call."""
         self._state = None
@@ -60,6 +66,13 @@ class Device:
         """Write the settings of a row, which does not run until `first`."""
         cache, rows = self._allocated()
         self._state = cache, self._programs.admit(rows, np.int32(row), own)
+
+    def begin(self, row: int, virtual: Virtual, count: int) -> None:
+        """Write the first `count` virtual tokens to the start of a row."""
+        cache, rows = self._allocated()
+        own = np.array([row], np.int32)
+        cache = self._programs.begin(self._given, cache, own, virtual, np.int32(count))
+        self._state = cache, rows
 
     def prefill(self, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
         """Read a chunk of a text; return its hidden states (1, t, d), and its last one (1, d)."""
@@ -98,8 +111,12 @@ class Device:
         made = self._decode(np.asarray(chosen, np.int32), view, steps, hurry)
         return made, {row: column for column, row in enumerate(chosen)}
 
-    def warm_up(self, idle: Admission) -> None:
-        """Compile all programs; rows are idle before and after."""
+    def warm_up(self, idle: Admission, virtual: Iterable[Virtual]) -> None:
+        """Compile all programs; rows are idle before and after. `virtual` are virtual tokens of
+        each kind.
+        """
+        for one in virtual:
+            self.begin(0, one, 0)
         one = np.ones(1, np.int32)
         for time in CHUNKS:
             tokens = np.zeros((1, time), np.int32)
@@ -133,8 +150,21 @@ class Device:
 
     def _allocated(self) -> tuple[Cache, Any]:
         if self._state is None:
-            self._state = self._allocate()
+            self._state = self._allocate(self.params)
         return self._state
+
+
+def for_decoding(model: Model) -> Model:
+    """Return the model in the form that decodes fastest: each layer's weights in arrays of their
+    own. The stacked weights of the argument are not needed any more; drop them, or the base is in
+    memory twice.
+    """
+    return model.replace(params=separate(model.params))
+
+
+def _is_separate(params: Mapping) -> bool:
+    leaves = jax.tree.leaves(params, is_leaf=is_layered)
+    return any(map(is_layered, leaves))
 
 
 def _place(tree: Any) -> Any:

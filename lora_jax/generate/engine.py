@@ -1,6 +1,7 @@
 """Continuous batching over one base and many adapters, without HTTP.
 
-engine = Engine(model, rows=8, max_length=1024, max_loras=4, max_lora_rank=16)
+bank = lora.bank(model.params, slots=5, rank=16)           # slot 0 is the base
+engine = Engine(model, rows=8, max_length=1024, bank=bank)
 engine.publish("a", adapters, config)                     # a tree from a run or a file
 answers = engine.answer([Request(prompt, 64, adapter="a"), Request(prompt, 64)])
 
@@ -17,21 +18,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import bank as banks
+from lora_jax.bank import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import MOST_STEPS, Admission, Chunk, Made
 from lora_jax.generate.device import Device, chunk_size
 from lora_jax.generate.log_probs import LogProbs
-from lora_jax.generate.requests import Completion, Event, Request, check_request, join
+from lora_jax.generate.requests import (
+    Completion,
+    Event,
+    Request,
+    check_request,
+    joined,
+    terms,
+    trimmed,
+)
 from lora_jax.generate.sampling import prompt_mask, row_of
-from lora_jax.generate.versions import Version, Versions
+from lora_jax.generate.versions import Version, Versions, check_terms
 from lora_jax.models.common import Model
 from lora_jax.nn.rope import next_change
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
-from lora_jax.sharding import gather_to_host
 from lora_jax.targets import Trainable
-from lora_jax.weights import separate
 
 _PREFILL = 512  # tokens of prompts per step, while other rows wait for their next token
 
@@ -44,6 +51,7 @@ class _Running:
     request: Request
     versions: list[Version]
     row: int
+    places: int  # placeholders of virtual tokens
     text: list[int]  # placeholders, prompt and answer
     start: int  # of the answer in it
     read: int = 0  # tokens that the cache has
@@ -58,10 +66,10 @@ class Engine:
         model: the model; `for_decoding(model)` is faster where memory allows.
         rows: texts at once.
         max_length: most tokens of a prompt with its answer.
-        max_loras: adapters in the bank at once; more may be published.
-        max_lora_rank: largest rank of an adapter.
+        bank: slots for adapters, as `lora.bank(model.params, ..)` makes them. They are the engine's
+            from now on. More adapters than slots may be published.
         max_terms: most adapters in a weighted sum.
-        modules: modules that adapters may adapt, as `lora.bank` takes them.
+        max_virtual_tokens: most virtual tokens of a published prompt or prefix.
         dtype: of activations and of the cache.
 
     Example:
@@ -78,10 +86,9 @@ class Engine:
         *,
         rows: int = 8,
         max_length: int = 1024,
-        max_loras: int = 0,
-        max_lora_rank: int = 16,
+        bank: Bank | None = None,
         max_terms: int = 2,
-        modules: Any = "all-linear",
+        max_virtual_tokens: int = 0,
         dtype: Any = jnp.float32,
     ):
         sizes = {"rows": rows, "max_length": max_length, "max_terms": max_terms}
@@ -91,13 +98,7 @@ class Engine:
         self.model, self.max_length = model, max_length
         self._terms, self._vocab = max_terms, model.config.vocab_size
         self._device = Device(model, rows, max_length, max_terms, dtype)
-        bank = None
-        if max_loras:
-            with self._device.on_mesh():
-                bank = banks.bank(
-                    model.params, slots=max_loras + 1, rank=max_lora_rank, modules=modules
-                )
-        self._versions = Versions(bank)
+        self._versions = Versions(model, bank, max_virtual_tokens)
         self._idle = self._admission(Request([0], 0), [])
         self._waiting: deque[tuple[int, Request, list[Version]]] = deque()
         self._rows: dict[int, _Running] = {}
@@ -139,12 +140,17 @@ class Engine:
         before each prompt. Nothing is compiled anew if the trees have the same shapes.
         """
         assert not self.busy, "requests are running"
-        self._device.params, self._device.prefix = params, prefix
+        self._device.use(params, prefix)
 
     def release(self) -> None:
         """Free the memory of cache and rows until the next request."""
         assert not self.busy, "requests are running"
         self._device.release()
+
+    @property
+    def _shared(self) -> int:
+        """Number of virtual tokens before each prompt."""
+        return placeholders(self._device.prefix) + first_position(self._device.prefix)
 
     @property
     def busy(self) -> bool:
@@ -158,15 +164,17 @@ class Engine:
             UserError: a prompt that is empty, has tokens outside of the vocabulary, or is too long
                 with its answer; an adapter that is not published; settings out of range.
         """
-        check_request(self.model, request, self.max_length, self._device.prefix)
+        versions = [self._versions.find(name) for name in terms(request)]
+        if self._device.prefix is not None and any(version.virtual for version in versions):
+            raise UserError("the engine has virtual tokens for all rows; an adapter has none then")
+        places = self._shared + sum(version.places for version in versions)
+        check_request(self.model, request, self.max_length, places)
         row_of(request.sampling, request.number, request.stop_tokens, self._vocab)
-        versions = [self._versions.find(name) for name in _terms(request)]
         if len(versions) > self._terms:
             raise UserError(
                 f"{len(versions)} adapters in one request are more than max_terms={self._terms}"
             )
-        if len(versions) > 1 and self._versions.bank is not None:
-            banks.check_sum([version.config for version in versions])
+        check_terms(terms(request), versions)
         self._count += 1
         self._waiting.append((self._count, request, versions))
         return self._count
@@ -192,7 +200,7 @@ class Engine:
         merged: dict[int, Event] = {}
         for event in [*events, *done]:
             known = merged.get(event.id)
-            merged[event.id] = event if known is None else _joined(known, event)
+            merged[event.id] = event if known is None else joined(known, event)
         return list(merged.values())
 
     def run(self) -> Iterator[Event]:
@@ -234,7 +242,7 @@ class Engine:
         assert not self.busy, "requests are running"
         with self._device.on_mesh():
             self._device.bank = self._versions.bank
-            self._device.warm_up(self._idle)
+            self._device.warm_up(self._idle, self._versions.kinds())
         return self.compiled_programs
 
     # Admission.
@@ -243,18 +251,22 @@ class Engine:
         free = [row for row in range(self._device.batches[-1]) if row not in self._rows]
         while self._waiting and free:
             id, request, versions = self._waiting[0]
-            slots = self._versions.acquire(versions) if versions else []
+            slots = self._versions.acquire(versions) if versions else [0]
             if slots is None:
                 return  # in order: a request that waits for a slot is not overtaken
             self._waiting.popleft()
-            places = placeholders(self._device.prefix)
+            cached = sum(version.places for version in versions)
+            places = placeholders(self._device.prefix) + cached
             text = [0] * places + [int(token) for token in request.prompt]
-            own = _Running(id, request, versions, free.pop(0), text, len(text))
+            own = _Running(id, request, versions, free.pop(0), places, text, len(text), cached)
             self._rows[own.row] = own
             self._device.admit(own.row, self._admission(request, slots))
+            for version in versions:
+                if version.virtual is not None:
+                    self._device.begin(own.row, version.virtual, version.places)
 
     def _admission(self, request: Request, slots: Sequence[int]) -> Admission:
-        weights = list(_terms(request).values())
+        weights = list(terms(request).values())
         return Admission(
             reports=np.bool_(request.log_probs is not None),
             slot_ids=_filled(slots, self._terms, np.int32),
@@ -325,12 +337,12 @@ class Engine:
             yield self._after_tokens(own, made, 0, scored)
 
     def _scored(self, own: _Running, chunk: Chunk, hidden: jax.Array, start: int) -> LogProbs:
-        time, places = chunk.tokens.shape[1], placeholders(self._device.prefix)
+        time = chunk.tokens.shape[1]
         targets = _filled(own.text[start + 1 : start + 1 + time], time, np.int32)[None]
         found = self._device.score(chunk, hidden, targets)
         # Targets are the second to the last token of the prompt, without placeholders.
-        part = np.s_[0, max(0, places - start) : min(own.read, own.start - 1) - start]
-        return _trimmed(found, part, own.request.prompt_log_probs)
+        part = np.s_[0, max(0, own.places - start) : min(own.read, own.start - 1) - start]
+        return trimmed(found, part, own.request.prompt_log_probs)
 
     def _next_change(self, length: int) -> int | None:
         """Return the next length of a text at which its cache has other rotary frequencies."""
@@ -368,46 +380,11 @@ class Engine:
             own.read, own.decoding = 0, False  # the cache is computed anew
         found = None
         if own.request.log_probs is not None:
-            found = _trimmed(made.log_probs, np.s_[: len(tokens), column], own.request.log_probs)
+            found = trimmed(made.log_probs, np.s_[: len(tokens), column], own.request.log_probs)
         if reason is not None:
             self._free(own)
         return Event(own.id, tokens, found, reason, stop, prompt)
 
 
-def for_decoding(model: Model) -> Model:
-    """Return the model in the form that decodes fastest: each layer's weights in arrays of their
-    own. The stacked weights of the argument are not needed any more; drop them, or the base is in
-    memory twice.
-    """
-    return model.replace(params=separate(model.params))
-
-
-def _terms(request: Request) -> Mapping[str, float]:
-    """Return the weights of the adapters of a request, by name."""
-    if request.adapter is None:
-        return {}
-    return {request.adapter: 1.0} if isinstance(request.adapter, str) else request.adapter
-
-
 def _filled(values: Sequence[Any], length: int, dtype: Any) -> np.ndarray:
     return np.array([*values, *[0] * (length - len(values))], dtype)[:length]
-
-
-def _trimmed(found: LogProbs, where: Any, top: int | None) -> LogProbs:
-    """Return some of the log-probabilities, with `top` alternatives."""
-    own, ids, values = (
-        gather_to_host(x)[where] for x in (found.own, found.top_ids, found.top_values)
-    )
-    return LogProbs(own, ids[..., :top], values[..., :top])
-
-
-def _joined(one: Event, other: Event) -> Event:
-    """Return the events of one request in one step as one."""
-    return Event(
-        one.id,
-        one.tokens + other.tokens,
-        join(one.log_probs, other.log_probs),
-        other.finish_reason,
-        other.stop_token,
-        one.prompt_log_probs,
-    )

@@ -21,12 +21,10 @@ from lora_jax.config.text import BadJSON, parse_json
 from lora_jax.data.named_columns import fill
 from lora_jax.data.rows import kind, listed
 from lora_jax.errors import UserError, raise_all
-from lora_jax.generate import Rows
-from lora_jax.generate.answer import Reader, Writer
+from lora_jax.generate.answer import Reader, Writer, Written
+from lora_jax.report.progress import Phase
 
 _FORMS = ("messages", "conversations", "prompt", "instruction", "text", "input_ids")
-_WINDOW = 16  # batches that are sorted by length together, and written in their order
-_SHORTEST = 64
 _SHOWN = 10  # problems
 
 
@@ -186,42 +184,29 @@ def encode(prompts: Sequence[Prompt], reader: Reader) -> list[list[int]]:
 
 
 def answer_all(
-    writer: Writer, prompts: Sequence[Prompt], tokens: Sequence[list[int]], batch_size: int
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[list[int]],
+    rows: int,
+    phase: Phase,
 ) -> Iterator[Answered]:
-    """Yield answers in the order of the prompts.
-
-    Batches have prompts of similar length. Compiled lengths are powers of two, and the last batch
-    is filled up, so that few programs are compiled. An answer depends on the seed and the number of
-    its prompt, not on the batch.
+    """Yield answers in the order of the prompts, while `phase` counts them as they end; `rows` are
+    generated at once. An answer depends on the seed and the number of its prompt only.
     """
-    batch_size = min(batch_size, len(prompts))
-    for first in range(0, len(prompts), _WINDOW * batch_size):
-        window = range(first, min(first + _WINDOW * batch_size, len(prompts)))
-        order = sorted(window, key=lambda i: len(tokens[i]))
-        found: dict[int, list[int]] = {}
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            filled = chosen + chosen[:1] * (batch_size - len(chosen))
-            rows = [tokens[i] for i in filled]
-            length = bucket(max(map(len, rows)))
-            place = Rows(filled, length)
-            answers = writer.generate(writer.bound, rows, rows=place, **writer.options)
-            found |= dict(zip(chosen, answers, strict=False))
-        for i in window:
-            yield finish(writer, prompts[i], found[i])
+
+    def count(tokens: int) -> None:
+        phase.tokens += tokens
+
+    found: dict[int, Written] = {}
+    first = 0
+    for number, written in writer.answers(tokens, rows, count):
+        phase.advance()
+        found[number] = written
+        while first in found:
+            yield finish(prompts[first], found.pop(first))
+            first += 1
 
 
-def finish(writer: Writer, prompt: Prompt, tokens: Sequence[int]) -> Answered:
-    """Return generated tokens as an `Answered` prompt."""
-    stopped = len(tokens) < writer.reader.max_new_tokens
-    reason = "stop" if stopped else "length"
-    return Answered(prompt, writer.reader.decode(tokens), reason, len(tokens))
-
-
-def bucket(length: int) -> int:
-    """Return the next power of two, at least 64.
-
-    >>> bucket(65)
-    128
-    """
-    return max(_SHORTEST, 1 << (length - 1).bit_length())
+def finish(prompt: Prompt, written: Written) -> Answered:
+    """Return a prompt with its answer."""
+    return Answered(prompt, written.text, written.finish_reason, written.tokens)

@@ -11,6 +11,7 @@ from lora_jax.generate.log_probs import TOP, LogProbs
 from lora_jax.generate.sampling import Sampling
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
+from lora_jax.sharding import gather_to_host
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ class Completion:
         self.prompt_log_probs = join(self.prompt_log_probs, event.prompt_log_probs)
 
 
+def joined(one: Event, other: Event) -> Event:
+    """Return two events of one request as one."""
+    return Event(
+        one.id,
+        one.tokens + other.tokens,
+        join(one.log_probs, other.log_probs),
+        other.finish_reason,
+        other.stop_token,
+        join(one.prompt_log_probs, other.prompt_log_probs),
+    )
+
+
 def join(one: LogProbs | None, other: LogProbs | None) -> LogProbs | None:
     """Return log-probabilities of the tokens of both."""
     if one is None or other is None:
@@ -75,12 +88,15 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
         UserError: a prompt that is empty or not a list of tokens; as `Model.check_tokens`.
     """
     for number, prompt in enumerate(prompts):
-        what = f"prompt {number}"
-        if np.ndim(prompt) != 1:
-            raise UserError(f"{what} must be a list of tokens, not {prompt!r}")
-        if not len(prompt):
-            raise UserError(f"{what} is empty; begin it with a token, such as the tokenizer's BOS")
-        model.check_tokens(prompt, what)
+        _check_prompt(model, prompt, f"prompt {number}")
+
+
+def _check_prompt(model: Model, prompt: Sequence[int], what: str) -> None:
+    if np.ndim(prompt) != 1:
+        raise UserError(f"{what} must be a list of tokens, not {prompt!r}")
+    if not len(prompt):
+        raise UserError(f"{what} is empty; begin it with a token, such as the tokenizer's BOS")
+    model.check_tokens(prompt, what)
 
 
 def check_room(
@@ -91,9 +107,13 @@ def check_room(
     Raises:
         UserError: max_new_tokens below 1; more tokens of prompt and answer than learned positions.
     """
+    longest, virtual = max(map(len, prompts), default=0), _virtual(prefix)
+    _check_room(model, longest, max_new_tokens, virtual)
+
+
+def _check_room(model: Model, longest: int, max_new_tokens: int, virtual: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    longest, virtual = max(map(len, prompts), default=0), _virtual(prefix)
     limit = model.learned_positions
     if limit is not None and virtual + longest + max_new_tokens > limit:
         raise UserError(
@@ -122,8 +142,9 @@ def _virtual(prefix: Virtual | None) -> int:
     return placeholders(prefix) + first_position(prefix)
 
 
-def check_request(model: Model, request: Request, max_length: int, prefix: Virtual | None) -> None:
-    """Check a request against the model and the `max_length` of texts of an engine.
+def check_request(model: Model, request: Request, max_length: int, virtual: int) -> None:
+    """Check a request with `virtual` tokens before its prompt against the model, and against the
+    `max_length` of texts of an engine.
 
     Raises:
         UserError: as `check_prompts` and `check_room`; a text longer than `max_length`; numbers of
@@ -136,17 +157,31 @@ def check_request(model: Model, request: Request, max_length: int, prefix: Virtu
     most = request.max_new_tokens
     if not _is_count(most):
         raise UserError(f"max_new_tokens={most!r} must be an integer, at least 1")
-    check_prompts(model, [request.prompt])
+    _check_prompt(model, request.prompt, "the prompt")
     if most > 0 or request.prompt_log_probs is None:
-        check_room(model, [request.prompt], most, prefix)
+        _check_room(model, len(request.prompt), most, virtual)
     model.check_tokens(np.asarray(list(request.stop_tokens), np.int64), "stop_tokens")
-    total = placeholders(prefix) + len(request.prompt) + most
-    if total > max_length:
+    if virtual + len(request.prompt) + most > max_length:
         raise UserError(
-            f"a prompt of {len(request.prompt)} tokens and max_new_tokens={most} are more than "
-            f"max_length={max_length} of the engine"
+            f"a prompt of {len(request.prompt)} tokens"
+            + (f", {virtual} virtual ones" if virtual else "")
+            + f" and max_new_tokens={most} are more than max_length={max_length} of the engine"
         )
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+
+
+def terms(request: Request) -> Mapping[str, float]:
+    """Return the weights of the adapters of a request, by name."""
+    if request.adapter is None:
+        return {}
+    return {request.adapter: 1.0} if isinstance(request.adapter, str) else request.adapter
+
+
+def trimmed(found: LogProbs, where: Any, top: int | None) -> LogProbs:
+    """Return some of the log-probabilities in NumPy arrays, with `top` alternatives."""
+    parts = (found.own, found.top_ids, found.top_values)
+    own, ids, values = (gather_to_host(x)[where] for x in parts)
+    return LogProbs(own, ids[..., :top], values[..., :top])

@@ -300,7 +300,12 @@ def _draw(keys: jax.Array, logits: jax.Array, top_k: Any, tail: Any, min_p: Any)
     kept = jax.lax.cond(
         jnp.any(cut), lambda x: keep_likely(x, top_k, tail, min_p), lambda x: x, logits
     )
-    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    # The token of `jax.random.categorical`; its argmax takes three times as long on CPU.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    noisy = jax.lax.optimization_barrier(noise + kept)
+    best, vocab = noisy == noisy.max(axis=-1, keepdims=True), logits.shape[-1]
+    ids = jnp.where(best, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    return ids.min(axis=-1)
 
 
 def sample(

@@ -7,19 +7,23 @@ when a request needs it, in place of the one that was not used for the longest t
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import jax
 import numpy as np
 
+from lora_jax import adapters as methods
 from lora_jax.bank import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, nearest
+from lora_jax.models.common import Model
+from lora_jax.nn.virtual import Prefix, Prompt, Virtual
 from lora_jax.sharding import gather_to_host
-from lora_jax.targets import Trainable
-from lora_jax.tree import dotted, flatten
+from lora_jax.targets import Trainable, as_trainable
+from lora_jax.tree import check_same_structure, dotted, flatten
 
 
 @dataclass(eq=False)
@@ -33,13 +37,27 @@ class Version:
     slot: int | None = None
     users: int = 0  # requests that are running on it
     used: int = 0  # when it was last acquired
+    virtual: Virtual | None = None  # virtual tokens, padded, in place of updates of weights
+
+    @property
+    def is_alone(self) -> bool:
+        """True for adapters that no weighted sum can have: DoRA's gain, and virtual tokens."""
+        return self.places > 0 or _settings(self.config).use_dora
+
+    @property
+    def places(self) -> int:
+        """Number of virtual tokens."""
+        return 0 if self.virtual is None else _settings(self.config).num_virtual_tokens
 
 
 class Versions:
-    """Published adapters over one bank, whose slot 0 is the base."""
+    """Published adapters over one bank, whose slot 0 is the base. Virtual tokens, of which there
+    may be `most`, need no slot.
+    """
 
-    def __init__(self, bank: Bank | None):
-        self.bank = bank
+    def __init__(self, model: Model, bank: Bank | None, most: int):
+        self.bank, self.most = bank, most
+        self._model = model
         self._current: dict[str, Version] = {}
         self._slots: dict[int, Version] = {}
         self._clock = 0
@@ -53,18 +71,47 @@ class Versions:
         Raises:
             UserError: an engine without slots; adapters that the bank refuses.
         """
-        if self.bank is None:
-            raise UserError(f"adapter {name!r}: the engine has no slots; make it with max_loras=1")
-        self.bank.check(adapters, config)
+        virtual = None
+        if _settings(config).trains_virtual_tokens:
+            virtual = self._padded(name, adapters, config)
+        elif self.bank is None:
+            raise UserError(f"adapter {name!r}: the engine has no slots; give it a bank")
+        else:
+            self.bank.check(adapters, config)
         copy = jax.tree.map(gather_to_host, dict(adapters))
-        version = Version(name, _identity(copy, config), copy, config)
+        version = Version(name, _identity(copy, config), copy, config, virtual=virtual)
         known = self._current.get(name)
         if known is not None and known.identity == version.identity:
             return known
         self._current[name] = version
-        if (slot := self._free_slot()) is not None:
+        if virtual is None and (slot := self._free_slot()) is not None:
             self._load(version, slot)
         return version
+
+    def _padded(self, name: str, adapters: Mapping, config: AdapterConfig | Trainable) -> Virtual:
+        """Return virtual tokens padded to `most`, in host memory."""
+        settings = _settings(config)
+        if (problem := _virtual_problem(self._model, settings, self.most)) is not None:
+            raise UserError(f"adapter {name!r}: {problem}")
+        found = as_trainable(self._model.params, config)
+        check_same_structure(adapters, found.shapes, "these adapters do not fit model and config")
+        padding = (0, self.most - settings.num_virtual_tokens)
+
+        def pad(x: Any) -> np.ndarray:
+            return np.pad(gather_to_host(x), [*[(0, 0)] * (x.ndim - 2), padding, (0, 0)])
+
+        return jax.tree.map(pad, methods.prefix(dict(adapters), found))
+
+    def kinds(self) -> list[Virtual]:
+        """Return virtual tokens of zeros of each kind that can be published."""
+        c = self._model.config
+        sizes = (c.num_hidden_layers, self.most, c.num_key_value_heads * c.head_dim)
+        keys, values = (np.zeros(sizes, np.float32) for _ in range(2))
+        prompt = Prompt(np.zeros((self.most, c.hidden_size), np.float32))
+        least = AdapterConfig(method="prompt", num_virtual_tokens=1)
+        if _virtual_problem(self._model, least, self.most) is not None:
+            return []
+        return [prompt, Prefix(keys, values)]
 
     def withdraw(self, name: str) -> None:
         """Forget a name; its running requests go on.
@@ -84,7 +131,7 @@ class Versions:
         if name not in self._current:
             known = ", ".join(sorted(self._current)) or "none"
             hint = nearest(name, self._current)
-            raise UserError(f"adapter {name!r} is not published; there are: {known}{hint}")
+            raise UserError(f"adapter {name!r} is not published; there are: {known}.{hint}")
         return self._current[name]
 
     @property
@@ -95,6 +142,7 @@ class Versions:
         """Return the slots of versions, loaded if necessary, and count a user of each; None if not
         all of them can be in a slot now.
         """
+        versions = [version for version in versions if version.virtual is None]
         absent = [version for version in versions if version.slot is None]
         kept = {version.slot for version in versions}
         slots = [slot for slot in self._by_age() if slot not in kept][: len(absent)]
@@ -106,7 +154,7 @@ class Versions:
         for version in versions:
             version.users += 1
             version.used = self._clock
-        return [int(version.slot or 0) for version in versions]
+        return [int(version.slot or 0) for version in versions] or [0]
 
     def release(self, versions: list[Version]) -> None:
         """Count a user less of each version."""
@@ -143,12 +191,51 @@ class Versions:
         self._slots[slot], version.slot = version, slot
 
 
+def check_terms(weights: Mapping[str, float], versions: Sequence[Version]) -> None:
+    """Check the weights of a sum of adapters.
+
+    Raises:
+        UserError: weights that are no finite numbers; a DoRA adapter that is not alone, weight 1.
+    """
+    for version in versions:
+        weight = weights[version.name]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+            raise UserError(f"adapter {version.name!r}: its weight {weight!r} is no finite number")
+        if version.is_alone and (len(versions) > 1 or weight != 1):
+            what = "virtual tokens" if version.places else "a gain (DoRA)"
+            raise UserError(
+                f"adapter {version.name!r} has {what} and no weighted sum; ask for it alone, with "
+                "weight 1"
+            )
+
+
 def _identity(adapters: Mapping[str, Any], config: AdapterConfig | Trainable) -> str:
     """Return the SHA-256 of the weights of adapters and of their settings."""
-    settings = config.config if isinstance(config, Trainable) else config
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True, default=str).encode())
+    settings = json.dumps(asdict(_settings(config)), sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode())
     for path, leaf in sorted(flatten(adapters).items()):
         array = np.asarray(leaf)
         digest.update(f"{dotted(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _virtual_problem(model: Model, config: AdapterConfig, most: int) -> str | None:
+    """Return the reason why virtual tokens cannot be part of a row; None if there is none."""
+    if config.prefix_gate:
+        return "its prefix has a gate, a softmax of its own; give it to all rows with Engine.use"
+    if getattr(model.config, "ropes_by_length", ()):
+        return (
+            "the rotary frequencies of the model depend on the length of the text, so its virtual "
+            "tokens cannot be kept; give them to all rows with Engine.use"
+        )
+    if config.num_virtual_tokens > most:
+        return (
+            f"it has {config.num_virtual_tokens} virtual tokens, and the engine has room for "
+            f"max_virtual_tokens={most}"
+        )
+    return None
+
+
+def _settings(config: AdapterConfig | Trainable) -> AdapterConfig:
+    return config.config if isinstance(config, Trainable) else config

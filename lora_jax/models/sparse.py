@@ -53,8 +53,8 @@ class ExpertLinear(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.kernel = nnx.Param(normal(rngs.params(), (experts, features_in, features_out)))
 
-    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return weights.expert_linear(x, self.kernel.get_value(), group_sizes)
+    def __call__(self, x: jax.Array, group_sizes: jax.Array, order: jax.Array) -> jax.Array:
+        return weights.expert_linear(x, self.kernel.get_value(), group_sizes, order)
 
 
 class Experts(nnx.Module):
@@ -68,8 +68,8 @@ class Experts(nnx.Module):
         rows, k = chosen.shape
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=self.count).astype(jnp.int32)
-        gate, up = jnp.split(self.gate_up_proj(x[order // k], sizes), 2, axis=-1)
-        y = self.down_proj(ACTIVATIONS[self.act](gate) * up, sizes)
+        gate, up = jnp.split(self.gate_up_proj(x[order // k], sizes, order), 2, axis=-1)
+        y = self.down_proj(ACTIVATIONS[self.act](gate) * up, sizes, order)
         y = y[jnp.argsort(order)].reshape(rows, k, -1)
         return jnp.einsum("rkd,rk->rd", y, shares.astype(y.dtype))
 
@@ -95,7 +95,8 @@ class SparseMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Routing]:
         rows = x.reshape(-1, x.shape[-1])
-        probabilities = jax.nn.softmax(self.gate(rows).astype(jnp.float32), axis=-1)
+        scores = self.gate(x).reshape(len(rows), -1).astype(jnp.float32)
+        probabilities = jax.nn.softmax(scores, axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.chosen)
         if self.normalize:
             shares = shares / shares.sum(axis=-1, keepdims=True)

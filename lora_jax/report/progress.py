@@ -62,6 +62,7 @@ class Phase:
         self.began = self._moved = time.monotonic()
         self.next_line = self.began + FIRST
         self.said = False  # a line of it was printed
+        self.tokens = 0  # generated ones; a bar shows how many per second
         self._status = status
 
     @property
@@ -88,8 +89,11 @@ class Phase:
 
     @property
     def status(self) -> str:
-        """Elapsed time and an estimate of the rest, or the text in their place."""
-        return "  ".join(self._times()) if self._status is None else self._status()
+        """Elapsed time, an estimate of the rest and the speed, or the text in their place."""
+        if self._status is not None:
+            return self._status()
+        speed = [f"{self.tokens / self.seconds:,.0f} tokens/s"] if self.tokens else []
+        return "  ".join([*self._times(), *speed])
 
     @property
     def line(self) -> str:

@@ -14,7 +14,8 @@ from lora_jax import adapters as methods
 from lora_jax import data
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.data.sets import DataSet
-from lora_jax.generate import make_generate
+from lora_jax.generate.engine import Engine
+from lora_jax.generate.requests import Completion, Request
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import placeholders
 from lora_jax.report import scores
@@ -47,28 +48,24 @@ def mean_loss(
 
 
 def generate_all(
-    generate: Callable[..., list[list[int]]],
-    bound: Any,
-    prompts: Sequence[np.ndarray],
-    batch_size: int,
+    engine: Engine,
+    requests: Sequence[Request],
     phase: Phase,
-    check: Callable[[], None],
-    **options: Any,
+    check: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """Return the answers to all prompts, in their order. Prompts of similar length share a batch,
-    and the last batch is filled up. `check` is called before each batch.
+    """Return the answers to all requests, in their order, and free the memory of the engine.
+    `check` is called as each of them ends, and may raise.
     """
-    batch_size = min(batch_size, len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, list[int]] = {}
-    for first in range(0, len(order), batch_size):
+
+    def done(_: int, answer: Completion) -> None:
+        phase.tokens += len(answer.tokens)
+        phase.advance()
         check()
-        chosen = order[first : first + batch_size]
-        rows = [prompts[i].tolist() for i in chosen]
-        rows += rows[:1] * (batch_size - len(rows))
-        answers |= dict(zip(chosen, generate(bound, rows, **options), strict=False))
-        phase.advance(len(chosen))
-    return [answers[i] for i in range(len(prompts))]
+
+    try:
+        return [answer.tokens for answer in engine.answer(requests, done)]
+    finally:
+        engine.release()
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Evaluator:
 
     adapter: their settings, or the `Trainable` of these if it is known
     held_out: examples by name (task, regression), for the sets that the config names
-    generate: compiled, for a model that writes text; classify: compiled, for a classifier
+    classify: compiled, for a classifier
     took: seconds of the last losses, and per answer of the last answers
     """
 
@@ -107,10 +104,10 @@ class Evaluator:
     mesh: Mesh
     reader: data.AnswerReader
     eval_step: Callable
-    generate: Callable
     classify: Callable
     display: Display = SILENT
     took: dict[str, float] = field(default_factory=dict)
+    engines: dict[int, Engine] = field(default_factory=dict)  # by length of their texts
 
     def score(self, adapters: Any, losses: Mapping[str, float] | None = None) -> Scores:
         """Return losses, answers and their metrics. Losses are measured unless given."""
@@ -177,23 +174,27 @@ class Evaluator:
         self, adapters: Any, limit: int | None, phase: Phase, check: Callable[[], None]
     ) -> list[Answer]:
         """Return the generated answers to prompts of the task."""
-        config = self.config
         questions = dict(scores.spread(list(self.questions.items()), limit))
-        answers = generate_all(
-            self.generate,
-            methods.bind(self.model.params, adapters, self.adapter),
-            [np.asarray(tokens, np.int32) for tokens in questions],
-            config.eval.generate_batch_size,
-            phase,
-            check,
-            max_new_tokens=config.eval.max_new_tokens,
-            stop_tokens=self.reader.stop_tokens,
-            prefix=methods.prefix(adapters, self.adapter),
-        )
+        prefix, most = methods.prefix(adapters, self.adapter), self.config.eval.max_new_tokens
+        engine = self._open_engine(placeholders(prefix))
+        engine.use(methods.bind(self.model.params, adapters, self.adapter), prefix)
+        stops = self.reader.stop_tokens
+        requests = [Request(prompt, most, stops, number=i) for i, prompt in enumerate(questions)]
+        answers = generate_all(engine, requests, phase, check)
         return [
             to_answer(self.reader, rows, prompt, tokens)
             for (prompt, rows), tokens in zip(questions.items(), answers, strict=True)
         ]
+
+    def _open_engine(self, places: int) -> Engine:
+        """Return the engine for all prompts with `places` placeholders before each."""
+        config, prompts = self.config, self.questions
+        length = places + max(map(len, prompts)) + config.eval.max_new_tokens
+        if length not in self.engines:
+            rows = min(config.eval.generate_batch_size, len(prompts))
+            dtype = jnp.dtype(config.train.compute_dtype)
+            self.engines[length] = Engine(self.model, rows=rows, max_length=length, dtype=dtype)
+        return self.engines[length]
 
     def _labels(
         self, adapters: Any, limit: int | None, phase: Phase, check: Callable[[], None]
@@ -306,7 +307,6 @@ def make_evaluator(
         mesh=mesh,
         reader=make_reader(config, model, tokenizer, held_out.get("task")),
         eval_step=make_eval_step(model, config),
-        generate=make_generate(model, jnp.dtype(config.train.compute_dtype)),
         classify=make_classify(model, config),
         display=display,
     )

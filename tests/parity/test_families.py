@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 from lora_jax import formats, lora, models, sharding, tree
 from lora_jax.config import MeshConfig
 from lora_jax.formats import peft_tensors
-from lora_jax.generate import make_generate
 from lora_jax.targets import find_trainable
 
+from ..engines import complete
 from ..families import ALIASES, FAMILIES, describe, torch_model
 from ..methods import QUICK
 
@@ -183,7 +183,7 @@ def test_greedy_tokens_equal_transformers(tiny_model, family):
         )[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
-    answers = make_generate(model)(model.params, prompts, max_new_tokens=12, stop_tokens=set())
+    answers = complete(model, prompts, 12)
     assert answers == expected
     assert len({tuple(answer) for answer in answers}) == len(prompts)
 

@@ -13,7 +13,8 @@ import transformers
 from safetensors import safe_open
 
 from lora_jax import formats
-from lora_jax.generate import make_generate
+
+from ..engines import complete
 
 TOLERANCE = 1e-5
 SEEDS = (0, 1)
@@ -235,11 +236,9 @@ def test_cache_step_by_step_equals_the_full_forward(tiny_llama, error, name):
 
 @pytest.mark.parametrize("name", ["tied", "llama3", "mistral, window"])
 def test_greedy_tokens_equal_transformers(tiny_llama, name):
-    generate = None
     for seed in SEEDS:
         directory, oracle = tiny_llama(seed, **VARIANTS[name])
         model = formats.load(directory)
-        generate = generate or make_generate(model)
         prompts = [random_tokens(n, seed + n).tolist() for n in (11, 4, 1)]
         longest = max(map(len, prompts))
         padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -250,11 +249,11 @@ def test_greedy_tokens_equal_transformers(tiny_llama, name):
             do_sample=False,
             pad_token_id=0,
         )[:, longest:].tolist()
-        answers = generate(model.params, prompts, max_new_tokens=12, stop_tokens=set())
+        answers = complete(model, prompts, 12)
         assert answers == expected
         assert len({tuple(answer) for answer in answers}) == len(prompts)
         stop = expected[0][5]
-        answers = generate(model.params, prompts, max_new_tokens=12, stop_tokens={stop})
+        answers = complete(model, prompts, 12, {stop})
         assert answers[0] == expected[0][: expected[0].index(stop)]
 
 

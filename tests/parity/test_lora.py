@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import AdapterConfig, Config, formats, lora
 from lora_jax.config import TrainConfig
-from lora_jax.generate import make_generate
 from lora_jax.targets import find_targets
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.step import batch_sums, make_train_step
 from lora_jax.tree import unflatten
+
+from ..engines import complete
 
 TOLERANCE = 1e-5
 SEEDS = (0, 1)
@@ -441,10 +442,7 @@ def test_live_peft_and_merged_agree(tiny_llama, tmp_path, error, name):
     assert error(apply(merged, tokens), live) < TOLERANCE
 
     prompts = [tokens[0, :9].tolist(), tokens[1, :9].tolist()]
-    generate = make_generate(model)
-    answers = [
-        generate(params, prompts, max_new_tokens=10, stop_tokens=()) for params in (bound, merged)
-    ]
+    answers = [complete(model, prompts, 10, params=params) for params in (bound, merged)]
     inputs = torch.tensor(prompts)
     for module in (in_peft, in_transformers, oracle):
         output = module.generate(
@@ -456,7 +454,7 @@ def test_live_peft_and_merged_agree(tiny_llama, tmp_path, error, name):
         )
         answers.append(output[:, 9:].tolist())
     *adapted, unadapted = answers
-    assert all(answer == adapted[0] for answer in adapted)
+    assert all(found == adapted[0] for found in adapted)
     assert unadapted != adapted[0]
 
 

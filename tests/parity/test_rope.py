@@ -14,10 +14,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lora_jax import formats
-from lora_jax.generate import make_generate
 from lora_jax.nn import rope
 from lora_jax.nn.virtual import Prefix, Prompt
 
+from ..engines import complete
 from ..families import FAMILIES, describe
 from ..methods import QUICK
 
@@ -242,7 +242,7 @@ def test_a_text_that_grows_beyond_the_original_length(tiny_model, name):
     prompts = [random_tokens(n, n).tolist() for n in starts]
     count = ORIGINAL - 1
     expected = [greedy(oracle, prompt, count) for prompt in prompts]
-    answers = make_generate(model)(model.params, prompts, max_new_tokens=count, stop_tokens=set())
+    answers = complete(model, prompts, count)
     assert answers == expected
     assert len({tuple(answer) for answer in answers}) == len(prompts)
     if name == "longrope":  # for Phi 3 it drops its cache where the text switches
@@ -281,9 +281,7 @@ def test_virtual_tokens_count(tiny_model, error, name):
     assert error(logits, expected) < TOLERANCE
 
     prompt = tokens[0, : ORIGINAL - 2].tolist()
-    answers = make_generate(model)(
-        model.params, [prompt[count:]], max_new_tokens=6, stop_tokens=set(), prefix=Prompt(first)
-    )
+    answers = complete(model, [prompt[count:]], 6, prefix=Prompt(first))
     assert answers == [greedy(oracle, prompt, 6)]
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import AdapterConfig, UserError, adapters, data, formats, lora, tree
-from lora_jax.generate import make_generate
 from lora_jax.models import describe as describe_model
 from lora_jax.targets import find_trainable
 
+from ..engines import complete
 from ..families import FAMILIES, SMOLLM2, describe, random_model
 from ..methods import QUICK
 
@@ -141,15 +141,13 @@ def test_decoding_with_a_cache_is_the_whole_forward(error, family, method, more)
     model, config = random_model(family, **FAMILIES[family].fields), settings(method, **more)
     prefix = adapters.prefix(random_adapters(model, config), config)
     prompts = [random_tokens(n, n).tolist() for n in (3, 8)]
-    answers = make_generate(model)(
-        model.params, prompts, max_new_tokens=6, stop_tokens=[], prefix=prefix
-    )
+    answers = complete(model, prompts, 6, prefix=prefix)
     apply = jit(model.apply)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        text = np.asarray([prompt + answer])
+    for prompt, found in zip(prompts, answers, strict=True):
+        text = np.asarray([prompt + found])
         whole = apply(model.params, text, prefix=prefix)
         best = np.argmax(whole[0], axis=-1)
-        assert best[len(prompt) - 1 : -1].tolist() == answer
+        assert best[len(prompt) - 1 : -1].tolist() == found
         assert error(whole, apply(model.params, text)) > 1e-2
     found = by_steps(model, prefix, text, COUNT if method == "prompt" else 0)
     assert error(found, whole) < TOLERANCE

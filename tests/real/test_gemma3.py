@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import demo, formats
-from lora_jax.generate import make_generate
+
+from ..engines import complete
 
 pytestmark = [
     pytest.mark.real,
@@ -90,6 +91,6 @@ def test_greedy_continuations_are_sensible(model, tokenizer):
     }
     stops = set(formats.stop_tokens(model.directory))
     prompts = [tokenizer.encode(prompt) for prompt in known]
-    answers = make_generate(model)(model.params, prompts, max_new_tokens=8, stop_tokens=stops)
+    answers = complete(model, prompts, 8, stops)
     for answer, expected in zip(answers, known.values(), strict=True):
         assert tokenizer.decode(answer).strip().startswith(expected)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lora_jax import data, formats
-from lora_jax.generate import make_generate
+
+from ..engines import complete
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimised")]
 ROOT = Path(__file__).parents[2]
@@ -71,8 +72,7 @@ def test_logits_equal_transformers(model, oracle, prompts):
 def test_greedy_continuations_equal_transformers(model, oracle, prompts):
     import torch
 
-    generate = make_generate(model)
-    found = generate(model.params, prompts, max_new_tokens=24, stop_tokens=set())
+    found = complete(model, prompts, 24, rows=16)
     for prompt, answer in zip(prompts, found, strict=True):
         with torch.no_grad():
             expected = oracle.generate(

@@ -1,5 +1,6 @@
 """`lora-jax generate`: prompts from everywhere, answers to everywhere, and a conversation."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from lora_jax.errors import UserError
 from lora_jax.generate import Sampling, chat, prompts
 from lora_jax.generate.answer import open_reader, open_writer
 
+TURN = [{"role": "user", "content": "one"}]
 WORDS = ["one", "two", "three", "four", "five plus six"]
 
 
@@ -181,10 +183,10 @@ def test_a_job_that_ends_early_keeps_whole_lines(command, tmp_path, capsys, monk
     text.write_text("\n".join(WORDS))
     finish = prompts.finish
 
-    def fail(writer, prompt, tokens):
+    def fail(prompt, written):
         if prompt.given == "four":
             raise KeyboardInterrupt
-        return finish(writer, prompt, tokens)
+        return finish(prompt, written)
 
     monkeypatch.setattr(prompts, "finish", fail)
     assert main([*command, "--prompts", str(text), "--output", str(output)]) == 130
@@ -245,7 +247,8 @@ def test_a_conversation_over_a_pipe(writer, capsys):
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
         tokens = writer.reader.encode(messages)
-        return writer.reader.decode(writer.generate(writer.bound, [tokens], **writer.options)[0])
+        [(_, found)] = writer.answers([tokens], 1)
+        return found.text
 
     first = ask("one")
     second = ask("one", first, "two")
@@ -258,12 +261,18 @@ def test_a_conversation_over_a_pipe(writer, capsys):
 
 
 def test_an_answer_that_is_ended_stays_as_far_as_it_came(writer, capsys, monkeypatch):
-    talked = chat.Chat(writer)
+    reader = dataclasses.replace(writer.reader, max_new_tokens=40, stops=frozenset())
+    [(_, whole)] = dataclasses.replace(writer, reader=reader).answers([reader.encode(TURN)], 1)
+    assert whole.tokens == 40 and whole.finish_reason == "length"
+    talked = chat.Chat(dataclasses.replace(writer, reader=reader))
     pieces = talked.say("one")
-    begun = next(pieces) + next(pieces)
+    begun = next(pieces)
     pieces.close()
-    last = talked._messages[-1]
-    assert last["role"] == "assistant" and last["content"].startswith(begun)
+    assert begun and whole.text.startswith(begun) and begun != whole.text
+    assert talked._messages == [*TURN, {"role": "assistant", "content": begun}]
+    assert not talked._engine.busy
+    talked.reset()
+    assert "".join(talked.say("one")) == whole.text
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
