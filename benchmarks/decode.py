@@ -93,15 +93,16 @@ class Ours:
 
     def _engine(self, case: str, rows: int) -> Any:
         """Return an engine with the adapters of a case."""
+        from lora_jax import lora
         from lora_jax.generate import Engine
 
         options, count = self.options, CASES[case]
+        model = self.merged if case == "merged" else self.model
         engine = Engine(
-            self.merged if case == "merged" else self.model,
+            model,
             rows=rows,
             max_length=options.prompt + options.new,
-            max_loras=count,
-            max_lora_rank=options.rank,
+            bank=lora.bank(model.params, slots=count + 1, rank=options.rank) if count else None,
         )
         for number, adapter in enumerate(self.adapters[:count]):
             engine.publish(str(number), *adapter)
