@@ -16,7 +16,7 @@ from lora_jax.errors import UserError
 
 DIRECTORY = Path(__file__).parents[1] / "notebooks"
 LESSON, EXPORT = "01_lora_by_numbers.ipynb", "02_finetune_and_export.ipynb"
-ANY_FLAX = "03_any_flax_model.ipynb"
+ANY_FLAX, MANY = "03_any_flax_model.ipynb", "04_many_adapters.ipynb"
 
 BLOCK = 4 * (4096 + 4096) + 3 * (4096 + 11008)  # in + out of the seven matrices of a 7B block
 SMOLLM2 = 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
@@ -114,7 +114,15 @@ def test_a_flax_model_of_ones_own_learns_by_its_adapter():
     assert float(re.search(r"over materialised: (.*)", text).group(1)) < 0.9
 
 
-@pytest.mark.parametrize("name", [LESSON, EXPORT, ANY_FLAX])
+def test_many_adapters_answer_in_one_batch():
+    text = "".join(map(printed, execute(MANY).cells))  # its cells hold the asserts
+    for line in ("up    m -> n", "down  m -> l", "mno -> pqrstuvw   up", "ons -> ", "jmpsvy"):
+        assert line in text
+    before, now = re.search(r"programs: (\d+) before, (\d+) now", text).groups()
+    assert before == now and int(before) > 5
+
+
+@pytest.mark.parametrize("name", [LESSON, EXPORT, ANY_FLAX, MANY])
 def test_stored_outputs_are_small_and_of_no_machine(name):
     content = (DIRECTORY / name).read_text(encoding="utf-8")
     notebook = nbformat.reads(content, as_version=4)
@@ -144,5 +152,5 @@ def test_the_stored_error_is_what_a_wrong_key_says_now(capsys):
 
 
 if __name__ == "__main__":
-    for name in (LESSON, EXPORT, ANY_FLAX):
+    for name in (LESSON, EXPORT, ANY_FLAX, MANY):
         nbformat.write(execute(name), DIRECTORY / name)
