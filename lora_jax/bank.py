@@ -351,13 +351,15 @@ def _write(
     factors, scaled = kept
     written = {}
     for path, own in factors.items():
-        parts = [own, new[path], bases.get(path)]
+        base = bases.get(path)
         if isinstance(own, tuple):
-            of_layers = parts[2] or (None,) * len(own)
+            of_layers = base or (None,) * len(own)
             layers = zip(own, new[path], of_layers, strict=True)
-            written[path] = tuple(write(one, update, base, False) for one, update, base in layers)
+            written[path] = tuple(
+                write(one, update, weight, False) for one, update, weight in layers
+            )
         else:
-            written[path] = write(*parts, path == turned)
+            written[path] = write(own, new[path], base, path == turned)
     return written, None if scaled is None else scaled.at[slot].set(has_gain)
 
 
