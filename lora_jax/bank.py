@@ -17,7 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,8 @@ class Bank:
             >>> bank = bank.put([1, 2], lora.stack([adapters, adapters]), config)
         """
         many = isinstance(slot, Sequence | np.ndarray) and not isinstance(slot, str)
-        numbers: list[Any] = list(cast(Sequence, slot)) if many else [slot]
+        given: Any = slot
+        numbers = [*given] if many else [given]
         problems = list(slot_problems(numbers, self.slots))
         members = _split(adapters, len(numbers)) if many else [adapters]
         found = [self._find(member, config) for member in members]
@@ -338,7 +339,7 @@ def _write(
     def put(own: jax.Array, update: Any) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(own, update, slot, own.ndim - 3)
 
-    def write(own: Factors, update: Update, base: Any, *, is_turned: bool) -> Factors:
+    def write(own: Factors, update: Any, base: Any, is_turned: bool) -> Factors:
         gain = own.gain
         if gain is not None:
             compute = functools.partial(_gain, is_turned=is_turned)
@@ -350,26 +351,28 @@ def _write(
     factors, scaled = kept
     written = {}
     for path, own in factors.items():
-        parts = [own, new[path], bases.get(path)]
+        base = bases.get(path)
         if isinstance(own, tuple):
-            of_layers = parts[2] or (None,) * len(own)
+            of_layers = base or (None,) * len(own)
             layers = zip(own, new[path], of_layers, strict=True)
-            written[path] = tuple(write(*each, is_turned=False) for each in layers)
+            written[path] = tuple(
+                write(one, update, weight, False) for one, update, weight in layers
+            )
         else:
-            written[path] = write(*parts, is_turned=path == turned)
+            written[path] = write(own, new[path], base, path == turned)
     return written, None if scaled is None else scaled.at[slot].set(has_gain)
 
 
-def _gain(base: Any, update: Update, is_turned: bool) -> jax.Array:
+def _gain(base: Any, update: Any, is_turned: bool) -> jax.Array:
     """Return magnitude / |W + a b| per column; 1 without a magnitude, or for a column of zeros."""
-
-    def norms(parts: tuple[Any, ...]) -> jax.Array:
-        base, a, b = parts
-        if a.ndim > 2:  # one layer or expert at a time
-            return jax.lax.map(norms, parts)
-        wide = widen(base)
-        return dora.norms_of_matrix(wide.T if is_turned else wide, a.T, b)
-
-    size = norms((base, update.a, update.b))
+    size = _norms(base, update.a, update.b, is_turned)
     sound = (size > 0) & update.scaled
     return jnp.where(sound, update.magnitude / jnp.where(sound, size, 1), 1)
+
+
+def _norms(base: Any, a: jax.Array, b: jax.Array, is_turned: bool) -> jax.Array:
+    """Return |W + a b| per column of every matrix, one matrix at a time."""
+    if a.ndim > 2:
+        return jax.lax.map(lambda own: _norms(own[0], own[1], own[2], is_turned), (base, a, b))
+    wide = widen(base)
+    return dora.norms_of_matrix(wide.T if is_turned else wide, a.T, b)

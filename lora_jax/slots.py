@@ -57,7 +57,7 @@ def apply(y: jax.Array, x: jax.Array, factors: Factors, choice: Choice) -> jax.A
     """Return y (rows, time, out), the product of x (rows, time, in) with the base, with the update
     of every row's slots. Rows on the base alone keep every bit.
     """
-    rows, times = x.shape[:2]
+    rows, times, _ = x.shape
     fast = gathers(rows, times, choice.ids.shape[1], factors.a.shape[-3])
     update = (gather if fast else grouped)(x, factors, choice)
     return _add(y, update, _own_gain(factors, choice), choice)

@@ -247,8 +247,8 @@ def linear(x: jax.Array, w: Weight) -> jax.Array:
 def _banked(x: jax.Array, y: jax.Array, w: LoraBank) -> jax.Array:
     """Add the updates of a bank to y (rows, ..., out), the product of x (rows, ..., in)."""
     w.check_rows(x)
-    wide = [part.reshape(len(x), -1, part.shape[-1]) for part in (y, x)]
-    return slots.apply(wide[0], wide[1], w.factors, w.choice).reshape(y.shape)
+    wide_y, wide_x = (part.reshape(len(x), -1, part.shape[-1]) for part in (y, x))
+    return slots.apply(wide_y, wide_x, w.factors, w.choice).reshape(y.shape)
 
 
 def _matmul(x: jax.Array, w: Weight) -> jax.Array:
