@@ -42,7 +42,9 @@ from rich.table import Table
 from lora_jax.start import use_huge_pages
 
 CASES = {"base": 0, "merged": 0, "one adapter": 1, "adapters": 8}  # adapters loaded
-PRECISE = 0.02
+RIVALS = {"base": "transformers", "merged": "our base", "one adapter": "PEFT", "adapters": "PEFT"}
+COLUMNS = ("step (ms)", "tokens/s")
+PRECISE = 0.02  # relative error of a median
 
 
 class Call(NamedTuple):
@@ -300,14 +302,24 @@ def describe_machine(cores: int) -> dict[str, Any]:
 def print_table(report: dict[int, dict[str, dict[str, float]]], ratios: dict, new: int) -> None:
     """Print a line per batch size and case, in Markdown."""
     table = Table(box=box.MARKDOWN)
-    for name in ("batch", "", "step (ms)", "theirs (ms)", "ratio", "tokens/s", "theirs (tokens/s)"):
-        table.add_column(name, justify="left" if not name else "right")
+    for name in ("batch", "ours", *COLUMNS, "compared with", *COLUMNS, "ratio of steps"):
+        table.add_column(name, justify="left" if name in ("ours", "compared with") else "right")
     for rows, found in report.items():
         for case in CASES:
             mine, other = found[f"ours {case}"], found[rival(case)]
-            steps = [f"{one['step_ms']:.1f}" for one in (mine, other)]
-            speeds = [f"{rows * new / one['whole_seconds']:.0f}" for one in (mine, other)]
-            table.add_row(str(rows), case, *steps, f"{ratios[case][str(rows)]:.2f}", *speeds)
+            cells = [
+                (f"{one['step_ms']:.1f}", f"{rows * new / one['whole_seconds']:.0f}")
+                for one in (mine, other)
+            ]
+            ratio = f"{ratios[case][str(rows)]:.2f}"
+            table.add_row(
+                str(rows),
+                case.replace("adapters", "eight adapters"),
+                *cells[0],
+                RIVALS[case],
+                *cells[1],
+                ratio,
+            )
     Console(width=120).print(table)
 
 
