@@ -16,7 +16,8 @@ from lora_jax import config as configs
 from lora_jax.config import elsewhere, reference
 
 ROOT = Path(__file__).parents[1]
-PYTHON = {"any-flax-model.md", "several-adapters.md", "your-own-loop.md"}  # their code is arguments of functions
+# Their code is arguments of functions.
+PYTHON = {"any-flax-model.md", "several-adapters.md", "your-own-loop.md"}
 PAGES = sorted({file.name for file in (ROOT / "docs").glob("*.md")} - PYTHON)
 SETTINGS = reference.describe_config()
 KEYS = {key for key, *_ in SETTINGS}

@@ -37,7 +37,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
         alone = model.apply(lora.bind(params, trees[name], CONFIGS[name]), tokens[:1])[0]
         assert np.abs(names["logits"][row] - alone).max() < 1e-4
         assert np.abs(names["first"][row] - alone).max() < 1e-4
-    assert np.abs(names["logits"][2] - model.apply(params, tokens[:1])[0]).max() == 0
+    assert np.abs(names["logits"][2] - model.apply(params, tokens[:1])[0]).max() < 1e-5
     assert np.abs(names["mixed"] - names["first"]).max() > 1e-3
     assert names["forward"]._cache_size() == 1
     engine = names["engine"]
