@@ -271,3 +271,4 @@ def test_virtual_tokens_that_rows_cannot_have(model):
         engine.submit(Request([1], 2, adapter={"a": 0.5}))
     with pytest.raises(UserError, match="10 tokens, 3 virtual ones and max_new_tokens=4 are more"):
         engine.submit(Request([1] * 10, 4, adapter="a"))
+    assert len(engine.answer([Request([1], 2, adapter="a")])[0].tokens) == 2  # without a bank

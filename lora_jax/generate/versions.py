@@ -171,8 +171,7 @@ class Versions:
 
     def _by_age(self) -> list[int]:
         """Return the slots without users: empty ones, replaced versions, the least recent."""
-        assert self.bank is not None
-        slots = range(1, self.bank.slots)
+        slots = range(1, 1 if self.bank is None else self.bank.slots)
         idle = [slot for slot in slots if slot not in self._slots or not self._slots[slot].users]
 
         def age(slot: int) -> tuple[bool, bool, int]:
