@@ -148,11 +148,6 @@ class Engine:
         self._device.release()
 
     @property
-    def _shared(self) -> int:
-        """Number of virtual tokens before each prompt."""
-        return placeholders(self._device.prefix) + first_position(self._device.prefix)
-
-    @property
     def busy(self) -> bool:
         """True while requests wait or run."""
         return bool(self._waiting or self._rows)
@@ -167,8 +162,10 @@ class Engine:
         versions = [self._versions.find(name) for name in terms(request)]
         if self._device.prefix is not None and any(version.virtual for version in versions):
             raise UserError("the engine has virtual tokens for all rows; an adapter has none then")
-        places = self._shared + sum(version.places for version in versions)
-        check_request(self.model, request, self.max_length, places)
+        prefix = self._device.prefix
+        places = placeholders(prefix) + sum(version.places for version in versions)
+        virtual = places + first_position(prefix)
+        check_request(self.model, request, self.max_length, places, virtual)
         row_of(request.sampling, request.number, request.stop_tokens, self._vocab)
         if len(versions) > self._terms:
             raise UserError(

@@ -142,9 +142,11 @@ def _virtual(prefix: Virtual | None) -> int:
     return placeholders(prefix) + first_position(prefix)
 
 
-def check_request(model: Model, request: Request, max_length: int, virtual: int) -> None:
-    """Check a request with `virtual` tokens before its prompt against the model, and against the
-    `max_length` of texts of an engine.
+def check_request(
+    model: Model, request: Request, max_length: int, places: int, virtual: int
+) -> None:
+    """Check a request against the model, and against the `max_length` of texts of an engine. Before
+    its prompt are `virtual` tokens, of which `places` are in the text.
 
     Raises:
         UserError: as `check_prompts` and `check_room`; a text longer than `max_length`; numbers of
@@ -160,11 +162,12 @@ def check_request(model: Model, request: Request, max_length: int, virtual: int)
     _check_prompt(model, request.prompt, "the prompt")
     if most > 0 or request.prompt_log_probs is None:
         _check_room(model, len(request.prompt), most, virtual)
-    model.check_tokens(np.asarray(list(request.stop_tokens), np.int64), "stop_tokens")
-    if virtual + len(request.prompt) + most > max_length:
+    if not all(map(_is_count, request.stop_tokens)):
+        raise UserError(f"stop_tokens={request.stop_tokens!r} must be token ids")
+    if places + len(request.prompt) + most > max_length:
         raise UserError(
             f"a prompt of {len(request.prompt)} tokens"
-            + (f", {virtual} virtual ones" if virtual else "")
+            + (f", {places} virtual ones" if places else "")
             + f" and max_new_tokens={most} are more than max_length={max_length} of the engine"
         )
 
