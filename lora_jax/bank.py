@@ -15,7 +15,7 @@ An adapter of a smaller rank is padded with zeros. Slots that several rows take 
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from jax.core import Tracer
 
 from lora_jax.adapters import dora
 from lora_jax.adapters.stacks import count_members, unstack
-from lora_jax.bank_updates import Found, Place, Update, find_update
+from lora_jax.bank_updates import Found, Place, Update, choice_problems, find_update, slot_problems
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, counted, raise_all
 from lora_jax.sharding import gather_to_host, zeros_beside
@@ -86,8 +86,9 @@ class Bank:
             >>> bank = bank.put([1, 2], lora.stack([adapters, adapters]), config)
         """
         many = isinstance(slot, Sequence | np.ndarray) and not isinstance(slot, str)
-        numbers: list[Any] = [*slot] if many else [slot]
-        problems = list(_slot_problems(numbers, self.slots))
+        given: Any = slot
+        numbers = [*given] if many else [given]
+        problems = list(slot_problems(numbers, self.slots))
         members = _split(adapters, len(numbers)) if many else [adapters]
         found = [self._find(member, config) for member in members]
         problems += dict.fromkeys(line for one in found for line in one.problems)
@@ -115,7 +116,7 @@ class Bank:
         Raises:
             UserError: a slot that does not exist, or slot 0.
         """
-        raise_all(list(_slot_problems([slot], self.slots)))
+        raise_all(list(slot_problems([slot], self.slots)))
         return self._write(slot, {})
 
     def _write(self, slot: int, updates: Mapping[Path, Update]) -> "Bank":
@@ -186,7 +187,7 @@ class Bank:
             return
         ids = np.asarray(slot_ids)
         weights = np.ones(ids.shape) if slot_weights is None else np.asarray(slot_weights)
-        raise_all(list(_choice_problems(ids, weights, self.slots)))
+        raise_all(list(choice_problems(ids, weights, self.slots)))
         if self.scaled is None or isinstance(self.scaled, Tracer):
             return
         ids, weights = ids.reshape(len(ids), -1), weights.reshape(len(ids), -1)
@@ -225,9 +226,12 @@ def bank(
         UserError: fewer than 2 slots, a rank below 1, modules that do not exist.
 
     Example:
-        >>> bank = lora.bank(params, slots=3, rank=4)
-        >>> bank.nbytes == 4 * 3 * 4 * (4 + 3)  # float32, slots, rank, sides of the kernel
-        True
+        >>> _, trained = lora.init(jax.random.key(0), model.params, config)
+        >>> bank = lora.bank(model.params, slots=3, rank=2)
+        >>> bank = bank.put(1, trained, config)
+        >>> bound = bank.bind(model.params, slot_ids=[1, 0])  # row 1 is the base's
+        >>> model.apply(bound, np.array([[3, 5], [3, 5]])).shape[:2]
+        (2, 2)
     """
     check_parameters(params, "bank takes params, slots and rank, in this order")
     raise_all(
@@ -332,10 +336,10 @@ def _write(
     `turned` is stored as (out, in).
     """
 
-    def put(own: jax.Array, update: jax.Array) -> jax.Array:
+    def put(own: jax.Array, update: Any) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(own, update, slot, own.ndim - 3)
 
-    def write(own: Factors, update: Update, base: Any, is_turned: bool) -> Factors:
+    def write(own: Factors, update: Any, base: Any, is_turned: bool) -> Factors:
         gain = own.gain
         if gain is not None:
             compute = functools.partial(_gain, is_turned=is_turned)
@@ -347,55 +351,28 @@ def _write(
     factors, scaled = kept
     written = {}
     for path, own in factors.items():
-        parts = [own, new[path], bases.get(path)]
+        base = bases.get(path)
         if isinstance(own, tuple):
-            of_layers = parts[2] or (None,) * len(own)
+            of_layers = base or (None,) * len(own)
             layers = zip(own, new[path], of_layers, strict=True)
-            written[path] = tuple(write(*layer, False) for layer in layers)
+            written[path] = tuple(
+                write(one, update, weight, False) for one, update, weight in layers
+            )
         else:
-            written[path] = write(*parts, path == turned)
+            written[path] = write(own, new[path], base, path == turned)
     return written, None if scaled is None else scaled.at[slot].set(has_gain)
 
 
-def _gain(base: Any, update: Update, is_turned: bool) -> jax.Array:
+def _gain(base: Any, update: Any, is_turned: bool) -> jax.Array:
     """Return magnitude / |W + a b| per column; 1 without a magnitude, or for a column of zeros."""
-
-    def norms(base: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-        wide = widen(base)
-        return dora.norms_of_matrix(wide.T if is_turned else wide, a.T, b)
-
-    for _ in range(update.a.ndim - 2):
-        norms = functools.partial(jax.lax.map, lambda parts, own=norms: own(*parts))
-        norms = (lambda mapped: lambda *parts: mapped(parts))(norms)
-    size = norms(base, update.a, update.b)
+    size = _norms(base, update.a, update.b, is_turned)
     sound = (size > 0) & update.scaled
     return jnp.where(sound, update.magnitude / jnp.where(sound, size, 1), 1)
 
 
-def _slot_problems(numbers: Sequence[Any], slots: int) -> Iterable[str]:
-    """Yield slots that no adapter can be put into."""
-    if not numbers:
-        yield "put needs at least one slot"
-    for number in numbers:
-        if not isinstance(number, int | np.integer) or isinstance(number, bool):
-            yield f"slot={number!r} is no integer; the slots of adapters are 1 to {slots - 1}"
-        elif number == 0:
-            yield f"slot 0 is the base; the slots of adapters are 1 to {slots - 1}"
-        elif not 0 < number < slots:
-            yield f"slot {number} does not exist; the slots of adapters are 1 to {slots - 1}"
-    if len(set(map(str, numbers))) < len(numbers):
-        yield f"slots={list(numbers)} names a slot twice"
-
-
-def _choice_problems(ids: np.ndarray, weights: np.ndarray, slots: int) -> Iterable[str]:
-    if ids.dtype.kind not in "iu":
-        yield f"slot_ids must be integers, not {ids.dtype}"
-    elif ids.ndim not in (1, 2) or not ids.size:
-        yield f"slot_ids has shape {ids.shape}; it must be (rows,) or (rows, m)"
-    elif ids.min() < 0 or ids.max() >= slots:
-        wrong = sorted({int(i) for i in ids.flat if not 0 <= i < slots})
-        yield f"slot_ids has {wrong}; the bank has slots 0 (the base) to {slots - 1}"
-    if weights.shape != ids.shape:
-        yield f"slot_weights has shape {weights.shape}, and slot_ids {ids.shape}; give one for each"
-    elif weights.dtype.kind not in "iuf" or not np.isfinite(weights).all():
-        yield "slot_weights must be finite numbers"
+def _norms(base: Any, a: jax.Array, b: jax.Array, is_turned: bool) -> jax.Array:
+    """Return |W + a b| per column of every matrix, one matrix at a time."""
+    if a.ndim > 2:
+        return jax.lax.map(lambda own: _norms(own[0], own[1], own[2], is_turned), (base, a, b))
+    wide = widen(base)
+    return dora.norms_of_matrix(wide.T if is_turned else wide, a.T, b)

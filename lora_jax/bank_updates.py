@@ -3,8 +3,9 @@
 All of it is computed on the host, so that adapters of another rank or config compile nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -203,3 +204,33 @@ def _factors(
         a = np.concatenate([a, leaves["init_a"]], axis=-1)
         b = np.concatenate([b, -leaves["init_b"] * scales], axis=-2)
     return a.swapaxes(-1, -2), b
+
+
+def slot_problems(numbers: Sequence[Any], slots: int) -> Iterable[str]:
+    """Yield slots that no adapter can be put into."""
+    if not numbers:
+        yield "put needs at least one slot"
+    for number in numbers:
+        if not isinstance(number, int | np.integer) or isinstance(number, bool):
+            yield f"slot={number!r} is no integer; the slots of adapters are 1 to {slots - 1}"
+        elif number == 0:
+            yield f"slot 0 is the base; the slots of adapters are 1 to {slots - 1}"
+        elif not 0 < number < slots:
+            yield f"slot {number} does not exist; the slots of adapters are 1 to {slots - 1}"
+    if len(set(map(str, numbers))) < len(numbers):
+        yield f"slots={list(numbers)} names a slot twice"
+
+
+def choice_problems(ids: np.ndarray, weights: np.ndarray, slots: int) -> Iterable[str]:
+    """Yield problems of the slots of rows, and of their weights."""
+    if ids.dtype.kind not in "iu":
+        yield f"slot_ids must be integers, not {ids.dtype}"
+    elif ids.ndim not in (1, 2) or not ids.size:
+        yield f"slot_ids has shape {ids.shape}; it must be (rows,) or (rows, m)"
+    elif ids.min() < 0 or ids.max() >= slots:
+        wrong = sorted({int(i) for i in ids.flat if not 0 <= i < slots})
+        yield f"slot_ids has {wrong}; the bank has slots 0 (the base) to {slots - 1}"
+    if weights.shape != ids.shape:
+        yield f"slot_weights has shape {weights.shape}, and slot_ids {ids.shape}; give one for each"
+    elif weights.dtype.kind not in "iuf" or not np.isfinite(weights).all():
+        yield "slot_weights must be finite numbers"

@@ -149,7 +149,7 @@ def zeros_beside(weight: Any, shape: Sequence[int], axes: Sequence[int | None]) 
     """Return float32 zeros on the mesh of a weight. Each axis is split like the axis of the weight
     that `axes` names, or not at all.
     """
-    first = next(iter(jax.tree.leaves(weight)), None)
+    first: Any = next(iter(jax.tree.leaves(weight)), None)
     if not _is_placed(first):
         return jnp.zeros(shape)
     mesh, known = first.sharding.mesh, first.sharding.spec

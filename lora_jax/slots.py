@@ -46,18 +46,19 @@ class Choice:
         return Choice(self.ids[rows], self.weights[rows])
 
 
-def gathers(rows: int, times: int, chosen: int) -> bool:
+def gathers(rows: int, times: int, chosen: int, slots: int) -> bool:
     """Return True where `gather` is faster, by the static shapes alone."""
     # On 2 CPU cores, 9 slots of rank 16 add 4 ms (gather) and 11 ms (grouped) to a step of one row,
-    # 38 and 11 ms to 8 rows, 100 and 400 ms to 8 rows of 64 tokens.
-    return rows * chosen <= 2 or times >= 64
+    # 38 and 11 ms to 8 rows, 100 and 400 ms to 8 rows of 64 tokens; 33 slots 16 and 90 ms to 8.
+    return 4 * rows * chosen <= slots or times >= 64
 
 
 def apply(y: jax.Array, x: jax.Array, factors: Factors, choice: Choice) -> jax.Array:
     """Return y (rows, time, out), the product of x (rows, time, in) with the base, with the update
     of every row's slots. Rows on the base alone keep every bit.
     """
-    fast = gathers(*x.shape[:2], choice.ids.shape[1])
+    rows, times, _ = x.shape
+    fast = gathers(rows, times, choice.ids.shape[1], factors.a.shape[-3])
     update = (gather if fast else grouped)(x, factors, choice)
     return _add(y, update, _own_gain(factors, choice), choice)
 
@@ -68,7 +69,7 @@ def apply_to_experts(
     """Return y (rows, out) with the update of every row's slots and expert; x (rows, in) is sorted
     by expert.
     """
-    fast = gathers(len(x), 1, choice.ids.shape[1])
+    fast = gathers(len(x), 1, choice.ids.shape[1], factors.a.shape[-3])
     update = gather_experts if fast else grouped_experts
     expert = expert_of_row(group_sizes, len(x))
     gain = _own_gain(factors, choice, expert)

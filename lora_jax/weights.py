@@ -186,10 +186,11 @@ class Absent:
 Weight = jax.Array | QuantizedWeight | LoraWeight | LoraBank | Untied | Probe
 
 
-def separate(params: Mapping) -> dict:
+def separate(params: Mapping, *, donate: bool = False) -> dict:
     """Return parameters with each stacked leaf as a `Layered`; the other leaves are shared.
 
-    The input is not changed: drop it, or the base is in memory twice.
+    With `donate`, each stacked array is deleted once its layers are copied, so that the base is in
+    memory once.
 
     Example:
         >>> from lora_jax.weights import separate
@@ -202,7 +203,11 @@ def separate(params: Mapping) -> dict:
     def split(path: Path, leaf: Any) -> Any:
         if stack_position(path) is None or isinstance(leaf, Layered):
             return leaf
-        return Layered(tuple(layer_of(leaf, index) for index in range(leaf.shape[0])))
+        layers = Layered(tuple(layer_of(leaf, index) for index in range(leaf.shape[0])))
+        if donate:
+            jax.block_until_ready(layers)
+            jax.tree.map(lambda array: array.delete(), leaf)
+        return layers
 
     return unflatten({path: split(path, leaf) for path, leaf in flatten(params).items()})
 
@@ -242,8 +247,8 @@ def linear(x: jax.Array, w: Weight) -> jax.Array:
 def _banked(x: jax.Array, y: jax.Array, w: LoraBank) -> jax.Array:
     """Add the updates of a bank to y (rows, ..., out), the product of x (rows, ..., in)."""
     w.check_rows(x)
-    wide = (part.reshape(len(x), -1, part.shape[-1]) for part in (y, x))
-    return slots.apply(*wide, w.factors, w.choice).reshape(y.shape)
+    wide_y, wide_x = (part.reshape(len(x), -1, part.shape[-1]) for part in (y, x))
+    return slots.apply(wide_y, wide_x, w.factors, w.choice).reshape(y.shape)
 
 
 def _matmul(x: jax.Array, w: Weight) -> jax.Array:

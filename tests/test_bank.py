@@ -148,7 +148,8 @@ def test_gather_and_grouped_are_equal(error):
     w, sizes = leaf(normal(0, EXPERTS, IN, OUT), (EXPERTS,)), jnp.array([3, 0, 9, 40, 7, 1])
     parts = normal(3, 60, IN), w.factors, w.choice.take(jnp.arange(60) % 5), sizes
     assert error(slots.gather_experts(*parts), slots.grouped_experts(*parts)) <= 1e-6
-    assert slots.gathers(1, 1, 1) and not slots.gathers(8, 1, 1) and slots.gathers(8, 64, 1)
+    assert slots.gathers(1, 1, 1, 9) and not slots.gathers(8, 1, 1, 9)
+    assert slots.gathers(8, 64, 1, 9) and slots.gathers(8, 1, 1, 33)
 
 
 def test_lookups_and_logits(error):
@@ -220,6 +221,7 @@ def test_rows_of_a_batch_are_those_of_adapters_alone(error, family, form):
     assert banked._cache_size() == 1
 
 
+@pytest.mark.long_table(2)
 @pytest.mark.parametrize("name", ["gather", "grouped"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_ranks_of_2_to_64(error, monkeypatch, family, name):
@@ -251,6 +253,7 @@ def is_low_rank(config):
 GROUPS = sorted({(r.tied, r.bias, str(r.scheme)) for r in ROWS.values() if is_low_rank(r.config)})
 
 
+@pytest.mark.long_table(2)
 @pytest.mark.parametrize(("tied", "bias", "scheme"), GROUPS)
 def test_every_method_has_a_slot(error, tied, bias, scheme):
     """A base and all its adapters, in one bank and one batch."""

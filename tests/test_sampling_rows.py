@@ -211,6 +211,7 @@ def test_a_row_does_not_depend_on_its_neighbours(seed):
 def test_logits_of_a_row_have_the_same_bits_with_any_neighbours():
     """A row without a cut or penalties keeps its bits when a neighbour has them."""
     logits = logits_of(0, 2, 1000)
+    logits[0, 3] = -200  # without probability, and kept
     kept = sampling.keep_likely(jnp.asarray(logits), jnp.array([2000, 5]), jnp.array([0.0, 0.3]))
     assert np.array_equal(kept[0], logits[0]) and np.isfinite(kept[1]).sum() < 6
     odd = np.array([[0.0, -0.0, -np.inf, 1e-37, 3e38] + [1.1] * 35] * 2, np.float32)

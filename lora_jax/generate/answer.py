@@ -1,7 +1,7 @@
 """A model with its adapter, tokenizer and chat template, loaded from files to answer prompts."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,15 @@ from lora_jax import data, formats, hosts
 from lora_jax.config import Config, expand, is_directory, shown
 from lora_jax.errors import UserError
 from lora_jax.formats import fingerprint
-from lora_jax.generate.engine import Engine, for_decoding
-from lora_jax.generate.requests import Request, beyond_positions, check_prompts, check_room
-from lora_jax.generate.sampling import Sampling
+from lora_jax.generate import (
+    Engine,
+    Request,
+    Sampling,
+    beyond_positions,
+    check_prompts,
+    check_room,
+    for_decoding,
+)
 from lora_jax.generate.text import TextStream, check_stop_strings
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import placeholders
@@ -135,8 +141,10 @@ class Writer:
             reason = "stop" if text.stopped_by is not None else event.finish_reason
             yield number, Written(text.text, text.tokens, str(reason))
 
-    def stream(self, engine: Engine, prompt: Sequence[int], number: int) -> Iterator[str]:
-        """Yield an answer piece by piece. It is cancelled where the iterator is closed."""
+    def stream(
+        self, engine: Engine, prompt: Sequence[int], number: int
+    ) -> Generator[str, None, None]:
+        """Yield an answer piece by piece. It is cancelled when the generator is closed."""
         text = self._text()
         id = engine.submit(self.request(prompt, number))
         try:
@@ -246,7 +254,9 @@ def open_writer(
     model = formats.load(reader.source, dtype=base_dtype, ignore=ignore)
     if reader.adapter is not None:
         model = model.replace(params=methods.bind(model.params, *reader.adapter))
-    return Writer(reader, for_decoding(model), sampling, jnp.dtype(compute_dtype), stop)
+    return Writer(
+        reader, for_decoding(model, donate=True), sampling, jnp.dtype(compute_dtype), stop
+    )
 
 
 def answer(

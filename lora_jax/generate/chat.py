@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, TextIO
 
 from lora_jax.errors import UserError
+from lora_jax.generate import Engine
 from lora_jax.generate.answer import Writer
-from lora_jax.generate.engine import Engine
 from lora_jax.nn.virtual import placeholders
 
 _ROOM = 1024  # tokens of a conversation, at first; a longer one takes twice as many

@@ -11,10 +11,9 @@ from rich.text import Text
 
 from lora_jax.config import expand
 from lora_jax.errors import UserError
-from lora_jax.generate import chat, prompts
+from lora_jax.generate import Sampling, chat, prompts
 from lora_jax.generate.answer import open_reader, open_writer
 from lora_jax.generate.prompts import Answered, Prompt
-from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import check_stop_strings
 from lora_jax.report.console import make_console
 from lora_jax.report.progress import SILENT, Display

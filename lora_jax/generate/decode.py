@@ -171,7 +171,7 @@ def make_programs(model: Model, dtype: Any, place: Callable[[Any], Any]) -> Prog
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Given:
-    """What all rows share: parameters, the bank of adapters, and virtual tokens."""
+    """Parameters, the bank of adapters and virtual tokens, which all rows share."""
 
     params: Any
     bank: Any = None  # its `params` are left out

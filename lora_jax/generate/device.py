@@ -18,6 +18,7 @@ from lora_jax.weights import Layered, is_layered, separate
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once
 _FIRST_VIEW = 128  # slots that attention reads in the smallest program
+_SHORT = 512  # slots of a row up to which every chunk looks at all of them
 
 
 class Device:
@@ -35,6 +36,7 @@ class Device:
         self._mesh = mesh_of(model.params)
         self._programs = make_programs(model, dtype, _place)
         self._state: tuple[Cache, Any] | None = None
+        self._decoding: set[tuple[int, int]] = set()  # compiled sizes of batches and views
 
         def allocate(params: Any) -> tuple[Cache, Any]:
             free = empty_rows(rows, adapters, model.config.vocab_size)
@@ -101,9 +103,13 @@ class Device:
     ) -> tuple[Made, dict[int, int]]:
         """Give rows up to `steps` tokens, fewer if `hurry` and one of them ends. Their texts reach
         `length` tokens at most. Return also the column of each row in the result.
+
+        The smallest program that fits is compiled only if no program fits that is compiled.
         """
-        size = next(size for size in self.batches if size >= len(rows))
-        view = next(view for view in self.views if view >= min(length, self.slots))
+        sizes = [size for size in self.batches if size >= len(rows)]
+        views = [view for view in self.views if view >= min(length, self.slots)]
+        fitting = [(size, view) for size in sizes for view in views]
+        size, view = next((pair for pair in fitting if pair in self._decoding), fitting[0])
         every = range(self.batches[-1])
         if size == self.batches[-1]:
             return self._decode(None, view, steps, hurry), {row: row for row in every}
@@ -133,9 +139,10 @@ class Device:
 
     def _views_of(self, time: int) -> tuple[int, int]:
         """Return the slots that a chunk of `time` tokens looks at if it is the first, and later."""
-        return min(time, self.slots), self.slots
+        return (self.slots if self.slots <= _SHORT else time), self.slots
 
     def _decode(self, chosen: Any, view: int, steps: int, hurry: bool) -> Made:
+        self._decoding.add((self.batches[-1] if chosen is None else len(chosen), view))
         limits = np.int32(steps), np.bool_(hurry)
         cache, rows, made = self._programs.decode(
             self._given, *self._allocated(), chosen, *limits, view=view
@@ -149,17 +156,18 @@ class Device:
         return Given(self.params, bank, self.prefix)
 
     def _allocated(self) -> tuple[Cache, Any]:
-        if self._state is None:
-            self._state = self._allocate(self.params)
-        return self._state
+        state = self._state
+        if state is None:
+            state = self._state = self._allocate(self.params)
+        return state
 
 
-def for_decoding(model: Model) -> Model:
+def for_decoding(model: Model, *, donate: bool = False) -> Model:
     """Return the model in the form that decodes fastest: each layer's weights in arrays of their
-    own. The stacked weights of the argument are not needed any more; drop them, or the base is in
-    memory twice.
+    own. They are a copy; with `donate`, the stacked arrays of the argument are deleted one after
+    the other, and the base is in memory once.
     """
-    return model.replace(params=separate(model.params))
+    return model.replace(params=separate(model.params, donate=donate))
 
 
 def _is_separate(params: Mapping) -> bool:
@@ -194,13 +202,13 @@ def _place(tree: Any) -> Any:
 def _views(longest: int) -> list[int]:
     """Return the numbers of slots that decoding may look at.
 
-    >>> _views(1000)
-    [128, 512, 1000]
+    >>> _views(1000), _views(200)
+    ([128, 1000], [200])
     """
     views = [_FIRST_VIEW]
     while views[-1] < longest:
         views.append(4 * views[-1])
-    return [*(view for view in views if view < longest), longest]
+    return [*(view for view in views if 2 * view <= longest), longest]
 
 
 def _batch_sizes(rows: int) -> list[int]:

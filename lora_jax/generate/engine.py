@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bank import Bank
+from lora_jax.adapters import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import MOST_STEPS, Admission, Chunk, Made

@@ -87,7 +87,8 @@ def _first(holds: Any, like: jax.Array) -> jax.Array:
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         found = holds(middle)
-        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+        low = jnp.where(found | (low == high), low, middle + 1)
+        return low, jnp.where(found, middle, high)
 
     low = jnp.full(like.shape, -_LARGEST, jnp.int32)
     return jax.lax.fori_loop(0, 32, halve, (low, jnp.full_like(low, _LARGEST)))[0]

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens and of the most likely alternatives."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ TOP = 20  # alternatives, as many as OpenAI's interface offers
 class LogProbs:
     """Log-probabilities of tokens and of the most likely ones, in falling order."""
 
-    own: jax.Array  # (n,) float32
-    top_ids: jax.Array  # (n, top) int32
-    top_values: jax.Array  # (n, top) float32
+    own: Any  # (n,) float32
+    top_ids: Any  # (n, top) int32
+    top_values: Any  # (n, top) float32
 
 
 def log_probs(logits: jax.Array, tokens: jax.Array, top: int = TOP) -> LogProbs:

@@ -170,7 +170,8 @@ def check_request(model: Model, request: Request, max_length: int, virtual: int)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(value >= 0)
 
 
 def terms(request: Request) -> Mapping[str, float]:

@@ -265,7 +265,7 @@ def choose(logits: jax.Array, rows: SamplingRows, step: jax.Array, seen: Seen) -
         step_keys = jax.vmap(jax.random.fold_in)(_keys(rows), step)
         top_k = jnp.where(drawn, rows.top_k, _ALL)
         tail, min_p = (jnp.where(drawn, x, 0) for x in (rows.tail, rows.min_p))
-        tokens = _draw(step_keys, scaled, top_k, tail, min_p)
+        tokens = draw_tokens(step_keys, scaled, top_k, tail, min_p)
         return jnp.where(drawn, tokens, _likeliest(logits))
 
     return jax.lax.cond(drawn.any(), draw, _likeliest, logits)
@@ -277,7 +277,9 @@ def _keys(rows: SamplingRows) -> jax.Array:
 
 
 def _likeliest(logits: jax.Array) -> jax.Array:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """Return the first of the largest logits, as argmax, which takes three times as long on CPU."""
+    best, vocab = logits == logits.max(axis=-1, keepdims=True), logits.shape[-1]
+    return jnp.where(best, jnp.arange(vocab, dtype=jnp.int32), vocab - 1).min(axis=-1)
 
 
 def _edited(logits: jax.Array, rows: SamplingRows, early: jax.Array, seen: Seen) -> jax.Array:
@@ -294,31 +296,12 @@ def _edited(logits: jax.Array, rows: SamplingRows, early: jax.Array, seen: Seen)
     return logits - rows.presence[:, None] * generated
 
 
-def _draw(keys: jax.Array, logits: jax.Array, top_k: Any, tail: Any, min_p: Any) -> jax.Array:
+def draw_tokens(keys: jax.Array, logits: jax.Array, top_k: Any, tail: Any, min_p: Any) -> jax.Array:
     """Return a token per row, drawn from the tokens that `keep_likely` keeps."""
     cut = (top_k < logits.shape[-1]) | (tail > 0) | (min_p > 0)
     kept = jax.lax.cond(
         jnp.any(cut), lambda x: keep_likely(x, top_k, tail, min_p), lambda x: x, logits
     )
-    # The token of `jax.random.categorical`; its argmax takes three times as long on CPU.
+    # The token of `jax.random.categorical`.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    noisy = jax.lax.optimization_barrier(noise + kept)
-    best, vocab = noisy == noisy.max(axis=-1, keepdims=True), logits.shape[-1]
-    ids = jnp.where(best, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
-    return ids.min(axis=-1)
-
-
-def sample(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: Any, tail: Any
-) -> jax.Array:
-    """Return token ids (b,) for logits (b, vocab): the largest logit at temperature 0, otherwise a
-    draw from softmax(logits / temperature) with the key of each row, `keys` (b,). `top_k` and
-    `tail` as in `keep_likely`.
-    """
-
-    return jax.lax.cond(
-        temperature > 0,
-        lambda x: _draw(keys, x / temperature, top_k, tail, jnp.float32(0)),
-        _likeliest,
-        logits,
-    )
+    return _likeliest(jax.lax.optimization_barrier(noise + kept))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from lora_jax import adapters as methods
-from lora_jax.bank import Bank
+from lora_jax.adapters import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, nearest
 from lora_jax.models.common import Model
@@ -47,7 +47,7 @@ class Version:
     @property
     def places(self) -> int:
         """Number of virtual tokens."""
-        return 0 if self.virtual is None else _settings(self.config).num_virtual_tokens
+        return 0 if self.virtual is None else _settings(self.config).num_virtual_tokens or 0
 
 
 class Versions:
@@ -95,7 +95,7 @@ class Versions:
             raise UserError(f"adapter {name!r}: {problem}")
         found = as_trainable(self._model.params, config)
         check_same_structure(adapters, found.shapes, "these adapters do not fit model and config")
-        padding = (0, self.most - settings.num_virtual_tokens)
+        padding = (0, self.most - (settings.num_virtual_tokens or 0))
 
         def pad(x: Any) -> np.ndarray:
             return np.pad(gather_to_host(x), [*[(0, 0)] * (x.ndim - 2), padding, (0, 0)])
@@ -228,7 +228,7 @@ def _virtual_problem(model: Model, config: AdapterConfig, most: int) -> str | No
             "the rotary frequencies of the model depend on the length of the text, so its virtual "
             "tokens cannot be kept; give them to all rows with Engine.use"
         )
-    if config.num_virtual_tokens > most:
+    if (config.num_virtual_tokens or 0) > most:
         return (
             f"it has {config.num_virtual_tokens} virtual tokens, and the engine has room for "
             f"max_virtual_tokens={most}"

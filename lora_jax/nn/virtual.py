@@ -9,6 +9,7 @@ replace those of the first tokens of a text, for which a batch must hold placeho
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 class Prompt:
     """Embeddings of virtual tokens, as the first layer receives them."""
 
-    embeddings: jax.Array  # (p, d)
+    embeddings: Any  # (p, d)
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +33,8 @@ class Prefix:
     2303.16199): a gate of zero leaves the layer unchanged, and the text begins at position 0.
     """
 
-    keys: jax.Array  # (layers, p, k * h)
-    values: jax.Array  # (layers, p, k * h)
+    keys: Any  # (layers, p, k * h)
+    values: Any  # (layers, p, k * h)
     gate: jax.Array | None = None  # (layers,)
 
     def heads(self, rows: int, head_dim: int) -> tuple[jax.Array, jax.Array]:

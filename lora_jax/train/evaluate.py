@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -14,8 +15,7 @@ from lora_jax import adapters as methods
 from lora_jax import data
 from lora_jax.config import AdapterConfig, Config
 from lora_jax.data.sets import DataSet
-from lora_jax.generate.engine import Engine
-from lora_jax.generate.requests import Completion, Request
+from lora_jax.generate import Completion, Engine, Request, for_decoding
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import placeholders
 from lora_jax.report import scores
@@ -25,6 +25,8 @@ from lora_jax.settle import find_stops
 from lora_jax.sharding import gather_to_host, place_batch
 from lora_jax.targets import Trainable
 from lora_jax.train.step import make_classify, make_eval_step
+
+_LARGEST_COPY = 2 * 2**30  # bytes of a base that a run copies while it answers
 
 
 def mean_loss(
@@ -54,8 +56,10 @@ def generate_all(
     check: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Return the answers to all requests, in their order, and free the memory of the engine.
-    `check` is called as each of them ends, and may raise.
+    `check` is called as each of them ends, and may raise. Short prompts come first: attention
+    reads as many slots as the longest text of a batch has.
     """
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
 
     def done(_: int, answer: Completion) -> None:
         phase.tokens += len(answer.tokens)
@@ -63,9 +67,11 @@ def generate_all(
         check()
 
     try:
-        return [answer.tokens for answer in engine.answer(requests, done)]
+        found = engine.answer([requests[i] for i in order], done)
     finally:
         engine.release()
+    answers = dict(zip(order, found, strict=True))
+    return [answers[i].tokens for i in range(len(requests))]
 
 
 @dataclass(frozen=True)
@@ -177,10 +183,15 @@ class Evaluator:
         questions = dict(scores.spread(list(self.questions.items()), limit))
         prefix, most = methods.prefix(adapters, self.adapter), self.config.eval.max_new_tokens
         engine = self._open_engine(placeholders(prefix))
-        engine.use(methods.bind(self.model.params, adapters, self.adapter), prefix)
         stops = self.reader.stop_tokens
         requests = [Request(prompt, most, stops, number=i) for i, prompt in enumerate(questions)]
-        answers = generate_all(engine, requests, phase, check)
+        bound = methods.bind(self.model.params, adapters, self.adapter)
+        engine.use(_decoding_form(self.model.replace(params=bound)).params, prefix)
+        del bound
+        try:
+            answers = generate_all(engine, requests, phase, check)
+        finally:
+            engine.use(self.model.params)  # frees the other form
         return [
             to_answer(self.reader, rows, prompt, tokens)
             for (prompt, rows), tokens in zip(questions.items(), answers, strict=True)
@@ -226,6 +237,12 @@ class Evaluator:
     def questions(self) -> Mapping[tuple[int, ...], list[data.Row]]:
         """`find_questions` of the task."""
         return find_questions(self.held_out["task"].rows, self.reader)
+
+
+def _decoding_form(model: Model) -> Model:
+    """Return the model in the form that decodes fastest, a copy, unless the copy is large."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    return for_decoding(model) if size <= _LARGEST_COPY else model
 
 
 def find_questions(

@@ -7,6 +7,7 @@ import logging
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +94,31 @@ def test_draws_repeat_and_do_not_depend_on_the_batch(command, tmp_path, capsys):
         assert main([*drawn, *options]) == 0
         found.append(capsys.readouterr().out)
     assert found[0] == found[1] != found[2]
+
+
+def test_stop_strings_end_answers(command, answers, capsys):
+    whole = answers[0]
+    stop = whole[2:4]
+    expected = whole.partition(stop)[0]
+    assert stop and expected
+    words = ["--prompts", "-", "--stop", stop, "--stop", "never in an answer"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO("one\n"))
+        assert main([*command, *words]) == 0
+    [line] = lines(capsys.readouterr().out)
+    assert line["answer"] == expected and line["finish_reason"] == "stop" and line["tokens"] <= 5
+    assert main([*command, "--prompt", "one", "--stop", ""]) == 2
+    assert "stop strings must be non-empty strings, not ''" in capsys.readouterr().err
+
+
+def test_penalties_and_min_p_change_answers(command, answers, capsys):
+    """`min_p` of 1 keeps the most likely token alone."""
+    drawn = ["--prompt", "one", "--temperature", "1.5"]
+    found = []
+    for options in (["--min-p", "1"], ["--repetition-penalty", "9"]):
+        assert main([*command, *drawn, *options]) == 0
+        found.append(capsys.readouterr().out.removesuffix("\n"))
+    assert found[0] == answers[0] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +229,8 @@ def test_a_job_that_ends_early_keeps_whole_lines(command, tmp_path, capsys, monk
         (["--prompt", "a", "--top-p", "0"], "--top-p: 0.0 must be above 0 and at most 1"),
         (["--prompt", "a", "--top-p", "1.1"], "--top-p: 1.1 must be above 0"),
         (["--prompt", "a", "--top-k", "0"], "--top-k: 0 must be at least 1"),
+        (["--prompt", "a", "--min-p", "1.5"], "--min-p: 1.5 must be from 0 to 1"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "-penalty: 0.0 must be above 0"),
     ],
 )
 def test_options(command, options, expected, capsys):
@@ -236,6 +264,12 @@ def test_a_prompt_without_room_is_named_by_its_line(files, tmp_path, monkeypatch
 # A conversation
 
 
+def long_answers(writer):
+    """The writer with answers of 40 tokens."""
+    reader = dataclasses.replace(writer.reader, max_new_tokens=40, stops=frozenset())
+    return dataclasses.replace(writer, reader=reader)
+
+
 def talk(writer, text):
     out = io.StringIO()
     chat.run(writer, io.StringIO(text), out)
@@ -261,10 +295,10 @@ def test_a_conversation_over_a_pipe(writer, capsys):
 
 
 def test_an_answer_that_is_ended_stays_as_far_as_it_came(writer, capsys, monkeypatch):
-    reader = dataclasses.replace(writer.reader, max_new_tokens=40, stops=frozenset())
-    [(_, whole)] = dataclasses.replace(writer, reader=reader).answers([reader.encode(TURN)], 1)
+    patient = long_answers(writer)
+    [(_, whole)] = patient.answers([writer.reader.encode(TURN)], 1)
     assert whole.tokens == 40 and whole.finish_reason == "length"
-    talked = chat.Chat(dataclasses.replace(writer, reader=reader))
+    talked = chat.Chat(patient)
     pieces = talked.say("one")
     begun = next(pieces)
     pieces.close()
@@ -280,6 +314,31 @@ def test_an_answer_that_is_ended_stays_as_far_as_it_came(writer, capsys, monkeyp
 
     monkeypatch.setattr(type(writer), "stream", property(lambda self: interrupt), raising=False)
     assert talk(writer, "one\n") == "\n" and "(ended)" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_an_answer_between_two_steps(writer, capsys):
+    class Pressed(io.StringIO):
+        def write(self, text):
+            if text.strip() and not self.getvalue():
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(text)
+
+    out, patient = Pressed(), long_answers(writer)
+    chat.run(patient, io.StringIO("one\n/reset\none\n"), out)
+    [(_, whole)] = patient.answers([writer.reader.encode(TURN)], 1)
+    begun, _, rest = out.getvalue().partition("\n" + whole.text)
+    assert rest == "\n" and begun != whole.text and whole.text.startswith(begun)
+    assert "(ended)" in capsys.readouterr().err
+
+
+def test_a_conversation_takes_a_larger_engine_when_it_needs_one(writer, monkeypatch):
+    monkeypatch.setattr(chat, "_ROOM", 64)
+    talked = chat.Chat(writer)
+    first = "".join(talked.say("one"))
+    small = talked._engine
+    assert small.max_length == 64 and "".join(talked.say("x" * 30)) and talked._engine is not small
+    assert talked._engine.max_length == 128
+    assert talked._messages[1]["content"] == first
 
 
 def test_a_turn_that_cannot_be_answered_is_left_out(writer, capsys, monkeypatch):

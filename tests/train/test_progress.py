@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lora_jax.report import progress
 from lora_jax.report.journal import Journal
-from lora_jax.report.progress import Display, format_seconds
+from lora_jax.report.progress import Display, Phase, format_seconds
 from lora_jax.report.usage import Clock
 from lora_jax.train import forecast
 
@@ -204,6 +204,14 @@ def test_evaluations_that_were_never_measured_are_said_to_be_left_out():
     assert seconds(make_evaluator({}), 40) == (120, False)
     assert seconds(make_evaluator({"losses": 10.0}), 40) == (130, False)
     assert seconds(make_evaluator({"losses": 10.0}, prompts=0), 40) == (130, True)
+
+
+def test_a_bar_shows_the_speed_of_generation():
+    phase = Phase("answers", 4)
+    phase.began -= 10
+    assert "tokens/s" not in phase.status
+    phase.tokens += 250
+    assert phase.status.endswith("  25 tokens/s") and "tokens/s" not in phase.line
 
 
 def test_times_are_minutes_or_hours():
