@@ -203,6 +203,7 @@ def separate(params: Mapping, *, donate: bool = False) -> dict:
     def split(path: Path, leaf: Any) -> Any:
         if stack_position(path) is None or isinstance(leaf, Layered):
             return leaf
+        leaf = jax.tree.map(jnp.asarray, leaf)
         layers = Layered(tuple(layer_of(leaf, index) for index in range(leaf.shape[0])))
         if donate:
             jax.block_until_ready(layers)

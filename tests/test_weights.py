@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax import AdapterConfig, lora
-from lora_jax.weights import LoraWeight, embed, linear, materialize, unembed
+from lora_jax.weights import LoraWeight, embed, linear, materialize, separate, unembed
 
 ROWS, IN, RANK, OUT = 5, 7, 3, 4
 
@@ -190,3 +190,26 @@ def test_it_passes_for_an_array():
     assert (w.shape, w.ndim, w.dtype) == ((2, IN, OUT), 3, jnp.float32)
     np.testing.assert_array_equal(w[1], materialize(w)[1])
     np.testing.assert_array_equal(jnp.asarray(w), materialize(w))
+
+
+def test_separate_layers_may_take_over_the_stack():
+    """Arrays of NumPy, as read from files, are copied to the device first."""
+    base = jnp.arange(24.0).reshape(2, 3, 4)
+    a, b = np.ones((2, 3, 1), np.float32), np.full((2, 1, 4), 2.0, np.float32)
+    norm = jnp.ones(4)
+    params = {
+        "layers": {"proj": {"kernel": LoraWeight(base, a, b)}},
+        "norm": {"scale": norm},
+    }
+    expected = [np.asarray(base[i] + a[i] @ b[i]) for i in range(2)]
+    kept = separate(params)
+    assert not base.is_deleted()
+    taken = separate(params, donate=True)
+    assert base.is_deleted() and not norm.is_deleted()
+    for tree in (kept, taken):
+        leaf = tree["layers"]["proj"]["kernel"]
+        assert (leaf.shape, leaf.ndim, leaf.dtype) == ((2, 3, 4), 3, jnp.float32)
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+        for layer, whole in zip(leaf.layers, expected, strict=True):
+            assert np.array_equal(materialize(layer), whole)
+    assert separate(kept)["layers"]["proj"]["kernel"] is kept["layers"]["proj"]["kernel"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.generate.decode import Admission, Chunk, Given, Made, empty_rows, make_programs
@@ -28,7 +29,7 @@ class Device:
     """
 
     def __init__(self, model: Model, rows: int, slots: int, adapters: int, dtype: Any):
-        self.params: Mapping = model.params
+        self.params: Mapping = jax.tree.map(jnp.asarray, model.params)
         self.bank: Any = None
         self.prefix: Virtual | None = None
         self.slots = slots
@@ -58,7 +59,7 @@ class Device:
         """Compute with other parameters, stacked or in separate layers, and virtual tokens."""
         if _is_separate(params) != _is_separate(self.params):
             self.release()
-        self.params, self.prefix = params, prefix
+        self.params, self.prefix = jax.tree.map(jnp.asarray, (params, prefix))
 
     def release(self) -> None:
         """Free cache and rows until the next call."""
