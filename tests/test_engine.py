@@ -177,6 +177,20 @@ def test_a_cancelled_request_leaves_the_others_alone(engine):
     assert [engine.answer([Request(p, 21)])[0].tokens for p in prompts] == wanted
 
 
+def test_what_needs_an_idle_engine(engine):
+    id = engine.submit(Request([1, 2], 9))
+    for call in (
+        engine.warm_up,
+        engine.release,
+        lambda: engine.use(engine.model.params),
+        lambda: engine.answer([Request([1], 2)]),
+    ):
+        with pytest.raises(UserError, match="requests are running; take their events from run()"):
+            call()
+    engine.cancel(id)
+    assert len(engine.answer([Request([1], 2)])[0].tokens) == 2
+
+
 def test_an_exception_ends_all_requests(engine):
     def fail(index, completion):
         raise RuntimeError(f"at {index}")

@@ -138,13 +138,20 @@ class Engine:
     def use(self, params: Mapping, prefix: Virtual | None = None) -> None:
         """Answer with other parameters of the model, such as bound ones, and with virtual tokens
         before each prompt. Nothing is compiled anew if the trees have the same shapes.
+
+        Raises:
+            UserError: requests are running.
         """
-        assert not self.busy, "requests are running"
+        self._check_idle()
         self._device.use(params, prefix)
 
     def release(self) -> None:
-        """Free the memory of cache and rows until the next request."""
-        assert not self.busy, "requests are running"
+        """Free the memory of cache and rows until the next request.
+
+        Raises:
+            UserError: requests are running.
+        """
+        self._check_idle()
         self._device.release()
 
     @property
@@ -214,16 +221,15 @@ class Engine:
         as each one ends. An exception in it ends all of them.
 
         Raises:
-            UserError: as `submit`, before any request is answered.
+            UserError: as `submit`, before any request is answered; other requests are running.
         """
+        self._check_idle()
         ids: dict[int, int] = {}
         try:
             for index, request in enumerate(requests):
                 ids[self.submit(request)] = index
             found = [Completion() for _ in requests]
             for event in self.run():
-                if event.id not in ids:
-                    continue
                 index = ids[event.id]
                 found[index].add(event)
                 if event.finish_reason is not None:
@@ -235,12 +241,20 @@ class Engine:
         return found
 
     def warm_up(self) -> int:
-        """Compile all programs that requests may need; return how many there are."""
-        assert not self.busy, "requests are running"
+        """Compile all programs that requests may need; return how many there are.
+
+        Raises:
+            UserError: requests are running.
+        """
+        self._check_idle()
         with self._device.on_mesh():
             self._device.bank = self._versions.bank
             self._device.warm_up(self._idle, self._versions.kinds())
         return self.compiled_programs
+
+    def _check_idle(self) -> None:
+        if self.busy:
+            raise UserError("requests are running; take their events from run(), or cancel them")
 
     # Admission.
 
@@ -354,8 +368,7 @@ class Engine:
         running = [own for own in self._rows.values() if own.decoding]
         if not running:
             return []
-        reading = len(running) < len(self._rows)
-        steps = 1 if reading else MOST_STEPS
+        steps = MOST_STEPS if len(running) == len(self._rows) else 1  # others wait to be read
         longest = max(min(len(own.text) + steps, own.start + own.limit) for own in running)
         rows = [own.row for own in running]
         made, columns = self._device.decode(rows, longest, steps, bool(self._waiting))

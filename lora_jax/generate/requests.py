@@ -35,7 +35,7 @@ class Event:
     id: int
     tokens: list[int]  # without the stop token
     log_probs: LogProbs | None = None  # of `tokens`, in NumPy arrays
-    finish_reason: str | None = None  # stop | length | cancelled
+    finish_reason: str | None = None  # stop | length
     stop_token: int | None = None
     prompt_log_probs: LogProbs | None = None  # of the prompt from its second token on, once
 
