@@ -200,8 +200,12 @@ def test_adapters_that_the_engine_refuses(model, engine):
         for name in "xyz":
             engine.publish(name, random_adapters(model, small, 1), small)
         engine.submit(Request([1], 2, adapter=dict.fromkeys("xyz", 1.0)))
-    with pytest.raises(UserError, match="its weight nan is no finite number"):
+    with pytest.raises(UserError, match="2 adapters in one request need as many slots; .* has 1"):
+        engine.submit(Request([1], 2, adapter={"x": 0.5, "y": 0.5}))
+    with pytest.raises(UserError, match="its weight nan is not finite"):
         engine.submit(Request([1], 2, adapter={"abc": float("nan")}))
+    with pytest.raises(UserError, match="its weight '1' is no number"):
+        engine.submit(Request([1], 2, adapter={"abc": "1"}))
     with pytest.raises(UserError, match="the engine has no slots; give it a bank"):
         Engine(model, rows=1, max_length=8).publish("a", random_adapters(model, small, 1), small)
     assert not engine.busy

@@ -34,7 +34,7 @@ from lora_jax.generate.requests import (
     trimmed,
 )
 from lora_jax.generate.sampling import prompt_mask, row_of
-from lora_jax.generate.versions import Version, Versions, check_terms
+from lora_jax.generate.versions import Version, Versions
 from lora_jax.models.common import Model
 from lora_jax.nn.rope import next_change
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
@@ -174,11 +174,7 @@ class Engine:
         virtual = places + first_position(prefix)
         check_request(self.model, request, self.max_length, places, virtual)
         row_of(request.sampling, request.number, request.stop_tokens, self._vocab)
-        if len(versions) > self._terms:
-            raise UserError(
-                f"{len(versions)} adapters in one request are more than max_terms={self._terms}"
-            )
-        check_terms(terms(request), versions)
+        self._versions.check_sum(terms(request), self._terms)
         self._count += 1
         self._waiting.append((self._count, request, versions))
         return self._count

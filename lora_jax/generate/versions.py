@@ -7,7 +7,7 @@ when a request needs it, in place of the one that was not used for the longest t
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -134,6 +134,36 @@ class Versions:
             raise UserError(f"adapter {name!r} is not published; there are: {known}.{hint}")
         return self._current[name]
 
+    def check_sum(self, weights: Mapping[str, float], most: int) -> None:
+        """Check the weights of a sum of up to `most` adapters, by name.
+
+        Raises:
+            UserError: too many adapters; weights that are no finite numbers; an adapter of DoRA or
+                of virtual tokens that is not alone, with weight 1; a name that is not published.
+        """
+        if len(weights) > most:
+            raise UserError(
+                f"{len(weights)} adapters in one request are more than max_terms={most}"
+            )
+        slots = 0 if self.bank is None else self.bank.slots - 1
+        if len(weights) > max(slots, 1):
+            raise UserError(
+                f"{len(weights)} adapters in one request need as many slots; the bank has {slots} "
+                "besides that of the base"
+            )
+        for name, weight in weights.items():
+            version = self.find(name)
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise UserError(f"adapter {name!r}: its weight {weight!r} is no number")
+            if not isfinite(weight):
+                raise UserError(f"adapter {name!r}: its weight {weight!r} is not finite")
+            if version.is_alone and (len(weights) > 1 or weight != 1):
+                what = "virtual tokens" if version.places else "a gain (DoRA)"
+                raise UserError(
+                    f"adapter {name!r} has {what} and no weighted sum; ask for it alone, with "
+                    "weight 1"
+                )
+
     @property
     def names(self) -> list[str]:
         return sorted(self._current)
@@ -188,24 +218,6 @@ class Versions:
             held.slot = None
         self.bank = self.bank.put(slot, version.adapters, version.config)
         self._slots[slot], version.slot = version, slot
-
-
-def check_terms(weights: Mapping[str, float], versions: Sequence[Version]) -> None:
-    """Check the weights of a sum of adapters.
-
-    Raises:
-        UserError: weights that are no finite numbers; a DoRA adapter that is not alone, weight 1.
-    """
-    for version in versions:
-        weight = weights[version.name]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
-            raise UserError(f"adapter {version.name!r}: its weight {weight!r} is no finite number")
-        if version.is_alone and (len(versions) > 1 or weight != 1):
-            what = "virtual tokens" if version.places else "a gain (DoRA)"
-            raise UserError(
-                f"adapter {version.name!r} has {what} and no weighted sum; ask for it alone, with "
-                "weight 1"
-            )
 
 
 def _identity(adapters: Mapping[str, Any], config: AdapterConfig | Trainable) -> str:
