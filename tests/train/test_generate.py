@@ -319,7 +319,7 @@ def test_an_answer_that_is_ended_stays_as_far_as_it_came(writer, capsys, monkeyp
 def test_ctrl_c_ends_an_answer_between_two_steps(writer, capsys):
     class Pressed(io.StringIO):
         def write(self, text):
-            if text.strip() and not self.getvalue():
+            if text and not self.getvalue():
                 os.kill(os.getpid(), signal.SIGINT)
             return super().write(text)
 

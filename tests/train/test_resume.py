@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed is the run that was not, to the bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -514,6 +515,13 @@ def last_step(log):
     return max((line["step"] for line in read_lines(log)), default=0)
 
 
+def changed(log):
+    """Time of the last change of a log; 0 where there is none, as while a run starts anew."""
+    with contextlib.suppress(FileNotFoundError):
+        return log.stat().st_ctime_ns
+    return 0
+
+
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, kills):
     """kill -9 while it starts, trains, evaluates and saves; then the run is let finish."""
@@ -528,12 +536,12 @@ def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, kills)
     reached, lost = [], []
     for kill in range(kills):
         kept = checkpoint.list_steps(killed / "checkpoints")
-        before = log.stat().st_ctime_ns if log.exists() else 0
+        before = changed(log)
         pid = launch(command(config, killed, *options))
         deadline = time.monotonic() + (rng.uniform(0, 3) if kill % 5 == 4 else 120)
         while time.monotonic() < deadline:
             # The log is cut back to the checkpoint first, and then grows beyond it.
-            if log.exists() and log.stat().st_ctime_ns != before:
+            if changed(log) not in (0, before):
                 if last_step(log) > (kept[-1] if kept else 0):
                     time.sleep(rng.expovariate(1 / 0.15))
                     break
