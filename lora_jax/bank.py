@@ -29,7 +29,7 @@ from lora_jax.adapters.stacks import count_members, unstack
 from lora_jax.bank_updates import Found, Place, Update, choice_problems, find_update, slot_problems
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError, counted, raise_all
-from lora_jax.sharding import gather_to_host, zeros_beside
+from lora_jax.sharding import gather_to_host, zeros_split_like
 from lora_jax.slots import Factors
 from lora_jax.targets import HEAD, Trainable, find_targets
 from lora_jax.tree import (
@@ -141,7 +141,7 @@ class Bank:
 
         Raises:
             UserError: other parameters than the bank's; outside of `jit`, slots that do not exist
-                and weights that are not finite or not 1 beside a gain.
+                and weights that are not finite or not 1 for a slot with a gain.
 
         Example:
             >>> bank = lora.bank(params, slots=3, rank=4).put(1, adapters, config)
@@ -286,7 +286,7 @@ def _zeros(weight: Any, turned: bool, size: tuple[int, int], has_gain: bool) -> 
 
     def zeros(rank: int, side: int) -> jax.Array:
         shape = (*(weight.shape[axis] for axis in lead), size[0], rank, weight.shape[side])
-        return zeros_beside(weight, shape, (*lead, None, None, side))
+        return zeros_split_like(weight, shape, (*lead, None, None, side))
 
     gain = jnp.exp(zeros(1, columns)) if has_gain else None
     return Factors(zeros(size[1], rows), zeros(size[1], columns), gain)

@@ -145,7 +145,7 @@ def place_adapters(adapters: dict, params: Mapping) -> dict:
     return jax.tree.map(_put_or_constrain, adapters, shardings(short, mesh))
 
 
-def zeros_beside(weight: Any, shape: Sequence[int], axes: Sequence[int | None]) -> jax.Array:
+def zeros_split_like(weight: Any, shape: Sequence[int], axes: Sequence[int | None]) -> jax.Array:
     """Return float32 zeros on the mesh of a weight. Each axis is split like the axis of the weight
     that `axes` names, or not at all.
     """

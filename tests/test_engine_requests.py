@@ -1,7 +1,6 @@
 """Many requests over few rows and slots: every answer is that of its request alone."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +8,7 @@ from lora_jax import AdapterConfig, lora
 from lora_jax.errors import UserError
 from lora_jax.generate import Completion, Engine, Request, Sampling, for_decoding
 
+from .engines import random_adapters
 from .families import FAMILIES, random_model
 
 REQUESTS, ROWS, SLOTS = 300, 4, 4
@@ -30,13 +30,6 @@ CONFIGS = {
 @pytest.fixture(scope="module")
 def model():
     return random_model("llama", **FAMILIES["llama"].fields)
-
-
-def random_adapters(model, config, seed):
-    _, adapters = lora.init(jax.random.key(seed), model.params, config)
-    rng = np.random.default_rng(seed)
-    noise = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape), adapters)
-    return jax.tree.map(lambda x, y: jnp.asarray(x + y, jnp.float32), adapters, noise)
 
 
 def merged(model, trees, weights):

@@ -1,6 +1,5 @@
 """Log-probabilities of a trainer against those of an engine."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from lora_jax.generate import (
     make_log_prob_gap,
 )
 
+from .engines import random_adapters
 from .families import FAMILIES, random_model
 
 CONFIGS = {
@@ -29,14 +29,6 @@ SLOTS = {None: 0, "a": 1, "b": 2}
 @pytest.fixture(scope="module")
 def model():
     return random_model("llama", **FAMILIES["llama"].fields)
-
-
-def random_adapters(model, config, seed):
-    _, adapters = lora.init(jax.random.key(seed), model.params, config)
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(x + 0.3 * rng.standard_normal(x.shape), jnp.float32), adapters
-    )
 
 
 def requests_of(names, seed=0):

@@ -59,13 +59,13 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.chat:
         return chat.run(writer)
-    prints = output is None and (options.prompts is None or sys.stdout.isatty())
-    display = SILENT if prints else Display(make_console())
+    shows_text = output is None and (options.prompts is None or sys.stdout.isatty())
+    display = SILENT if shows_text else Display(make_console())
     with display.phase("answers", len(asked), every=_PAUSE) as phase:
         answers = prompts.answer_all(writer, asked, tokens, options.batch_size, phase)
         if output is not None:
             _write(output, answers, len(asked))
-        elif prints:
+        elif shows_text:
             _print(answers, options.max_new_tokens)
         else:
             _print_lines(answers)

@@ -149,7 +149,7 @@ class Versions:
         if len(weights) > max(slots, 1):
             raise UserError(
                 f"{len(weights)} adapters in one request need as many slots; the bank has {slots} "
-                "besides that of the base"
+                "for adapters"
             )
         for name, weight in weights.items():
             version = self.find(name)
