@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -258,7 +259,11 @@ def measure(
     sides = [("ours", ours, case) for case in CASES]
     sides += [("theirs", theirs, case) for case in CASES if case != "merged"]
     sides.sort(key=lambda one: list(CASES).index(one[2]))
-    answers = {f"{name} {case}": side.warm_up(case, rows) for name, side, case in sides}
+    answers = {}
+    for name, side, case in sides:
+        began = time.perf_counter()
+        answers[f"{name} {case}"] = side.warm_up(case, rows)
+        say(f"batch {rows}, {name} {case}: ready after {time.perf_counter() - began:.0f} s")
     equal = {
         case: float(np.mean(np.equal(answers[f"ours {case}"], answers[f"theirs {case}"])))
         for case in CASES
@@ -269,7 +274,14 @@ def measure(
         precision(rounds) > PRECISE and len(rounds) < 3 * options.rounds
     ):
         rounds.append({f"{name} {case}": side.measure(case, rows) for name, side, case in sides})
+        known = f", ratios known to {precision(rounds):.1%}" if len(rounds) > 1 else ""
+        say(f"batch {rows}, round {len(rounds)}{known}")
     return rounds, equal
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def summarize(rounds: Sequence[dict[str, Times]]) -> dict[str, dict[str, float]]:
@@ -372,6 +384,7 @@ def main() -> None:
         theirs = Side(Theirs, options, Path(home))
         for rows in options.batches:
             results[rows], equal[rows] = measure(ours, theirs, rows, options)
+            make_report({rows: results[rows]}, options)
     line = make_report(results, options)
     line |= {"settings": vars(options), "machine": describe_machine(options.cores)}
     line |= {"rounds": {rows: len(rounds) for rows, rounds in results.items()}}

@@ -45,7 +45,7 @@ from lora_jax.tree import (
     tied_embedding,
     unflatten,
 )
-from lora_jax.weights import Layered, LoraBank, Untied, widen
+from lora_jax.weights import Layered, LoraBank, Transposed, Untied, widen
 
 
 @jax.tree_util.register_dataclass
@@ -281,6 +281,8 @@ def _base(leaves: Mapping[Path, Any], path: Path, tied: Path | None) -> Any:
 
 def _zeros(weight: Any, turned: bool, size: tuple[int, int], has_gain: bool) -> Factors:
     """Return empty factors (slots, rank) for a weight; `turned`: it is stored as (out, in)."""
+    if isinstance(weight, Transposed):
+        weight, turned = weight.value, True
     lead = tuple(range(len(weight.shape) - 2))
     rows, columns = (len(lead) + 1, len(lead)) if turned else (len(lead), len(lead) + 1)
 

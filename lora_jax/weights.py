@@ -8,6 +8,7 @@
     Untied(embed, head)            an embedding (vocab, d) that is the output head too, adapted in
                                    one of its two uses only
     Layered(layers)                a stack of layers as separate leaves, one per layer
+    Transposed(value)              a plain kernel, stored as (out, in)
 
 A model calls `linear`, `embed` and `unembed` on whatever leaf it finds and never mentions adapters.
 Leaves may carry a leading `layers` axis; inside a scanned stack the functions see one slice.
@@ -15,7 +16,6 @@ Leaves may carry a leading `layers` axis; inside a scanned stack the functions s
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,6 @@ from lora_jax.errors import UserError, counted
 from lora_jax.experts import grouped_matmul
 from lora_jax.moments import count
 from lora_jax.quantize import Int8Weight, NF4Weight, QuantizedWeight, dequantize
-from lora_jax.tree import Path, flatten, stack_position, unflatten
 
 
 class _OverBase:
@@ -156,6 +155,28 @@ class Layered:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Transposed:
+    """A plain kernel (in, out) that is stored as (out, in): on CPU, products of few rows with it
+    are faster.
+    """
+
+    value: jax.Array  # (out, in)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape[::-1]
+
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
+
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Probe(_OverBase):
     """A weight that accumulates moments of its inputs. In the forward pass it acts as its base. The
     gradient of any loss with respect to `moments`, which are zeros, is the sum over all rows x of
@@ -183,34 +204,7 @@ class Absent:
     dtype: Any = field(metadata={"static": True})
 
 
-Weight = jax.Array | QuantizedWeight | LoraWeight | LoraBank | Untied | Probe
-
-
-def separate(params: Mapping, *, donate: bool = False) -> dict:
-    """Return parameters with each stacked leaf as a `Layered`; the other leaves are shared.
-
-    With `donate`, each stacked array is deleted once its layers are copied, so that the base is in
-    memory once.
-
-    Example:
-        >>> from lora_jax.weights import separate
-        >>> params = {"layers": {"proj": {"kernel": jnp.ones((3, 2, 4))}}}
-        >>> kernel = separate(params)["layers"]["proj"]["kernel"]
-        >>> kernel.shape, [layer.shape for layer in kernel.layers]
-        ((3, 2, 4), [(2, 4), (2, 4), (2, 4)])
-    """
-
-    def split(path: Path, leaf: Any) -> Any:
-        if stack_position(path) is None or isinstance(leaf, Layered):
-            return leaf
-        leaf = jax.tree.map(jnp.asarray, leaf)
-        layers = Layered(tuple(layer_of(leaf, index) for index in range(leaf.shape[0])))
-        if donate:
-            jax.block_until_ready(layers)
-            jax.tree.map(lambda array: array.delete(), leaf)
-        return layers
-
-    return unflatten({path: split(path, leaf) for path, leaf in flatten(params).items()})
+Weight = jax.Array | QuantizedWeight | LoraWeight | LoraBank | Untied | Probe | Transposed
 
 
 def is_layered(leaf: Any) -> bool:
@@ -260,6 +254,8 @@ def _matmul(x: jax.Array, w: Weight) -> jax.Array:
         return _quantized_matmul(x, w)
     if isinstance(w, Probe):
         return _matmul(count(x, w.basis, w.moments, w.counted), w.base)
+    if isinstance(w, Transposed):
+        return jax.lax.dot_general(x, w.value.astype(x.dtype), (((1,), (1,)), ((), ())))
     return x @ materialize(w).astype(x.dtype)
 
 
@@ -360,7 +356,9 @@ def widen(w: Any) -> Any:
         return Untied(widen(w.embed), widen(w.head))
     if isinstance(w, LoraWeight | LoraBank | Probe):
         return dataclasses.replace(w, base=widen(w.base))
-    return dequantize(w) if isinstance(w, NF4Weight | Int8Weight) else w.astype(jnp.float32)
+    if isinstance(w, NF4Weight | Int8Weight):
+        return dequantize(w)
+    return materialize(w).astype(jnp.float32)
 
 
 def materialize(w: Weight) -> Any:
@@ -381,6 +379,8 @@ def materialize(w: Weight) -> Any:
         return dequantize(w, w.dtype)
     if isinstance(w, Probe):
         return materialize(w.base)
+    if isinstance(w, Transposed):
+        return w.value.T
     if isinstance(w, LoraBank):
         raise UserError(
             "a weight of a bank has a matrix for every slot and is no single array; bind one "

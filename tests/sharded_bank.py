@@ -15,17 +15,18 @@ from families import FAMILIES, random_model
 from methods import stirred
 from parity.sharded_families import EVEN, EVEN_GPT2
 
-from lora_jax import AdapterConfig, lora, sharding, weights
+from lora_jax import AdapterConfig, lora, sharding
 from lora_jax import bank as banks
 from lora_jax.config import MeshConfig
+from lora_jax.generate.form import separate
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # family -> modules of the bank, form of the parameters, mesh
 ROWS = {
     "qwen2": ([*LINEAR, "embed_tokens", "lm_head"], dict, "2x2x2"),  # tied
-    "mixtral": ("all-linear", weights.separate, "1x8x1"),
+    "mixtral": ("all-linear", separate, "1x8x1"),
     "gpt2": ("all-linear", dict, "1x1x8"),
-    "phi3": ("all-linear", weights.separate, "2x2x2"),
+    "phi3": ("all-linear", separate, "2x2x2"),
 }
 TIED = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": False}
 

@@ -34,7 +34,8 @@ def answers(model, trees, mesh, form):
     assert len(devices) == mesh.size
     specs = sharding.param_specs(model.params, model.rules, mesh)
     model = form(model.replace(params=sharding.place(model.params, specs, mesh)))
-    engine = Engine(model, rows=4, max_length=32, bank=lora.bank(model.params, slots=3, rank=8))
+    bank = lora.bank(model.params, slots=3, rank=8)
+    engine = Engine(model, rows=4, max_length=32, bank=bank, max_terms=2)
     for name, tree in trees.items():
         engine.publish(name, *tree)
     programs = engine.warm_up()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lora_jax import AdapterConfig, lora
-from lora_jax.weights import LoraWeight, embed, linear, materialize, separate, unembed
+from lora_jax.generate.form import separate
+from lora_jax.weights import LoraWeight, embed, linear, materialize, unembed, widen
 
 ROWS, IN, RANK, OUT = 5, 7, 3, 4
 
@@ -197,19 +198,29 @@ def test_separate_layers_may_take_over_the_stack():
     base = jnp.arange(24.0).reshape(2, 3, 4)
     a, b = np.ones((2, 3, 1), np.float32), np.full((2, 1, 4), 2.0, np.float32)
     norm = jnp.ones(4)
+    head = jnp.arange(8.0).reshape(4, 2)
+    untouched = np.asarray(head)
     params = {
         "layers": {"proj": {"kernel": LoraWeight(base, a, b)}},
         "norm": {"scale": norm},
+        "head": {"kernel": head},
     }
     expected = [np.asarray(base[i] + a[i] @ b[i]) for i in range(2)]
     kept = separate(params)
     assert not base.is_deleted()
     taken = separate(params, donate=True)
-    assert base.is_deleted() and not norm.is_deleted()
+    assert base.is_deleted() and head.is_deleted() and not norm.is_deleted()
+    x = jnp.arange(6.0).reshape(2, 3)
     for tree in (kept, taken):
         leaf = tree["layers"]["proj"]["kernel"]
         assert (leaf.shape, leaf.ndim, leaf.dtype) == ((2, 3, 4), 3, jnp.float32)
         assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
         for layer, whole in zip(leaf.layers, expected, strict=True):
+            assert layer.base.value.shape == (4, 3)
             assert np.array_equal(materialize(layer), whole)
+            np.testing.assert_allclose(linear(x, layer), x @ whole, rtol=1e-6)
+        own = tree["head"]["kernel"]
+        assert (own.shape, own.ndim, own.dtype, own.value.shape) == ((4, 2), 2, jnp.float32, (2, 4))
+        assert np.array_equal(materialize(own), untouched)
+        assert widen(own).shape == (4, 2)
     assert separate(kept)["layers"]["proj"]["kernel"] is kept["layers"]["proj"]["kernel"]

@@ -8,8 +8,8 @@ of the text, its cache is recomputed when they change: for longrope once, at the
 for dynamic at each token beyond it, which costs a forward pass over the whole text per token.
 """
 
-from lora_jax.generate.device import for_decoding as for_decoding
 from lora_jax.generate.engine import Engine as Engine
+from lora_jax.generate.form import for_decoding as for_decoding
 from lora_jax.generate.gap import Gap as Gap
 from lora_jax.generate.gap import make_log_prob_gap as make_log_prob_gap
 from lora_jax.generate.requests import Completion as Completion

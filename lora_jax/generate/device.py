@@ -15,7 +15,7 @@ from lora_jax.models.common import Model
 from lora_jax.nn.cache import Cache
 from lora_jax.nn.virtual import Virtual
 from lora_jax.sharding import BATCH, constrain, gather_to_host, mesh_of
-from lora_jax.weights import Layered, is_layered, separate
+from lora_jax.weights import Layered, is_layered
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that are read at once
 _FIRST_VIEW = 128  # slots that attention reads in the smallest program
@@ -161,14 +161,6 @@ class Device:
         if state is None:
             state = self._state = self._allocate(self.params)
         return state
-
-
-def for_decoding(model: Model, *, donate: bool = False) -> Model:
-    """Return the model in the form that decodes fastest: each layer's weights in arrays of their
-    own. They are a copy; with `donate`, the stacked arrays of the argument are deleted one after
-    the other, and the base is in memory once.
-    """
-    return model.replace(params=separate(model.params, donate=donate))
 
 
 def _is_separate(params: Mapping) -> bool:

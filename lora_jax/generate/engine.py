@@ -87,7 +87,7 @@ class Engine:
         rows: int = 8,
         max_length: int = 1024,
         bank: Bank | None = None,
-        max_terms: int = 2,
+        max_terms: int = 1,
         max_virtual_tokens: int = 0,
         dtype: Any = jnp.float32,
     ):

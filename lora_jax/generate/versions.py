@@ -143,7 +143,8 @@ class Versions:
         """
         if len(weights) > most:
             raise UserError(
-                f"{len(weights)} adapters in one request are more than max_terms={most}"
+                f"{len(weights)} adapters in one request are more than max_terms={most}; open the "
+                f"engine with max_terms={len(weights)} or more"
             )
         slots = 0 if self.bank is None else self.bank.slots - 1
         if len(weights) > max(slots, 1):
