@@ -13,16 +13,9 @@ from jax._src import compiler
 from lora_jax import AdapterConfig, UserError, lora, slots, tree
 from lora_jax import bank as banks
 from lora_jax.adapters.combine import Part, combine
+from lora_jax.generate.form import separate
 from lora_jax.quantize import SCHEMES, quantize
-from lora_jax.weights import (
-    LoraBank,
-    embed,
-    expert_linear,
-    linear,
-    materialize,
-    separate,
-    unembed,
-)
+from lora_jax.weights import LoraBank, embed, expert_linear, linear, materialize, unembed
 
 from . import methods
 from .families import FAMILIES, random_model

@@ -199,17 +199,19 @@ def test_separate_layers_may_take_over_the_stack():
     a, b = np.ones((2, 3, 1), np.float32), np.full((2, 1, 4), 2.0, np.float32)
     norm = jnp.ones(4)
     head = jnp.arange(8.0).reshape(4, 2)
-    untouched = np.asarray(head)
+    untouched, experts = np.array(head), jnp.ones((2, 3, 4))
     params = {
         "layers": {"proj": {"kernel": LoraWeight(base, a, b)}},
         "norm": {"scale": norm},
         "head": {"kernel": head},
+        "experts": {"kernel": experts},
     }
     expected = [np.asarray(base[i] + a[i] @ b[i]) for i in range(2)]
     kept = separate(params)
     assert not base.is_deleted()
     taken = separate(params, donate=True)
-    assert base.is_deleted() and head.is_deleted() and not norm.is_deleted()
+    assert base.is_deleted() and head.is_deleted()
+    assert not norm.is_deleted() and not experts.is_deleted()
     x = jnp.arange(6.0).reshape(2, 3)
     for tree in (kept, taken):
         leaf = tree["layers"]["proj"]["kernel"]

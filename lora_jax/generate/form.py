@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.models.common import Model
 from lora_jax.tree import Path, flatten, stack_position, unflatten
@@ -22,8 +21,8 @@ def for_decoding(model: Model, *, donate: bool = False) -> Model:
 
 
 def separate(params: Mapping, *, donate: bool = False) -> dict:
-    """Return parameters with each stacked leaf as a `Layered` and each plain kernel as a
-    `Transposed`; the other leaves are shared.
+    """Return parameters with each stacked leaf as a `Layered` and each plain kernel that no mesh
+    splits as a `Transposed`; the other leaves are shared.
 
     With `donate`, each array is deleted once it is copied, so that the base is in memory once.
 
@@ -36,16 +35,18 @@ def separate(params: Mapping, *, donate: bool = False) -> dict:
     """
 
     def form(path: Path, leaf: Any) -> Any:
-        stacked = stack_position(path) is not None
-        is_plain = path[-1] == "kernel" and isinstance(leaf, jax.Array | np.ndarray)
-        if isinstance(leaf, Layered) or not (stacked or is_plain):
+        stacked, is_kernel = stack_position(path) is not None, path[-1] == "kernel"
+        if isinstance(leaf, Layered) or not (stacked or is_kernel):
             return leaf
         leaf = jax.tree.map(jnp.asarray, leaf)
         parts = [layer_of(leaf, i) for i in range(leaf.shape[0])] if stacked else [leaf]
-        parts = [_transposed(part) if path[-1] == "kernel" else part for part in parts]
+        parts = [_transposed(part) for part in parts] if is_kernel else parts
         if donate:
             jax.block_until_ready(parts)
-            jax.tree.map(lambda array: array.delete(), leaf)
+            shared = set(map(id, jax.tree.leaves(parts)))
+            for array in jax.tree.leaves(leaf):
+                if id(array) not in shared:
+                    array.delete()
         return Layered(tuple(parts)) if stacked else parts[0]
 
     return unflatten({path: form(path, leaf) for path, leaf in flatten(params).items()})
@@ -55,4 +56,6 @@ def _transposed(kernel: Any) -> Any:
     """Return a kernel with its plain matrix, if it has one, as a `Transposed`."""
     if isinstance(kernel, LoraWeight):
         return dataclasses.replace(kernel, base=_transposed(kernel.base))
-    return Transposed(kernel.T) if isinstance(kernel, jax.Array) and kernel.ndim == 2 else kernel
+    # Of a kernel that a mesh splits, the compiler chooses the order on each device.
+    plain = isinstance(kernel, jax.Array) and kernel.ndim == 2 and len(kernel.devices()) == 1
+    return Transposed(kernel.T) if plain else kernel
