@@ -60,6 +60,7 @@ class _CtrlC:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._receive)
             sys.unraisablehook = self._swallowed
+            sys.excepthook = self._printed
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -78,6 +79,13 @@ class _CtrlC:
             self.pressed = None
         else:
             sys.__unraisablehook__(unraisable)
+
+    def _printed(self, kind: type[BaseException], value: BaseException, traceback: Any) -> None:
+        """Print nothing of a Ctrl-C that an extension prints before it raises an error of its own,
+        as `import_array` of numpy's C interface does.
+        """
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, value, traceback)
 
     def leave(self) -> None:
         """Restore the signal before the interpreter exits, which no exception can interrupt."""

@@ -131,3 +131,28 @@ import types
 sys.modules["lora_jax.generate.answer"] = types.SimpleNamespace(answer=answer)
 start.run("main")
 """
+
+
+@pytest.mark.parametrize("module", ["numpy", "numpy._core.getlimits"])
+def test_an_interrupt_inside_an_import(module):
+    """Extensions that import numpy print what ends its import, and raise another error."""
+    script = f"AT = {module!r}\n{_INSIDE_AN_IMPORT}"
+    status, out, err = finish(
+        "generate", "--model", "x", "--prompt", "a", command=[sys.executable, "-c", script]
+    )
+    assert (status, out, err) == (130, "", "interrupted\n")
+
+
+_INSIDE_AN_IMPORT = """
+import signal, sys
+from importlib.abc import MetaPathFinder
+class Press(MetaPathFinder):
+    def find_spec(self, name, *rest):
+        if name == AT:
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests ignore it
+from lora_jax import start
+sys.meta_path.insert(0, Press())
+start.run("main")
+"""
