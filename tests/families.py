@@ -165,6 +165,45 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "gemma": Family(
+        "GemmaConfig",
+        "GemmaForCausalLM",
+        GIVEN,
+        {
+            "biases, untied": dict(
+                attention_bias=True,
+                tie_word_embeddings=False,
+                hidden_act="silu",
+                rms_norm_eps=0.05,
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
+    "granite": Family(
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        IMPLIED,
+        {
+            "factors, biases": dict(
+                embedding_multiplier=3.0,
+                attention_multiplier=0.3,
+                residual_multiplier=0.4,
+                logits_scaling=0.5,
+                attention_bias=True,
+                mlp_bias=True,
+                rms_norm_eps=0.05,
+            ),
+            "tied": dict(
+                tie_word_embeddings=True,
+                residual_multiplier=1.5,
+                head_dim=10,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
     "phi3": Family(
         "Phi3Config",
         "Phi3ForCausalLM",
@@ -266,6 +305,28 @@ ALIASES = {
                 rms_norm_eps=0.05, sliding_window=5, layer_types=[FULL, SLIDING, SLIDING]
             ),
             "window": dict(sliding_window=5, tie_word_embeddings=True, rms_norm_eps=0.05),
+        },
+    ),
+    "olmo3": Family(
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        IMPLIED,
+        {
+            "window, biases, two rotations": dict(
+                sliding_window=5,
+                attention_bias=True,
+                rms_norm_eps=0.05,
+                rope_parameters={
+                    FULL: dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+                    SLIDING: theta(100.0),
+                },
+            ),
+            "layer types, tied": dict(
+                sliding_window=9,
+                layer_types=[FULL, SLIDING, FULL],
+                tie_word_embeddings=True,
+                hidden_act="gelu",
+            ),
         },
     ),
     "seed_oss": Family(

@@ -76,6 +76,10 @@ PUBLISHED = {
             **{"head_dim": 128, "attention_bias": True, "attention_out_bias": False},
         )
     },
+    "gemma": {
+        "gemma-2b": tied(256000, 2048, 16384, 18, 8, 1, head_dim=256),
+        "gemma-7b": tied(256000, 3072, 24576, 28, 16, 16, head_dim=256),
+    },
     "gemma2": {
         "gemma-2-2b": tied(256000, 2304, 9216, 26, 8, 4, head_dim=256),
         "gemma-2-9b": tied(256000, 3584, 14336, 42, 16, 8, head_dim=256),
@@ -98,6 +102,15 @@ PUBLISHED = {
         "OLMo-2-1124-7B": decoder(100352, 4096, 11008, 32, 32, 32),
         "OLMo-2-1124-13B": decoder(100352, 5120, 13824, 40, 40, 40),
         "OLMo-2-0325-32B": decoder(100352, 5120, 27648, 64, 40, 8),
+    },
+    "olmo3": {
+        "Olmo-3-1025-7B": decoder(100278, 4096, 11008, 32, 32, 32),
+        "Olmo-3-1125-32B": decoder(100278, 5120, 27648, 64, 40, 8),
+    },
+    "granite": {
+        "granite-3.3-2b-instruct": tied(49159, 2048, 8192, 40, 32, 8),
+        "granite-3.3-8b-instruct": tied(49159, 4096, 12800, 40, 32, 8),
+        "granite-4.0-micro": tied(100352, 2560, 8192, 40, 40, 8),
     },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),

@@ -12,14 +12,17 @@ from lora_jax.errors import UserError
 from lora_jax.models import (
     bert,
     camembert,
+    gemma,
     gemma2,
     gemma3_text,
     gpt2,
+    granite,
     llama,
     ministral,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
@@ -32,8 +35,8 @@ from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(bert, camembert, gemma2, gemma3_text, gpt2, llama, ministral, mistral, mixtral, olmo2),
-    *(phi3, qwen2, qwen3, qwen3_moe, roberta, seed_oss, xlm_roberta),
+    *(bert, camembert, gemma, gemma2, gemma3_text, gpt2, granite, llama, ministral, mistral),
+    *(mixtral, olmo2, olmo3, phi3, qwen2, qwen3, qwen3_moe, roberta, seed_oss, xlm_roberta),
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}

@@ -240,6 +240,10 @@ class CausalLM(nnx.Module):
         """Return the embeddings (b, t, d) of tokens (b, t)."""
         return self.model.embed_tokens(tokens).astype(dtype)
 
+    def first_input(self, embeddings: jax.Array) -> jax.Array:
+        """Return the input of the first layer for embeddings (b, t, d), virtual tokens included."""
+        return embeddings
+
     def hidden(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
         """Return the first two results of `hidden_and_routing`."""
         return self.hidden_and_routing(tokens, **inputs)[:2]
@@ -268,6 +272,7 @@ class CausalLM(nnx.Module):
         if lengths is None and config.ropes_by_length:
             lengths = text_lengths(positions, segment_ids)
         x, in_text = put_in(self.embed(tokens, execution.dtype), positions, prefix), positions
+        x = self.first_input(x)
         positions = positions + first_position(prefix)
         lengths = None if lengths is None else lengths + first_position(prefix)
         own = by_layer(prefix)

@@ -19,8 +19,9 @@ class RopeRules:
     """Defaults and supported values of a family's rotary settings."""
 
     theta: float = 10000.0  # default of rope_theta
-    # Field with the theta of sliding layers and its default, if they have settings of their own.
-    local: tuple[str, float] | None = None
+    # Field with the theta of sliding layers, if there is one, and its default, if these layers have
+    # settings of their own.
+    local: tuple[str | None, float] | None = None
     types: Container[str] = tuple(rope.FIELDS)  # supported values of rope_type
     partial: bool = False  # reads partial_rotary_factor
     original: int | None = None  # default of original_max_position_embeddings
@@ -45,7 +46,9 @@ def read_rope(
     if rules.local is None:
         one.original = content.get(rope.ORIGINAL) or rules.original
         return _for_all_layers(one, usual, scaling, parameters)
-    own = {FULL: usual, SLIDING: {"rope_theta": reader.number(*rules.local)}}
+    name, local = rules.local
+    local = local if name is None else reader.number(name, local)
+    own = {FULL: usual, SLIDING: {"rope_theta": local}}
     return _by_layer_type(one, own, scaling, parameters)
 
 

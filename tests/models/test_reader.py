@@ -161,6 +161,9 @@ PUBLISHED = {
         dual_chunk_attention_config={"chunk_size": 262144, "local_size": 8192},
     ),
     "qwen3": dict(use_qk_norm=True, sliding_window=None),
+    "gemma": dict(hidden_activation=None, use_bidirectional_attention=None),
+    "granite": DECODER | dict(head_dim=None, layer_types=[FULL] * 3),
+    "olmo3": dict(rope_scaling=None, head_dim=None),
     "gemma2": dict(
         cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
     ),
