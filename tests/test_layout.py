@@ -35,6 +35,7 @@ LAYERS = (
         "generate",
         "combine",
     ),
+    ("serve",),
     (
         "train.base",
         "train.checkpoint",

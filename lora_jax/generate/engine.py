@@ -11,7 +11,6 @@ free rows, reads chunks of their prompts, and gives the running rows their next 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from lora_jax.adapters import Bank
 from lora_jax.config import AdapterConfig
 from lora_jax.errors import UserError
 from lora_jax.generate.decode import MOST_STEPS, Admission, Chunk, Made
-from lora_jax.generate.device import Device, chunk_size
+from lora_jax.generate.device import Device
 from lora_jax.generate.log_probs import LogProbs
 from lora_jax.generate.requests import (
     Completion,
@@ -33,6 +32,7 @@ from lora_jax.generate.requests import (
     terms,
     trimmed,
 )
+from lora_jax.generate.running import Running, filled
 from lora_jax.generate.sampling import prompt_mask, row_of
 from lora_jax.generate.versions import Version, Versions
 from lora_jax.models.common import Model
@@ -41,22 +41,6 @@ from lora_jax.nn.virtual import Virtual, first_position, placeholders
 from lora_jax.targets import Trainable
 
 _PREFILL = 512  # tokens of prompts per step, while other rows wait for their next token
-
-
-@dataclass
-class _Running:
-    """A request in a row."""
-
-    id: int
-    request: Request
-    versions: list[Version]
-    row: int
-    places: int  # placeholders of virtual tokens
-    text: list[int]  # placeholders, prompt and answer
-    start: int  # of the answer in it
-    read: int = 0  # tokens that the cache has
-    limit: int = 0  # tokens of the answer after which the row pauses
-    decoding: bool = False
 
 
 class Engine:
@@ -101,7 +85,7 @@ class Engine:
         self._versions = Versions(model, bank, max_virtual_tokens)
         self._idle = self._admission(Request([0], 0), [])
         self._waiting: deque[tuple[int, Request, list[Version]]] = deque()
-        self._rows: dict[int, _Running] = {}
+        self._rows: dict[int, Running] = {}
         self._count = 0
 
     @property
@@ -114,6 +98,22 @@ class Engine:
         """Names and identities of the published adapters."""
         names = self._versions.names
         return {name: self._versions.find(name).identity for name in names}
+
+    @property
+    def resident(self) -> set[str]:
+        """Names of the published adapters that are in a slot of the bank."""
+        return self._versions.resident
+
+    @property
+    def free_rows(self) -> int:
+        """Number of requests that may be submitted without having to wait for a row."""
+        return self._device.batches[-1] - len(self._rows) - len(self._waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache that holds texts, 0 to 1."""
+        used = sum(len(own.text) for own in self._rows.values())
+        return used / (self._device.batches[-1] * self.max_length)
 
     def publish(
         self, name: str, adapters: Mapping[str, Any], config: AdapterConfig | Trainable
@@ -163,6 +163,17 @@ class Engine:
         """Queue a request and return its ID, which is in its events.
 
         Raises:
+            UserError: as `check`.
+        """
+        versions = self.check(request)
+        self._count += 1
+        self._waiting.append((self._count, request, versions))
+        return self._count
+
+    def check(self, request: Request) -> list[Version]:
+        """Return the versions of the adapters that a request asks for, if it can be answered.
+
+        Raises:
             UserError: a prompt that is empty, has tokens outside of the vocabulary, or is too long
                 with its answer; an adapter that is not published; settings out of range.
         """
@@ -175,9 +186,7 @@ class Engine:
         check_request(self.model, request, self.max_length, places, virtual)
         row_of(request.sampling, request.number, request.stop_tokens, self._vocab)
         self._versions.check_sum(terms(request), self._terms)
-        self._count += 1
-        self._waiting.append((self._count, request, versions))
-        return self._count
+        return versions
 
     def cancel(self, id: int) -> None:
         """End a request; what it has answered is kept, and no event follows. An ID that has ended
@@ -244,6 +253,7 @@ class Engine:
         """
         self._check_idle()
         with self._device.on_mesh():
+            self._versions.warm_up()
             self._device.bank = self._versions.bank
             self._device.warm_up(self._idle, self._versions.kinds())
         return self.compiled_programs
@@ -265,7 +275,7 @@ class Engine:
             cached = sum(version.places for version in versions)
             places = placeholders(self._device.prefix) + cached
             text = [0] * places + [int(token) for token in request.prompt]
-            own = _Running(id, request, versions, free.pop(0), places, text, len(text), cached)
+            own = Running(id, request, versions, free.pop(0), places, text, len(text), cached)
             self._rows[own.row] = own
             self._device.admit(own.row, self._admission(request, slots))
             for version in versions:
@@ -276,20 +286,20 @@ class Engine:
         weights = list(terms(request).values())
         return Admission(
             reports=np.bool_(request.log_probs is not None),
-            slot_ids=_filled(slots, self._terms, np.int32),
-            slot_weights=_filled(weights, self._terms, np.float32),
+            slot_ids=filled(slots, self._terms, np.int32),
+            slot_weights=filled(weights, self._terms, np.float32),
             sampling=row_of(request.sampling, request.number, request.stop_tokens, self._vocab),
             in_prompt=prompt_mask(request.prompt, self._vocab),
         )
 
-    def _stop(self, own: _Running) -> None:
+    def _stop(self, own: Running) -> None:
         """Free the row of a request, and stop it on the device if it runs."""
         self._free(own)
         if own.decoding:
             with self._device.on_mesh():
                 self._device.admit(own.row, self._idle)
 
-    def _free(self, own: _Running) -> None:
+    def _free(self, own: Running) -> None:
         del self._rows[own.row]
         self._versions.release(own.versions)
 
@@ -301,7 +311,7 @@ class Engine:
         budget, events = _PREFILL if running else 4 * _PREFILL, []
         for own in list(self._rows.values()):
             while not own.decoding and budget > 0:
-                chunk = self._next_chunk(own)
+                chunk = own.next_chunk()
                 budget -= chunk.tokens.shape[1]
                 hidden, last = self._device.prefill(chunk)
                 events += self._after_chunk(own, chunk, hidden, last)
@@ -309,21 +319,8 @@ class Engine:
                     break
         return events
 
-    def _next_chunk(self, own: _Running) -> Chunk:
-        """Return the next chunk of a text. Its size depends on the text alone, as do its bits."""
-        left = len(own.text) - own.read
-        time = chunk_size(left)
-        piece = own.text[own.read : own.read + time]
-        return Chunk(
-            rows=np.array([own.row], np.int32),
-            tokens=_filled(piece, time, np.int32)[None],
-            start=np.array([own.read], np.int32),
-            count=np.array([len(piece)], np.int32),
-            length=np.array([len(own.text)], np.int32),
-        )
-
     def _after_chunk(
-        self, own: _Running, chunk: Chunk, hidden: jax.Array, last: jax.Array
+        self, own: Running, chunk: Chunk, hidden: jax.Array, last: jax.Array
     ) -> Iterator[Event]:
         """Yield the log-probabilities of a chunk of a prompt, and the first token after it."""
         request, scored, start = own.request, None, own.read
@@ -343,9 +340,9 @@ class Engine:
             made = self._device.first(own.row, last, len(own.text), own.limit)
             yield self._after_tokens(own, made, 0, scored)
 
-    def _scored(self, own: _Running, chunk: Chunk, hidden: jax.Array, start: int) -> LogProbs:
+    def _scored(self, own: Running, chunk: Chunk, hidden: jax.Array, start: int) -> LogProbs:
         time = chunk.tokens.shape[1]
-        targets = _filled(own.text[start + 1 : start + 1 + time], time, np.int32)[None]
+        targets = filled(own.text[start + 1 : start + 1 + time], time, np.int32)[None]
         found = self._device.score(chunk, hidden, targets)
         # Targets are the second to the last token of the prompt, without placeholders.
         part = np.s_[0, max(0, own.places - start) : min(own.read, own.start - 1) - start]
@@ -371,7 +368,7 @@ class Engine:
         return [self._after_tokens(own, made, columns[own.row], None) for own in running]
 
     def _after_tokens(
-        self, own: _Running, made: Made, column: int, prompt: LogProbs | None
+        self, own: Running, made: Made, column: int, prompt: LogProbs | None
     ) -> Event:
         """Return the event of the tokens that a row made in a call."""
         column_tokens = np.asarray(made.tokens)[:, column]
@@ -384,13 +381,11 @@ class Engine:
             reason = "length"
         elif len(own.text) - own.start >= own.limit:
             own.read, own.decoding = 0, False  # the cache is computed anew
-        found = None
-        if own.request.log_probs is not None:
-            found = trimmed(made.log_probs, np.s_[: len(tokens), column], own.request.log_probs)
+        found, of_stop = None, None
+        if (top := own.request.log_probs) is not None:
+            found = trimmed(made.log_probs, np.s_[: len(tokens), column], top)
+            if stop is not None:
+                of_stop = trimmed(made.log_probs, np.s_[len(tokens) : len(tokens) + 1, column], top)
         if reason is not None:
             self._free(own)
-        return Event(own.id, tokens, found, reason, stop, prompt)
-
-
-def _filled(values: Sequence[Any], length: int, dtype: Any) -> np.ndarray:
-    return np.array([*values, *[0] * (length - len(values))], dtype)[:length]
+        return Event(own.id, tokens, found, reason, stop, prompt, of_stop)

@@ -38,6 +38,7 @@ class Event:
     finish_reason: str | None = None  # stop | length
     stop_token: int | None = None
     prompt_log_probs: LogProbs | None = None  # of the prompt from its second token on, once
+    stop_log_probs: LogProbs | None = None  # of the stop token
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Completion:
     stop_token: int | None = None
     log_probs: LogProbs | None = None
     prompt_log_probs: LogProbs | None = None
+    stop_log_probs: LogProbs | None = None
 
     def add(self, event: Event) -> None:
         """Append the tokens of an event."""
@@ -56,6 +58,7 @@ class Completion:
         self.finish_reason, self.stop_token = event.finish_reason, event.stop_token
         self.log_probs = join(self.log_probs, event.log_probs)
         self.prompt_log_probs = join(self.prompt_log_probs, event.prompt_log_probs)
+        self.stop_log_probs = join(self.stop_log_probs, event.stop_log_probs)
 
 
 def joined(one: Event, other: Event) -> Event:
@@ -67,6 +70,7 @@ def joined(one: Event, other: Event) -> Event:
         other.finish_reason,
         other.stop_token,
         join(one.prompt_log_probs, other.prompt_log_probs),
+        join(one.stop_log_probs, other.stop_log_probs),
     )
 
 

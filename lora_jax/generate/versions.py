@@ -79,7 +79,7 @@ class Versions:
         else:
             self.bank.check(adapters, config)
         copy = jax.tree.map(gather_to_host, dict(adapters))
-        version = Version(name, _identity(copy, config), copy, config, virtual=virtual)
+        version = Version(name, identity(copy, config), copy, config, virtual=virtual)
         known = self._current.get(name)
         if known is not None and known.identity == version.identity:
             return known
@@ -101,6 +101,11 @@ class Versions:
             return np.pad(gather_to_host(x), [*[(0, 0)] * (x.ndim - 2), padding, (0, 0)])
 
         return jax.tree.map(pad, methods.prefix(dict(adapters), found))
+
+    def warm_up(self) -> None:
+        """Compile the program that loads a version, if no version was loaded yet."""
+        if self.bank is not None and not self._slots:
+            self.bank = self.bank.clear(1)
 
     def kinds(self) -> list[Virtual]:
         """Return virtual tokens of zeros of each kind that can be published."""
@@ -166,6 +171,12 @@ class Versions:
                 )
 
     @property
+    def resident(self) -> set[str]:
+        """Names of the versions that are in a slot and can be asked for."""
+        names = self._current.items()
+        return {name for name, version in [*names] if version.slot is not None}
+
+    @property
     def names(self) -> list[str]:
         return sorted(self._current)
 
@@ -221,7 +232,7 @@ class Versions:
         self._slots[slot], version.slot = version, slot
 
 
-def _identity(adapters: Mapping[str, Any], config: AdapterConfig | Trainable) -> str:
+def identity(adapters: Mapping[str, Any], config: AdapterConfig | Trainable) -> str:
     """Return the SHA-256 of the weights of adapters and of their settings."""
     settings = json.dumps(asdict(_settings(config)), sort_keys=True, default=str)
     digest = hashlib.sha256(settings.encode())
