@@ -5,10 +5,10 @@ of the engine are made here, between steps.
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
 import traceback
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Full(UserError):
-    """As many requests wait as may wait. `retry_after` is an estimate in seconds."""
+    """The queue is full. `retry_after` is an estimate in seconds."""
 
     retry_after = 1
 
@@ -120,9 +120,11 @@ class Driver:
 
         def call() -> None:
             try:
-                loop.call_soon_threadsafe(answer, future.set_result, work())
+                found, set_it = work(), future.set_result
             except BaseException as error:
-                loop.call_soon_threadsafe(answer, future.set_exception, error)
+                found, set_it = error, future.set_exception
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(answer, set_it, found)
 
         with self._lock:
             self._check_alive()
@@ -165,9 +167,9 @@ class Driver:
         """Return the leases of the jobs in the engine."""
         return [job.lease for job in self._rows.copy().values()]
 
-    def waiting_counts(self) -> Counter:
-        """Return the number of waiting jobs by key of their adapters."""
-        return Counter(self._turns.counts())
+    def waiting_leases(self) -> list[Any]:
+        """Return the leases of the jobs that wait."""
+        return [job.lease for job in self._turns.jobs()]
 
     def _check(self, job: Job) -> None:
         """Check a request, with names in errors in place of the engine's."""
@@ -194,8 +196,8 @@ class Driver:
 
     def _work(self) -> None:
         while not self._stopping:
-            self._read_inbox()
             try:
+                self._read_inbox()
                 self._admit()
                 for event in self.engine.step() if self.engine.busy else ():
                     self._deliver(event)

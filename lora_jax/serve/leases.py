@@ -47,6 +47,7 @@ class Version:
     revision: str = ""
     rank: int = 0
     texts: Any = None
+    places: int = 0  # virtual tokens, which take room in the text
     leases: int = 0
     used: float = 0.0  # when it was last leased
     current: bool = True  # False once its name has another version, or none

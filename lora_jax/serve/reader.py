@@ -7,13 +7,13 @@ a path.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax import formats
 from lora_jax.config import AdapterConfig, read_json
@@ -128,10 +128,10 @@ class Reader:
         return Read(revision, rank, adapters, config, self._texts(directory))
 
     def _config(self, directory: Path) -> dict[str, Any]:
-        file = directory / CONFIG
-        if file.stat().st_size > self.limits.config_bytes:
-            raise UserError(f"{CONFIG} is larger than {self.limits.config_bytes:,} bytes")
-        return read_json(file)
+        for file in (directory / CONFIG, directory / "lora_jax.json"):
+            if file.exists() and file.stat().st_size > self.limits.config_bytes:
+                raise UserError(f"{file.name} is larger than {self.limits.config_bytes:,} bytes")
+        return read_json(directory / CONFIG)
 
     def _header(self, file: Path) -> dict[str, int]:
         """Return the bytes of each tensor in float32, from a header that is within the limits."""
@@ -182,7 +182,7 @@ def _sizes(file: Path, header: Mapping[str, Any], data: int) -> dict[str, int]:
         shape = entry["shape"]
         if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
             raise ValueError
-        count = int(np.prod([float(n) for n in shape])) if shape else 1
+        count = math.prod(shape)
         if not 0 <= begin <= end <= data or end - begin != count * _SIZES[entry["dtype"]]:
             problems.append(
                 f"{file} is truncated or damaged: {name} would be bytes {begin:,} to {end:,} of "

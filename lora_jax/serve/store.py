@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -29,6 +30,10 @@ class Owner(Protocol):
     engine: Engine
 
     def run(self, work: Callable[[], Any]) -> Awaitable[Any]: ...
+
+
+class Changed(UserError):
+    """Files that are not those that a name was registered with."""
 
 
 class Store:
@@ -81,7 +86,7 @@ class Store:
                 await asyncio.sleep(0)  # requests go on
             try:
                 infos.append(self._info(self._find(name)))
-            except UserError:  # removed meanwhile, or a config that cannot be read
+            except (UserError, OSError):  # removed meanwhile, or a config that cannot be read
                 continue
         return infos
 
@@ -116,6 +121,12 @@ class Store:
             raise
         return lease
 
+    def share(self, lease: Lease) -> Lease:
+        """Return one more lease of the versions of a lease that is held."""
+        for version in lease.versions:
+            version.leases += 1
+        return Lease(lease.terms, lease.versions, self._release)
+
     async def load(self, name: str, path: str, *, replace: bool, pinned: bool) -> Info:
         """Read the adapter at a path below the root and give it a name.
 
@@ -125,12 +136,9 @@ class Store:
         """
         self._loop = asyncio.get_running_loop()
         check_name(name)
-        old = self._names.get(name)
-        if old is not None and old.version is not None and not replace:
-            raise UserError(
-                f"adapter {name!r} is loaded already; set load_inplace to true to replace it"
-            )
         directory = await asyncio.to_thread(self._folder.at, path)
+        if not replace:
+            self._check_free(name, directory)
         new = Named(name, directory, state_of(directory), pinned)
         self._refused.pop(new.key, None)
         (version,) = await self._reserve(lambda: [new])
@@ -144,6 +152,18 @@ class Store:
         self._names[name] = new
         self._gone.discard(name)
         return self._info(new)
+
+    def _check_free(self, name: str, directory: Path) -> None:
+        """Check that a name has no version, and no other files in the folder."""
+        try:
+            old = self._find(name)
+        except Missing:
+            return
+        read = old.version is not None or old.revision is not None
+        if read or old.directory.resolve() != directory.resolve():
+            raise UserError(
+                f"adapter {name!r} exists already; set load_inplace to true to replace it"
+            )
 
     def unload(self, name: str) -> None:
         """Forget a name until it is loaded again. Its requests end on the weights that they have.
@@ -170,7 +190,9 @@ class Store:
         if own is not None:
             if own.version is not None or (own.directory / CONFIG).is_file():
                 return own
-            del self._names[name]  # its files are gone
+            if own.revision is not None:  # other files would be another version
+                raise Missing(f"the files of adapter {quoted(name)} are gone")
+            del self._names[name]
         if name not in self._gone:
             try:
                 directory = self._folder.find(name)
@@ -278,6 +300,7 @@ class Store:
             read = await asyncio.to_thread(self._read_files, own)
             engine = self._owner.engine
             version.revision, version.rank, version.texts = read.revision, read.rank, read.texts
+            version.places = read.config.num_virtual_tokens or 0
             version.nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read.adapters))
             self._published[read.revision] += 1
             try:
@@ -291,7 +314,8 @@ class Store:
         except BaseException as error:
             if isinstance(error, UserError):
                 text = str(error).replace(f"{version.revision!r}", f"{own.name!r}")
-                self._refuse(own, text)
+                if not isinstance(error, Changed):
+                    self._refuse(own, text)
                 error = UserError(text)
             self._retire(version)
             version.ready.set_exception(error)
@@ -305,7 +329,7 @@ class Store:
 
     def _read_files(self, own: Named) -> Read:
         """Read the files of a name, which must be those that it was registered with."""
-        changed = UserError(
+        changed = Changed(
             f"adapter {own.name!r} has other files than when it was loaded; load it again with "
             "load_inplace set to true"
         )

@@ -61,9 +61,9 @@ class Turns(Generic[Job]):
         self._drop_if_empty(key)
         return True
 
-    def counts(self) -> dict[Hashable, int]:
-        """Return the number of waiting jobs by adapter."""
-        return {key: len(line) for key, line in self._lines.copy().items()}
+    def jobs(self) -> list[Job]:
+        """Return the waiting jobs; any thread may call it."""
+        return [job for line in [*self._lines.values()] for _, job in line.copy()]
 
     def _drop_if_empty(self, key: Hashable) -> None:
         if not self._lines[key]:

@@ -87,6 +87,13 @@ HOSTILE = {
     "pickle": (only_pickle, "files of pickle are not read"),
     "gigantic header": (lambda d: write_header(d, b"{}", 2**60), "its header would have"),
     "gigantic tensor": (gigantic, "truncated or damaged"),
+    "sizes beyond any number": (
+        lambda d: write_header(
+            d, {"x": {"dtype": "F32", "shape": [10**200, 10**200], "data_offsets": [0, 4]}}
+        ),
+        "truncated or damaged",
+    ),
+    "a large lora_jax.json": (lambda d: (d / "lora_jax.json").write_text(" " * 2**21), "larger"),
     "no header": (lambda d: (d / FILE).write_bytes(b"abc"), "damaged or no safetensors|damaged"),
     "a header that is no JSON": (lambda d: write_header(d, b"{{{{"), "header cannot be read"),
     "deep JSON": (lambda d: write_header(d, b"[" * 100_000), "header cannot be read"),

@@ -141,8 +141,12 @@ def test_an_unloaded_name_is_gone_until_it_is_loaded(model, root, engine, oracle
             store.unload("a3")
         await store.load("a3", "a3", replace=False, pinned=False)
         assert (await ask(driver, store, {"a3": 1.0}, REQUEST))[0] == oracle[3]
-        with pytest.raises(UserError, match="is loaded already; set load_inplace"):
-            await store.load("a3", "a3", replace=False, pinned=False)
+        for path in ("a3", "a4"):  # resident, and after it was evicted
+            with pytest.raises(UserError, match="exists already; set load_inplace"):
+                await store.load("a3", path, replace=False, pinned=False)
+            store.evict_all()
+        with pytest.raises(UserError, match="exists already"):  # in the folder, and never read
+            await store.load("a9", "a4", replace=False, pinned=False)
 
     run(model, root, engine, work)
 
