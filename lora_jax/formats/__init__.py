@@ -13,6 +13,12 @@ from jax.sharding import Mesh
 from lora_jax import hosts, models
 from lora_jax.config import MeshConfig, expand, read_json
 from lora_jax.formats.directories import new_directory_on_main as new_directory_on_main
+from lora_jax.formats.gguf.adapter import gguf_adapter_problems as gguf_adapter_problems
+from lora_jax.formats.gguf.adapter import write_gguf_adapter as write_gguf_adapter
+from lora_jax.formats.gguf.model import gguf_model_problems as gguf_model_problems
+from lora_jax.formats.gguf.model import write_gguf_model as write_gguf_model
+from lora_jax.formats.gguf.model import write_gguf_model_files as write_gguf_model_files
+from lora_jax.formats.gguf.modelfile import Chat as Chat
 from lora_jax.formats.hub import public_name as public_name
 from lora_jax.formats.hub import resolve as resolve
 from lora_jax.formats.loralib import read_loralib as read_loralib

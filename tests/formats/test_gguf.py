@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from lora_jax.errors import UserError
 from lora_jax.formats.gguf import convert
-from lora_jax.formats.gguf.config import _gemma3_fields, _llama3_divisors
+from lora_jax.formats.gguf.config import _gemma3_fields, llama3_divisors
 
 D, F, HEADS, KV_HEADS, HEAD, LAYERS = 64, 96, 4, 2, 16, 2  # 32 divides D and F: a Q8_0 block
 BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
@@ -152,7 +152,7 @@ def test_tokenizer_splits_digits_and_keeps_marked_tokens_whole(tmp_path):
 def test_llama3_tokenizer_and_rope(tmp_path):
     settings = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     settings["original_max_position_embeddings"] = 8192
-    divisors = _llama3_divisors(settings, 50000.0, HEAD).astype(np.float32)
+    divisors = llama3_divisors(settings, 50000.0, HEAD).astype(np.float32)
     write(tmp_path / "m.gguf", pre="llama-bpe", tensors={"rope_freqs.weight": divisors})
     target = convert(tmp_path / "m.gguf", tmp_path / "m")
     scaling = json.loads((target / "config.json").read_text())["rope_scaling"]

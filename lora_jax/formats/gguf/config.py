@@ -179,7 +179,7 @@ def _rope_scaling(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        expected = _llama3_divisors(scaling, theta, head_dim)
+        expected = llama3_divisors(scaling, theta, head_dim)
         if (
             kind == "none"
             and divisors.shape == expected.shape
@@ -198,7 +198,7 @@ def _rope_scaling(
     )
 
 
-def _llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
+def llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
     """Return the divisor of each rotary frequency: 1 for short waves, `factor` for long ones."""
     turns = scaling["original_max_position_embeddings"] / (2 * math.pi)
     # Rotations of each frequency within the original context.

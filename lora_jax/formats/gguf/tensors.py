@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,8 @@ class Entry:
     offset: float = 0.0  # added to the values in the file
 
 
-def plan_tensors(
-    architecture: str, config: dict[str, Any], tensors: dict[str, Any], source: Path
-) -> list[Entry]:
-    """Return all tensors of the model.
-
-    Raises:
-        UserError: tensors that are missing, of another shape, or not part of such a model.
-    """
+def list_entries(architecture: str, config: Mapping[str, Any]) -> list[Entry]:
+    """Return all tensors of a model with these fields of config.json."""
     d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     n, k, h = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     shapes = {
@@ -82,6 +77,18 @@ def plan_tensors(
     plan.append(Entry("model.norm.weight", "output_norm.weight", (d,), offset=offset))
     if not config["tie_word_embeddings"]:
         plan.append(Entry("lm_head.weight", "output.weight", (v, d)))
+    return plan
+
+
+def plan_tensors(
+    architecture: str, config: dict[str, Any], tensors: dict[str, Any], source: Path
+) -> list[Entry]:
+    """Return all tensors of the model in a file.
+
+    Raises:
+        UserError: tensors that are missing, of another shape, or not part of such a model.
+    """
+    plan = list_entries(architecture, config)
     problems = [f"no tensor {entry.source}" for entry in plan if entry.source not in tensors]
     for entry in plan:
         if entry.source in tensors:
@@ -126,15 +133,27 @@ def _restored(entry: Entry, tensors: dict[str, Any], source: Path) -> np.ndarray
             f"{source}: tensor {entry.source} has type {tensor.tensor_type.name}; supported:"
             f" {supported}"
         ) from error
-    if entry.heads:  # llama.cpp interleaves the two halves of each head
-        pairs = array.reshape(entry.heads, entry.shape[0] // entry.heads // 2, 2, -1)
-        array = pairs.swapaxes(1, 2).reshape(entry.shape)
+    if entry.heads:
+        array = _swapped(array, entry.heads, (-1, 2))
     if not all_finite(array):
         raise UserError(
             f"{source}: weights are infinite or not a number in {entry.source}; the file is "
             "damaged, or a training diverged: get it again"
         )
     return array - np.float32(entry.offset) if entry.offset else array
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Return rows of q or k in the order of a file, where the two halves of each head take turns,
+    for llama.cpp's rotary embedding.
+    """
+    return _swapped(rows, heads, (2, -1))
+
+
+def _swapped(rows: np.ndarray, heads: int, halves: tuple[int, int]) -> np.ndarray:
+    """Return the rows of each head with their two indices swapped."""
+    width = rows[0].size
+    return rows.reshape(heads, *halves, width).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _supported_types() -> list[gguf.GGMLQuantizationType]:
