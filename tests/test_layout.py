@@ -56,6 +56,7 @@ LAYERS = (
     ),
     ("train.base_scores", "train.facts", "train.forecast", "train.ready"),
     ("train.merged", "train.trainer"),
+    ("train.gguf",),
     ("train.export", "train.start"),
     ("audit", "train.conclude", "train.finished"),
     ("train.loop", "plan"),

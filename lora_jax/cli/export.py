@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from lora_jax.cli import arguments
+from lora_jax.errors import UserError
 
-HELP = "write the result of a run as a PEFT adapter or a merged model"
+HELP = "write the result of a run as a PEFT adapter, a merged model, or for llama.cpp"
 EPILOG = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter
   lora-jax export --run runs/quickstart --format hf --output my-model
@@ -15,11 +16,16 @@ EPILOG = """examples:
   lora-jax export --run runs/old --format peft --output my-adapter --allow-change base
   lora-jax export --run runs/quickstart --format peft --profile vllm --output my-adapter
   lora-jax export --run runs/quickstart --format peft --output my-adapter --push-to-hub me/mine
+  lora-jax export --run runs/quickstart --format gguf --output my-adapter
+  lora-jax export --run runs/quickstart --format gguf --merged --output my-model
 
 peft  an adapter directory for PEFT, vLLM and others. vLLM reads neither rank nor alpha patterns,
       nor DoRA: --profile vllm folds patterns into the weights, and refuses DoRA.
 hf    the base model with the adapter merged in, for transformers, with a report on what rounding
       lost; export.min_merge_cosine and export.max_merge_kl refuse a merge that loses too much.
+gguf  adapter.gguf for llama.cpp, over the GGUF file of the base, and a Modelfile for Ollama. With
+      --merged model.gguf, the merged model with its tokenizer and chat template, in float32 or
+      export.dtype. For llama, mistral and gemma3_text.
 """
 
 
@@ -28,11 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=("peft", "hf"),
-        help="peft writes an adapter directory, hf a merged model",
+        choices=("peft", "hf", "gguf"),
+        help="peft writes an adapter directory, hf a merged model, gguf files for llama.cpp",
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="directory to write; must be empty or absent"
+    )
+    parser.add_argument(
+        "--merged", action="store_true", help="write a merged model; with --format gguf"
     )
     parser.add_argument(
         "--profile", choices=("vllm",), help="write a PEFT directory that this server can load"
@@ -69,10 +78,29 @@ def run(options: argparse.Namespace) -> None:
     allowed, overrides = options.allow_change, options.overrides
     if options.push_to_hub is not None:
         push.check_repository(options.push_to_hub)
-    export_run(run, options.format, output, console, allowed, overrides, options.profile)
+    export_run(
+        run,
+        _kind(options.format, options.merged),
+        output,
+        console,
+        allowed,
+        overrides,
+        options.profile,
+    )
     print(f"written to {options.output}")
     if options.push_to_hub is not None:
         message = options.commit_message or f"Upload {run.resolve().name} by lora_jax"
         print(f"uploading to {options.push_to_hub}", file=sys.stderr)
         address = push.push(output, options.push_to_hub, options.private, message)
         print(f"uploaded to {address}")
+
+
+def _kind(form: str, merged: bool) -> str:
+    """Return the kind of the export that the options name.
+
+    Raises:
+        UserError: --merged with a format that has one kind only.
+    """
+    if merged and form == "peft":
+        raise UserError("--merged is for --format gguf; --format hf writes a merged model")
+    return "gguf-merged" if merged and form == "gguf" else form

@@ -1,4 +1,6 @@
-"""Adapters of a run as files for other programs: a PEFT directory, or a merged model (`merged`)."""
+"""Adapters of a run as files for other programs: a PEFT directory, a merged model (`merged`), or
+GGUF files (`gguf`).
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +17,20 @@ from lora_jax.config import Config, expand
 from lora_jax.data import Example
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
+from lora_jax.models.common import Model
 from lora_jax.report import card
 from lora_jax.report.console import print_notes
 from lora_jax.session import Session, open_session
 from lora_jax.sharding import gather_to_host, make_mesh
 from lora_jax.train import base, checkpoint, probe
 from lora_jax.train.facts import NO_FACTS, Facts, own_template, versions
+from lora_jax.train.gguf import (
+    ADAPTER,
+    MERGED,
+    check_gguf,
+    export_gguf_adapter,
+    export_gguf_model,
+)
 from lora_jax.train.merged import export_merged
 
 
@@ -125,16 +135,16 @@ def export_run(
     overrides: Sequence[str] = (),
     profile: str | None = None,
 ) -> None:
-    """Export the latest checkpoint of a run as `peft` or `hf`; with
-    `train.load_best_model_at_end`, the best one. `overrides` are settings of `export`, as in
-    `export.dtype=bfloat16`. `profile` names a program that must be able to load the adapter.
-    Without one, a note names what keeps vLLM from loading it.
+    """Export the latest checkpoint of a run as `peft`, `hf`, `gguf` (an adapter for llama.cpp) or
+    `gguf-merged`; with `train.load_best_model_at_end`, the best one. `overrides` are settings of
+    `export`, as in `export.dtype=bfloat16`. `profile` names a program that must be able to load the
+    adapter. Without one, a note names what keeps vLLM from loading it.
 
     Raises:
         UserError: no run, no checkpoint, a damaged one, `output` exists and is not empty, or base,
             tokenizer or template are not those of the run (unless named in `allow_change`);
-            adapters that PEFT cannot represent or reads otherwise (`peft_problems`); a profile that
-            cannot load the adapter, or one for a merged model.
+            adapters that PEFT cannot represent or reads otherwise (`peft_problems`); what a GGUF
+            file cannot hold; a profile that cannot load the adapter, or one for another kind.
     """
     output = expand(output)
     run = expand(run)
@@ -148,13 +158,21 @@ def export_run(
     saved = Saved(place, checkpoint.read_record(place))
     session = open_session(config)
     fingerprint.check(saved.record["fingerprint"], session.fingerprint, str(run), allow_change)
-    examples = () if kind == "peft" else _read_probe(session, console)
+    check_gguf(kind, session)
+    examples = () if kind in ("peft", ADAPTER) else _read_probe(session, console)
     step = chosen_step(session.config, saved.record)
     if not (run / "summary.json").is_file():
         console.print(f"note: {run} is not finished: this is its checkpoint of step {step}")
     results = _read_results(run, step)
     if kind == "peft":
         export_saved_adapter(output, saved, session, console, results, profile)
+    elif kind == ADAPTER:
+        adapters, facts = saved.restore(session), Facts(session.stops, results)
+        export_gguf_adapter(output, session, adapters, console, facts)
+    elif kind == MERGED:
+        model, adapters = _with_base(saved, session)
+        facts = Facts(session.stops, results)
+        export_gguf_model(output, session.config, model, adapters, console, examples, facts)
     else:
         export_saved_merged(output, saved, session, console, results, examples)
 
@@ -162,15 +180,16 @@ def export_run(
 def _check_kind(kind: str, config: Config, run: Path, profile: str | None) -> None:
     """Raise if a run of `config` cannot be exported as `kind`."""
     if profile and kind != "peft":
-        raise UserError(f"--profile {profile} is for --format peft; a merged model needs none")
-    if kind == "peft" and config.adapter.trains_everything:
-        raise UserError(f"{run} trained the whole model: it has no adapter; use --format hf")
-    if kind == "hf" and not config.adapter.is_mergeable:
+        raise UserError(f"--profile {profile} is for --format peft; a {kind} export needs none")
+    if kind in ("peft", ADAPTER) and config.adapter.trains_everything:
+        other = "--format hf" if kind == "peft" else "--format gguf --merged"
+        raise UserError(f"{run} trained the whole model: it has no adapter; use {other}")
+    if kind in ("hf", MERGED) and not config.adapter.is_mergeable:
         raise UserError(
             f"{run} trained virtual tokens (method={config.adapter.method}), which cannot be "
             "merged into weights; use --format peft"
         )
-    if kind == "hf" and (problem := configs.merge_problem(config)):
+    if kind in ("hf", MERGED) and (problem := configs.merge_problem(config)):
         raise UserError(problem)
 
 
@@ -240,9 +259,13 @@ def export_saved_merged(
     Raises:
         UserError: a damaged checkpoint; as `export_merged`.
     """
-    config, model, stops = session.config, session.model, session.stops
-    adapters = saved.restore(session)
+    model, adapters = _with_base(saved, session)
+    facts = Facts(session.stops, results)
+    return export_merged(target, session.config, model, adapters, console, examples, facts)
+
+
+def _with_base(saved: Saved, session: Session) -> tuple[Model, Mapping]:
+    """Return the model with its weights read again, and the adapters."""
+    config, model, adapters = session.config, session.model, saved.restore(session)
     params = base.reload_base(config, session.source, model, make_mesh(config.mesh), adapters)
-    model = model.replace(params=params)
-    facts = Facts(stops, results)
-    return export_merged(target, config, model, adapters, console, examples, facts)
+    return model.replace(params=params), adapters

@@ -49,7 +49,25 @@ def export_merged(
         UserError: values that `export.dtype` cannot hold; a merge that `export.min_merge_cosine`
             or `export.max_merge_kl` refuses, or the latter without examples. Nothing is written.
     """
-    target = expand(target)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        merged, report, summary = merge_with_report(config, model, adapters, console, examples)
+        _write(expand(target), config, model, merged, report, facts)
+    return summary
+
+
+def merge_with_report(
+    config: Config,
+    model: Model,
+    adapters: Mapping,
+    console: Console,
+    examples: Sequence[Example] = (),
+) -> tuple[Mapping, merge_report.Report, dict[str, Any]]:
+    """Merge within the mesh of the run, and print the report. Return the weights, the report and
+    the entries of the summary, which are those of `export_merged`.
+
+    Raises:
+        UserError: as `export_merged`.
+    """
     settings, mesh = config.export, make_mesh(config.mesh)
     if settings.max_merge_kl is not None and not examples:
         raise UserError(
@@ -58,29 +76,27 @@ def export_merged(
         )
     summary: dict[str, Any] = {}
     trainable = find_trainable(model.params, config.adapter)
-    with jax.set_mesh(mesh):
-        live = bind(model.params, adapters, trainable)
-        start = _start(config, model, adapters, trainable, mesh)
-        bound, before = live, start  # the tree to merge, and the tree before the first step
-        if config.base_dtype in SCHEMES and config.adapter.init != "loftq":
-            own = methods.residual(
-                formats.read_params(model.directory, model, mesh), adapters, trainable
-            )
-            other = bind(own, adapters, trainable)
-            summary["merged_distance"] = _compare_bases(other, live, console)
-            if settings.quantized_base == "original":
-                bound, before = other, methods.initial_params(own, adapters, trainable)
-        merged = _merge(bound, model.params, settings.dtype)
-        report = merge_report.Report(
-            dtype=_dtypes(merged),
-            modules=merge_report.measure(trainable, bound, before, merged),
-            kl=_measure_kl(config, model, live, merged, start, examples, mesh),
-            probe_rows=len(examples),
+    live = bind(model.params, adapters, trainable)
+    start = _start(config, model, adapters, trainable, mesh)
+    bound, before = live, start  # the tree to merge, and the tree before the first step
+    if config.base_dtype in SCHEMES and config.adapter.init != "loftq":
+        own = methods.residual(
+            formats.read_params(model.directory, model, mesh), adapters, trainable
         )
-        merge_report.print_report(report, console)
-        merge_report.check(report, settings)
-        _write(target, config, model, merged, report, facts)
-    return {"merge": merge_report.summarize(report), **summary}
+        other = bind(own, adapters, trainable)
+        summary["merged_distance"] = _compare_bases(other, live, console)
+        if settings.quantized_base == "original":
+            bound, before = other, methods.initial_params(own, adapters, trainable)
+    merged = _merge(bound, model.params, settings.dtype)
+    report = merge_report.Report(
+        dtype=_dtypes(merged),
+        modules=merge_report.measure(trainable, bound, before, merged),
+        kl=_measure_kl(config, model, live, merged, start, examples, mesh),
+        probe_rows=len(examples),
+    )
+    merge_report.print_report(report, console)
+    merge_report.check(report, settings)
+    return merged, report, {"merge": merge_report.summarize(report), **summary}
 
 
 def _write(
