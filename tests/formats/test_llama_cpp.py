@@ -154,7 +154,6 @@ def test_the_demo_model_chats_alike(tmp_path):
     assert program.post("tokenize", content=text, parse_special=True)["tokens"] == prompt
     base = program.answer(prompt, 24)
     check(model.params, prompt, base)
-    assert "Paris" in tokenizer.decode(base)
     answer = program.answer(prompt, 24, adapter=0)
     check(lora.merge(lora.bind(model.params, adapters, config)), prompt, answer)
     assert answer != base
