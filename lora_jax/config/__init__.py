@@ -9,6 +9,13 @@ Unknown keys, wrong types and impossible values are collected and raised togethe
 from lora_jax.config.adapter import DATA_INITS, VIRTUAL_TOKEN_METHODS, AdapterConfig
 from lora_jax.config.checks import check, merge_problem
 from lora_jax.config.files import dump, load, parse
+from lora_jax.config.objective import (
+    OBJECTIVES,
+    ObjectiveConfig,
+    beta_of,
+    is_normalized,
+    sft_weight_of,
+)
 from lora_jax.config.options import LARGEST_SEED, options_of
 from lora_jax.config.settings import (
     ENCODING_KEYS,
@@ -34,6 +41,7 @@ __all__ = [
     "ENCODING_KEYS",
     "LARGEST_SEED",
     "LOSSES",
+    "OBJECTIVES",
     "PRINTS",
     "TRACKERS",
     "VIRTUAL_TOKEN_METHODS",
@@ -44,8 +52,10 @@ __all__ = [
     "ExportConfig",
     "HostsConfig",
     "MeshConfig",
+    "ObjectiveConfig",
     "TrainConfig",
     "all_keys",
+    "beta_of",
     "check",
     "dump",
     "expand",
@@ -53,6 +63,7 @@ __all__ = [
     "is_directory",
     "is_file",
     "is_finite",
+    "is_normalized",
     "load",
     "merge_problem",
     "options_of",
@@ -60,6 +71,7 @@ __all__ = [
     "quoted",
     "read_json",
     "read_text",
+    "sft_weight_of",
     "shown",
     "virtual_tokens",
 ]

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_jax.config.adapter import AdapterConfig
+from lora_jax.config.adapter import DATA_INITS, AdapterConfig
+from lora_jax.config.objective import OBJECTIVES
 from lora_jax.config.options import options_of, type_problems
 from lora_jax.config.settings import LOSSES, PRINTS, Config, DataConfig, all_keys
 from lora_jax.config.types import as_setting
@@ -51,6 +52,7 @@ def find_problems(config: Config) -> list[str]:
         )
     problems += _path_problems(values)
     problems += _data_problems(config.data)
+    problems += _objective_problems(config, values)
     problems += [*_run_problems(config), *_export_problems(config), *_base_problems(config)]
     if not config.model:
         problems.append(
@@ -84,6 +86,35 @@ def _not_finite(values: Mapping[str, Any]) -> Iterator[str]:
         wrong = [one for one in floats(value) if not math.isfinite(one)]
         if wrong:
             yield f"{key}={as_setting(value)}: {wrong[0]} is not a finite number"
+
+
+def _objective_problems(config: Config, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings that `train.objective` does not read, or that it cannot go with."""
+    objective, defaults = config.train.objective, _flatten(Config())
+    if objective not in OBJECTIVES:
+        return
+    for key, rule in _OPTIONS.items():
+        readers = rule.objectives
+        if readers and objective not in readers and values[key] != defaults[key]:
+            yield (
+                f"{key}={as_setting(values[key])} is for train.objective={' or '.join(readers)}, "
+                f"and it is {objective}"
+            )
+    if config.train.compares_answers and config.data.completion is not None:
+        yield (
+            f"data.completion={config.data.completion!r} makes one answer of a row, and "
+            f"train.objective={objective} reads its columns by their names: docs/data.md"
+        )
+    if config.train.needs_reference and config.adapter.trains_everything:
+        yield (
+            f"train.objective={objective} compares with the model before training, and "
+            "adapter.method=full keeps no copy of it; train an adapter, or choose orpo or simpo"
+        )
+    if config.train.compares_answers and config.adapter.init in DATA_INITS:
+        yield (
+            f"adapter.init={config.adapter.init} looks at rows with one answer, and "
+            f"train.objective={objective} has others; choose another init"
+        )
 
 
 def _path_problems(values: Mapping[str, Any]) -> Iterator[str]:

@@ -37,6 +37,7 @@ class Option:
     with_path: goes with `adapter.path`: a setting of the training, which adapter files do not have
     methods: the only values of `adapter.method` that read the setting; empty: all of them
     inits: the only values of `adapter.init` that read it; empty: all of them
+    objectives: the only values of `train.objective` that read it; empty: all of them
     """
 
     choices: tuple[Any, ...] = ()
@@ -51,9 +52,10 @@ class Option:
     with_path: bool = False
     methods: tuple[str, ...] = ()
     inits: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("choices", "methods", "inits"):
+        for name in ("choices", "methods", "inits", "objectives"):
             if not isinstance(getattr(self, name), tuple):  # ("lora") is a text
                 raise TypeError(f"{name} must be a tuple, not {getattr(self, name)!r}")
 

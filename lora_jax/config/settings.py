@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_jax.config.adapter import AdapterConfig
-from lora_jax.config.options import LARGEST_SEED, encoding_keys, option, section
+from lora_jax.config.objective import OBJECTIVES, ObjectiveConfig
+from lora_jax.config.options import LARGEST_SEED, encoding_keys, option, options_of, section
 from lora_jax.errors import UserError
 
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")  # parts of a run's fingerprint
@@ -15,6 +16,7 @@ LOSSES = ("task_loss", "regression_loss")  # metrics of an evaluation that are b
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _ROWS, _MANY_STEPS, _SECONDS = 10**6, 10**9, 10**7  # more is a slip of the hand
 _VIRTUAL_TOKENS = 20
+_SFT = ("sft",)
 _STEPS = 100
 
 
@@ -78,8 +80,11 @@ ENCODING_KEYS = encoding_keys(DataConfig)  # settings of `data` in the key of ca
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimizer, the length of the run, its checkpoints and its memory."""
+    """The objective, the optimizer, the length of the run, its checkpoints and its memory."""
 
+    # what is minimised. sft: the cross-entropy of the answers. dpo, ipo, orpo, simpo: rows have a
+    # chosen and a rejected answer. kto: rows have an answer and a label, true or false
+    objective: str = option("sft", choices=OBJECTIVES)
     # optimizer steps; null: as many as `epochs` take, or 100
     steps: int | None = option(None, at_least=1, at_most=_MANY_STEPS)
     # instead of `steps`: passes over all rows, such as 0.5 or 3
@@ -106,7 +111,10 @@ class TrainConfig:
     # AdamW's epsilon, added to the root of that mean
     epsilon: float = option(1e-8, at_least=0)
     # share of the target that all tokens get alike, in training only; 0.1 is usual
-    label_smoothing: float = option(0.0, at_least=0, below=1)
+    label_smoothing: float = option(0.0, at_least=0, below=1, objectives=_SFT)
+    # weight of the squared logarithm of the softmax's denominator, which keeps logits small; 1e-4
+    # is usual (arXiv 2204.02311)
+    z_loss: float = option(0.0, at_least=0, objectives=_SFT)
     # largest global norm of the gradients of all trainable leaves; null: no clipping
     grad_clip: float | None = option(1.0, above=0)
     # steps between held-out losses; null: only before and after the run
@@ -149,6 +157,16 @@ class TrainConfig:
     def __post_init__(self):
         if self.steps is None and self.epochs is None:
             object.__setattr__(self, "steps", _STEPS)
+
+    @property
+    def compares_answers(self) -> bool:
+        """True if rows have two answers, or an answer with a label."""
+        return self.objective != "sft"
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the objective compares with the log-probabilities of a reference model."""
+        return self.objective in options_of(ObjectiveConfig)["reference"].objectives
 
     @property
     def total_steps(self) -> int:
@@ -259,6 +277,7 @@ class Config:
     adapter: AdapterConfig = section(AdapterConfig)
     data: DataConfig = section(DataConfig)
     train: TrainConfig = section(TrainConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
     eval: EvalConfig = section(EvalConfig)
     mesh: MeshConfig = section(MeshConfig, resumable=True)
     hosts: HostsConfig = section(HostsConfig, resumable=True)

@@ -11,9 +11,14 @@ from .cache import code_version as code_version
 from .cache import digest_files as digest_files
 from .chat_templates import stop_tokens as stop_tokens
 from .dates import reads_date as reads_date
+from .encode_pairs import encode_pairs as encode_pairs
+from .examples import CHOSEN as CHOSEN
+from .examples import OTHER as OTHER
+from .examples import REJECTED as REJECTED
 from .examples import Counts as Counts
 from .examples import Example as Example
 from .examples import has_prompt as has_prompt
+from .examples import join as join
 from .examples import prompt_key as prompt_key
 from .keys import describe_problems as describe_problems
 from .labels import encode_labelled as encode_labelled
@@ -30,6 +35,8 @@ from .packing import to_row as to_row
 from .packing import with_places as with_places
 from .parse import parse_row as parse_row
 from .parse import parse_rows as parse_rows
+from .preferences import parse_judged as parse_judged
+from .preferences import parse_pair as parse_pair
 from .readers import Record as Record
 from .render import PLAIN as PLAIN
 from .render import Rendering as Rendering
@@ -38,7 +45,9 @@ from .render import resolve_template as resolve_template
 from .render import template_text as template_text
 from .rows import AnyRow as AnyRow
 from .rows import BadRow as BadRow
+from .rows import JudgedRow as JudgedRow
 from .rows import LabelRow as LabelRow
+from .rows import PairRow as PairRow
 from .rows import Row as Row
 from .rows import TextRow as TextRow
 from .rows import TokenRow as TokenRow

@@ -7,7 +7,8 @@ An entry is one file named by the digest of its key:
 
     sha256 of the rest   32 bytes
     safetensors          tokens (int32) and loss_weights (float32) of all examples one after the
-                         other, offsets (int64); key, counts and `where` as JSON in bytes
+                         other, offsets, starts and roles (int64); key, counts and `where` as JSON
+                         in bytes
 
 It is renamed into place when complete. If the entry or the directory cannot be used, the examples
 are built without the cache.
@@ -29,7 +30,7 @@ from lora_jax.cache import write_entry
 from lora_jax.data.templates import Counts, Example
 from lora_jax.errors import UserError
 
-_FORMAT = "2"  # of the file: another one is another entry
+_FORMAT = "3"  # of the file: another one is another entry
 _CHECKSUM = 32  # bytes of a sha256
 _PIECE = 1 << 20  # bytes read at once
 # They arrange examples or keep them, and decide nothing of what is in one.
@@ -139,12 +140,15 @@ def _pack(examples: list[Example], counts: Counts, key: str) -> bytes:
     tokens = [np.zeros(0, np.int32), *(example.tokens for example in examples)]
     weights = [np.zeros(0, np.float32), *(example.loss_weights for example in examples)]
     pairs = [-1 if one.pair_start is None else one.pair_start for one in examples]
+    seconds = [-1 if one.second_start is None else one.second_start for one in examples]
     return safetensors.numpy.save(
         {
             "tokens": np.concatenate(tokens),
             "loss_weights": np.concatenate(weights),
             "offsets": np.cumsum([len(one) for one in tokens], dtype=np.int64),
             "pair_starts": np.asarray(pairs, np.int64),
+            "second_starts": np.asarray(seconds, np.int64),
+            "roles": np.asarray([one.roles for one in examples], np.int64).reshape(-1, 2),
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         }
     )
@@ -167,10 +171,15 @@ def _unpack(checksum: bytes, content: bytes, key: str) -> tuple[list[Example], C
         tokens, weights = tensors["tokens"], tensors["loss_weights"]
         ends = tensors["offsets"].tolist()
         pairs = tensors["pair_starts"].tolist()
-        spans = zip(ends, ends[1:], about["where"], pairs, strict=False)
+        seconds, roles = tensors["second_starts"].tolist(), tensors["roles"].tolist()
+        spans = zip(ends, ends[1:], about["where"], pairs, seconds, roles, strict=False)
         examples = [
-            Example(tokens[a:b], weights[a:b], where, None if pair < 0 else pair)
-            for a, b, where, pair in spans
+            Example(
+                *(tokens[a:b], weights[a:b], where, None if pair < 0 else pair),
+                second_start=None if second < 0 else second,
+                roles=(both[0], both[1]),
+            )
+            for a, b, where, pair, second, both in spans
         ]
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise _Damaged(f"it has another format: {error!r}") from error

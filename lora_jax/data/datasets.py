@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from lora_jax import data
+from lora_jax.data.rows import JudgedRow, PairRow
 from lora_jax.errors import UserError
 
 
@@ -28,6 +29,8 @@ def digest(sets: Iterable[DataSet]) -> str:
             total.update(len(example.tokens).to_bytes(8, "little"))
             total.update(example.tokens.data)
             total.update(example.loss_weights.data)
+            if example.second_start is not None:
+                total.update(repr((example.second_start, example.roles)).encode())
     return total.hexdigest()
 
 
@@ -54,12 +57,15 @@ class TrainData:
 
 
 def rows_of(examples: Sequence[data.Example], rows: Sequence[data.AnyRow]) -> list[data.AnyRow]:
-    """Return the rows of one source that became these examples."""
+    """Return the rows of one source that became these examples; of answers to compare, those with
+    a right answer, as conversations.
+    """
     kept = {example.where for example in examples}
     found = [row for row in rows if row.where in kept]
     if len({row.where for row in found}) < len(kept):
         raise RuntimeError(f"examples without their rows, such as {examples[0].where}")
-    return found
+    answers = [row.answer if isinstance(row, PairRow | JudgedRow) else row for row in found]
+    return [row for row in answers if row is not None]
 
 
 def hold_out(

@@ -5,21 +5,53 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CHOSEN, REJECTED, OTHER = 1, 2, 3  # roles of the texts of a pair of answers; 0 is padding
+Roles = tuple[int, int]  # of the first text and the second
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised row; `loss_weights[i]` is the weight of `tokens[i]` as a target."""
+    """One tokenised row; `loss_weights[i]` is the weight of `tokens[i]` as a target.
+
+    Two answers to compare are one example: their texts one after the other, each with its prompt.
+    """
 
     tokens: np.ndarray  # (time,) int32
     loss_weights: np.ndarray  # (time,) float32, above 0 for tokens to be predicted
     where: str  # the place of its row, for messages
     # Start of the second text of a pair, if the last token is a label; else None.
     pair_start: int | None = None
+    second_start: int | None = None  # start of the second text, of two answers; else None
+    roles: Roles = (0, 0)  # of the texts of two answers
+    reference: np.ndarray | None = None  # (time,) float32: log-probabilities by the reference model
 
     @property
     def length(self) -> int:
-        """Number of tokens of its text, without a label."""
+        """Number of tokens of its text, without a label; of two answers, of the longer text."""
+        if self.second_start is not None:
+            return max(self.second_start, len(self.tokens) - self.second_start)
         return len(self.tokens) - (self.pair_start is not None)
+
+    @property
+    def texts(self) -> tuple["Example", ...]:
+        """The texts of two answers as examples of their own; else the example itself."""
+        if self.second_start is None:
+            return (self,)
+        parts = slice(self.second_start), slice(self.second_start, None)
+        return tuple(
+            Example(self.tokens[part], self.loss_weights[part], self.where) for part in parts
+        )
+
+
+def join(first: Example, second: Example, roles: Roles) -> Example:
+    """Return two texts with their roles as one example."""
+    return Example(
+        np.concatenate([first.tokens, second.tokens]),
+        np.concatenate([first.loss_weights, second.loss_weights]),
+        first.where,
+        second_start=len(first.tokens),
+        roles=roles,
+    )
 
 
 @dataclass(frozen=True)
@@ -61,11 +93,28 @@ def has_prompt(example: Example) -> bool:
 def cut(example: Example, max_length: int, too_long: str) -> Example | None:
     """Return an example of at most `max_length` tokens.
 
-    Return None if a longer one is to be dropped, or has no supervised token left after the cut.
+    Return None if a longer one is to be dropped, or has no supervised token left after the cut. Of
+    two answers, both need one, and they must still differ.
     """
     if len(example.tokens) <= max_length:
         return example
+    if example.second_start is not None:
+        return _cut_pair(example, max_length, too_long)
     weights = example.loss_weights[:max_length].copy()
     if too_long == "drop" or not weights.any():
         return None
     return Example(example.tokens[:max_length].copy(), weights, example.where)
+
+
+def _cut_pair(example: Example, max_length: int, too_long: str) -> Example | None:
+    """Cut two answers that have more than `max_length` tokens together: the longer text first, then
+    both alike.
+    """
+    shorter = min(len(text.tokens) for text in example.texts)
+    limit = max(max_length // 2, max_length - shorter)
+    first, second = (cut(text, limit, too_long) for text in example.texts)
+    if first is None or second is None:
+        return None
+    if example.roles == (CHOSEN, REJECTED) and np.array_equal(first.tokens, second.tokens):
+        return None  # they differed behind the cut
+    return join(first, second, example.roles)

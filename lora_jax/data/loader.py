@@ -274,6 +274,8 @@ def batch_rows(step: int, batch_size: int, rows: slice | range) -> range:
 def stack(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
     """Stack the rows of `packing.to_row`: arrays of (rows, length)."""
     built = [to_row(row, length) for row in rows]
-    names = dict.fromkeys(name for row in built for name in row)
-    empty = np.zeros(length, np.int32)  # token_types of a row without labelled texts
-    return {name: np.stack([row.get(name, empty) for row in built]) for name in names}
+    # Rows without labelled texts or pairs lack some arrays.
+    empty = {name: np.zeros_like(array) for row in built for name, array in row.items()}
+    return {
+        name: np.stack([row.get(name, zeros) for row in built]) for name, zeros in empty.items()
+    }

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.data.examples import Example
+from lora_jax.data.examples import Example, join
 
 
 def pack(lengths: Sequence[int], max_length: int, window: int = 256) -> list[list[int]]:
@@ -77,14 +77,17 @@ def with_places(examples: Sequence[Example], count: int) -> list[Example]:
     """
     if not count:
         return list(examples)
-    return [
-        dataclasses.replace(
-            example,
-            tokens=np.pad(example.tokens, (count, 0)),
-            loss_weights=np.pad(example.loss_weights, (count, 0)),
-        )
-        for example in examples
-    ]
+    return [_with_places(example, count) for example in examples]
+
+
+def _with_places(example: Example, count: int) -> Example:
+    if example.second_start is not None:
+        return join(*(_with_places(text, count) for text in example.texts), example.roles)
+    return dataclasses.replace(
+        example,
+        tokens=np.pad(example.tokens, (count, 0)),
+        loss_weights=np.pad(example.loss_weights, (count, 0)),
+    )
 
 
 def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray]:
@@ -92,7 +95,8 @@ def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray
 
     Integers are int32 and weights float32; the rest is padding with zeros. Labelled texts also have
     `token_types`, 1 in the second text of a pair. The position of a label is padding, and the only
-    target.
+    target. Two answers are two segments, and have `pair_ids`, `roles` and, if it is known,
+    `reference_log_probs` (`lora_jax.objectives.pairs`).
 
     Raises:
         ValueError: the examples have more than `max_length` tokens in total.
@@ -106,17 +110,40 @@ def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray
         "segment_ids": np.zeros(max_length, np.int32),
         "positions": np.zeros(max_length, np.int32),
     }
-    start = 0
-    for segment, example in enumerate(examples, start=1):
-        end = start + len(example.tokens)
-        row["tokens"][start:end] = example.tokens
-        row["loss_weights"][start:end] = example.loss_weights
-        row["loss_weights"][start : start + 1] = 0
-        row["segment_ids"][start:end] = segment
-        row["positions"][start:end] = np.arange(end - start)
-        if example.pair_start is not None:  # the last token is a label, not text
-            row["segment_ids"][end - 1] = row["positions"][end - 1] = 0
-            types = row.setdefault("token_types", np.zeros(max_length, np.int32))
-            types[start + example.pair_start : end - 1] = 1
-        start = end
+    start = segment = 0
+    for number, example in enumerate(examples, start=1):
+        for text in example.texts:
+            segment += 1
+            _put_text(row, text, start, segment)
+            start += len(text.tokens)
+        if example.second_start is not None:
+            _put_pair(row, example, start, number)
     return row
+
+
+def _put_text(row: dict[str, np.ndarray], example: Example, start: int, segment: int) -> None:
+    """Write a text into a row, from `start` on."""
+    end = start + len(example.tokens)
+    row["tokens"][start:end] = example.tokens
+    row["loss_weights"][start:end] = example.loss_weights
+    row["loss_weights"][start : start + 1] = 0
+    row["segment_ids"][start:end] = segment
+    row["positions"][start:end] = np.arange(end - start)
+    if example.pair_start is not None:  # the last token is a label, not text
+        row["segment_ids"][end - 1] = row["positions"][end - 1] = 0
+        types = row.setdefault("token_types", np.zeros_like(row["tokens"]))
+        types[start + example.pair_start : end - 1] = 1
+
+
+def _put_pair(row: dict[str, np.ndarray], example: Example, end: int, number: int) -> None:
+    """Write the number, the roles and the reference of two answers that end at `end`."""
+    assert example.second_start is not None
+    start = end - len(example.tokens)
+    middle = start + example.second_start
+    for name in ("pair_ids", "roles"):
+        row.setdefault(name, np.zeros_like(row["tokens"]))
+    row["pair_ids"][start:end] = number
+    row["roles"][start:middle], row["roles"][middle:end] = example.roles
+    if example.reference is not None:
+        known = row.setdefault("reference_log_probs", np.zeros_like(row["loss_weights"]))
+        known[start:end] = example.reference

@@ -55,16 +55,16 @@ from lora_jax.data.token_rows import token_rows
 
 _HALVES = ("prompt", "completion", "instruction", "output")
 _SYSTEM = ("system", "system_prompt", "system_message")
-_CONTEXT = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
-_CONVERSATION = (*_CONTEXT, "tool_choice", "function_call", "response_format")
+CONTEXT = (*_SYSTEM, "tools", "functions", "chat_template_kwargs")
+CONVERSATION = (*CONTEXT, "tool_choice", "function_call", "response_format")
 # Columns from which the tokens or turns of a form may have been made; they are left out.
 _ORIGINS = ("messages", "conversations", "text", "prompt", "completion", "instruction", "input")
 _KNOWN = {
-    "input_ids": (*TOKEN_KEYS, *_ORIGINS, "output", *_CONTEXT),
-    "messages": ("messages", *_CONVERSATION, "conversations", "prompt", "text"),
-    "conversations": ("conversations", *_CONVERSATION, "prompt", "text"),
-    "prompt": ("prompt", "completion", *_CONVERSATION, "text"),
-    "instruction": ("instruction", "input", "output", "history", *_CONVERSATION, "text"),
+    "input_ids": (*TOKEN_KEYS, *_ORIGINS, "output", *CONTEXT),
+    "messages": ("messages", *CONVERSATION, "conversations", "prompt", "text"),
+    "conversations": ("conversations", *CONVERSATION, "prompt", "text"),
+    "prompt": ("prompt", "completion", *CONVERSATION, "text"),
+    "instruction": ("instruction", "input", "output", "history", *CONVERSATION, "text"),
     "text": ("text", "label"),
 }
 
@@ -93,21 +93,21 @@ def parse_rows(
         messages = _turns((fill(record, "prompt", prompt), fill(record, "completion", completion)))
         named = {*columns(prompt or "", "data.prompt")}
         named |= {*columns(completion or "", "data.completion")}
-        context = {key: given[key] for key in _CONTEXT if key in given and key not in named}
-        return (_conversation(messages, context, where),)
+        context = {key: given[key] for key in CONTEXT if key in given and key not in named}
+        return (make_row(messages, context, where),)
     if "input_ids" in given:
         form, rows = "input_ids", token_rows(given, where)
     elif "messages" in given:
         form = "messages"
-        rows = (_conversation(messages_of(given[form], form, True, ignore_columns), given, where),)
+        rows = (make_row(messages_of(given[form], form, True, ignore_columns), given, where),)
     elif "conversations" in given:
         form, turns = "conversations", from_sharegpt(given["conversations"])
-        rows = (_conversation(messages_of(turns, form, True, ignore_columns), given, where),)
+        rows = (make_row(messages_of(turns, form, True, ignore_columns), given, where),)
     elif "prompt" in given and "completion" in given:
         form, messages = "prompt", _prompt_completion(given, ignore_columns)
-        rows = (_conversation(messages, given, where),)
+        rows = (make_row(messages, given, where),)
     elif "instruction" in given and "output" in given:
-        form, rows = "instruction", (_conversation(_alpaca(given), given, where),)
+        form, rows = "instruction", (make_row(_alpaca(given), given, where),)
     elif "text" in given:
         form, rows = "text", (_text_row(given, where),)
     else:
@@ -140,7 +140,8 @@ def _needed(record: dict) -> str:
     pair = "chosen" in record and "rejected" in record
     return (
         (
-            "'chosen' and 'rejected' are a preference pair, and a row has one answer; "
+            "'chosen' and 'rejected' are a preference pair, and a row has one answer "
+            "(train.objective=dpo trains on pairs); "
             if pair
             else ""
         )
@@ -153,7 +154,7 @@ def _needed(record: dict) -> str:
 # Records that become conversations
 
 
-def _conversation(messages: list[dict], given: Mapping[str, Any], where: str) -> Row:
+def make_row(messages: list[dict], given: Mapping[str, Any], where: str) -> Row:
     """Return a checked row of messages, with the system turn and tools of the record."""
     _check_requests(given)
     system = _system(given)
@@ -170,7 +171,7 @@ def _conversation(messages: list[dict], given: Mapping[str, Any], where: str) ->
         raise BadRow("no assistant turn: nothing to learn from")
     if not any(message.get("train", True) for message in answers):
         raise BadRow("every assistant turn has 'train': false: nothing to learn from")
-    _check_text([messages, tools, options])
+    check_text([messages, tools, options])
     return Row(tuple(messages), where, tools, options)
 
 
@@ -268,11 +269,11 @@ def _text_row(given: Mapping[str, Any], where: str) -> TextRow:
         raise BadRow(f"'text' is {kind(text)}, not a string")
     if not text.strip():
         raise BadRow("'text' is empty: nothing to learn from")
-    _check_text(text)
+    check_text(text)
     return TextRow(text, where)
 
 
-def _check_text(value: Any) -> None:
+def check_text(value: Any) -> None:
     """Refuse unpaired surrogates and values outside JSON: no tokenizer or template accepts them."""
     if is_deep(value):
         raise BadRow("nested too deeply")

@@ -1,4 +1,5 @@
-"""Kinds of rows: a conversation, a plain text, tokens with loss weights, or a text with a label.
+"""Kinds of rows: a conversation, a plain text, tokens with loss weights, a text with a label, and
+answers to compare.
 
 `lora_jax.data.parse` makes rows of records.
 """
@@ -80,7 +81,45 @@ class LabelRow:
     where: str
 
 
-AnyRow = Row | TextRow | TokenRow | LabelRow
+@dataclass(frozen=True)
+class PairRow:
+    """Two answers to one prompt, of which the first is preferred."""
+
+    chosen: Row
+    rejected: Row
+    where: str
+
+    @property
+    def texts(self) -> tuple[Row, ...]:
+        """Its conversations."""
+        return self.chosen, self.rejected
+
+    @property
+    def answer(self) -> Row | None:
+        """The conversation with the right answer, to compare a generated one with."""
+        return self.chosen
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """An answer with a label: desirable or not."""
+
+    row: Row
+    desirable: bool
+    where: str
+
+    @property
+    def texts(self) -> tuple[Row, ...]:
+        """Its conversation."""
+        return (self.row,)
+
+    @property
+    def answer(self) -> Row | None:
+        """The conversation, if its answer is right."""
+        return self.row if self.desirable else None
+
+
+AnyRow = Row | TextRow | TokenRow | LabelRow | PairRow | JudgedRow
 
 
 class BadRow(Exception):

@@ -49,11 +49,14 @@ class Encoder:
         return self.config.data.max_length - self.places
 
     def for_general_text(self) -> "Encoder":
-        """Return an encoder for text outside of the task, without its system prompt and columns."""
+        """Return an encoder for text outside of the task, without its system prompt and columns;
+        its rows have one answer, whatever the objective.
+        """
         settings = dataclasses.replace(
             self.config.data, system_prompt=None, prompt=None, completion=None
         )
-        config = dataclasses.replace(self.config, data=settings)
+        train = dataclasses.replace(self.config.train, objective="sft")
+        config = dataclasses.replace(self.config, data=settings, train=train)
         return dataclasses.replace(self, config=config, read={})
 
     def rows(self, source: str) -> data.Rows:
@@ -74,11 +77,17 @@ class Encoder:
         ignored = settings.ignore_columns
         if self.labels is not None:
             return [data.parse_label_row(record, where, settings.text, settings.label, ignored)]
+        if self.config.train.compares_answers:
+            judged = _form(self.config) == "judged"
+            parse = data.parse_judged if judged else data.parse_pair
+            return [parse(record, where, settings.prompt, ignored)]
         return data.parse_rows(record, where, settings.prompt, settings.completion, ignored)
 
     def _encode(self, rows: Sequence[Any]) -> tuple[list[data.Example], data.Counts]:
         """Return rows as examples; all may be dropped."""
         settings = self.config.data
+        if self.labels is None and rows and self.config.train.compares_answers:
+            return data.encode_pairs(rows, **self.options())
         if self.labels is None:
             return data.encode_rows(rows, **self.options())
         return data.encode_labelled(
@@ -132,6 +141,7 @@ class Encoder:
             "settings": repr({name: getattr(settings, name) for name in ENCODING_KEYS}),
             "room": repr(self.max_length),  # less where virtual tokens take some of it
             "labels": repr(self.labels),
+            "answers": _form(self.config),
         }
 
     def _check_vocabulary(self, examples: Sequence[data.Example]) -> None:
@@ -139,7 +149,7 @@ class Encoder:
             check_vocabulary(examples, self.config.model, self.vocab_size)
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of `data.encode_rows`."""
+        """Return the arguments of `data.encode_rows` and `encode_pairs`."""
         settings = self.config.data
         return {
             "rendering": data.Rendering(
@@ -171,6 +181,13 @@ class Encoder:
             text = describe_counts(counts, self.max_length)
             self.console.print(f"records from {records[0][0]} on: {text}")
         return examples
+
+
+def _form(config: Config) -> str:
+    """Return the form of the rows that the objective takes."""
+    if not config.train.compares_answers:
+        return "one"
+    return "judged" if config.train.objective == "kto" else "pairs"
 
 
 def today() -> str:

@@ -114,7 +114,7 @@ def encode_rows(
     on_bad_row: str = "error",
 ) -> tuple[list[Example], Counts]:
     """Do the same as `encode_all`, but accept that no example is left."""
-    found = _render_rows(rows, rendering)
+    found = render_rows(rows, rendering)
     if on_bad_row != "drop":
         raise_first(found.described())
     examples, longest, tally = _tokenize_rows(found, rendering.tokenizer, max_length, too_long)
@@ -177,7 +177,7 @@ def encode_prompt(row: Row, rendering: Rendering) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Rendered:
+class Rendered:
     """Rows that could be rendered, and the problems of the others."""
 
     rows: list[AnyRow] = field(default_factory=list)
@@ -189,13 +189,13 @@ class _Rendered:
         return [*describe_problems(self.bad), *self.problems]
 
 
-def _render_rows(rows: Sequence[AnyRow], rendering: Rendering) -> _Rendered:
+def render_rows(rows: Sequence[AnyRow], rendering: Rendering) -> Rendered:
     templates: dict[tuple, Template | None] = {}
     for row in rows:
         if isinstance(row, Row) and (key := _template_key(row)) not in templates:
             check_kwargs(rendering)
             templates[key] = find_template(row, rendering)
-    found = _Rendered()
+    found = Rendered()
     for row in rows:
         try:
             if isinstance(row, LabelRow):
@@ -220,7 +220,7 @@ def _render_rows(rows: Sequence[AnyRow], rendering: Rendering) -> _Rendered:
 
 
 def _tokenize_rows(
-    found: _Rendered, tokenizer: Any, max_length: int, too_long: str
+    found: Rendered, tokenizer: Any, max_length: int, too_long: str
 ) -> tuple[list[Example], int, Counter[str]]:
     """Return the examples, the length of the longest row, and counts for `Counts`.
 

@@ -1,7 +1,8 @@
-"""Supervised next-token cross-entropy, with label smoothing and a router loss.
+"""Supervised next-token cross-entropy, with label smoothing, z-loss and a router loss.
 
     loss = sum_i w_i l_i / sum_i w_i
-    l_i  = (1 - e) * -log p(token_i) + e * mean_v -log p(v),    e = label_smoothing
+    l_i  = (1 - e) * -log p(token_i) + e * mean_v -log p(v) + z * log^2 Z_i
+    Z_i  = sum_v exp(logit_v),    e = label_smoothing, z = z_loss (arXiv 2204.02311, section 5)
 
 p is the distribution after the tokens before i in its segment (arXiv 1512.00567, section 7).
 Classifiers have one such token per text: its label.
@@ -16,16 +17,22 @@ from lora_jax.objectives.forward import Batch, Forward, Outputs, negative_log_pr
 from lora_jax.objectives.objective import Objective, Result
 
 # Its options, with the metrics that they add to `loss`.
-SETTINGS = {"label_smoothing": "smoothed_loss", "router_aux_loss_coef": "router_aux_loss"}
+SETTINGS = {
+    "label_smoothing": "smoothed_loss",
+    "z_loss": "z_loss",
+    "router_aux_loss_coef": "router_aux_loss",
+}
 
 
 def from_config(settings: TrainConfig) -> Objective:
-    """Make the objective of `train.label_smoothing` and `train.router_aux_loss_coef`."""
+    """Make the objective of `train.label_smoothing`, `z_loss` and `router_aux_loss_coef`."""
     smoothing, coefficient = settings.label_smoothing, settings.router_aux_loss_coef
+    z_loss = settings.z_loss
 
     def cross_entropy(forward: Forward, batch: Batch, key: jax.Array) -> Result:
         outputs = forward(forward.bound, batch)
-        result = smoothed_sums(outputs, smoothing) if smoothing else plain_sums(outputs)
+        regular = smoothing or z_loss
+        result = regular_sums(outputs, smoothing, z_loss) if regular else plain_sums(outputs)
         return router.add_balance(result, outputs, forward, coefficient) if coefficient else result
 
     return cross_entropy
@@ -42,13 +49,15 @@ def plain_sums(outputs: Outputs) -> Result:
     return nll, outputs.weight, {"loss": nll}
 
 
-def smoothed_sums(outputs: Outputs, smoothing: float) -> Result:
-    """Return the same with smoothed labels; `loss` is not smoothed."""
+def regular_sums(outputs: Outputs, smoothing: float, z_loss: float) -> Result:
+    """Return the same with smoothed labels and z-loss; `loss` has neither."""
 
-    def both(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nll = negative_log_prob(logits, targets)
-        uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
-        return (1 - smoothing) * nll + smoothing * uniform, nll
+    def parts(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+        nll, log_z = negative_log_prob(logits, targets), jax.nn.logsumexp(logits, axis=-1)
+        smoothed = (1 - smoothing) * nll + smoothing * (log_z - jnp.mean(logits, axis=-1))
+        return smoothed + z_loss * log_z**2, nll, smoothed, log_z**2
 
-    smoothed, nll = outputs.sums(both)
-    return smoothed, outputs.weight, {"loss": nll, "smoothed_loss": smoothed}
+    total, nll, smoothed, squares = outputs.sums(parts)
+    sums = {"loss": nll}
+    sums |= {"smoothed_loss": smoothed} if smoothing else {}
+    return total, outputs.weight, sums | ({"z_loss": squares} if z_loss else {})

@@ -1,5 +1,7 @@
 """The auxiliary loss that balances routers, so that experts are used equally."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,7 @@ from lora_jax import tree
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model, Routing
-from lora_jax.objectives.forward import Forward, Outputs, supervised_weight
+from lora_jax.objectives.forward import Batch, Forward, Outputs, supervised_weight
 from lora_jax.objectives.objective import Result
 
 
@@ -26,8 +28,15 @@ def load_balancing_loss(routing: Routing) -> jax.Array:
     return often.shape[0] * jnp.sum(often * likely)
 
 
-def add_balance(result: Result, outputs: Outputs, forward: Forward, coefficient: float) -> Result:
-    """Add coefficient * `load_balancing_loss` to the result of an objective over `outputs`.
+def add_balance(
+    result: Result,
+    outputs: Outputs,
+    forward: Forward,
+    coefficient: float,
+    weigh: Callable[[Batch], jax.Array] = supervised_weight,
+) -> Result:
+    """Add coefficient * `load_balancing_loss` to the result of an objective over `outputs`. `weigh`
+    gives the weight of a batch in that objective.
 
     The step takes the mean over its micro-batches: unlike a sum over tokens, it depends on how the
     batch is split.
@@ -37,7 +46,7 @@ def add_balance(result: Result, outputs: Outputs, forward: Forward, coefficient:
     balance = load_balancing_loss(outputs.routing)
     whole = forward.effective_batch
     pieces = len(whole["tokens"]) // len(outputs.batch["tokens"])
-    share = supervised_weight(whole) / pieces  # the step divides by the weight of the whole batch
+    share = weigh(whole) / pieces  # the step divides by the weight of the whole batch
     sums = {**sums, "router_aux_loss": share * balance}
     return total + coefficient * share * balance, weight, sums
 

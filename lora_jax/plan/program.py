@@ -67,7 +67,7 @@ class Program:
     @property
     def metrics_bytes(self) -> int:
         """Bytes of the metrics that a step returns."""
-        return 4 * (len(_METRICS) + len(objectives.metric_names(self.config.train)))
+        return 4 * (len(_METRICS) + len(objectives.metric_names(self.config)))
 
     def lower(self) -> Any:
         """Trace the step for the devices of the mesh, which must not be abstract."""

@@ -66,8 +66,8 @@ def make_train_step(
 
     `objective` is the objective to minimise (`lora_jax.objectives`), by default `config`'s.
     Metrics are float32 scalars: loss and the objective's other sums, divided by its weight;
-    grad_norm before clipping; supervised_tokens, the weight. A step whose loss or gradient is not
-    finite returns adapters and optimizer state unchanged.
+    grad_norm before clipping; supervised_tokens, the summed loss weights. A step whose loss or
+    gradient is not finite returns adapters and optimizer state unchanged.
 
     `placement` holds the shardings of (adapters, opt_state), which are reused for the outputs, so
     that the second step does not recompile. Without it the compiler chooses. Optimizer state in
@@ -103,7 +103,8 @@ def make_train_step(
         if placement is not None:
             opt_state = jax.tree.map(_on_device, opt_state, placement[1])
         metrics = {name: value / weight for name, value in sums.items()}
-        metrics |= {"grad_norm": optax.tree.norm(grads), "supervised_tokens": weight}
+        tokens = objectives.supervised_weight(batch)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "supervised_tokens": tokens}
         state = _update(optimizer, grads, metrics, adapters, opt_state)
         return *state, metrics
 

@@ -139,8 +139,9 @@ def test_an_encoder_reads_no_section_of_the_config_that_is_not_in_the_key(encode
 
     for kind, overrides in SCENARIOS.values():
         encode(Recorder(configs.parse({"model": "tiny"}, overrides)), kind)
-    # Of the adapter the number of virtual tokens; the model's name is for messages.
-    assert read <= {"data", "adapter", "model"}
+    # Of the adapter the number of virtual tokens, of the training the form of rows that its
+    # objective takes; the model's name is for messages.
+    assert read <= {"data", "adapter", "train", "model"}
 
 
 def test_a_setting_that_does_not_say_if_it_changes_examples_is_an_error():

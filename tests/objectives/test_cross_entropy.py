@@ -116,7 +116,7 @@ def test_smoothed_loss_and_gradients_are_those_of_torch(make):
         assert distance(metrics["smoothed_loss"], smoothed) <= 1e-5
         assert distance(metrics["loss"], plain) <= 1e-5
         assert abs(smoothed - plain) > 1e-4
-        assert metrics.keys() - OWN == {*objectives.metric_names(config.train)}
+        assert metrics.keys() - OWN == {*objectives.metric_names(config)}
 
 
 def test_smoothing_holds_no_more_logits_than_a_chunk():
