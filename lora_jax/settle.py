@@ -128,6 +128,11 @@ def _check_classification(config: Config) -> None:
             f"adapter.method={adapter.method} is for models that write text; {config.model} "
             "classifies"
         )
+    if config.train.compares_answers:
+        raise UserError(
+            f"train.objective={config.train.objective} compares answers, and {config.model} "
+            "classifies; leave it out"
+        )
     raise_all(
         [
             f"data.{name}={getattr(config.data, name)!r} is for models that write text; "

@@ -40,10 +40,13 @@ LAYERS = (
         "train.base",
         "train.checkpoint",
         "train.directory",
+        "train.environment",
         "train.outputs",
         "train.resume",
         "train.run_file",
+        "train.scored",
     ),
+    ("train.reference",),
     (
         "train.calibration",
         "train.epochs",

@@ -23,7 +23,8 @@ from lora_jax.report.console import print_notes
 from lora_jax.report.progress import Display
 from lora_jax.session import Session, open_session, settle_date
 from lora_jax.train import base, base_scores, predictions, setup
-from lora_jax.train.evaluate import Scores, make_evaluator
+from lora_jax.train.evaluate import make_evaluator
+from lora_jax.train.scored import Scores
 
 
 def compare(

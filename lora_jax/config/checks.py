@@ -110,6 +110,13 @@ def _objective_problems(config: Config, values: Mapping[str, Any]) -> Iterator[s
             f"train.objective={objective} compares with the model before training, and "
             "adapter.method=full keeps no copy of it; train an adapter, or choose orpo or simpo"
         )
+    if config.train.needs_reference and config.objective.reference != "start":
+        if config.adapter.changes_base:
+            yield (
+                f"objective.reference={config.objective.reference}: adapter.init="
+                f"{config.adapter.init} subtracts its factors from the base; use start, which is "
+                "the base at the first step"
+            )
     if config.train.compares_answers and config.adapter.init in DATA_INITS:
         yield (
             f"adapter.init={config.adapter.init} looks at rows with one answer, and "

@@ -97,9 +97,11 @@ def _encode_texts(
 def _pairs(
     rows: Sequence[ComparedRow], texts: dict[int, Encoded]
 ) -> list[tuple[ComparedRow, Example]]:
-    return [
-        (row, join(*(texts[id(text)][0] for text in row.texts), (CHOSEN, REJECTED))) for row in rows
-    ]
+    found = []
+    for row in rows:
+        first, second = (texts[id(text)][0] for text in row.texts)
+        found.append((row, join(first, second, (CHOSEN, REJECTED))))
+    return found
 
 
 def _judged(

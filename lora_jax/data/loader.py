@@ -13,6 +13,7 @@ begin in one epoch and end in the next, so every example is seen once per epoch 
 of a batch do not depend on which rows are requested.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,17 @@ class Loader:
         self.rows_per_epoch = len(self._rows)
         self.efficiency = sum(lengths) / (self.rows_per_epoch * self.row_length)
         self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def packed(self) -> list[list[int]]:
+        """Indices of the examples of every row of an epoch, before it is shuffled."""
+        return self._rows
+
+    def with_examples(self, examples: Sequence[Example]) -> "Loader":
+        """Return this loader with other examples of the same lengths."""
+        found = copy.copy(self)
+        found.examples = examples
+        return found
 
     def batch(self, step: int, rows: slice | range = slice(None)) -> dict[str, np.ndarray]:
         """Return batch `step`, counted from 0: the arrays of `packing.to_row`, (rows, row_length).
@@ -157,6 +169,12 @@ class Mixture:
         # _used[r, s]: rows of source s among the first r of a cycle
         drawn = self._cycle[:, None] == np.arange(len(self._names))
         self._used = np.concatenate([np.zeros_like(drawn[:1], int), drawn.cumsum(axis=0)])
+
+    def with_loaders(self, loaders: Mapping[str, Loader]) -> "Mixture":
+        """Return this mixture with other loaders of as many rows, by the same names."""
+        found = copy.copy(self)
+        found.loaders = dict(loaders)
+        return found
 
     def batch(self, step: int, rows: slice | range = slice(None)) -> dict[str, np.ndarray]:
         """Return batch `step`; see `Loader.batch`."""

@@ -82,7 +82,8 @@ def with_places(examples: Sequence[Example], count: int) -> list[Example]:
 
 def _with_places(example: Example, count: int) -> Example:
     if example.second_start is not None:
-        return join(*(_with_places(text, count) for text in example.texts), example.roles)
+        first, second = (_with_places(text, count) for text in example.texts)
+        return join(first, second, example.roles)
     return dataclasses.replace(
         example,
         tokens=np.pad(example.tokens, (count, 0)),

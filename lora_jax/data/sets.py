@@ -78,9 +78,7 @@ class Encoder:
         if self.labels is not None:
             return [data.parse_label_row(record, where, settings.text, settings.label, ignored)]
         if self.config.train.compares_answers:
-            judged = _form(self.config) == "judged"
-            parse = data.parse_judged if judged else data.parse_pair
-            return [parse(record, where, settings.prompt, ignored)]
+            return answers_parser(self.config)(record, where)
         return data.parse_rows(record, where, settings.prompt, settings.completion, ignored)
 
     def _encode(self, rows: Sequence[Any]) -> tuple[list[data.Example], data.Counts]:
@@ -181,6 +179,13 @@ class Encoder:
             text = describe_counts(counts, self.max_length)
             self.console.print(f"records from {records[0][0]} on: {text}")
         return examples
+
+
+def answers_parser(config: Config) -> Callable[[Any, str], Sequence[data.AnyRow]]:
+    """Return `parse(record, where)` for the rows of an objective that compares answers."""
+    parse = data.parse_judged if _form(config) == "judged" else data.parse_pair
+    settings = config.data
+    return lambda record, where: [parse(record, where, settings.prompt, settings.ignore_columns)]
 
 
 def _form(config: Config) -> str:

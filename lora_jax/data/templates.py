@@ -40,7 +40,16 @@ from lora_jax.data.render import (
     resolve_template,
     with_kwargs,
 )
-from lora_jax.data.rows import AnyRow, BadRow, LabelRow, Row, TextRow, TokenRow
+from lora_jax.data.rows import (
+    AnyRow,
+    BadRow,
+    JudgedRow,
+    LabelRow,
+    PairRow,
+    Row,
+    TextRow,
+    TokenRow,
+)
 from lora_jax.data.sources import raise_first
 from lora_jax.data.texts import Text, to_text, unsupervised
 from lora_jax.data.tokens import bos_of, tokenize, tokenize_texts, with_bos
@@ -200,6 +209,8 @@ def render_rows(rows: Sequence[AnyRow], rendering: Rendering) -> Rendered:
         try:
             if isinstance(row, LabelRow):
                 raise UserError(f"{row.where}: a label is for classifiers")
+            if isinstance(row, PairRow | JudgedRow):
+                raise UserError(f"{row.where}: answers to compare are for data.encode_pairs")
             if isinstance(row, TokenRow):
                 item = _from_tokens(row)
             elif isinstance(row, Row):

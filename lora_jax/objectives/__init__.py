@@ -22,6 +22,7 @@ from lora_jax.objectives.forward import negative_log_prob as negative_log_prob
 from lora_jax.objectives.forward import run_model as run_model
 from lora_jax.objectives.forward import segment_sums as segment_sums
 from lora_jax.objectives.forward import supervised_weight as supervised_weight
+from lora_jax.objectives.forward import without_placeholders as without_placeholders
 from lora_jax.objectives.kto import kto_loss as kto_loss
 from lora_jax.objectives.objective import Objective as Objective
 from lora_jax.objectives.objective import Result as Result

@@ -125,7 +125,7 @@ class Forward:
             return run_model(
                 self.model, params_like.params, batch, self.compute, params_like.prefix
             )
-        batch = _without_placeholders(batch, placeholders(self.bound.prefix))
+        batch = without_placeholders(batch, placeholders(self.bound.prefix))
         return run_model(self.model, params_like, batch, self.compute)
 
 
@@ -148,7 +148,7 @@ def run_model(
     return Outputs(module, hidden, batch, compute.chunk, *routing)
 
 
-def _without_placeholders(batch: Batch, count: int) -> Batch:
+def without_placeholders(batch: Batch, count: int) -> Batch:
     """Turn the placeholders of virtual tokens, at the start of every text, into padding."""
     if not count:
         return batch

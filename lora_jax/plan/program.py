@@ -158,6 +158,10 @@ def build(config: Config, model: Model, mesh: Mesh | AbstractMesh) -> Program:
     rows = (config.train.batch_size, config.data.max_length)
     names = ["tokens", "segment_ids", "positions"] + (["token_types"] if model.labels else [])
     batch = {name: jax.ShapeDtypeStruct(rows, np.int32) for name in names}
+    if config.train.compares_answers:
+        batch |= {n: jax.ShapeDtypeStruct(rows, np.int32) for n in ("pair_ids", "roles")}
+    if config.train.needs_reference:
+        batch["reference_log_probs"] = jax.ShapeDtypeStruct(rows, np.float32)
     batch["loss_weights"] = jax.ShapeDtypeStruct(rows, np.float32)
     return Program(
         config=config,

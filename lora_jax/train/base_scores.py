@@ -12,24 +12,17 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import platform
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lora_jax import data, hosts
 from lora_jax.cache import cache_directory, write_entry
-from lora_jax.config import AdapterConfig, Config
 from lora_jax.report.scores import Answer
-from lora_jax.train import checkpoint
-from lora_jax.train.evaluate import Evaluator, Scores
+from lora_jax.train.environment import describe_adapters, digest_content, environment
+from lora_jax.train.evaluate import Evaluator
+from lora_jax.train.scored import Losses, Scores
 
-_PACKAGE = Path(__file__).parent.parent
-_PACKAGES = ("lora_jax", "jax", "jaxlib", "flax", "transformers", "tokenizers", "jinja2")
 # Settings of data that locate or arrange rows; the rows themselves are in the key.
 _ARRANGING = (
     *("train", "eval", "eval_size", "regression", "drop_overlap", "packing", "shuffle", "cache"),
@@ -37,11 +30,6 @@ _ARRANGING = (
 )
 # Settings of eval that neither losses nor answers depend on.
 _REPORTING = ("before", "cache", "metrics", "samples", "generate_every")
-# Settings of adapters without effect on the scores of fresh plain LoRA.
-_SIZES = (
-    *("rank", "alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern"),
-    *("alpha_pattern", "dropout", "use_rslora", "freeze_a", "lora_plus_ratio"),
-)
 
 
 def measure(
@@ -55,17 +43,18 @@ def measure(
         if not evaluator.config.eval.cache:
             return evaluator.score(adapters)
         key = _key(evaluator, adapters, fingerprint)
-        file = cache_directory() / "scores" / f"{_digest(key)}.json"
+        file = cache_directory() / "scores" / f"{digest_content(key)}.json"
         content = hosts.from_main(lambda: _read(file, key, say))
         if content is not None:
             say("base: scores of an earlier run; eval.cache=false measures them again")
             evaluator.took.update(content["took"])
             answers = [_to_answer(fields) for fields in content["answers"]]
-            return evaluator.with_metrics(content["losses"], answers)
+            return evaluator.with_metrics(Losses(content["losses"], content["pairs"]), answers)
         found = evaluator.score(adapters)
     if hosts.is_main() and all(map(math.isfinite, found.losses.values())):
         answers = [dataclasses.asdict(answer) for answer in found.answers]
         content = {"losses": dict(found.losses), "answers": answers, "took": evaluator.took}
+        content["pairs"] = dict(found.pairs)
         _write(file, {"key": key, **content}, say)
     return found
 
@@ -74,52 +63,44 @@ def _key(evaluator: Evaluator, adapters: Any, fingerprint: Mapping[str, str]) ->
     config, model, mesh = evaluator.config, evaluator.model, evaluator.mesh
     held_out = evaluator.held_out
     settings, train = dataclasses.asdict(config), config.train
-    device = mesh.devices.flat[0]
     return {
         "fingerprint": {name: fingerprint[name] for name in ("base", "tokenizer", "template")},
-        "config.json": _digest(model.hf_config),
+        "config.json": digest_content(model.hf_config),
         "stop_tokens": sorted(evaluator.reader.stop_tokens),
         "rows": {
-            name: [one.system_prompt, _digest([repr(row) for row in one.rows]), len(one.examples)]
+            name: [
+                one.system_prompt,
+                digest_content([repr(row) for row in one.rows]),
+                len(one.examples),
+            ]
             for name, one in held_out.items()
         },
         "examples": {name: _digest_examples(one.examples) for name, one in held_out.items()},
         "data": {name: x for name, x in settings["data"].items() if name not in _ARRANGING},
         "eval": {name: x for name, x in settings["eval"].items() if name not in _REPORTING},
         "base_dtype": config.base_dtype,
+        "objective": [config.train.objective, *_objective(evaluator)],
         "train": [train.compute_dtype, train.attention, train.loss_chunk],
-        "adapter": _describe(config, adapters),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
-        "code": data.digest_files(sorted(_PACKAGE.rglob("*.py"))),
-        "devices": [
-            *(device.device_kind, device.client.platform_version, platform.machine()),
-            *(dict(mesh.shape), jax.process_count(), os.environ.get("XLA_FLAGS", "")),
-            str(jax.config.values["jax_default_matmul_precision"]),
-        ],
+        "adapter": describe_adapters(config.adapter, adapters),
+        **environment(mesh),
     }
 
 
-def _describe(config: Config, adapters: Any) -> Any:
-    """Return settings and weights of adapters that may change the scores, None for others."""
-    fresh = {name: getattr(AdapterConfig(), name) for name in _SIZES}
-    starts = ("default", "gaussian")  # B is zero
-    start = "default" if config.adapter.init in starts else config.adapter.init
-    if dataclasses.replace(config.adapter, **fresh, init=start) == AdapterConfig():
-        return None
-    return [dataclasses.asdict(config.adapter), checkpoint.digest_leaves(adapters)]
+def _objective(evaluator: Evaluator) -> list[Any]:
+    """Return everything that the losses of answers to compare depend on."""
+    if not evaluator.config.train.compares_answers:
+        return []
+    reference = evaluator.reference
+    return [dataclasses.asdict(evaluator.config.objective), reference and reference.identity]
 
 
 def _digest_examples(examples: list[data.Example]) -> str:
     total = hashlib.sha256()
     for one in examples:
-        for part in (one.where.encode(), one.tokens.tobytes(), one.loss_weights.tobytes()):
+        texts = repr((one.second_start, one.roles)).encode()
+        for part in (one.where.encode(), texts, one.tokens.tobytes(), one.loss_weights.tobytes()):
             total.update(hashlib.sha256(part).digest())
     return total.hexdigest()
-
-
-def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _read(file: Path, key: Mapping[str, Any], say: Callable[[str], None]) -> dict | None:
@@ -132,12 +113,12 @@ def _read(file: Path, key: Mapping[str, Any], say: Callable[[str], None]) -> dic
         say(f"note: the cached scores {file} cannot be read: {error}")
         return None
     try:
-        content = json.loads(text) if checksum == _digest(text) else {}
-        if content["key"] != _digest(key):
+        content = json.loads(text) if checksum == digest_content(text) else {}
+        if content["key"] != digest_content(key):
             raise ValueError("of another key")
         for fields in content["answers"]:
             _to_answer(fields)
-        return {name: content[name] for name in ("losses", "answers", "took")}
+        return {name: content[name] for name in ("losses", "pairs", "answers", "took")}
     except (ValueError, LookupError, TypeError, RecursionError):
         say(f"note: the cached scores {file} are damaged and not used")
         return None
@@ -148,8 +129,8 @@ def _to_answer(fields: Mapping[str, Any]) -> Answer:
 
 
 def _write(file: Path, content: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    text = json.dumps({**content, "key": _digest(content["key"])})
+    text = json.dumps({**content, "key": digest_content(content["key"])})
     try:
-        write_entry(file, f"{_digest(text)}\n{text}".encode())
+        write_entry(file, f"{digest_content(text)}\n{text}".encode())
     except OSError as error:
         say(f"note: the scores cannot be stored in {file.parent}: {error.strerror or error}")

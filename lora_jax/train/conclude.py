@@ -9,10 +9,11 @@ from lora_jax.report.console import print_notes, print_samples
 from lora_jax.report.trackers import Tracker
 from lora_jax.report.usage import device_memory, peak_rss_bytes
 from lora_jax.train import checkpoint, export, norms, outputs, predictions
-from lora_jax.train.evaluate import Evaluator, Scores, score_pair
+from lora_jax.train.evaluate import Evaluator
 from lora_jax.train.facts import Facts
 from lora_jax.train.merged import export_merged
 from lora_jax.train.outputs import Run
+from lora_jax.train.scored import Scores, score_pair
 from lora_jax.train.start import Start
 
 Curves = dict[str, list[tuple[int, float]]]  # points (step, loss) by curve
@@ -82,6 +83,7 @@ def _score_exported(evaluator: Evaluator, adapters: Any, step: int, curves: Curv
     logged = {name: dict(curves.get(name, ())) for name in evaluator.held_out}
     # A run that was resumed with other settings may end at a step without an evaluation.
     known = all(step in points for points in logged.values())
+    known = known and not evaluator.config.train.compares_answers  # whose metrics are no curves
     losses = {name: points[step] for name, points in logged.items()} if known else None
     with evaluator.display.about(f"step {step}"):
         return evaluator.score(adapters, losses)

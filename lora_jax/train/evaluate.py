@@ -24,7 +24,9 @@ from lora_jax.report.scores import Answer
 from lora_jax.settle import find_stops
 from lora_jax.sharding import gather_to_host, place_batch
 from lora_jax.targets import Trainable
-from lora_jax.train.step import make_classify, make_eval_step
+from lora_jax.train.reference import Reference
+from lora_jax.train.scored import Losses, Scores
+from lora_jax.train.step import make_classify, make_eval_pairs, make_eval_step
 
 _LARGEST_COPY = 2 * 2**30  # bytes of a base that a run copies while it answers
 
@@ -75,31 +77,14 @@ def generate_all(
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Results of adapters on the held-out data."""
-
-    losses: Mapping[str, float]  # nats per supervised token: task, regression
-    metrics: Mapping[str, float]  # of the answers, by the names of eval.metrics
-    answers: Sequence[Answer] = ()  # to the prompts of the task; empty if none are generated
-
-    def numbers(self) -> dict[str, float]:
-        """Return all scores by their names in metrics.jsonl."""
-        losses = {f"{name}_loss": loss for name, loss in self.losses.items()}
-        return {**losses, **self.metrics}
-
-    def describe(self) -> str:
-        parts = [f"{name} loss {loss:.4f}" for name, loss in self.losses.items()]
-        parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.metrics.items()]
-        return ", ".join(parts) or "nothing held out"
-
-
-@dataclass(frozen=True)
 class Evaluator:
     """Measures adapters on held-out data.
 
     adapter: their settings, or the `Trainable` of these if it is known
     held_out: examples by name (task, regression), for the sets that the config names
     classify: compiled, for a classifier
+    eval_pairs: compiled, for an objective that compares answers
+    reference: of that objective, if it needs one
     took: seconds of the last losses, and per answer of the last answers
     """
 
@@ -111,8 +96,11 @@ class Evaluator:
     reader: data.AnswerReader
     eval_step: Callable
     classify: Callable
+    eval_pairs: Callable
     display: Display = SILENT
+    reference: Reference | None = None
     took: dict[str, float] = field(default_factory=dict)
+    compared: list[dict[str, jax.Array]] = field(default_factory=list)  # batches with a reference
     engines: dict[int, Engine] = field(default_factory=dict)  # by length of their texts
 
     def score(self, adapters: Any, losses: Mapping[str, float] | None = None) -> Scores:
@@ -125,23 +113,45 @@ class Evaluator:
         metrics = scores.compute(self.config.eval.metrics, answers) if answers else {}
         return Scores(losses, metrics, answers)
 
-    def losses(self, adapters: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Return the nats per supervised token on each held-out set. `check` may raise between
-        batches.
-        """
+    def losses(self, adapters: Any, check: Callable[[], None] = lambda: None) -> Losses:
+        """Return the loss on each held-out set. `check` may raise between batches."""
         batches = {
             name: self._batches(held_out, adapters) for name, held_out in self.held_out.items()
         }
         if not batches:
-            return {}
-        found, params, began = {}, self.model.params, time.monotonic()
+            return Losses()
+        found, params, began = Losses(), self.model.params, time.monotonic()
         total = sum(map(len, batches.values()))
         with self.display.phase("losses", total, "batches") as phase:
             for name, own in batches.items():
                 seen = phase.over(own)
+                if name == "task" and self.config.train.compares_answers:
+                    found.pairs = self._compare(adapters, seen, check)
+                    found[name] = found.pairs.pop("loss")
+                    continue
                 found[name] = mean_loss(self.eval_step, adapters, params, seen, self.mesh, check)
         self.took["losses"] = time.monotonic() - began
         return found
+
+    def _compare(
+        self, adapters: Any, batches: Iterable[dict], check: Callable[[], None]
+    ) -> dict[str, float]:
+        """Return the means of the objective's metrics over answers to compare."""
+        totals: dict[str, float] = {}
+        weights = 0.0
+        for i, batch in enumerate(batches):
+            check()
+            placed = place_batch(batch, self.mesh)
+            if self.reference is not None:
+                if i == len(self.compared):  # the reference does not change
+                    known = self.reference.attach(placed)["reference_log_probs"]
+                    self.compared.append({"reference_log_probs": known})
+                placed |= self.compared[i]
+            sums, weight = self.eval_pairs(adapters, self.model.params, placed)
+            weights += float(weight)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        return {name: total / weights for name, total in totals.items()}
 
     def _batches(self, held_out: DataSet, adapters: Any) -> list[dict[str, np.ndarray]]:
         places = placeholders(methods.prefix(adapters, self.adapter))
@@ -315,7 +325,9 @@ def make_evaluator(
     display: Display = SILENT,
     trainable: Trainable | None = None,
 ) -> Evaluator:
-    """Return an `Evaluator` with its compiled functions. `trainable` is the config's, if known."""
+    """Return an `Evaluator` with its compiled functions and no reference. `trainable` is the
+    config's, if known.
+    """
     return Evaluator(
         config=config,
         model=model,
@@ -325,23 +337,6 @@ def make_evaluator(
         reader=make_reader(config, model, tokenizer, held_out.get("task")),
         eval_step=make_eval_step(model, config),
         classify=make_classify(model, config),
+        eval_pairs=make_eval_pairs(model, config),
         display=display,
     )
-
-
-def score_pair(name: str, before: Scores | None, after: Scores) -> dict[str, Any] | None:
-    """Return the summary's entry for a held-out set; None if it was not measured both before and
-    after, as when a resumed run has other sets or metrics. With `eval.before=false`, the values
-    before are None.
-    """
-    if name not in after.losses or (before is not None and name not in before.losses):
-        return None
-    first = None if before is None else before.losses[name]
-    pair: dict[str, Any] = {"loss_before": first, "loss_after": after.losses[name]}
-    if name == "task" and after.answers:
-        for metric, value in after.metrics.items():
-            if before is None or metric in before.metrics:
-                pair[f"{metric}_before"] = None if before is None else before.metrics[metric]
-                pair[f"{metric}_after"] = value
-        pair["examples"] = len(after.answers)
-    return pair

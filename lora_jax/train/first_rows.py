@@ -29,6 +29,8 @@ def preview_sources(config: Config, classifies: bool) -> Iterator[str]:
         ignore_columns=settings.ignore_columns,
     )
     general = partial(data.parse_rows, ignore_columns=settings.ignore_columns)
+    if config.train.compares_answers:
+        parse = sets.answers_parser(config)
     if classifies:
         parse = general = partial(
             data.parse_label_row,

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from lora_jax import config as configs
-from lora_jax import hosts, objectives
+from lora_jax import data, hosts, objectives
 from lora_jax.config import Config
 from lora_jax.data import sets
 from lora_jax.objectives import Objective
@@ -28,6 +28,7 @@ from lora_jax.train.conclude import conclude
 from lora_jax.train.facts import versions
 from lora_jax.train.outputs import Run
 from lora_jax.train.ready import Ready, make_ready
+from lora_jax.train.reference import FILE, with_reference
 from lora_jax.train.start import Start, fresh_start, resumed_start
 from lora_jax.train.trainer import Training, train
 
@@ -93,6 +94,7 @@ def _run(
         return start.seconds + time.monotonic() - began
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        loader = _make_loader(ready, start, display)
         # Signals wait from the first file on: a run that has begun ends with a checkpoint.
         with signals.held():
             _write_first(run, start, fresh=record is None)
@@ -100,7 +102,7 @@ def _run(
             training = Training(
                 run=run,
                 evaluator=start.evaluator,
-                loader=_make_loader(ready, start, console),
+                loader=loader,
                 optimizer=start.optimizer,
                 key=start.key,
                 metadata=_metadata(run, ready, start),
@@ -129,10 +131,14 @@ def _warn(ready: Ready, console: Console) -> list[str]:
     return warnings
 
 
-def _make_loader(ready: Ready, start: Start, console: Console) -> Any:
-    """Return the batches of the run."""
-    config = start.session.config
-    return sets.make_loader(config, ready.train_data, ready.encoder, start.position, console)
+def _make_loader(ready: Ready, start: Start, display: Display) -> Any:
+    """Return the batches of the run, with reference log-probabilities unless they are streamed."""
+    config, reference = start.session.config, start.evaluator.reference
+    console, position = display.console, start.position
+    loader = sets.make_loader(config, ready.train_data, ready.encoder, position, console)
+    if reference is None or isinstance(loader, data.StreamLoader):
+        return loader
+    return with_reference(loader, reference, ready.fingerprint["base"], display)
 
 
 def _metadata(run: Run, ready: Ready, start: Start) -> dict[str, Any]:
@@ -165,7 +171,9 @@ def _write_first(run: Run, start: Start, fresh: bool) -> None:
     if fresh:
         run.clear_logs()
     run.begin()
-    config = start.session.config
+    config, reference = start.session.config, start.evaluator.reference
+    if fresh and reference is not None:
+        reference.save(run.output / FILE)
     journal.write_whole(run.output / "config.yaml", configs.dump(config))
     if start.unsent is not None:
         file, names = run.output / "predictions.jsonl", config.eval.metrics

@@ -15,6 +15,7 @@ from lora_jax.report.console import print_notes
 from lora_jax.report.progress import Display
 from lora_jax.session import Session, continue_adapter, open_session, settle_date
 from lora_jax.train import epochs, probe, resume, setup
+from lora_jax.train.reference import Given, read_reference
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Ready:
     session: steps and dates are settled; ranks too, unless the init of the adapters changes them
     given: the adapter settings before an init or a checkpoint changed their ranks
     fingerprint: digests of base, tokenizer, template and data
+    reference: the adapter of `objective.reference`, if that is a directory and the run is new
     """
 
     session: Session
@@ -32,6 +34,8 @@ class Ready:
     train_data: sets.TrainData
     held_out: dict[str, sets.DataSet]
     fingerprint: dict[str, str]
+    mesh: Mesh
+    reference: Given | None = None
 
     def choose_probe(self) -> list[data.Example]:
         """Return the examples that a merged model is compared on; none if none will be merged."""
@@ -61,6 +65,7 @@ def make_ready(
         session = session.with_config(resume.with_stored(record, session.config))
         resume.check_config(record, session.config)
     setup.check_training(session)
+    reference = read_reference(session) if record is None else None
     setup.check_attention(session.config, session.model, mesh, console)
     session = settle_date(session, console)
     with display.phase("checking the model's files"):
@@ -78,4 +83,4 @@ def make_ready(
     examined = [*train_data.sets.values(), *held_out.values()]
     setup.check_sizes(session.config, session.model, examined, console)
     setup.check_metrics(session, held_out)
-    return Ready(session, given, encoder, train_data, held_out, found)
+    return Ready(session, given, encoder, train_data, held_out, found, mesh, reference)

@@ -5,6 +5,7 @@
 `params` is an input only: never returned, never copied. `adapters` and `opt_state` are donated.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,21 @@ import optax
 
 from lora_jax import objectives
 from lora_jax.adapters import bind, prefix
-from lora_jax.config import Config
+from lora_jax.config import AdapterConfig, Config
 from lora_jax.models.common import Execution, Model
 from lora_jax.nn import kernels
-from lora_jax.nn.virtual import Virtual
-from lora_jax.objectives import Bound, Compute, Forward, Objective, cross_entropy, router, run_model
+from lora_jax.nn.virtual import Virtual, placeholders
+from lora_jax.objectives import (
+    Bound,
+    Compute,
+    Forward,
+    Objective,
+    cross_entropy,
+    router,
+    run_model,
+    without_placeholders,
+)
+from lora_jax.targets import Trainable
 
 Batch = dict[
     str, jax.Array
@@ -119,8 +130,7 @@ def _accumulate(
     if pieces == 1:
         (_, sums), grads = value_and_grad(adapters, params, batch, key, batch)
         return grads, sums
-    # A micro-batch takes rows from across the batch, so no row moves to another device.
-    micros = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+    micros = _split(batch, pieces)
 
     def add(grads, micro_and_key):
         (_, sums), more = value_and_grad(adapters, params, *micro_and_key, batch)
@@ -129,6 +139,13 @@ def _accumulate(
     keys = jax.random.split(key, pieces)
     grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, adapters), (micros, keys))
     return grads, jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+
+def _split(batch: Batch, pieces: int) -> Batch:
+    """Split a batch in micro-batches, on a new first axis. Each takes rows from across the batch,
+    so no row moves to another device.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _update(
@@ -177,3 +194,49 @@ def make_eval_step(model: Model, config: Config) -> Callable:
         return batch_sums(model, bound, batch, config, kernel=kernel, virtual=virtual)
 
     return jax.jit(eval_step)
+
+
+def make_log_probs(
+    model: Model, config: Config, adapter: AdapterConfig | Trainable | None, places: int = 0
+) -> Callable:
+    """Make `log_probs(adapters, params, batch)`: log-probabilities of the supervised tokens, (b, t)
+    float32 and 0 elsewhere, in the micro-batches of the train step and without dropout.
+
+    adapter: settings of `adapters`; None: the parameters alone
+    places: placeholders of virtual tokens that the batch has before each text
+    """
+    rows = config.train.batch_size
+    pieces = rows // (config.train.micro_batch_size or rows)
+    compute = _compute(config, _kernel(model, config))
+
+    def of_micro(adapters, params, micro):
+        bound, virtual = params, None
+        if adapter is not None:
+            bound, virtual = bind(params, adapters, adapter), prefix(adapters, adapter)
+        micro = without_placeholders(micro, places - placeholders(virtual))
+        return run_model(model, bound, micro, compute, virtual).log_probs()
+
+    def log_probs(adapters, params, batch):
+        if pieces == 1 or len(batch["tokens"]) != rows:  # a batch of an evaluation
+            return of_micro(adapters, params, batch)
+        found = jax.lax.map(lambda micro: of_micro(adapters, params, micro), _split(batch, pieces))
+        return found.swapaxes(0, 1).reshape(batch["tokens"].shape)
+
+    return jax.jit(log_probs)
+
+
+def make_eval_pairs(model: Model, config: Config) -> Callable:
+    """Make `eval_pairs(adapters, params, batch)`: the sums of the objective's metrics over a batch,
+    and their weight, without dropout or label smoothing.
+    """
+    compute = _compute(config, _kernel(model, config))
+    settings = dataclasses.replace(config.objective, label_smoothing=0.0)
+    objective = objectives.from_config(dataclasses.replace(config, objective=settings))
+
+    def eval_pairs(adapters, params, batch):
+        bound = Bound(bind(params, adapters, config.adapter), prefix(adapters, config.adapter))
+        forward = Forward(model, compute, bound, params, None, batch)
+        _, weight, sums = objectives.checked(objective, forward, batch, jax.random.key(0))
+        return sums, weight
+
+    return jax.jit(eval_pairs)

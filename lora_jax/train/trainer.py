@@ -25,14 +25,16 @@ from lora_jax.report.usage import Clock, device_memory
 from lora_jax.report.window import Window
 from lora_jax.sharding import local_rows, place_batch
 from lora_jax.train import checkpoint, forecast, norms, predictions
-from lora_jax.train.evaluate import Evaluator, Scores
+from lora_jax.train.evaluate import Evaluator
 from lora_jax.train.interrupt import Interrupted, Signals
 from lora_jax.train.monitor import LossMonitor
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.outputs import Run
+from lora_jax.train.scored import Scores
 from lora_jax.train.step import make_train_step
 
 Line = dict[str, Any]  # of metrics.jsonl
+_NOTHING = 1e-6  # a loss that counts as 0
 
 
 @dataclass
@@ -147,6 +149,23 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def _check_first(measured: Mapping[str, float]) -> None:
+    """Raise if the first step of an objective that compares answers has nothing to learn.
+
+    Raises:
+        UserError: its loss is 0 and its accuracy 1.
+    """
+    if measured.get("accuracy") == 1 and abs(measured["loss"]) < _NOTHING:
+        margin = measured.get("margin", math.nan)
+        raise UserError(
+            f"the first step has loss {measured['loss']:.1g}, accuracy 1 and margin {margin:.4g}: "
+            "the model prefers every chosen answer already, and there is nothing to learn. With "
+            "objective.reference=start, the loss of DPO begins at log 2: another reference may be "
+            "no model for these data. Else lower objective.beta, or look at the pairs with "
+            "`lora-jax inspect`"
+        )
+
+
 @dataclass
 class _Trainer:
     """Takes the steps of a run in order."""
@@ -184,20 +203,25 @@ class _Trainer:
 
     def take_step(self) -> Line:
         """Take one optimizer step. Return the line for the steps since the last line."""
-        state, mesh = self.state, self.evaluator.mesh
-        rows = self.evaluator.config.train.batch_size
+        state, mesh, settings = self.state, self.evaluator.mesh, self.evaluator.config.train
+        rows = settings.batch_size
         batch = self.training.loader.batch(state.step, local_rows(rows, mesh))
         with self._compiling():
+            placed = place_batch(batch, mesh, rows)
+            if self.evaluator.reference is not None:
+                placed = self.evaluator.reference.attach(placed)
             state.adapters, state.opt_state, measured = self.step_fn(
                 state.adapters,
                 state.opt_state,
                 self.evaluator.model.params,
-                place_batch(batch, mesh, rows),
+                placed,
                 jax.random.fold_in(self.training.key, state.step + 1),
             )
         measured = {name: float(value) for name, value in measured.items()}
         state.scores = None
         self._check_loss(state.step + 1, measured["loss"], measured["grad_norm"])
+        if state.step == 0 and settings.compares_answers:
+            _check_first(measured)
         rate = float(self.schedule(state.step))
         state.step += 1
         state.supervised_tokens += measured["supervised_tokens"]
