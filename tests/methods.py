@@ -80,6 +80,7 @@ ROWS = {
     "LoRA-FA, DoRA, LoRA+": Row({"freeze_a": True, "use_dora": True, "lora_plus_ratio": 4.0}),
     "gaussian": Row({"init": "gaussian"}),
     "orthogonal": Row({"init": "orthogonal"}),
+    "zero_a": Row({"init": "zero_a"}),
     "PiSSA": Row({"init": "pissa"}, tied=True, start=SVD),
     "PiSSA, rsLoRA": Row({"init": "pissa", "use_rslora": True}, start=SVD),
     "PiSSA, LoRA-FA": Row({"init": "pissa", "freeze_a": True}, start=SVD),

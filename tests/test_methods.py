@@ -329,6 +329,24 @@ def test_gaussian_divides_by_the_rank_of_each_layer():
         assert not np.any(a[i, :, rank:])
 
 
+def test_zero_a_draws_the_other_half():
+    """lora_a is zero, lora_b uniform by the rank of its layer, and the model unchanged."""
+    params = toy(3, 40, 300)
+    config = AdapterConfig(rank=16, init="zero_a", rank_pattern={r"1\.q_proj": 4})
+    adapters = lora.init(jax.random.key(0), params, config)[1]
+    own = adapters["model"]["layers"]["q_proj"]
+    assert not np.any(own["lora_a"])
+    for i, rank in enumerate((16, 4, 16)):
+        values = np.asarray(own["lora_b"][i, :rank])
+        assert abs(values.std() * (3 * rank) ** 0.5 - 1) < 0.06
+        assert np.abs(values).max() <= rank**-0.5
+        assert not np.any(own["lora_b"][i, rank:])
+    merged = lora.merge(lora.bind(params, adapters, config))
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
+    with pytest.raises(UserError, match="init=zero_a and freeze_a=true"):
+        AdapterConfig(init="zero_a", freeze_a=True)
+
+
 def test_orthogonal_halves_have_no_product_at_any_rank_of_a_stack(error):
     params = toy(3, 40, 30)
     config = AdapterConfig(

@@ -2,6 +2,7 @@
 
     default      lora_a uniform in +-1/sqrt(in) (PEFT's Kaiming with a = sqrt(5)), lora_b zero
     gaussian     lora_a normal with standard deviation 1/rank, lora_b zero
+    zero_a       lora_a zero, lora_b uniform in +-1/sqrt(rank) (arXiv 2406.08447, "Init[B]")
     orthogonal   both random, with lora_a @ lora_b = 0
     pissa        the largest singular values and vectors of the weight (arXiv 2404.02948)
     olora        the first rows and columns of its QR factors (arXiv 2406.01775)
@@ -53,6 +54,10 @@ def draw(
                 mine = target.per_layer([own == rank for own in target.ranks])
                 a = jnp.where(mine, _pad(halves[0], a_shape), a)
                 b = jnp.where(mine, _pad(halves[1], b_shape), b)
+        case "zero_a":
+            ranks = jnp.maximum(target.per_layer(target.ranks), 1)
+            a = jnp.zeros(a_shape)
+            b = jax.random.uniform(own, b_shape, minval=-1.0, maxval=1.0) / jnp.sqrt(ranks)
         case _ if target.leaf == "embedding":
             a, b = jnp.zeros(a_shape), jax.random.normal(own, b_shape)
         case "gaussian":

@@ -58,9 +58,10 @@ def inspect(config: Config, console: Console, examples: int = 3) -> Report:
         config=config,
         records=records,
         shown=[
-            show(example, session.tokenizer, model.labels)
+            shown
             for one in train.sets.values()
             for example in one.examples[:examples]
+            for shown in show_all(example, session.tokenizer, model.labels)
         ],
         sets=measured,
         repeats=find_repeats(training),
@@ -80,6 +81,21 @@ def _first_block(source: str, encoder: sets.Encoder) -> tuple[int, TrainData]:
             "data.max_length and data.on_bad_row"
         )
     return len(block), TrainData({source: DataSet([], examples)}, {source: 1.0})
+
+
+def show_all(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> list[Shown]:
+    """Return an example as text; of a pair both texts, and of an answer with a label the answer."""
+    if example.second_start is None:
+        return [show(example, tokenizer, labels)]
+    first, second = (show(text, tokenizer) for text in example.texts)
+    names = {data.CHOSEN: "chosen", data.REJECTED: "rejected"}
+    if example.roles[1] == data.OTHER:
+        label = "true" if example.roles[0] == data.CHOSEN else "false"
+        return [dataclasses.replace(first, where=f"{first.where}, label {label}")]
+    return [
+        dataclasses.replace(one, where=f"{one.where}, {names[role]}")
+        for one, role in zip((first, second), example.roles, strict=True)
+    ]
 
 
 def show(example: data.Example, tokenizer: Any, labels: Sequence[str] = ()) -> Shown:

@@ -51,12 +51,16 @@ class AdapterConfig:
     # DoRA: train the norm of every column on its own; may help at low ranks, and makes steps
     # slower (arXiv 2402.09353)
     use_dora: bool = option(False, methods=_LORA)
-    # start of lora_a and lora_b. default: as in PEFT. pissa, olora, lora_ga: from a part of the
+    # start of lora_a and lora_b. default: as in PEFT. zero_a: lora_a is zero and lora_b random, for
+    # runs that must not depend on the order of devices. pissa, olora, lora_ga: from a part of the
     # base, for faster progress. loftq: from the error of a quantised base. eva, lora_ga: look at
     # data first. docs/methods.md
     init: str = option(
         "default",
-        choices=("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"),
+        choices=(
+            *("default", "gaussian", "orthogonal", "zero_a", "pissa", "olora", "loftq", "eva"),
+            "lora_ga",
+        ),
         methods=_LORA,
     )
     # batches of data.train that init=eva and lora_ga look at; more give a steadier start
@@ -203,6 +207,8 @@ def _method_problems(adapter: AdapterConfig) -> Iterable[str]:
                 f"{name}={value!r} is for method={' or '.join(rule.methods)}, and this is "
                 f"method={method}; leave one out"
             )
+    if adapter.init == "zero_a" and adapter.freeze_a:
+        yield "init=zero_a and freeze_a=true: lora_a would stay zero and nothing learn; drop one"
     if adapter.trains_vera and adapter.alpha != default["alpha"]:
         yield f"alpha={adapter.alpha!r} is for method=lora, and this is method=vera; leave one out"
     if adapter.trains_vera and adapter.ensure_weight_tying:

@@ -23,7 +23,7 @@ _SIZES = (
     *("rank", "alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern"),
     *("alpha_pattern", "dropout", "use_rslora", "freeze_a", "lora_plus_ratio"),
 )
-_ZERO_UPDATE = ("default", "gaussian")  # inits with a zero factor
+_ZERO_UPDATE = ("default", "gaussian", "zero_a")  # inits with a zero factor
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:

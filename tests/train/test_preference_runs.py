@@ -1,15 +1,20 @@
 """Runs on preferences: the first loss, what they learn, resuming, references, mistakes."""
 
+import json
+import math
+import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 import yaml
 
-from lora_jax.cli import train_main
+from lora_jax.cli import main, train_main
 from lora_jax.report.journal import read_lines
 
 from .test_resume import interrupted as interrupted  # a fixture
+from .test_resume import trace
 from .tiny import write_model, write_rows
 
 LN_2 = float(np.log(np.float32(2)))
