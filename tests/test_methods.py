@@ -16,6 +16,7 @@ from lora_jax import AdapterConfig, Config, lora, tree
 from lora_jax.adapters import low_rank as low_rank
 from lora_jax.adapters.inits import draw
 from lora_jax.config import TrainConfig
+from lora_jax.errors import UserError
 from lora_jax.models import describe
 from lora_jax.quantize import SCHEMES, dequantize, quantize, quantize_tree
 from lora_jax.targets import find_trainable

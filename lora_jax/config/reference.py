@@ -18,9 +18,9 @@ Setting = tuple[str, str, str, str]  # key, type, default as in YAML, comment
 
 _HEAD = """# Configuration
 
-Every setting, from `lora_jax/config/settings.py` and `adapter.py`. Write it in the YAML file of a
-run, or give it on the command line, as in `train.steps=10`; `null` is nothing set. An unknown key
-is an error.
+Every setting, from `settings.py`, `adapter.py` and `objective.py` of `lora_jax/config`. Write it in
+the YAML file of a run, or give it on the command line, as in `train.steps=10`; `null` is nothing
+set. An unknown key is an error.
 
 This page is generated: `python -m lora_jax.config.reference > docs/configuration.md`"""
 _COLUMNS = ("key", "type", "default", "values", "meaning")

@@ -29,7 +29,8 @@ from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.report.progress import Display
 from lora_jax.session import Session
-from lora_jax.train.environment import describe_adapters, digest_content, environment
+from lora_jax.train.checksums import digest_leaves
+from lora_jax.train.environment import digest_content, environment
 from lora_jax.train.step import make_log_probs
 
 FILE = "reference.safetensors"  # of a run: the adapters of its reference
@@ -61,8 +62,8 @@ class Reference:
 
     @cached_property
     def identity(self) -> Any:
-        """Settings and weights of its adapters; None if the base is the same model."""
-        return self.settings and describe_adapters(self.settings, self.adapters)
+        """Settings and digest of its adapters; None for the base alone."""
+        return self.settings and [dataclasses.asdict(self.settings), digest_leaves(self.adapters)]
 
     def attach(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Return a batch on the mesh with its reference log-probabilities."""

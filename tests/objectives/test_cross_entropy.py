@@ -119,6 +119,37 @@ def test_smoothed_loss_and_gradients_are_those_of_torch(make):
         assert metrics.keys() - OWN == {*objectives.metric_names(config)}
 
 
+def test_z_loss_and_gradients_are_those_of_all_logits():
+    """The objective adds the squared logarithm of the softmax's denominator; `loss` has none."""
+    config, model, (batch, _) = decoder()
+    extra = ("train.z_loss=0.05", "adapter.rank=4", "adapter.target_modules=[q_proj, lm_head]")
+    config = settings(*extra)
+    _, start = methods.init(jax.random.key(0), model.params, config.adapter)
+    adapters = random_adapters(start)
+    weights = batch["loss_weights"][:, 1:]
+
+    def dense(adapters):
+        bound = methods.bind(model.params, adapters, config.adapter)
+        inputs = {name: batch[name] for name in ("positions", "segment_ids")}
+        logits = model.apply(bound, batch["tokens"], **inputs)[:, :-1]
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        nll = log_z - jnp.take_along_axis(logits, batch["tokens"][:, 1:, None], -1)[..., 0]
+        smoothed = (1 - SMOOTHING) * nll + SMOOTHING * (log_z - logits.mean(-1))
+        total, plain, squares = (
+            (weights * x).sum() / weights.sum() for x in (smoothed + 0.05 * log_z**2, nll, log_z**2)
+        )
+        return total, (plain, squares)
+
+    (_, (plain, squares)), slopes = jax.jit(jax.value_and_grad(dense, has_aux=True))(adapters)
+    step = make_train_step(model, config, KEEP_GRADIENT)
+    own, state = (jax.tree.map(jnp.copy, adapters) for _ in range(2))
+    _, found, metrics = step(own, state, model.params, batch, jax.random.key(0))
+    assert distance(found, slopes) <= 1e-5
+    assert distance(metrics["loss"], plain) <= 1e-5
+    assert distance(metrics["z_loss"], squares) <= 1e-5
+    assert metrics.keys() - OWN == {*objectives.metric_names(config)}
+
+
 def test_smoothing_holds_no_more_logits_than_a_chunk():
     """Temporary memory grows by less than the logits of one chunk."""
     model = make_model(vocab_size=4096, num_hidden_layers=1)

@@ -112,6 +112,7 @@ CASES = {
 }
 
 
+@pytest.mark.long_table(5)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_trl(model, case):
     """The loss of a step over two micro-batches is the mean of TRL's losses of both, and gradients
@@ -164,12 +165,13 @@ def test_without_log_probabilities_the_reference_is_the_frozen_model(model, obje
         [[PAIR], [PAIR], [PAIR], [PAIR]] if objective == "dpo" else [[GOOD, BAD]] * 4
     )
     alone = {name: x for name, x in batch.items() if name != "reference_log_probs"}
-    reference = run_model(model, model.params, batch, Compute()).log_probs()
+    of_base = jax.jit(lambda params: run_model(model, params, batch, Compute()).log_probs())
+    reference = of_base(model.params)
     _, start = methods.init(jax.random.key(0), model.params, config.adapter)
-    step = make_train_step(model, config, KEEP_GRADIENT)
+    step, adapters = make_train_step(model, config, KEEP_GRADIENT), random_adapters(start)
     found = []
     for given in (alone, alone | {"reference_log_probs": reference}):
-        own, state = (random_adapters(start) for _ in range(2))
+        own, state = (jax.tree.map(jnp.copy, adapters) for _ in range(2))
         _, slopes, metrics = step(own, state, model.params, given, jax.random.key(0))
         found.append((slopes, metrics))
     assert distance(found[0], found[1]) <= 1e-6
@@ -182,8 +184,12 @@ def test_metrics_are_those_of_the_pairs(model):
     batch = make_batch([[PAIR, PAIR], [PAIR], [PAIR], []])
     _, start = methods.init(jax.random.key(0), model.params, config.adapter)
     adapters = random_adapters(start)
-    bound = methods.bind(model.params, adapters, config.adapter)
-    values = torch.tensor(np.asarray(run_model(model, bound, batch, Compute()).log_probs()))
+
+    def log_probs(adapters):
+        bound = methods.bind(model.params, adapters, config.adapter)
+        return run_model(model, bound, batch, Compute()).log_probs()
+
+    values = torch.tensor(np.asarray(jax.jit(log_probs)(adapters)))
     reference = torch.tensor(batch["reference_log_probs"])
     chosen, rejected = as_texts(values, batch, PAIR).sum(1).chunk(2)
     gains = as_texts(values - reference, batch, PAIR).sum(1).chunk(2)

@@ -1,4 +1,4 @@
-"""Losses of DPO over five steps by the order of eight virtual devices, as one JSON object."""
+"""Losses of DPO over five steps by the order and grouping of eight virtual devices, as JSON."""
 
 import json
 import sys
@@ -21,6 +21,7 @@ MESHES = {  # order of the devices, and axes
     "as they are": (range(8), (2, 2, 2)),
     "permuted": ((3, 7, 0, 5, 2, 6, 1, 4), (2, 2, 2)),
     "regrouped": (range(8), (1, 8, 1)),
+    "one device": (range(1), (1, 1, 1)),
 }
 MODEL = {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8}
 
