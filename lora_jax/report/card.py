@@ -9,6 +9,7 @@ from lora_jax import data
 from lora_jax.config import AdapterConfig, Config, DataConfig, TrainConfig
 from lora_jax.formats import card
 from lora_jax.models.common import Model
+from lora_jax.report.console import name_metric
 
 Results = Mapping[str, Mapping[str, Any] | None]  # task, regression: as in summary.json
 
@@ -71,7 +72,7 @@ def _scores(results: Results | None):
     for name, label in _LABELS.items():
         found = (results or {}).get(name) or {}
         for key in (key.removesuffix("_after") for key in found if key.endswith("_after")):
-            unit = "loss (nats per token)" if key == "loss" else key.replace("_", " ")
+            unit = name_metric(key, found)
             yield f"{label}: {unit}", found[f"{key}_before"], found[f"{key}_after"]
 
 

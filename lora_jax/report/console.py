@@ -32,7 +32,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     labels = {"task": "held-out task", "regression": "regression set"}
     for name, label in labels.items():
         for key in [key.removesuffix("_after") for key in summary[name] or () if "_after" in key]:
-            unit = "loss (nats per token)" if key == "loss" else key.replace("_", " ")
+            unit = name_metric(key, summary[name])
             values = (summary[name][f"{key}_before"], summary[name][f"{key}_after"])
             cells = ("-" if value is None else f"{value:.4f}" for value in values)
             table.add_row(f"{label}: {unit}", *cells)
@@ -49,6 +49,15 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         f"adapter {summary['adapter_bytes'] / 1e6:.2f} MB, checkpoint "
         f"{summary['checkpoint_bytes'] / 1e6:.2f} MB"
     )
+
+
+def name_metric(key: str, pair: Mapping[str, Any]) -> str:
+    """Return the label of a metric of a held-out set, whose summary is `pair`. The loss of answers
+    to compare, which have a margin, is not per token.
+    """
+    if key == "loss" and "margin_after" not in pair:
+        return "loss (nats per token)"
+    return key.replace("_", " ")
 
 
 def print_samples(console: Console, samples: Sequence[Answer]) -> None:

@@ -30,10 +30,10 @@ from lora_jax.models.common import Model
 from lora_jax.report.progress import Display
 from lora_jax.session import Session
 from lora_jax.train.checksums import digest_leaves
-from lora_jax.train.environment import digest_content, environment
+from lora_jax.train.environment import digest_content, environment, starts_as_base
 from lora_jax.train.step import make_log_probs
 
-FILE = "reference.safetensors"  # of a run: the adapters of its reference
+FILE = "reference.bin"  # of a run: the adapters of its reference
 Given = tuple[Mapping, AdapterConfig]  # adapters with their settings
 _CHECKSUM = 32  # bytes of a sha256
 
@@ -85,14 +85,29 @@ class Reference:
             write_atomic(file, checksum, content, partial=f".{FILE}")
 
 
-def load_saved(file: Path) -> Given | None:
-    """Return the adapters that `Reference.save` wrote, and their settings; None without a file.
+def own_reference(config: Config, adapters: Mapping) -> Given | None:
+    """Return the adapters of `objective.reference=start`, where these change the base."""
+    wanted = config.train.needs_reference and config.objective.reference == "start"
+    return (adapters, config.adapter) if wanted and not starts_as_base(config.adapter) else None
+
+
+def saved_reference(config: Config, file: Path) -> Given | None:
+    """Return the adapters of the reference of a resumed run; None where it is the base.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: as `load_saved`.
     """
-    if not file.exists():
-        return None
+    name = config.objective.reference
+    is_base = name == "base" or (name == "start" and starts_as_base(config.adapter))
+    return None if is_base or not config.train.needs_reference else load_saved(file)
+
+
+def load_saved(file: Path) -> Given:
+    """Return the adapters that `Reference.save` wrote, and their settings.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     try:
         content = file.read_bytes()
         checksum, content = content[:_CHECKSUM], content[_CHECKSUM:]
@@ -104,8 +119,8 @@ def load_saved(file: Path) -> Given | None:
         settings = AdapterConfig(**json.loads(header["__metadata__"]["settings"]))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"{file} is damaged ({error}), and without it the run has lost its reference: start a "
-            "new one"
+            f"{file} holds the reference of the run and is missing or damaged ({error}): start a "
+            "new run"
         ) from error
     return tree.unflatten({tuple(name.split(".")): x for name, x in arrays.items()}), settings
 

@@ -11,20 +11,24 @@ from jax.sharding import Mesh
 
 from lora_jax import adapters as methods
 from lora_jax import data
-from lora_jax.config import Config
 from lora_jax.report import journal
 from lora_jax.report.console import describe_share
 from lora_jax.report.progress import Display
 from lora_jax.report.window import Window
 from lora_jax.session import Session
 from lora_jax.train import base, base_scores, calibration, checkpoint, setup
-from lora_jax.train.environment import starts_as_base
 from lora_jax.train.evaluate import Evaluator, make_evaluator
 from lora_jax.train.monitor import LossMonitor
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.outputs import Run
 from lora_jax.train.ready import Ready
-from lora_jax.train.reference import FILE, Given, load_saved, make_reference
+from lora_jax.train.reference import (
+    FILE,
+    Given,
+    make_reference,
+    own_reference,
+    saved_reference,
+)
 from lora_jax.train.scored import Scores
 from lora_jax.train.trainer import Line, State, place_state
 
@@ -75,7 +79,7 @@ def fresh_start(ready: Ready, mesh: Mesh, display: Display) -> Start:
     setup.check_training(session)
     adapters = session.loaded or adapters
     state = place_state(config, session.model, mesh, optimizer, adapters)
-    given = ready.reference or _own_reference(config, adapters)
+    given = ready.reference or own_reference(config, adapters)
     evaluator, examples = _prepare(ready, session, params, given, display)
     with jax.set_mesh(mesh):
         before = _measure_before(evaluator, state, ready.fingerprint)
@@ -104,7 +108,7 @@ def resumed_start(
     for name in journal.LOGS:
         journal.cut_back(run.output / name, last)
     params = base.reload_base(config, session.source, model, mesh, state.adapters, display)
-    given = load_saved(run.output / FILE) if config.train.needs_reference else None
+    given = saved_reference(config, run.output / FILE)
     evaluator, examples = _prepare(ready, session, params, given, display)
     before = Scores(**record["before"]) if record["before"] else None
     scored = f"; before: {before.describe()}" if before else ""
@@ -136,14 +140,6 @@ def _restore(
         monitor=LossMonitor(**record["watch"]),
         window=Window(**record.get("window", {})),
     )
-
-
-def _own_reference(config: Config, adapters: Mapping) -> Given | None:
-    """Return the adapters of `objective.reference`: start, where these change the base."""
-    wanted = config.train.needs_reference and config.objective.reference == "start"
-    if not wanted or starts_as_base(config.adapter):
-        return None
-    return adapters, config.adapter
 
 
 def _prepare(

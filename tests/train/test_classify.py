@@ -192,6 +192,7 @@ def test_inspect_shows_labels(files, capsys):
     ("options", "message"),
     [
         (("data.regression=x.jsonl",), "data.regression='x.jsonl' is for models that write text"),
+        (("train.objective=dpo",), "train.objective=dpo compares answers, and"),
         (("data.system_prompt=x",), "data.system_prompt='x' is for models that write text"),
         (("data.streaming=true",), "list them in data.labels"),
         (("data.labels=[animal]",), "at least two are needed"),

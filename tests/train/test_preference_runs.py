@@ -6,12 +6,17 @@ import os
 import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 
+from lora_jax import config as configs
+from lora_jax import objectives
 from lora_jax.cli import main, train_main
+from lora_jax.errors import UserError
 from lora_jax.report.journal import read_lines
+from lora_jax.train import loop
 
 from .test_resume import interrupted as interrupted  # a fixture
 from .test_resume import trace
@@ -49,21 +54,21 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """`run.yaml` over pairs, `pairs.jsonl` and `judged.jsonl`, and `sft`, an adapter."""
+    """`run.yaml` over pairs, `pairs.jsonl` and `judged.jsonl`, and `tuned`, an adapter that
+    prefers every chosen answer.
+    """
     directory = tmp_path_factory.mktemp("preference")
     model = write_model(directory / "model", num_hidden_layers=1)
     rows = str(write_rows(directory / "pairs.jsonl", PAIRS))
     write_rows(directory / "judged.jsonl", JUDGED)
     one = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
-    answers = str(write_rows(directory / "one.jsonl", one))
+    write_rows(directory / "one.jsonl", one)
     data = {"train": rows, "eval": rows, "max_length": 224}
     content = {"model": str(model), "data": data, **SETTINGS}
     (directory / "run.yaml").write_text(yaml.safe_dump(content))
-    alone = ("train.objective=sft", "eval.before=false", "train.eval_every=null")
-    sources = (f"data.train={answers}", "data.eval=null", "train.learning_rate=3e-2")
-    sources += ("train.steps=12", "train.save_every=12")
-    train(directory, directory / "sft-run", *alone, *sources)
-    shutil.move(directory / "sft-run" / "adapter", directory / "sft")
+    alone = ("eval.before=false", "train.eval_every=null", "data.eval=null", "train.steps=10")
+    train(directory, directory / "tuning", *alone, "train.save_every=10")
+    shutil.move(directory / "tuning" / "adapter", directory / "tuned")
     return directory
 
 
@@ -79,9 +84,9 @@ STARTS = {
     "dora": ("adapter.use_dora=true",),
     "nf4": ("base_dtype=nf4",),
     "pissa": ("adapter.init=pissa",),
-    "sft": ("adapter.path={files}/sft", "adapter.rank=8"),
+    "tuned": ("adapter.path={files}/tuned",),
     "stream": ("data.streaming=true", "data.stream_rows=6"),
-    "stream-sft": ("data.streaming=true", "data.stream_rows=6", "adapter.path={files}/sft"),
+    "stream-tuned": ("data.streaming=true", "data.stream_rows=6", "adapter.path={files}/tuned"),
     "prompt": ("adapter.method=prompt", "adapter.num_virtual_tokens=3"),
 }
 
@@ -90,8 +95,6 @@ STARTS = {
 @pytest.mark.parametrize("case", STARTS)
 def test_the_first_loss_is_log_2_exactly(files, tmp_path, case):
     overrides = [one.format(files=files) for one in STARTS[case]]
-    if case == "sft":
-        overrides.pop()
     first, second, _ = train(files, tmp_path / "out", *overrides)
     assert first["loss"] == LN_2
     assert first["margin"] == first["accuracy"] == first["kl"] == 0
@@ -100,19 +103,23 @@ def test_the_first_loss_is_log_2_exactly(files, tmp_path, case):
 
 
 @pytest.mark.long_table(2)
-@pytest.mark.parametrize("case", ["packed", "kto", "stream-sft"])
+@pytest.mark.parametrize("case", ["packed", "kto", "stream-tuned"])
 def test_a_resumed_run_is_the_same_to_the_bit(files, tmp_path, interrupted, case):
     """The reference of a stream is in the directory of the run; its adapter may be gone."""
     overrides = {
         "packed": ("adapter.use_dora=true", "train.steps=5"),
         "kto": ("train.objective=kto", *(f"data.{x}={files / 'judged.jsonl'}" for x in SETS)),
-        "stream-sft": ("data.streaming=true", "data.stream_rows=6", f"adapter.path={files}/sft"),
+        "stream-tuned": (
+            "data.streaming=true",
+            "data.stream_rows=6",
+            f"adapter.path={files}/tuned",
+        ),
     }[case]
     config = files / "run.yaml"
     assert train_main(["--config", str(config), f"output_dir={tmp_path / 'a'}", *overrides]) == 0
     interrupted(config, tmp_path / "b", 1, *overrides)
-    if case == "stream-sft":
-        assert (tmp_path / "b" / "reference.safetensors").exists()
+    if case == "stream-tuned":
+        assert (tmp_path / "b" / "reference.bin").exists()
     shutil.rmtree(os.environ["LORA_JAX_CACHE"], ignore_errors=True)
     command = ["--config", str(config), f"output_dir={tmp_path / 'b'}", *overrides]
     assert train_main([*command, "resume=true"]) == 0
@@ -171,8 +178,8 @@ def test_a_stream_computes_what_the_cache_holds(files, tmp_path):
 
 def test_references(files, tmp_path):
     """`base` and a directory are other models than the adapter that the run begins with."""
-    path = ("train.steps=1", f"adapter.path={files}/sft")
-    references = {"start": "start", "base": "base", "own": f"{files}/sft"}
+    path = ("train.steps=1", f"adapter.path={files}/tuned")
+    references = {"start": "start", "base": "base", "own": f"{files}/tuned"}
     start, base, own = (
         train(files, tmp_path / name, *path, f"objective.reference={reference}")[0]
         for name, reference in references.items()
@@ -180,12 +187,14 @@ def test_references(files, tmp_path):
     assert start["loss"] == own["loss"] == LN_2
     assert abs(base["loss"] - LN_2) > 1e-3 and base["kl"] > 1e-4
     # The adapter is the reference of a run that begins with the base.
-    (line,) = train(files, tmp_path / "fresh", "train.steps=1", f"objective.reference={files}/sft")
+    (line,) = train(
+        files, tmp_path / "fresh", "train.steps=1", f"objective.reference={files}/tuned"
+    )
     assert line["margin"] == pytest.approx(-base["margin"], rel=1e-4)
 
 
 def test_a_first_step_with_nothing_to_learn_stops_the_run(files, tmp_path, capsys):
-    path = (f"adapter.path={files}/sft", "objective.reference=base", "objective.beta=1000")
+    path = (f"adapter.path={files}/tuned", "objective.reference=base", "objective.beta=1000")
     command = ["--config", str(files / "run.yaml"), f"output_dir={tmp_path / 'out'}", *path]
     assert train_main([*command, "eval.before=false"]) == 2
     error = capsys.readouterr().err
@@ -225,7 +234,7 @@ def test_mistakes(files, tmp_path, capsys, overrides, message):
 
 def test_a_reference_that_does_not_fit_the_model(files, tmp_path, capsys):
     other = write_model(tmp_path / "other", num_hidden_layers=1, hidden_size=64)
-    overrides = [f"objective.reference={files}/sft", f"model={other}"]
+    overrides = [f"objective.reference={files}/tuned", f"model={other}"]
     command = ["--config", str(files / "run.yaml"), f"output_dir={tmp_path / 'out'}", *overrides]
     assert train_main(command) == 2
     assert "lora_A" in capsys.readouterr().err
@@ -243,3 +252,37 @@ def test_commands_that_look_show_pairs(files, capsys):
     assert main([*command, "train.objective=kto", *judged]) == 0
     text = capsys.readouterr().out
     assert "judged.jsonl:1, label false: " in text and "judged.jsonl:2, label true: " in text
+
+
+def test_a_run_without_its_reference_does_not_resume(files, tmp_path, interrupted, capsys):
+    overrides = (f"adapter.path={files}/tuned", "data.eval=null", "train.eval_every=null")
+    output = interrupted(files / "run.yaml", tmp_path / "out", 1, *overrides)
+    content = (output / "reference.bin").read_bytes()
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), None):
+        (output / "reference.bin").unlink()
+        if damaged is not None:
+            (output / "reference.bin").write_bytes(damaged)
+        command = ["--config", str(files / "run.yaml"), f"output_dir={output}", *overrides]
+        assert train_main([*command, "resume=true"]) == 2
+        error = capsys.readouterr().err
+        assert "reference.bin holds the reference of the run" in error
+
+
+def test_an_objective_of_ones_own_gets_pairs_and_their_reference(files, tmp_path):
+    def hinge(forward, batch, key):
+        gains = forward(forward.bound, batch).log_probs() - batch["reference_log_probs"]
+        chosen, rejected, some = (
+            objectives.pair_sums(values, batch, role)
+            for values, role in ((gains, 1), (gains, 2), (batch["roles"], 1))
+        )
+        losses = jnp.maximum(1 - 0.5 * (chosen - rejected), 0)
+        return jnp.sum(jnp.where(some > 0, losses, 0)), objectives.count_pairs(batch), {}
+
+    overrides = [f"output_dir={tmp_path / 'out'}", "data.eval=null", "train.eval_every=null"]
+    config = configs.load(str(files / "run.yaml"), overrides)
+    loop.run(config, objective=hinge)
+    first, *_, last = read_lines(tmp_path / "out" / "metrics.jsonl")
+    assert first["loss"] == 1.0 > last["loss"]
+    config = configs.load(str(files / "run.yaml"), [*overrides, "objective.beta=0.2"])
+    with pytest.raises(UserError, match="objective.beta=0.2: these are read by the dpo"):
+        loop.run(config, objective=hinge)
