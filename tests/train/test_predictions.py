@@ -152,7 +152,7 @@ def test_a_damaged_entry_is_ignored(run, files, cache, tmp_path, monkeypatch, ca
             "flip": content.replace('"task": ', '"task": 1'),
             "cut": content[:-20],
             "empty": "",
-            "other": f"{base_scores._digest('[1]')}\n[1]",
+            "other": f"{base_scores.digest_content('[1]')}\n[1]",
             "directory": None,
         }[damage]
         one.unlink()

@@ -91,7 +91,7 @@ STARTS = {
 }
 
 
-@pytest.mark.long_table(4)
+@pytest.mark.long_table(3)
 @pytest.mark.parametrize("case", STARTS)
 def test_the_first_loss_is_log_2_exactly(files, tmp_path, case):
     overrides = [one.format(files=files) for one in STARTS[case]]
@@ -163,6 +163,7 @@ def test_metrics_and_summary_of_a_run(files, tmp_path):
     assert abs(summary["regression"]["loss_before"] - math.log(2)) > 1  # a cross-entropy
 
 
+@pytest.mark.slow
 def test_a_stream_computes_what_the_cache_holds(files, tmp_path):
     """Data in the order of the file are the same steps, streamed or cached."""
     order = ("data.shuffle=false", "data.packing=false", "train.steps=2", "data.max_length=128")
@@ -202,7 +203,7 @@ def test_a_first_step_with_nothing_to_learn_stops_the_run(files, tmp_path, capsy
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-@pytest.mark.long_table(6)
+@pytest.mark.long_table(4)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
