@@ -39,8 +39,8 @@ def options():
 def unknown_names(text, section=""):
     """Settings and commands in inline code that do not exist.
 
-    `section.name` is a setting, and so is the name before `=` or `: `; `*.py` and `*.gguf` are files. On a page
-    about a section its settings have no prefix.
+    `section.name` is a setting, and so is the name before `=` or `: `; `*.py` and `*.gguf` are
+    files. On a page about a section its settings have no prefix.
     """
     wrong = []
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
@@ -50,7 +50,11 @@ def unknown_names(text, section=""):
         wrong += [code for w in words if w.startswith("--") and w not in options()]
         for word in words[2:] or [code]:
             name = re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)*)(=|: |$)", word)
-            if name and not word.endswith((".py", ".gguf")) and not {name[1], section + name[1]} & KEYS:
+            if (
+                name
+                and not word.endswith((".py", ".gguf"))
+                and not {name[1], section + name[1]} & KEYS
+            ):
                 first = name[1].partition(".")
                 wrong += [code] * (first[0] in SECTIONS and bool(first[1]) or bool(name[2]))
     return wrong

@@ -48,6 +48,11 @@ def run(options: argparse.Namespace) -> None:
     length = _length(options.max_model_len, described)
     texts = make_texts(formats.load_tokenizer(source), formats.stop_tokens(source))
     base = options.served_model_name or _public(options.model, source)
+    if base in folder.names():
+        raise UserError(
+            f"--adapter-root has an adapter with the name of the base, {base}; rename one of them, "
+            "with --served-model-name"
+        )
     settings = Settings(
         base,
         int((source / "config.json").stat().st_mtime),

@@ -39,7 +39,7 @@ def free_port():
 
 def start(files, port, *more):
     arguments = ["serve", "--model", files[0], "--adapter-root", files[1], "--port", port]
-    arguments += ["--max-num-seqs", 2, "--max-model-len", 4000, "--max-loras", 2, *more]
+    arguments += ["--max-num-seqs", 2, "--max-model-len", 2000, "--max-loras", 2, *more]
     return subprocess.Popen(
         [sys.executable, "-m", "lora_jax", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -61,7 +61,7 @@ def get(port, path, body=None):
 
 
 def test_it_opens_answers_drains_and_ends(files):
-    """The port is open while programs are compiled; a request that runs at SIGTERM is answered."""
+    """The port is open while programs are compiled; requests that run at SIGTERM are answered."""
     port = free_port()
     process = start(files, port)
     try:
@@ -73,15 +73,24 @@ def test_it_opens_answers_drains_and_ends(files):
             "tiny",
             "a1",
         ]
-        body = {"model": "a1", "prompt": "hello", "max_tokens": 3000, "ignore_eos": True}
-        found = []
-        thread = threading.Thread(target=lambda: found.append(get(port, "/v1/completions", body)))
-        thread.start()
-        until(lambda: "num_requests_running 1" in get(port, "/metrics")[1])
+        body = {"model": "a1", "prompt": "hello", "max_tokens": 1800, "ignore_eos": True}
+        found = {}
+
+        def ask(stream):
+            found[stream] = get(port, "/v1/completions", {**body, "stream": stream})
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+        for thread in threads:
+            thread.start()
+        until(lambda: "num_requests_running 2" in get(port, "/metrics")[1])
         process.send_signal(signal.SIGTERM)
         until(lambda: get(port, "/health")[0] != 200)
-        thread.join(120)
-        assert found[0][0] == 200 and json.loads(found[0][1])["usage"]["completion_tokens"] == 3000
+        for thread in threads:
+            thread.join(120)
+        assert found[False][0] == found[True][0] == 200
+        assert json.loads(found[False][1])["usage"]["completion_tokens"] == 1800
+        assert found[True][1].rstrip().endswith("data: [DONE]")
+        assert '"finish_reason":"length"' in found[True][1]
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -118,6 +127,7 @@ def test_a_port_that_is_taken(files):
     [
         ({"--model": "nothing"}, "model='nothing' does not exist"),
         ({"--adapter-root": "nothing"}, "there is no such directory"),
+        ({"--served-model-name": "a1"}, "an adapter with the name of the base, a1"),
         ({"--max-lora-rank": "0"}, "must be at least 1"),
         ({"--timeout": "0"}, "must be above 0"),
         ({"--port": "x"}, "is no whole number"),
