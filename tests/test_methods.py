@@ -536,6 +536,7 @@ def test_every_row_is_a_different_combination():
     assert all(one != other for one, other in itertools.combinations(rows, 2))
     assert {row.config.init for row in ROWS.values()} == {
         "default",
+        "zero_a",
         "gaussian",
         "orthogonal",
         "pissa",

@@ -169,8 +169,9 @@ def _cut(target: Target, leaves: Leaves, limit: int) -> dict[Path, np.ndarray]:
 
 
 def with_one_scale(leaves: Leaves, found: Trainable) -> tuple[dict[Path, Any], Trainable]:
-    """Return the adapters with one rank and one alpha for all modules, for readers that know no
-    patterns: padded to the largest rank, with the rest of every scale in `lora_b`.
+    """Return the adapters with one rank, one alpha and the scale alpha / rank for all modules, for
+    readers that know neither patterns nor rsLoRA: padded to the largest rank, with the rest of
+    every scale in `lora_b`.
     """
     config, small, targets = found.config, dict(leaves), []
     rank = max(target.rank for target in found.targets)
@@ -178,7 +179,7 @@ def with_one_scale(leaves: Leaves, found: Trainable) -> tuple[dict[Path, Any], T
         ranks = tuple(rank if own else 0 for own in target.ranks)
         alphas = (config.alpha,) * len(ranks)
         uniform = dataclasses.replace(target, ranks=ranks, alphas=alphas)
-        old, new = target.scales(config.use_rslora), uniform.scales(config.use_rslora)
+        old, new = target.scales(config.use_rslora), uniform.scales(False)
         factor = np.divide(old, new, out=np.zeros_like(old), where=new > 0)
         a, b = (np.asarray(leaves[(*target.path, leaf)]) for leaf in ("lora_a", "lora_b"))
         missing = rank - a.shape[-1]
@@ -187,4 +188,5 @@ def with_one_scale(leaves: Leaves, found: Trainable) -> tuple[dict[Path, Any], T
         small[(*target.path, "lora_b")] = np.pad(b * factor, (*lead, (0, missing), (0, 0)))
         targets.append(uniform)
     config = dataclasses.replace(config, rank=rank, rank_pattern={}, alpha_pattern={})
+    config = dataclasses.replace(config, use_rslora=False)
     return small, dataclasses.replace(found, config=config, targets=tuple(targets))

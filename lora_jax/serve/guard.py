@@ -71,8 +71,9 @@ class Guard:
         finally:
             self._metrics.answered(status)
             seconds = time.monotonic() - began
-            line = f"{scope['method']} {scope['path']} {status} {seconds:.2f} s"
-            print(line.encode("ascii", "backslashreplace").decode(), file=sys.stderr, flush=True)
+            path = scope["path"].encode("unicode_escape").decode()  # one line, whatever it has
+            line = f"{scope['method']} {path} {status} {seconds:.2f} s"
+            print(line, file=sys.stderr, flush=True)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if int(headers.get(b"content-length") or 0) > self._max_body:

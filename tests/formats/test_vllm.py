@@ -60,7 +60,8 @@ def served(params, directory):
     assert not (content["use_dora"] or content["modules_to_save"] or content["bias"] != "none")
     assert content["trainable_token_indices"] is None
     rank = content["r"]
-    scale = content["lora_alpha"] / (rank**0.5 if content["use_rslora"] else rank)
+    assert not content["use_rslora"]  # SGLang does not read it
+    scale = content["lora_alpha"] / rank
     file = load_file(directory / "adapter_model.safetensors")
     leaves = {path: np.array(leaf) for path, leaf in flatten(params).items()}
     for path, leaf in leaves.items():

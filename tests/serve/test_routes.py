@@ -409,6 +409,11 @@ def test_a_replaced_adapter_ends_what_it_began(served, expected):
     assert "".join(texts) == whole
 
 
+def test_the_log_has_one_line_per_request(served, capfd):
+    served.get("/v1/a%0aGET%20/fake%200.00 s%c3%a9")
+    until(lambda: "fake" in (lines := capfd.readouterr().err) and lines.count("\n") == 1)
+
+
 def test_keys(files, served):
     load = {"lora_name": "z", "lora_path": "a1"}
     served.refused("/v1/load_lora_adapter", 401, **load)
