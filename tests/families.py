@@ -4,6 +4,7 @@ A new family is one more row of `FAMILIES`.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,19 @@ ALIASES = {
         },
     ),
 }
+
+
+def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of a family and a form of its weights: a family without experts and one with them in
+    all forms, the others in one each, by turns.
+    """
+    own = list(forms)
+    return [
+        (family, form)
+        for number, family in enumerate(families)
+        for index, form in enumerate(own)
+        if family in ("llama", "mixtral") or number % len(own) == index
+    ]
 
 
 def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:

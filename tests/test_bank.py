@@ -18,7 +18,7 @@ from lora_jax.quantize import SCHEMES, quantize
 from lora_jax.weights import LoraBank, embed, expert_linear, linear, materialize, unembed
 
 from . import methods
-from .families import FAMILIES, random_model
+from .families import FAMILIES, in_turns, random_model
 from .methods import ROWS, stirred, tiny_model
 
 CLOSE = 1e-5  # the sums of a bank are in another order
@@ -189,12 +189,13 @@ def test_a_leaf_that_is_no_single_matrix_says_so():
 
 # Models.
 
+FORMS = {"stacked": dict, "separate": separate}
+
 
 @pytest.mark.long_table(5)
-@pytest.mark.parametrize("form", [dict, separate], ids=["stacked", "separate"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "form"), in_turns(FAMILIES, FORMS))
 def test_rows_of_a_batch_are_those_of_adapters_alone(error, family, form):
-    model = random_model(family, 1, **FAMILIES[family].fields)
+    model, form = random_model(family, 1, **FAMILIES[family].fields), FORMS[form]
     params = form(model.params)
     bank = lora.bank(params, slots=len(ADAPTERS) + 1, rank=8, use_dora=True)
     trees = [params]

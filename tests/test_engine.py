@@ -11,7 +11,7 @@ from lora_jax.errors import UserError
 from lora_jax.generate import Engine, Request, Sampling, for_decoding
 from lora_jax.generate.decode import Given, empty_rows, make_programs
 
-from .families import FAMILIES, random_model
+from .families import FAMILIES, in_turns, random_model
 
 DECODERS = [
     name for name in FAMILIES if name not in ("bert", "roberta", "xlm-roberta", "camembert")
@@ -57,8 +57,7 @@ class Whole:
 
 
 @pytest.mark.long_table(5)
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("family", "form"), in_turns(DECODERS, FORMS))
 def test_answers_and_log_probabilities_are_those_of_the_whole_text(error, family, form):
     """Two rows for five prompts: each row has long and short texts after one another."""
     model = tiny(family)
