@@ -162,8 +162,8 @@ PUBLISHED = {
     ),
     "qwen3": dict(use_qk_norm=True, sliding_window=None),
     "gemma": dict(hidden_activation=None, use_bidirectional_attention=None),
-    "granite": DECODER | dict(head_dim=None, layer_types=[FULL] * 3),
-    "olmo3": dict(rope_scaling=None, head_dim=None),
+    "granite": DECODER | dict(head_dim=6, layer_types=[FULL] * 3),
+    "olmo3": dict(rope_scaling=None, clip_qkv=None, head_dim=6),
     "gemma2": dict(
         cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
     ),
