@@ -81,8 +81,8 @@ class _CtrlC:
             sys.__unraisablehook__(unraisable)
 
     def _printed(self, kind: type[BaseException], value: BaseException, traceback: Any) -> None:
-        """Print nothing of a Ctrl-C that an extension prints before it raises an error of its own,
-        as `import_array` of numpy's C interface does.
+        """Print exceptions, except a Ctrl-C: `import_array` of numpy's C interface prints it and
+        then raises an ImportError.
         """
         if not issubclass(kind, KeyboardInterrupt):
             sys.__excepthook__(kind, value, traceback)

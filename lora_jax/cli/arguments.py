@@ -39,6 +39,20 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtypes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of activations and of the cache (default: float32)",
+    )
+    parser.add_argument(
+        "--base-dtype",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+        help="dtype of the weights, like base_dtype in training (default: that of the files)",
+    )
+
+
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
 

@@ -61,17 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_rendering(parser)
     _add_sampling(parser)
-    parser.add_argument(
-        "--compute-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="dtype of activations (default: float32)",
-    )
-    parser.add_argument(
-        "--base-dtype",
-        choices=("float32", "bfloat16", "int8", "nf4"),
-        help="dtype of the weights, like base_dtype in training (default: that of the files)",
-    )
+    arguments.add_dtypes(parser)
     arguments.add_ignore(parser)
     arguments.add_allow_change(parser)
     arguments.add_verbose(parser)

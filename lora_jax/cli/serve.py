@@ -107,17 +107,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help="tokens of a prompt with its answer (default: those of the model, 4096 at most)",
     )
-    parser.add_argument(
-        "--base-dtype",
-        choices=("float32", "bfloat16", "nf4", "int8"),
-        help="dtype of the base; nf4 and int8 quantise it (default: that of its files)",
-    )
-    parser.add_argument(
-        "--compute-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="dtype of activations and of the cache (default: float32)",
-    )
+    arguments.add_dtypes(parser)
 
 
 def _add_http(parser: argparse.ArgumentParser) -> None:

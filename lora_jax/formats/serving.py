@@ -2,6 +2,7 @@
 
 import math
 
+from lora_jax.config import AdapterConfig
 from lora_jax.formats.peft_forms import adapted_modules
 from lora_jax.targets import Trainable
 
@@ -30,6 +31,17 @@ def serving_problems(found: Trainable) -> list[str]:
     return problems
 
 
+def beyond_pairs(config: AdapterConfig) -> list[str]:
+    """List the settings by which an adapter trains more than pairs of low-rank matrices."""
+    given = {
+        "use_dora": config.use_dora,
+        "bias": None if config.bias == "none" else config.bias,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    return [f"{name}={value!r}" for name, value in given.items() if value]
+
+
 def unservable(found: Trainable) -> list[str]:
     """List why vLLM cannot load these adapters in any form."""
     config = found.config
@@ -40,16 +52,9 @@ def unservable(found: Trainable) -> list[str]:
             f"vLLM cannot load adapters of method={config.method}; export a merged model with "
             "--format hf"
         ]
-    given = {
-        "use_dora": config.use_dora,
-        "bias": None if config.bias == "none" else config.bias,
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
     problems = [
-        f"vLLM cannot load adapters with {name}={value!r}; export a merged model with --format hf"
-        for name, value in given.items()
-        if value
+        f"vLLM cannot load adapters with {setting}; export a merged model with --format hf"
+        for setting in beyond_pairs(config)
     ]
     if any(target.experts is not None for target in found.targets):
         problems.append(

@@ -116,16 +116,21 @@ class Engine:
         return used / (self._device.batches[-1] * self.max_length)
 
     def publish(
-        self, name: str, adapters: Mapping[str, Any], config: AdapterConfig | Trainable
+        self,
+        name: str,
+        adapters: Mapping[str, Any],
+        config: AdapterConfig | Trainable,
+        identity: str | None = None,
     ) -> str:
         """Publish a copy of adapters under a name and return their identity. Requests submitted
-        from now on use it; those submitted before keep the version that they have.
+        from now on use it; those submitted before keep the version that they have. An `identity`
+        that is known already (`versions.identity`) is not computed again.
 
         Raises:
             UserError: an engine without slots; adapters that do not fit the bank.
         """
         with self._device.on_mesh():
-            return self._versions.publish(name, adapters, config).identity
+            return self._versions.publish(name, adapters, config, identity).identity
 
     def withdraw(self, name: str) -> None:
         """Forget a published name; its requests are still answered.

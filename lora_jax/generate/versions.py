@@ -63,7 +63,11 @@ class Versions:
         self._clock = 0
 
     def publish(
-        self, name: str, adapters: Mapping[str, Any], config: AdapterConfig | Trainable
+        self,
+        name: str,
+        adapters: Mapping[str, Any],
+        config: AdapterConfig | Trainable,
+        known_identity: str | None = None,
     ) -> Version:
         """Return a new version of `name`, with a copy of the adapters. The same weights and config
         as before give the version that exists.
@@ -79,7 +83,8 @@ class Versions:
         else:
             self.bank.check(adapters, config)
         copy = jax.tree.map(gather_to_host, dict(adapters))
-        version = Version(name, identity(copy, config), copy, config, virtual=virtual)
+        own = known_identity or identity(copy, config)
+        version = Version(name, own, copy, config, virtual=virtual)
         known = self._current.get(name)
         if known is not None and known.identity == version.identity:
             return known

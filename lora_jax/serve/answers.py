@@ -66,8 +66,7 @@ class Form:
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """Return the chunks of a stream for a piece; none if it adds nothing."""
         self.usage.completion_tokens += len(piece.tokens)
-        found = [self._chunk(choice) for choice in self._deltas(piece)]
-        return found
+        return [self._chunk(choice) for choice in self._deltas(piece)]
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """Return the chunk with the usage, if it was asked for."""

@@ -5,7 +5,7 @@ import contextlib
 import importlib.resources
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
@@ -35,7 +35,6 @@ from lora_jax.serve.respond import (
 from lora_jax.serve.server import Server, Settings
 from lora_jax.serve.texts import Texts
 
-T = TypeVar("T")
 _PAGE_HEADERS = {
     "content-security-policy": "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -142,8 +141,7 @@ class App:
         server, name = self.server, request.path_params["name"]
         if name == self.settings.base:
             return as_json(self._base_card(server))
-        (own,) = self._one(name)
-        return as_json(self._card(server, server.store.info(own)))
+        return as_json(self._card(server, server.store.info(self._adapter(name))))
 
     async def load(self, request: Request) -> Response:
         server = self.server
@@ -312,11 +310,12 @@ class App:
         except UserError as error:
             raise ApiError(400, str(error), param="model") from error
 
-    def _one(self, name: str) -> list[str]:
+    def _adapter(self, name: str) -> str:
+        """Return the adapter of a name that is no sum."""
         terms = self._terms(name)
         if [*terms.values()] != [1.0]:
             raise ApiError(404, f"{name!r} is not one model", param="model", code="model_not_found")
-        return [*terms]
+        return next(iter(terms))
 
     @contextlib.asynccontextmanager
     async def _leased(self, model: str | None) -> AsyncIterator[tuple[Texts, Lease]]:

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import functools
 import os
+import socket
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from lora_jax.serve.folder import Folder
 from lora_jax.serve.reader import Limits, Reader
 from lora_jax.serve.server import Server, Settings
 from lora_jax.serve.store import Store
-from lora_jax.serve.texts import Texts, make_texts, read_texts
+from lora_jax.serve.texts import Texts, base_texts, read_texts
 
 TERMS = 4  # adapters in a weighted sum
 _GIB = 2**30
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
             f"model={options.model!r} is a classifier and writes no text; `lora-jax eval` scores it"
         )
     length = _length(options.max_model_len, described)
-    texts = make_texts(formats.load_tokenizer(source), formats.stop_tokens(source))
+    texts = base_texts(source)
     base = options.served_model_name or _public(options.model, source)
     if base in folder.names():
         raise UserError(
@@ -61,8 +62,10 @@ def run(options: argparse.Namespace) -> None:
         timeout=options.timeout,
     )
     app = App(settings)
+    listening = _listen(options.host, options.port)
     opening = functools.partial(open_server, options, described, folder, texts, length)
-    asyncio.run(_serve(app, options, folder, opening))
+    with listening:
+        asyncio.run(_serve(app, options, listening, folder, opening))
 
 
 def _length(given: int | None, model: Model) -> int:
@@ -177,13 +180,25 @@ class _Uvicorn(uvicorn.Server):
         self.should_exit = True
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """Open the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--port {port}: {host}:{port} cannot be opened: {reason}") from error
+
+
 async def _serve(
-    app: App, options: argparse.Namespace, folder: Folder, open_server: Callable[[], Server]
+    app: App,
+    options: argparse.Namespace,
+    listening: socket.socket,
+    folder: Folder,
+    open_server: Callable[[], Server],
 ) -> None:
     config = uvicorn.Config(
         app.asgi(),
-        host=options.host,
-        port=options.port,
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -208,11 +223,7 @@ async def _serve(
 
     loading.add_done_callback(opened)
     try:
-        await server.serve()
-    except SystemExit:  # uvicorn has printed why the port cannot be opened
-        raise UserError(
-            f"--port {options.port}: the port of {options.host} cannot be opened"
-        ) from None
+        await server.serve([listening])
     finally:
         if (ready := app.ready) is not None:
             await asyncio.to_thread(ready.driver.stop)

@@ -254,7 +254,7 @@ class Driver:
         """Call a job; return False if the caller has gone."""
         try:
             job.on_event(event)
-        except Exception:  # such as the RuntimeError of an event loop that is closed
+        except RuntimeError:  # the event loop is closed
             return False
         return True
 

@@ -14,7 +14,7 @@ OTHERS = "others"
 
 
 class Metrics:
-    """Counts of a server, and what its driver and store tell when they are asked."""
+    """Counts of a server, and the state of its driver and store."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

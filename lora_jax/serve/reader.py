@@ -5,10 +5,11 @@ files hold is then checked by `formats.read_adapter`, as everywhere. Errors name
 a path.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Read:
     """An adapter in host memory."""
 
     revision: str  # sha256 over weights, config and base
+    identity: str  # sha256 over weights and config
     rank: int
     adapters: Mapping[str, Any]
     config: AdapterConfig
@@ -74,8 +76,6 @@ class Reader:
     ):
         self.base, self.digest, self.folder = base, digest, folder
         self.limits, self._texts, self._allowed = limits, texts, allow_change
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base.params)
-        self._params = shapes
 
     def read(self, name: str, directory: Path) -> Read:
         """Read the adapter `name` in a directory.
@@ -84,36 +84,40 @@ class Reader:
             UserError: files that are missing, damaged, too large or no adapter of this base; all
                 messages name the adapter and have no path.
         """
-        try:
-            return self._read(name, directory)
-        except UserError as error:
-            raise UserError(f"adapter {name!r}: {self._without_paths(error, directory)}") from error
-        except OSError as error:
-            raise UserError(f"adapter {name!r} cannot be read: {error.strerror}") from error
+        with self._named(name, directory):
+            return self._read(directory)
 
-    def rank(self, directory: Path) -> int:
+    def rank(self, name: str, directory: Path) -> int:
         """Return the largest rank that an adapter's config names; 0 where it names none.
 
         Raises:
             UserError: a config that cannot be read.
         """
-        return max(_ranks(self._config(directory)), default=0)
+        with self._named(name, directory):
+            return max(_ranks(self._config(directory)), default=0)
 
-    def bytes(self, directory: Path) -> int:
-        """Return an upper bound of the bytes of an adapter in host memory, where all numbers are in
-        float32.
+    def bytes(self, name: str, directory: Path) -> int:
+        """Return the bytes of an adapter's tensors in float32, as they are in host memory.
 
         Raises:
             UserError: files as `read` refuses them.
         """
-        try:
+        with self._named(name, directory):
             return sum(self._header(directory / WEIGHTS).values())
-        except UserError as error:
-            raise UserError(self._without_paths(error, directory)) from error
 
-    def _read(self, name: str, directory: Path) -> Read:
+    @contextlib.contextmanager
+    def _named(self, name: str, directory: Path) -> Iterator[None]:
+        """Give errors of a block the name of the adapter, in place of paths."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"adapter {name!r}: {self._without_paths(error, directory)}") from error
+        except OSError as error:
+            raise UserError(f"adapter {name!r} cannot be read: {error.strerror}") from error
+
+    def _read(self, directory: Path) -> Read:
         self.folder.check_links(directory)
-        rank = self.rank(directory)
+        rank = max(_ranks(self._config(directory)), default=0)
         if rank > self.limits.rank:
             raise UserError(
                 f"its rank {rank} is above the server's --max-lora-rank {self.limits.rank}"
@@ -121,11 +125,11 @@ class Reader:
         self._header(directory / WEIGHTS)
         stored, found = formats.read_fingerprint(directory), {"base": self.digest}
         fingerprint.check(stored, found, "the adapter", self._allowed)
-        adapters, config = formats.read_adapter(directory, self._params, self.base)
+        adapters, config = formats.read_adapter(directory, self.base.params, self.base)
         adapters = jax.tree.map(gather_to_host, adapters)
-        own = f"{identity(adapters, config)} {self.digest}"
-        revision = hashlib.sha256(own.encode()).hexdigest()
-        return Read(revision, rank, adapters, config, self._texts(directory))
+        own = identity(adapters, config)
+        revision = hashlib.sha256(f"{own} {self.digest}".encode()).hexdigest()
+        return Read(revision, own, rank, adapters, config, self._texts(directory))
 
     def _config(self, directory: Path) -> dict[str, Any]:
         for file in (directory / CONFIG, directory / "lora_jax.json"):

@@ -70,6 +70,7 @@ class Store:
         self._line = asyncio.Lock()  # for room in host memory
         self._freed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Future] = set()  # a loop alone does not keep its tasks
 
     @property
     def host(self) -> tuple[int, int]:
@@ -86,7 +87,7 @@ class Store:
                 await asyncio.sleep(0)  # requests go on
             try:
                 infos.append(self._info(self._find(name)))
-            except (UserError, OSError):  # removed meanwhile, or a config that cannot be read
+            except UserError:  # removed meanwhile, or a config that cannot be read
                 continue
         return infos
 
@@ -177,12 +178,6 @@ class Store:
         if own.version is not None:
             self._retire(own.version)
 
-    def evict_all(self) -> None:
-        """Evict all versions that nobody has leased, pinned ones too."""
-        for version in [version for version in self._versions if not version.leases]:
-            self.evictions += 1
-            self._drop(version)
-
     # Names.
 
     def _find(self, name: str) -> Named:
@@ -213,7 +208,7 @@ class Store:
             on_device = version.revision in self._owner.engine.resident
             resident = "device" if on_device else "host"
         if not own.rank:
-            own.rank = self._reader.rank(own.directory)
+            own.rank = self._reader.rank(own.name, own.directory)
         created = own.state[0][2] // 10**9 if len(own.state[0]) > 1 else 0
         return Info(own.name, own.revision, own.rank, resident, own.pinned, created)
 
@@ -251,12 +246,10 @@ class Store:
         if (refused := self._refused.get(own.key)) is not None:
             raise UserError(refused)
         try:
-            return await asyncio.to_thread(self._reader.bytes, own.directory)
+            return await asyncio.to_thread(self._reader.bytes, own.name, own.directory)
         except UserError as error:
-            self._refuse(own, f"adapter {own.name!r}: {error}")
-            raise UserError(f"adapter {own.name!r}: {error}") from error
-        except OSError as error:
-            raise UserError(f"adapter {own.name!r} cannot be read: {error.strerror}") from error
+            self._refuse(own, str(error))
+            raise
 
     def _make_room(self, names: list[Named], sizes: Mapping[tuple, int]) -> bool:
         """Evict versions until those of names fit; return False if they do not."""
@@ -264,16 +257,17 @@ class Store:
         count, size = len(missing), sum(sizes.get(own.key, 0) for own in missing)
         kept = {own.version for own in names}
         pinned = {own.version for own in self._names.values() if own.pinned}
-        fixed = [version for version in self._versions if version in pinned]
+        fixed = [version for version in self._versions if version in pinned or version in kept]
         if len(fixed) + count > self.host_adapters or (
             sum(version.nbytes for version in fixed) + size > self.host_bytes
         ):
             raise UserError(
                 f"{count} adapters of {size:,} bytes do not fit the host memory of the server, "
-                f"{self.host_adapters} adapters and {self.host_bytes:,} bytes, of which "
-                f"{len(fixed)} are pinned"
+                f"{self.host_adapters} adapters and {self.host_bytes:,} bytes, next to "
+                f"{len(fixed)} that are pinned or in the same request"
             )
-        idle = [v for v in self._versions if not v.leases and v not in kept and v not in pinned]
+        idle = [version for version in self._versions if not version.leases]
+        idle = [version for version in idle if version not in fixed]
         for version in [None, *sorted(idle, key=lambda version: version.used)]:
             if version is not None:
                 self.evictions += 1
@@ -286,13 +280,17 @@ class Store:
     def _start(self, own: Named, nbytes: int) -> Version:
         """Return a version whose files are being read, by a task that no caller can cancel."""
         future: asyncio.Future = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda done: done.exception())  # it is told to those who wait
+        future.add_done_callback(lambda done: done.exception())  # else asyncio logs it
         version = Version(own, nbytes, future)
         self._versions.append(version)
         version.leases += 1
-        task = asyncio.ensure_future(self._read(own, version))
-        task.add_done_callback(lambda _: None)
+        self._keep(asyncio.ensure_future(self._read(own, version)))
         return version
+
+    def _keep(self, task: asyncio.Future) -> None:
+        """Keep a task until it has ended."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _read(self, own: Named, version: Version) -> None:
         began = time.monotonic()
@@ -305,7 +303,7 @@ class Store:
             self._published[read.revision] += 1
             try:
                 await self._owner.run(
-                    lambda: engine.publish(read.revision, read.adapters, read.config)
+                    lambda: engine.publish(read.revision, read.adapters, read.config, read.identity)
                 )
             except BaseException:
                 self._published[read.revision] -= 1
@@ -322,7 +320,8 @@ class Store:
         else:
             own.revision, own.rank = read.revision, read.rank
             self.loads[own.name] += 1
-            self.load_seconds[own.name] = time.monotonic() - began
+            seconds = self.load_seconds.get(own.name, 0.0)
+            self.load_seconds[own.name] = seconds + time.monotonic() - began
             version.ready.set_result(None)
         finally:
             self._free([version])
@@ -375,6 +374,7 @@ class Store:
 
         task = asyncio.ensure_future(self._owner.run(work))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._keep(task)
 
     def _release(self, lease: Lease) -> None:
         if not lease._held:

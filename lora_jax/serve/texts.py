@@ -1,8 +1,8 @@
 """Texts of an adapter or the base: tokenizer, chat template, and tokens that end an answer."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ class Texts:
     """Tokenizer and template of an adapter, or of the base."""
 
     tokenizer: Any
-    stops: frozenset[int]
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # for the template
+    stops: frozenset[int]  # tokens that end an answer
+    of_configs: tuple[int, ...]  # those of them that the configs of the base name
+    arguments: Mapping[str, Any]  # for the template
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Return the tokens of a text. The beginning-of-text token is not added to a text that
@@ -102,23 +103,19 @@ def read_texts(directory: Path, base: Texts) -> Texts:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = read_text(template)
     arguments = formats.read_template_kwargs(directory)
-    stops = formats.read_stops(directory)
-    if tokenizer is base.tokenizer:
-        return Texts(tokenizer, base.stops | {*stops}, {**base.arguments, **arguments})
-    return make_texts(tokenizer, [*base.stops, *stops], arguments)
+    own = [*base.of_configs, *formats.read_stops(directory)]
+    stops = data.stop_tokens(tokenizer, None, own, arguments)
+    return Texts(tokenizer, stops, base.of_configs, arguments)
 
 
-def make_texts(
-    tokenizer: Any, stops: Sequence[int], arguments: Mapping[str, Any] | None = None
-) -> Texts:
-    """Return the texts of a tokenizer; `stops` end an answer in addition to its own.
+def base_texts(source: Path) -> Texts:
+    """Read the texts of the base from its directory.
 
     Raises:
-        UserError: a chat template that cannot be used.
+        UserError: files that cannot be read; a chat template that cannot be used.
     """
-    arguments = dict(arguments or {})
-    found = data.stop_tokens(tokenizer, None, stops, arguments)
-    return Texts(tokenizer, found, arguments)
+    tokenizer, of_configs = formats.load_tokenizer(source), formats.stop_tokens(source)
+    return Texts(tokenizer, data.stop_tokens(tokenizer, None, of_configs), tuple(of_configs), {})
 
 
 def _checked(request: Any) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:

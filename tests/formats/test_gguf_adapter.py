@@ -123,7 +123,7 @@ def test_the_modelfile(models, tmp_path):
     target = tmp_path / "a"
     formats.write_gguf_adapter(target, adapters, model, config, base_model="me/tiny", chat=chat)
     assert (target / "Modelfile").read_text() == (
-        "# base.gguf is the GGUF file of me/tiny: put it beside this file.\n"
+        "# base.gguf is the GGUF file of me/tiny: put it next to this file.\n"
         "FROM ./base.gguf\n"
         "ADAPTER ./adapter.gguf\n"
         'PARAMETER stop "<|im_end|>"\n'

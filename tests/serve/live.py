@@ -19,7 +19,7 @@ from lora_jax.serve import command
 from lora_jax.serve.app import App
 from lora_jax.serve.folder import Folder
 from lora_jax.serve.server import Settings
-from lora_jax.serve.texts import make_texts
+from lora_jax.serve.texts import base_texts
 
 from ..train.tiny import write_model
 
@@ -73,7 +73,7 @@ def options_of(source, root, *more):
 
 def open_server(options):
     source = formats.resolve(options.model)
-    texts = make_texts(formats.load_tokenizer(source), formats.stop_tokens(source))
+    texts = base_texts(source)
     described = formats.describe(source)
     length = options.max_model_len
     return command.open_server(options, described, Folder(options.adapter_root), texts, length)

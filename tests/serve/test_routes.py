@@ -546,6 +546,9 @@ def test_bad_adapters_are_refused_while_others_answer(served, files):
     (root / "broken" / "adapter_config.json").write_text("{")
     error = served.refused(COMPLETE, model="broken", prompt="a")
     assert "adapter 'broken'" in error["message"] and str(root) not in error["message"]
+    card = served.get("/v1/models/broken")
+    assert card.status_code == 400 and "adapter 'broken'" in card.text
+    assert str(root) not in card.text and served.get("/v1/models").status_code == 200
     model = formats.load(files[0])
     write_adapter(model, root / "other", 1)
     side = root / "other" / "lora_jax.json"

@@ -71,12 +71,18 @@ def run(model, root, engine, work, **options):
             await settled()
             assert not any(version.leases for version in store._versions)
             assert not driver.running and not driver.waiting
-            store.evict_all()
+            evict_all(store)
             await settled()
             assert not engine.adapters and not engine.busy
             return result
 
     return asyncio.run(main())
+
+
+def evict_all(store):
+    """Evict what nobody has leased, as a store that is full does."""
+    for version in [version for version in store._versions if not version.leases]:
+        store._drop(version)
 
 
 async def settled():
@@ -144,7 +150,7 @@ def test_an_unloaded_name_is_gone_until_it_is_loaded(model, root, engine, oracle
         for path in ("a3", "a4"):  # resident, and after it was evicted
             with pytest.raises(UserError, match="exists already; set load_inplace"):
                 await store.load("a3", path, replace=False, pinned=False)
-            store.evict_all()
+            evict_all(store)
         with pytest.raises(UserError, match="exists already"):  # in the folder, and never read
             await store.load("a9", "a4", replace=False, pinned=False)
 
@@ -195,6 +201,34 @@ def test_leases_wait_for_room_in_order(model, root, engine):
     run(model, root, engine, work, host_adapters=2)
 
 
+def test_a_request_that_never_fits_is_refused(model, root, engine):
+    """Also if a part of it is in host memory already: it would wait for itself."""
+
+    async def work(driver, store):
+        terms = dict.fromkeys(("a0", "a1", "a2"), 1.0)
+        with pytest.raises(UserError, match="3 adapters of .* do not fit"):
+            await store.lease(terms)
+        (await store.lease({"a0": 1.0})).release()
+        with pytest.raises(UserError, match="2 adapters of .* next to 1 that are pinned or in"):
+            await asyncio.wait_for(store.lease(terms), 20)
+        await ask(driver, store, {"a0": 0.5, "a1": 0.5}, REQUEST)
+
+    run(model, root, engine, work, host_adapters=2)
+
+
+def test_seconds_of_loads_add_up(model, root, engine):
+    async def work(driver, store):
+        seconds = [0.0]
+        for _ in range(3):
+            (await store.lease({"a0": 1.0})).release()
+            await settled()
+            seconds.append(store.load_seconds["a0"])
+            evict_all(store)
+        assert store.loads["a0"] == 3 and seconds == sorted({*seconds})
+
+    run(model, root, engine, work)
+
+
 def test_pinned_adapters_stay(model, root, engine):
     async def work(driver, store):
         await store.load("a4", "a4", replace=False, pinned=True)
@@ -202,7 +236,7 @@ def test_pinned_adapters_stay(model, root, engine):
             (await store.lease({f"a{number}": 1.0})).release()
         assert store.loads["a4"] == 1 and store.info("a4").resident != "disk"
         assert store.info("a4").pinned and store.info("a0").resident == "disk"
-        with pytest.raises(UserError, match="do not fit the host memory .* of which 1 are pinned"):
+        with pytest.raises(UserError, match="do not fit the host memory .* next to 1 that"):
             await store.lease({"a0": 0.5, "a1": 0.5})
 
     run(model, root, engine, work, host_adapters=2)
@@ -240,13 +274,13 @@ def test_files_that_change_are_no_silent_new_version(model, root, engine, tmp_pa
         assert again.revision == first.revision
         first.release(), again.release()
         await settled()
-        store.evict_all()
+        evict_all(store)
         with pytest.raises(UserError, match="has other files than when it was loaded"):
             await store.lease({"x": 1.0})
         info = await store.load("x", "x", replace=True, pinned=False)
         assert info.revision != first.revision
         shutil.rmtree(tmp_path / "x")
-        store.evict_all()
+        evict_all(store)
         with pytest.raises(Missing):
             await store.lease({"x": 1.0})
 

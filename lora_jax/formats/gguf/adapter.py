@@ -28,6 +28,7 @@ from lora_jax.formats.gguf.modelfile import (
     write_modelfile,
 )
 from lora_jax.formats.gguf.tensors import Entry, interleaved, list_entries
+from lora_jax.formats.serving import beyond_pairs
 from lora_jax.formats.side_files import load_tokenizer
 from lora_jax.models.common import Model
 from lora_jax.sharding import gather_to_host
@@ -78,7 +79,7 @@ def write_gguf_adapter(
     }
     tensors = _pairs(leaves, found, _entries(model))
     weights = [
-        f"# {BASE_FILE} is the GGUF file of {base_model}: put it beside this file.",
+        f"# {BASE_FILE} is the GGUF file of {base_model}: put it next to this file.",
         f"FROM ./{BASE_FILE}",
         f"ADAPTER ./{ADAPTER_FILE}",
     ]
@@ -104,16 +105,8 @@ def gguf_adapter_problems(found: Trainable, model: Model) -> list[str]:
         return [f"a GGUF adapter has no virtual tokens (method={config.method}); use --format peft"]
     if not config.trains_lora:
         return [f"a GGUF adapter cannot hold method={config.method}; {_MERGE}"]
-    given = {
-        "use_dora": config.use_dora,
-        "bias": None if config.bias == "none" else config.bias,
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
     problems = [
-        f"a GGUF adapter cannot hold {name}={value!r}; {_MERGE}"
-        for name, value in given.items()
-        if value
+        f"a GGUF adapter cannot hold {setting}; {_MERGE}" for setting in beyond_pairs(config)
     ]
     if config.init == "loftq":
         problems.append(

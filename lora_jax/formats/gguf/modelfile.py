@@ -1,4 +1,4 @@
-"""Ollama's Modelfile beside a GGUF file."""
+"""The Modelfile of Ollama, next to a GGUF file."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
