@@ -74,16 +74,25 @@ def over_slices(function: Callable, target: Target, weight: Weight, *others: jax
     """Apply `function` to every matrix of a stack, in float32 and over the target's columns. One
     matrix at a time is dequantised or cast.
     """
-    columns = slice(*(target.columns or (None,)))
+    return _over_slices(function, len(target.lead), target.columns, weight, *others)
 
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _over_slices(
+    function: Callable,
+    axes: int,
+    columns: tuple[int, int] | None,
+    weight: Weight,
+    *others: jax.Array,
+):
     def of_one(slices):
         matrix, *rest = slices
         quantized = isinstance(matrix, NF4Weight | Int8Weight)
         wide = dequantize(matrix) if quantized else matrix.astype(jnp.float32)
-        return function(wide[:, columns], *rest)
+        return function(wide[:, slice(*(columns or (None,)))], *rest)
 
     of_all: Callable = of_one
-    for _ in target.lead:
+    for _ in range(axes):
         of_all = functools.partial(jax.lax.map, of_all)
     return of_all((weight, *others))
 

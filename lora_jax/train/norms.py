@@ -1,5 +1,6 @@
 """Norms of adapters and of their updates, per module and layer, without building the updates."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_jax.sharding import gather_to_host
 from lora_jax.targets import HEAD, Target, Trainable, as_trainable
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _norm(x: jax.Array, lead: int = 0) -> jax.Array:
     """Return the Frobenius norm over all axes behind the first `lead`."""
     axes = tuple(range(lead, x.ndim))

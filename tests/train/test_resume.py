@@ -567,7 +567,8 @@ def test_a_run_on_eight_devices_goes_on_on_one_and_four(config, tmp_path):
 
     def run(devices, *arguments):
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+            f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
         }
         result = subprocess.run(
