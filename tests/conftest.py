@@ -13,9 +13,10 @@ from pathlib import Path
 # One compile cache for the whole session, for its processes and the commands that tests start. The
 # programs are those of users; only the machine code made of them is not optimised, and comes from
 # the emitters of XLA that take half the time.
-PLAIN_CODE = "--xla_cpu_use_fusion_emitters=false"
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PLAIN_CODE}".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    )
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lora_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -98,7 +99,7 @@ def on_eight_devices():
     def run(script: Path, *arguments: str, flags: dict | None = None):
         options = {"xla_force_host_platform_device_count": 8} | (flags or {})
         given = (f"--{name}={str(value).lower()}" for name, value in options.items())
-        text = " ".join([PLAIN_CODE, *given])
+        text = " ".join([os.environ["XLA_FLAGS"], *given])
         done = subprocess.run(
             [sys.executable, "-W", "error", script, *arguments],
             env=os.environ | {"XLA_FLAGS": text, "JAX_PLATFORMS": "cpu"},

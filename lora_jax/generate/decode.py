@@ -33,6 +33,7 @@ from lora_jax.generate.sampling import (
     choose,
     count_tokens,
     empty_seen,
+    keep_allowed,
     row_of,
     set_row,
     stack_rows,
@@ -148,14 +149,13 @@ def make_programs(model: Model, dtype: Any, place: Callable[[Any], Any]) -> Prog
     def score(given, rows, chunk, hidden, targets):
         return _score(_Forward(model, dtype, given, rows, chunk.rows), hidden, targets)
 
-    def first(given, rows, chosen, hidden, length, limit):
-        return _first(
-            _Forward(model, dtype, given, rows, chosen), rows, chosen, hidden, length, limit
-        )
-
-    def decode(given, cache, rows, chosen, limit, hurry, view):
+    def first(given, rows, chosen, allowed, hidden, length, limit):
         run = _Forward(model, dtype, given, rows, chosen)
-        return _decode(run, cache, rows, chosen, limit, hurry, view)
+        return _first(run, rows, chosen, allowed, hidden, length, limit)
+
+    def decode(given, cache, rows, chosen, allowed, limit, hurry, view):
+        run = _Forward(model, dtype, given, rows, chosen)
+        return _decode(run, cache, rows, chosen, allowed, limit, hurry, view)
 
     return Programs(
         counted(admit, donate_argnames="rows"),
@@ -276,31 +276,40 @@ def _score(run: _Forward, hidden: jax.Array, targets: jax.Array) -> LogProbs:
 
 
 def _first(
-    run: _Forward, rows: Rows, chosen: Any, hidden: jax.Array, length: Any, limit: Any
+    run: _Forward, rows: Rows, chosen: Any, allowed: Any, hidden: jax.Array, length: Any, limit: Any
 ) -> tuple[Rows, Made]:
-    """Give rows `chosen` (b,) their next token and let them run up to `limit` (b,) tokens of the
-    answer. Their texts have `length` (b,) tokens and end in the state `hidden` (b, d).
+    """Give rows `chosen` (b,) their next token, one whose bit in `allowed` (b, words) is 1, and let
+    them run up to `limit` (b,) tokens of the answer. Their texts have `length` (b,) tokens and end
+    in the state `hidden` (b, d).
     """
     own = jax.tree.map(lambda x: x[chosen], rows)
     own = dataclasses.replace(own, length=jnp.asarray(length), limit=jnp.asarray(limit))
     all_ = jnp.ones_like(own.running)
-    token, report = _pick(run.logits(hidden), own, all_)
+    token, report = _pick(run.logits(hidden), own, all_, allowed)
     new = _advanced(own, token, all_)
     rows = jax.tree.map(lambda x, y: x.at[chosen].set(y), rows, new)
     return rows, Made(token[None], jax.tree.map(lambda x: x[None], report))
 
 
 def _decode(
-    run: _Forward, cache: Cache, rows: Rows, chosen: Any, limit: Any, hurry: Any, view: int
+    run: _Forward,
+    cache: Cache,
+    rows: Rows,
+    chosen: Any,
+    allowed: Any,
+    limit: Any,
+    hurry: Any,
+    view: int,
 ) -> tuple[Cache, Rows, Made]:
     """Give the rows that run up to `limit` tokens each, fewer if `hurry` and one of them pauses.
-    The batch is all rows, or those `chosen` (b,).
+    The batch is all rows, or those `chosen` (b,). Tokens whose bit in `allowed` (b, words) is 0 are
+    not taken.
     """
     own = rows if chosen is None else jax.tree.map(lambda x: x[chosen], rows)
     started = own.running
     batch = len(started)
     _, like = jax.eval_shape(
-        lambda hidden: _pick(run.logits(hidden), own, started),
+        lambda hidden: _pick(run.logits(hidden), own, started, allowed),
         jax.ShapeDtypeStruct((batch, run.module.config.hidden_size), jnp.float32),
     )
     empty = jax.tree.map(lambda x: jnp.zeros((MOST_STEPS, *x.shape), x.dtype), like)
@@ -314,7 +323,7 @@ def _decode(
             segment_ids=own.running.astype(jnp.int32)[:, None],
             cache=cache,
         )
-        token, report = _pick(run.logits(hidden[:, 0]), own, own.running)
+        token, report = _pick(run.logits(hidden[:, 0]), own, own.running, allowed)
         tokens = made.tokens.at[step].set(jnp.where(own.running, token, -1))
         reports = jax.tree.map(lambda x, new: x.at[step].set(new), made.log_probs, report)
         own = dataclasses.replace(own, length=own.length + own.running)
@@ -333,11 +342,11 @@ def _decode(
     return cache, own, made
 
 
-def _pick(logits: jax.Array, own: Rows, now: jax.Array) -> tuple[jax.Array, LogProbs]:
+def _pick(logits: jax.Array, own: Rows, now: jax.Array, allowed: Any) -> tuple[jax.Array, LogProbs]:
     """Return the next token (b,) of each row, and its log-probabilities if a row of `now` wants
     them.
     """
-    token = choose(logits, own.sampling, own.made, own.seen)
+    token = choose(keep_allowed(logits, allowed), own.sampling, own.made, own.seen)
     return token, log_probs_if(own.reports & now, logits, token)
 
 

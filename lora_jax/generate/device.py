@@ -11,9 +11,11 @@ import numpy as np
 
 from lora_jax.generate.decode import Admission, Chunk, Given, Made, empty_rows, make_programs
 from lora_jax.generate.log_probs import LogProbs
+from lora_jax.generate.sampling import every_token
 from lora_jax.models.common import Model
 from lora_jax.nn.cache import Cache
-from lora_jax.nn.virtual import Virtual
+from lora_jax.nn.rope import next_change
+from lora_jax.nn.virtual import Virtual, first_position
 from lora_jax.sharding import BATCH, constrain, gather_to_host, mesh_of
 from lora_jax.weights import Layered, is_layered
 
@@ -32,7 +34,8 @@ class Device:
         self.params: Mapping = jax.tree.map(jnp.asarray, model.params)
         self.bank: Any = None
         self.prefix: Virtual | None = None
-        self.slots = slots
+        self.slots, self._vocab = slots, model.config.vocab_size
+        self._ropes = getattr(model.config, "ropes_by_length", ())
         self.batches, self.views = _batch_sizes(rows), _views(slots)
         self._mesh = mesh_of(model.params)
         self._programs = make_programs(model, dtype, _place)
@@ -89,21 +92,31 @@ class Device:
         """Return log-probabilities (1, t, ..) of `targets` (1, t), the tokens after each."""
         return self._programs.score(self._given, self._allocated()[1], chunk, hidden, targets)
 
-    def first(self, row: int, last: jax.Array, length: int, limit: int) -> Made:
+    def first(
+        self, row: int, last: jax.Array, length: int, limit: int, allowed: np.ndarray | None = None
+    ) -> Made:
         """Give a row its next token after a text of `length` tokens that ends in the hidden state
-        `last` (1, d), and let it run up to `limit` tokens of the answer.
+        `last` (1, d), and let it run up to `limit` tokens of the answer. `allowed` are the bits of
+        the tokens that it may take; None: all.
         """
         cache, rows = self._allocated()
         numbers = [np.array([x], np.int32) for x in (row, length, limit)]
-        rows, made = self._programs.first(self._given, rows, numbers[0], last, *numbers[1:])
+        bits = every_token(1, self._vocab) if allowed is None else allowed[None]
+        rows, made = self._programs.first(self._given, rows, numbers[0], bits, last, *numbers[1:])
         self._state = cache, rows
         return jax.tree.map(gather_to_host, made)
 
     def decode(
-        self, rows: Sequence[int], length: int, steps: int, hurry: bool
+        self,
+        rows: Sequence[int],
+        length: int,
+        steps: int,
+        hurry: bool,
+        allowed: Mapping[int, np.ndarray],
     ) -> tuple[Made, dict[int, int]]:
         """Give rows up to `steps` tokens, fewer if `hurry` and one of them ends. Their texts reach
-        `length` tokens at most. Return also the column of each row in the result.
+        `length` tokens at most. `allowed` are the bits of the tokens that some rows may take.
+        Return also the column of each row in the result.
 
         The smallest program that fits is compiled only if no program fits that is compiled.
         """
@@ -112,10 +125,14 @@ class Device:
         fitting = [(size, view) for size in sizes for view in views]
         size, view = next((pair for pair in fitting if pair in self._decoding), fitting[0])
         every = range(self.batches[-1])
-        if size == self.batches[-1]:
-            return self._decode(None, view, steps, hurry), {row: row for row in every}
-        chosen = [*rows, *(row for row in every if row not in rows)][:size]
-        made = self._decode(np.asarray(chosen, np.int32), view, steps, hurry)
+        whole = size == self.batches[-1]
+        chosen = [*every] if whole else [*rows, *(row for row in every if row not in rows)][:size]
+        bits = every_token(size, self._vocab)
+        for column, row in enumerate(chosen):
+            if row in allowed:
+                bits[column] = allowed[row]
+        own = None if whole else np.asarray(chosen, np.int32)
+        made = self._decode(own, bits, view, steps, hurry)
         return made, {row: column for column, row in enumerate(chosen)}
 
     def warm_up(self, idle: Admission, virtual: Iterable[Virtual]) -> None:
@@ -136,17 +153,23 @@ class Device:
         for size in self.batches:
             chosen = None if size == self.batches[-1] else np.arange(size, dtype=np.int32)
             for view in self.views:
-                self._decode(chosen, view, 0, False)
+                self._decode(chosen, every_token(size, self._vocab), view, 0, False)
+
+    def next_change(self, length: int) -> int | None:
+        """Return the next length of a text at which its cache has other rotary frequencies."""
+        shift = first_position(self.prefix)
+        changes = [next_change(own, length + shift) for own in self._ropes]
+        return min((change - shift for change in changes if change is not None), default=None)
 
     def _views_of(self, time: int) -> tuple[int, int]:
         """Return the slots that a chunk of `time` tokens looks at if it is the first, and later."""
         return (self.slots if self.slots <= _SHORT else time), self.slots
 
-    def _decode(self, chosen: Any, view: int, steps: int, hurry: bool) -> Made:
+    def _decode(self, chosen: Any, allowed: np.ndarray, view: int, steps: int, hurry: bool) -> Made:
         self._decoding.add((self.batches[-1] if chosen is None else len(chosen), view))
         limits = np.int32(steps), np.bool_(hurry)
         cache, rows, made = self._programs.decode(
-            self._given, *self._allocated(), chosen, *limits, view=view
+            self._given, *self._allocated(), chosen, allowed, *limits, view=view
         )
         self._state = cache, rows
         return jax.tree.map(gather_to_host, made)

@@ -36,7 +36,6 @@ from lora_jax.generate.running import Running, filled
 from lora_jax.generate.sampling import prompt_mask, row_of
 from lora_jax.generate.versions import Version, Versions
 from lora_jax.models.common import Model
-from lora_jax.nn.rope import next_change
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
 from lora_jax.targets import Trainable
 
@@ -281,6 +280,8 @@ class Engine:
             places = placeholders(self._device.prefix) + cached
             text = [0] * places + [int(token) for token in request.prompt]
             own = Running(id, request, versions, free.pop(0), places, text, len(text), cached)
+            if request.grammar is not None:
+                own.guide = request.grammar.start(request.stop_tokens)
             self._rows[own.row] = own
             self._device.admit(own.row, self._admission(request, slots))
             for version in versions:
@@ -335,14 +336,18 @@ class Engine:
         if own.read < len(own.text):
             if scored is not None:
                 yield Event(own.id, [], prompt_log_probs=scored)
-        elif not request.max_new_tokens:
+            return
+        reason = None if request.max_new_tokens else "length"
+        if reason is None and own.allowed is None:
+            reason = own.advance((), self._vocab)
+        if reason is not None:
             self._free(own)
-            yield Event(own.id, [], finish_reason="length", prompt_log_probs=scored)
+            yield Event(own.id, [], None, reason, prompt_log_probs=scored, error=own.error)
         else:
             own.decoding, own.limit = True, request.max_new_tokens
-            if (change := self._next_change(len(own.text))) is not None:
+            if (change := self._device.next_change(len(own.text))) is not None:
                 own.limit = min(own.limit, change - own.start)
-            made = self._device.first(own.row, last, len(own.text), own.limit)
+            made = self._device.first(own.row, last, len(own.text), own.limit, own.allowed)
             yield self._after_tokens(own, made, 0, scored)
 
     def _scored(self, own: Running, chunk: Chunk, hidden: jax.Array, start: int) -> LogProbs:
@@ -353,23 +358,18 @@ class Engine:
         part = np.s_[0, max(0, own.places - start) : min(own.read, own.start - 1) - start]
         return trimmed(found, part, own.request.prompt_log_probs)
 
-    def _next_change(self, length: int) -> int | None:
-        """Return the next length of a text at which its cache has other rotary frequencies."""
-        shift = first_position(self._device.prefix)
-        ropes = getattr(self.model.config, "ropes_by_length", ())
-        changes = [next_change(own, length + shift) for own in ropes]
-        return min((change - shift for change in changes if change is not None), default=None)
-
     # Answers.
 
     def _decode_rows(self) -> list[Event]:
         running = [own for own in self._rows.values() if own.decoding]
         if not running:
             return []
-        steps = MOST_STEPS if len(running) == len(self._rows) else 1  # others wait to be read
+        allowed = {own.row: own.allowed for own in running if own.allowed is not None}
+        # One at a time if others wait to be read, or if a grammar must be asked after each.
+        steps = MOST_STEPS if len(running) == len(self._rows) and not allowed else 1
         longest = max(min(len(own.text) + steps, own.start + own.limit) for own in running)
         rows = [own.row for own in running]
-        made, columns = self._device.decode(rows, longest, steps, bool(self._waiting))
+        made, columns = self._device.decode(rows, longest, steps, bool(self._waiting), allowed)
         return [self._after_tokens(own, made, columns[own.row], None) for own in running]
 
     def _after_tokens(
@@ -382,6 +382,8 @@ class Engine:
         reason, stop = None, None
         if tokens and tokens[-1] in own.request.stop_tokens:
             reason, stop = "stop", tokens.pop()
+        elif (reason := own.advance(tokens, self._vocab)) is not None:
+            self._device.admit(own.row, self._idle)  # it would go on
         elif len(own.text) - own.start >= own.request.max_new_tokens:
             reason = "length"
         elif len(own.text) - own.start >= own.limit:
@@ -393,4 +395,4 @@ class Engine:
                 of_stop = trimmed(made.log_probs, np.s_[len(tokens) : len(tokens) + 1, column], top)
         if reason is not None:
             self._free(own)
-        return Event(own.id, tokens, found, reason, stop, prompt, of_stop)
+        return Event(own.id, tokens, found, reason, stop, prompt, of_stop, own.error)

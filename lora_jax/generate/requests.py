@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,31 @@ from lora_jax.generate.sampling import Sampling
 from lora_jax.models.common import Model
 from lora_jax.nn.virtual import Virtual, first_position, placeholders
 from lora_jax.sharding import gather_to_host
+
+
+class Guide(Protocol):
+    """The state of an answer in its grammar."""
+
+    def allowed(self, vocab: int) -> np.ndarray | None:
+        """Return the tokens that may come next, as the bits of uint32 (ceil(vocab / 32),): token t
+        is bit t % 32 of number t // 32. None: the answer is complete.
+
+        Raises:
+            UserError: it cannot go on; the request ends with this error.
+        """
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+        ...
+
+
+class Grammar(Protocol):
+    """The texts that an answer may be."""
+
+    def start(self, stops: Collection[int]) -> Guide:
+        """Return the state of an answer that these tokens may end."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +51,7 @@ class Request:
     number: int = 0
     log_probs: int | None = None  # alternatives per token of the answer, 0 to 20; None: nothing
     prompt_log_probs: int | None = None  # the same for the prompt
+    grammar: Grammar | None = None  # keeps the answer to some texts; None: any
 
 
 @dataclass(frozen=True)
@@ -35,10 +61,11 @@ class Event:
     id: int
     tokens: list[int]  # without the stop token
     log_probs: LogProbs | None = None  # of `tokens`, in NumPy arrays
-    finish_reason: str | None = None  # stop | length
+    finish_reason: str | None = None  # stop | length | error
     stop_token: int | None = None
     prompt_log_probs: LogProbs | None = None  # of the prompt from its second token on, once
     stop_log_probs: LogProbs | None = None  # of the stop token
+    error: UserError | None = None  # why the request ended, if its finish_reason is `error`
 
 
 @dataclass
@@ -53,7 +80,13 @@ class Completion:
     stop_log_probs: LogProbs | None = None
 
     def add(self, event: Event) -> None:
-        """Append the tokens of an event."""
+        """Append the tokens of an event.
+
+        Raises:
+            UserError: the error of the event.
+        """
+        if event.error is not None:
+            raise event.error
         self.tokens += event.tokens
         self.finish_reason, self.stop_token = event.finish_reason, event.stop_token
         self.log_probs = join(self.log_probs, event.log_probs)
@@ -71,6 +104,7 @@ def joined(one: Event, other: Event) -> Event:
         other.stop_token,
         join(one.prompt_log_probs, other.prompt_log_probs),
         join(one.stop_log_probs, other.stop_log_probs),
+        other.error,
     )
 
 

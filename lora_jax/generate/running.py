@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.errors import UserError
 from lora_jax.generate.decode import Chunk
 from lora_jax.generate.device import chunk_size
-from lora_jax.generate.requests import Request
+from lora_jax.generate.requests import Guide, Request
 from lora_jax.generate.versions import Version
 
 
@@ -26,6 +27,22 @@ class Running:
     read: int = 0  # tokens that the cache has
     limit: int = 0  # tokens of the answer after which the row pauses
     decoding: bool = False
+    guide: Guide | None = None
+    allowed: np.ndarray | None = None  # bits of the tokens that may come next, by the guide
+    error: UserError | None = None  # of the guide
+
+    def advance(self, tokens: Sequence[int], vocab: int) -> str | None:
+        """Tell the guide of new tokens of the answer; return the finish_reason if it ends here."""
+        if self.guide is None:
+            return None
+        try:
+            for token in tokens:
+                self.guide.accept(token)
+            self.allowed = self.guide.allowed(vocab)
+        except UserError as error:
+            self.error = error
+            return "error"
+        return "stop" if self.allowed is None else None
 
     def next_chunk(self) -> Chunk:
         """Return the next chunk of the text. Its size depends on the text alone, as do its bits."""

@@ -1,6 +1,7 @@
 """Next tokens of the rows of a batch, each with its own settings.
 
 rows   = stack_rows([row_of(sampling, number, stop_tokens, vocab), ...])    # arrays (b, ..)
+logits = keep_allowed(logits, allowed)                                      # by grammars
 seen   = start_row(empty_seen(b, vocab), row, prompt_mask(prompt, vocab))   # at admission
 tokens = choose(logits, rows, step, seen)                                   # (b,)
 seen   = count_tokens(seen, tokens, active)
@@ -269,6 +270,30 @@ def choose(logits: jax.Array, rows: SamplingRows, step: jax.Array, seen: Seen) -
         return jnp.where(drawn, tokens, _likeliest(logits))
 
     return jax.lax.cond(drawn.any(), draw, _likeliest, logits)
+
+
+def every_token(rows: int, vocab: int) -> np.ndarray:
+    """Return the bits (b, ceil(vocab / 32)) uint32 that allow all tokens."""
+    return np.full((rows, -(-vocab // 32)), 2**32 - 1, np.uint32)
+
+
+def keep_allowed(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Return logits (b, vocab) with -inf for the tokens whose bit in `allowed` is 0: token t has
+    bit t % 32 of allowed[:, t // 32]. Nothing is computed if all rows allow all tokens.
+
+    Example:
+        >>> from lora_jax.generate import sampling
+        >>> print(sampling.keep_allowed(jnp.zeros((1, 4)), jnp.array([[0b0101]], jnp.uint32)))
+        [[  0. -inf   0. -inf]]
+    """
+
+    def mask(logits: jax.Array) -> jax.Array:
+        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = bits.reshape(len(logits), -1)[:, : logits.shape[-1]]
+        return jnp.where(bits == 1, logits, -jnp.inf)
+
+    some = (allowed != np.uint32(2**32 - 1)).any()
+    return jax.lax.cond(some, mask, lambda x: x, logits)
 
 
 def _keys(rows: SamplingRows) -> jax.Array:

@@ -5,6 +5,7 @@ import contextlib
 import importlib.resources
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -19,6 +20,7 @@ from lora_jax.serve.answers import ChatForm, Form
 from lora_jax.serve.complete import Answers, Asked, Piece
 from lora_jax.serve.driver import Closed
 from lora_jax.serve.errors import ApiError, as_api_error
+from lora_jax.serve.grammars import Grammar, source_of
 from lora_jax.serve.guard import Guard
 from lora_jax.serve.leases import Info, Lease
 from lora_jax.serve.metrics import Metrics
@@ -262,6 +264,7 @@ class App:
                 texts = self._texts(server, lease)
                 room = server.engine.max_length - lease_places(lease)
                 made = await asyncio.to_thread(make, texts, room)
+                made = await asyncio.to_thread(self._with_grammar, made)
                 count = len(made.prompts) * asked.n
                 if count > server.driver.max_waiting:
                     raise protocol.refused("n", f"{count} choices are more than the queue holds")
@@ -286,6 +289,17 @@ class App:
         finally:
             answers.close()
         return as_json(form.whole(found))
+
+    def _with_grammar(self, asked: Asked) -> Asked:
+        found = source_of(asked.request)
+        if found is None:
+            return asked
+        field, source = found
+        vocab = self.server.engine.model.config.vocab_size
+        try:
+            return replace(asked, grammar=Grammar(asked.texts.tokenizer, vocab, source))
+        except UserError as error:
+            raise protocol.refused(field, str(error)) from error
 
     async def _stream(
         self, answers: Answers, form: Form, pieces: AsyncIterator[Piece]

@@ -16,6 +16,7 @@ import numpy as np
 from lora_jax.errors import UserError
 from lora_jax.generate import Event, Request
 from lora_jax.generate.log_probs import LogProbs
+from lora_jax.generate.requests import Grammar
 from lora_jax.generate.text import TextStream
 from lora_jax.serve.driver import Driver, Job
 from lora_jax.serve.leases import Lease
@@ -36,6 +37,7 @@ class Asked:
     log_probs: int | None = None  # alternatives of each token of the answer
     prompt_log_probs: int | None = None
     prompt_texts: Sequence[str] | None = None  # echoed before the answers
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Answers:
             number=number,
             log_probs=asked.log_probs,
             prompt_log_probs=asked.prompt_log_probs,
+            grammar=asked.grammar,
         )
 
     def _submit(self, index: int, request: Request) -> None:

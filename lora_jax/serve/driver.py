@@ -246,7 +246,7 @@ class Driver:
             return
         if event.finish_reason is not None:
             del self._rows[event.id]
-            self._end(job, event)
+            self._end(job, event if event.error is None else event.error)
         elif not self._tell(job, event):
             self._cancel(job)
 

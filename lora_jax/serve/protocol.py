@@ -25,9 +25,8 @@ _REFUSED = {
         "name the adapter in `model`",
     ),
     **dict.fromkeys(
-        ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
-        + ("guided_grammar",),
-        "structured output is not supported",
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        "use structured_outputs",
     ),
     **dict.fromkeys(("chat_template",), "the template is that of the adapter, or of the base"),
     **dict.fromkeys(("functions", "function_call"), "give tools, with tool_choice: none"),
@@ -71,6 +70,8 @@ class Sampled(Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def sampling(self, seed: int) -> Sampling:
         """Return the settings of a row.
@@ -197,8 +198,6 @@ def _check_supported(given: Mapping[str, Any]) -> None:
 
 def _is_off(name: str, value: Any) -> bool:
     """Return True for a value that asks for nothing, as clients send by default."""
-    if name == "response_format":
-        return value == {"type": "text"}
     return value is False or (name == "best_of" and value == 1)
 
 

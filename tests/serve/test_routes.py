@@ -100,7 +100,7 @@ def test_what_is_not_supported_is_refused_by_name(served, path):
     fields = {
         **dict.fromkeys(("lora_path", "adapters", "adapter_id", "lora"), "a1"),
         **{"suffix": "x", "best_of": 2, "use_beam_search": True, "unknown_field": 1},
-        **{"response_format": {"type": "json_object"}, "structured_outputs": {}},
+        **{"response_format": {"type": "xml"}, "structured_outputs": {}},
         **{"n": 0, "temperature": -1, "top_p": 0, "max_tokens": -5, "seed": 2**70},
         **{"min_p": 2, "presence_penalty": 9, "logit_bias": {"x": 1}, "stop": [""]},
         **{"temperature": "hot", "stream": 1, "stop_token_ids": ["a"], "prompt_logprobs": 99},
