@@ -89,7 +89,7 @@ def write_adapters(home: Path, options: argparse.Namespace) -> None:
 class Server:
     """A `lora-jax serve` on a port of loopback."""
 
-    def __init__(self, root: Path, options: argparse.Namespace) -> None:
+    def __init__(self, root: Path, options: argparse.Namespace, more: Sequence[str] = ()) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -99,7 +99,7 @@ class Server:
         sizes["max-model-len"] = options.prompt + options.new
         command += "".join(f" --{name} {value}" for name, value in sizes.items())
         self.log = root.with_suffix(".log").open("wb")
-        arguments = [sys.executable, "-m", "lora_jax", *command.split()]
+        arguments = [sys.executable, "-m", "lora_jax", *command.split(), *more]
         self.process = subprocess.Popen(arguments, stderr=self.log)
 
     def wait(self) -> None:
