@@ -25,14 +25,20 @@ from lora_jax.session import Session, open_session, settle_date
 from lora_jax.train import base, base_scores, predictions, setup
 from lora_jax.train.evaluate import make_evaluator
 from lora_jax.train.scored import Scores
+from lora_jax.train.strength import check_scale, with_strength
 
 
 def compare(
-    config: Config, paths: Sequence[str], console: Console, allow_change: Collection[str] = ()
+    config: Config,
+    paths: Sequence[str],
+    console: Console,
+    allow_change: Collection[str] = (),
+    scales: Sequence[float] = (),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measure the base and every PEFT adapter directory in `paths` on the same held-out data.
     Return a mapping of losses and metrics for each, with its name as `adapter`, and a mapping per
-    answer, as in `predictions`.
+    answer, as in `predictions`. With `scales`, each adapter is measured at these multiples of its
+    update, and both mappings have the `scale`.
 
     `config` gives the model, the held-out data and the settings of the evaluation.
 
@@ -41,6 +47,8 @@ def compare(
             base, tokenizer or template (unless named in `allow_change`).
     """
     scores.check_metrics(config.eval.metrics)
+    for scale in scales:
+        check_scale(scale)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     session = open_session(config)
@@ -61,15 +69,24 @@ def compare(
     # Fresh adapters of plain LoRA change nothing, so they measure the base.
     plain = AdapterConfig(rank=1)
     fresh = methods.init(jax.random.key(0), params, plain)[1]
-    results = [("base", loaded.measure("base", fresh, plain, is_base=True))]
+    is_base = {"adapter": "base"} | ({"scale": 0.0} if scales else {})
+    results = [(is_base, loaded.measure("base", fresh, plain, is_base=True))]
     for path, (weights, settings) in adapters.items():
-        results.append((path, loaded.measure(path, weights, settings)))
+        if not scales:
+            results.append(({"adapter": path}, loaded.measure(path, weights, settings)))
+        for scale in scales:
+            own = weights, settings
+            if scale != 1:
+                made = with_strength(session.source, session.model, weights, settings, scale)
+                own = made.adapters, made.config
+            result = loaded.measure(f"{path} at {scale:g}", *own)
+            results.append(({"adapter": path, "scale": scale}, result))
     names = session.config.eval.metrics
-    rows = [{"adapter": name} | result.numbers() for name, result in results]
+    rows = [name | result.numbers() for name, result in results]
     lines = [
         line
         for name, result in results
-        for line in predictions.to_lines({"adapter": name}, result.answers, names)
+        for line in predictions.to_lines(name, result.answers, names)
     ]
     return rows, lines
 
@@ -144,7 +161,8 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if name == "adapter" else "right")
     for row in rows:
-        table.add_row(row["adapter"], *(f"{x:.4f}" for key, x in row.items() if key != "adapter"))
+        shown = {"adapter": str, "scale": "{:g}".format}
+        table.add_row(*(shown.get(key, "{:.4f}".format)(x) for key, x in row.items()))
     console.print(table)
 
 

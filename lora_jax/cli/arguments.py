@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from lora_jax import config as configs
+from lora_jax.errors import UserError
 
 
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -55,6 +57,19 @@ def add_dtypes(parser: argparse.ArgumentParser) -> None:
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+
+
+def split_numbers(option: str, texts: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Return the numbers of an option, and the overrides of settings that follow them.
+
+    Raises:
+        UserError: anything else.
+    """
+    overrides = [text for text in texts if "=" in text]
+    try:
+        return [float(text) for text in texts if "=" not in text], overrides
+    except ValueError as error:
+        raise UserError(f"{option} needs numbers, not {' '.join(texts)}") from error
 
 
 def whole(text: str) -> int:

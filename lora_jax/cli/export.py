@@ -18,6 +18,7 @@ EPILOG = """examples:
   lora-jax export --run runs/quickstart --format peft --output my-adapter --push-to-hub me/mine
   lora-jax export --run runs/quickstart --format gguf --output my-adapter
   lora-jax export --run runs/quickstart --format gguf --merged --output my-model
+  lora-jax export --run runs/quickstart --format peft --output my-adapter --scale 0.8
 
 peft  an adapter directory for PEFT, vLLM and others. vLLM reads neither rank nor alpha patterns,
       nor DoRA: --profile vllm folds patterns into the weights, and refuses DoRA.
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", choices=("vllm",), help="write a PEFT directory that this server can load"
     )
     parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="multiply the update by this (default: 1); `lora-jax eval --scale` compares some",
+    )
+    parser.add_argument(
         "--push-to-hub",
         metavar="ORG/NAME",
         help="upload the result to this repository of the Hugging Face hub",
@@ -72,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from lora_jax.formats import push
     from lora_jax.report.console import make_console
-    from lora_jax.train.export import export_run
+    from lora_jax.train.export import Variant, export_run
 
     run, output, console = Path(options.run), Path(options.output), make_console()
     allowed, overrides = options.allow_change, options.overrides
@@ -85,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         console,
         allowed,
         overrides,
-        options.profile,
+        Variant(options.profile, options.scale),
     )
     print(f"written to {options.output}")
     if options.push_to_hub is not None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_jax import hosts, tree
+from lora_jax.errors import UserError
 
 _NAME = 36  # characters of a module's name
 _FEW = 25  # up to this many points, each is a dot and there is no smoothing
@@ -64,6 +66,35 @@ def _top(losses: Sequence[float], held_out: Sequence[float]) -> float:
     usual = max([float(np.quantile(losses, 0.97, method="lower")), losses[0], *held_out])
     highest = max(*losses, usual)
     return 1.05 * (highest if highest <= 2 * usual else usual) or 1.0
+
+
+def plot_tradeoff(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Plot the loss of the task against that of general text, a line per adapter from the base
+    through its scales. `rows` are those of `lora-jax eval`.
+    """
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    base, *others = rows
+    if not {"task_loss", "regression_loss"} <= base.keys():
+        raise UserError("the plot needs the loss of a task (data.eval) and of data.regression")
+    start = (base["regression_loss"], base["task_loss"])
+    for name in dict.fromkeys(row["adapter"] for row in others):
+        own = [row for row in others if row["adapter"] == name]
+        own.sort(key=lambda row: row.get("scale", 1.0))
+        points = [start, *((row["regression_loss"], row["task_loss"]) for row in own)]
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=short_names([name])[0])
+        for row, point in zip(own, points[1:], strict=True):
+            text = f"{row.get('scale', 1.0):g}"
+            axes.annotate(text, point, (6, 6), textcoords="offset points", color=line.get_color())
+    axes.plot(*start, color="black", marker="s", linestyle="none", label="base")
+    axes.set(
+        xlabel="loss on general text (nats per token)",
+        ylabel="loss of the task (nats per token)",
+        title="strength of the update: the number at each point",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, file)
 
 
 def plot_norms(file: Path, norms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:

@@ -32,6 +32,19 @@ from lora_jax.train.gguf import (
     export_gguf_model,
 )
 from lora_jax.train.merged import export_merged
+from lora_jax.train.strength import check_scale, session_of, with_strength
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Ways in which an export differs from the run.
+
+    profile: a program that must be able to load the adapter
+    scale: multiple of the update
+    """
+
+    profile: str | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,23 +146,25 @@ def export_run(
     console: Console,
     allow_change: Collection[str] = (),
     overrides: Sequence[str] = (),
-    profile: str | None = None,
+    variant: Variant = Variant(),
 ) -> None:
     """Export the latest checkpoint of a run as `peft`, `hf`, `gguf` (an adapter for llama.cpp) or
     `gguf-merged`; with `train.load_best_model_at_end`, the best one. `overrides` are settings of
-    `export`, as in `export.dtype=bfloat16`. `profile` names a program that must be able to load the
-    adapter. Without one, a note names what keeps vLLM from loading it.
+    `export`, as in `export.dtype=bfloat16`. Without a profile in `variant`, a note names what keeps
+    vLLM from loading the adapter.
 
     Raises:
         UserError: no run, no checkpoint, a damaged one, `output` exists and is not empty, or base,
             tokenizer or template are not those of the run (unless named in `allow_change`);
             adapters that PEFT cannot represent or reads otherwise (`peft_problems`); what a GGUF
-            file cannot hold; a profile that cannot load the adapter, or one for another kind.
+            file cannot hold; a profile that cannot load the adapter, or one for another kind; as
+            `strength.with_strength`.
     """
     output = expand(output)
     run = expand(run)
     config = load_run(run, overrides)
-    _check_kind(kind, config, run, profile)
+    _check_kind(kind, config, run, variant.profile)
+    check_scale(variant.scale)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(
             f"{output} already exists and is not empty; choose another directory or remove it"
@@ -164,17 +179,23 @@ def export_run(
     if not (run / "summary.json").is_file():
         console.print(f"note: {run} is not finished: this is its checkpoint of step {step}")
     results = _read_results(run, step)
+    adapters = saved.restore(session)
+    if variant.scale != 1:
+        whole = jax.tree.map(gather_to_host, adapters)
+        settings = session.config.adapter
+        made = with_strength(session.source, session.model, whole, settings, variant.scale)
+        # The scores are those of the whole update.
+        adapters, session, results = made.adapters, session_of(session, made), None
+    facts = Facts(session.stops, results)
     if kind == "peft":
-        export_saved_adapter(output, saved, session, console, results, profile)
+        export_saved_adapter(output, session, adapters, console, facts, variant.profile)
     elif kind == ADAPTER:
-        adapters, facts = saved.restore(session), Facts(session.stops, results)
         export_gguf_adapter(output, session, adapters, console, facts)
     elif kind == MERGED:
-        model, adapters = _with_base(saved, session)
-        facts = Facts(session.stops, results)
+        model = _with_base(session, adapters)
         export_gguf_model(output, session.config, model, adapters, console, examples, facts)
     else:
-        export_saved_merged(output, saved, session, console, results, examples)
+        export_saved_merged(output, session, adapters, console, facts, examples)
 
 
 def _check_kind(kind: str, config: Config, run: Path, profile: str | None) -> None:
@@ -226,46 +247,38 @@ def chosen_step(config: Config, record: Mapping[str, Any]) -> int:
 
 def export_saved_adapter(
     target: str | Path,
-    saved: Saved,
     session: Session,
+    adapters: Mapping,
     console: Console,
-    results: card.Results | None,
+    facts: Facts,
     profile: str | None = None,
 ) -> None:
     """Write the adapters of a run as a PEFT directory, with notes on their use in other programs.
 
     Raises:
-        UserError: a damaged checkpoint; adapters that PEFT cannot represent or reads otherwise;
-            as `export_peft`.
+        UserError: adapters that PEFT cannot represent or reads otherwise; as `export_peft`.
     """
-    stops = session.stops
     raise_all(formats.peft_problems(session.trainable, session.model))
-    adapters = saved.restore(session)
     problems = [] if profile else formats.serving_problems(session.trainable)
-    print_notes(console, [*problems, *stop_notes(session, stops)])
-    export_peft(target, session, adapters, session.fingerprint, Facts(stops, results), profile)
+    print_notes(console, [*problems, *stop_notes(session, facts.stops)])
+    export_peft(target, session, adapters, session.fingerprint, facts, profile)
 
 
 def export_saved_merged(
     target: str | Path,
-    saved: Saved,
     session: Session,
+    adapters: Mapping,
     console: Console,
-    results: card.Results | None,
+    facts: Facts,
     examples: Sequence[Example],
 ) -> dict[str, Any]:
-    """Write the model of a run with its adapters merged in, as `export_merged`.
-
-    Raises:
-        UserError: a damaged checkpoint; as `export_merged`.
-    """
-    model, adapters = _with_base(saved, session)
-    facts = Facts(session.stops, results)
+    """Write the model of a run with its adapters merged in, as `export_merged`."""
+    model = _with_base(session, adapters)
     return export_merged(target, session.config, model, adapters, console, examples, facts)
 
 
-def _with_base(saved: Saved, session: Session) -> tuple[Model, Mapping]:
-    """Return the model with its weights read again, and the adapters."""
-    config, model, adapters = session.config, session.model, saved.restore(session)
+def _with_base(session: Session, adapters: Mapping) -> Model:
+    """Return the model with its weights read again."""
+    config, model = session.config, session.model
     params = base.reload_base(config, session.source, model, make_mesh(config.mesh), adapters)
-    return model.replace(params=params), adapters
+    return model.replace(params=params)

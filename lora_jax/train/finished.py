@@ -11,6 +11,7 @@ from lora_jax import hosts
 from lora_jax.config import Config
 from lora_jax.report import journal
 from lora_jax.train import export
+from lora_jax.train.facts import Facts
 from lora_jax.train.monitor import LossMonitor
 from lora_jax.train.outputs import Run
 from lora_jax.train.ready import Ready
@@ -57,7 +58,8 @@ def repair(
             console.print("note: its summary has no digests of its exports: they are not checked")
         return summary
     hosts.from_main(lambda: run.check_exports(wrong))
-    saved = export.Saved(run.place, record)
+    adapters = export.Saved(run.place, record).restore(session)
+    facts = Facts(session.stops, summary)
     for name, reason in wrong.items():
         console.print(
             f"{over}; {run.output / name} {reason}: it is exported again from the checkpoint "
@@ -65,10 +67,10 @@ def repair(
         )
         with run.exporting(name, session.config) as target:
             if name == "adapter":
-                export.export_saved_adapter(target, saved, session, console, summary)
+                export.export_saved_adapter(target, session, adapters, console, facts)
             else:
                 summary |= export.export_saved_merged(
-                    target, saved, session, console, summary, examples
+                    target, session, adapters, console, facts, examples
                 )
     summary["outputs"] = hosts.from_main(run.digests)
     journal.write_summary(run.output / "summary.json", summary)
