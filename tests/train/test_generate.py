@@ -316,7 +316,15 @@ def test_an_answer_that_is_ended_stays_as_far_as_it_came(writer, capsys, monkeyp
     assert talk(writer, "one\n") == "\n" and "(ended)" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_an_answer_between_two_steps(writer, capsys):
+@pytest.fixture
+def takes_ctrl_c():
+    """Ctrl-C as on a terminal; a process in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_an_answer_between_two_steps(writer, capsys, takes_ctrl_c):
     class Pressed(io.StringIO):
         def write(self, text):
             if text and not self.getvalue():

@@ -522,7 +522,7 @@ def changed(log):
     return 0
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(15, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, kills):
     """kill -9 while it starts, trains, evaluates and saves; then the run is let finish."""
     options = (
