@@ -162,6 +162,7 @@ def test_loss_and_gradients_equal_peft(tiny, error, family):
         assert content["task_type"] == "SEQ_CLS"
         assert content["modules_to_save"] == ["classifier"]
         tuned = peft.PeftModel.from_pretrained(oracle, str(target), is_trainable=True)
+        tuned = tuned.double()  # in float32 torch's rounding alone is 0.8e-5 on some processors
         texts = examples(seed)
         losses = [
             torch.nn.functional.cross_entropy(
