@@ -39,10 +39,10 @@ def run(name: str) -> NoReturn:
         if not ctrl_c.pressed:  # inside an import it can turn into another error
             raise
         status = None
+    ctrl_c.leave()
     if status is None:
         print("interrupted", file=sys.stderr)
         status = 130
-    ctrl_c.leave()
     sys.exit(status)
 
 
@@ -51,7 +51,9 @@ class _CtrlC:
 
     Repetitions within a second are ignored, so that they do not disturb the cleanup. A later one
     ends the process at once; so does any before the command starts, when there is nothing to clean
-    up. If SIGINT is ignored, as in background jobs, it stays ignored.
+    up, and any within an import: in that of an extension, the exception can abort the process, or
+    be printed and replaced by another one. If SIGINT is ignored, as in background jobs, it stays
+    ignored.
     """
 
     def __init__(self) -> None:
@@ -60,11 +62,11 @@ class _CtrlC:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._receive)
             sys.unraisablehook = self._swallowed
-            sys.excepthook = self._printed
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
     def _receive(self, number: int, frame: Any) -> None:
-        if not self.started or (self.pressed and time.monotonic() - self.pressed >= DELIBERATE):
+        again = self.pressed and time.monotonic() - self.pressed >= DELIBERATE
+        if not self.started or again or (self.pressed is None and _imports(frame)):
             os.write(2, b"interrupted\n")
             os._exit(130)
         if self.pressed is None:
@@ -80,17 +82,19 @@ class _CtrlC:
         else:
             sys.__unraisablehook__(unraisable)
 
-    def _printed(self, kind: type[BaseException], value: BaseException, traceback: Any) -> None:
-        """Print exceptions, except a Ctrl-C: `import_array` of numpy's C interface prints it and
-        then raises an ImportError.
-        """
-        if not issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, value, traceback)
-
     def leave(self) -> None:
         """Restore the signal before the interpreter exits, which no exception can interrupt."""
         if signal.getsignal(signal.SIGINT) == self._receive:
             signal.signal(signal.SIGINT, signal.SIG_IGN if self.pressed else signal.SIG_DFL)
+
+
+def _imports(frame: Any) -> bool:
+    """Return True if the frame is within an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def use_huge_pages() -> None:
