@@ -97,16 +97,18 @@ def test_a_reader_that_has_gone_ends_the_command_quietly():
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.4, 1.0, 1.6])
 def test_two_hundred_interrupts(delay, tmp_path):
-    """While it starts, imports and works."""
+    """While it starts, imports and works; within the second in which they count as one."""
     process = start(
         "generate", "--model", "x", "--prompt", "a", command=[sys.executable, "-c", _SLOW]
     )
     assert process.stdout is not None
     process.stdout.readline()  # the handler is there
     time.sleep(delay)
+    end = time.monotonic() + 0.8
     for _ in range(200):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.001)
+        if time.monotonic() < end:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.001)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
 
