@@ -249,8 +249,8 @@ def _write(
     text = card.adapter_card(
         card.Base(spec, model.directory),
         task_type,
-        report["ranks"][1],
-        formats.serving_problems(made.trainable),
+        formats.file_rank(made.trainable),
+        formats.serving_problems(made.trainable, model.hf_config.get("model_type")),
         {"Made of": card.table(["setting", "value"], list(_sources(report)))},
     )
     formats.write_adapter(

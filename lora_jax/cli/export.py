@@ -20,8 +20,9 @@ EPILOG = """examples:
   lora-jax export --run runs/quickstart --format gguf --merged --output my-model
   lora-jax export --run runs/quickstart --format peft --output my-adapter --scale 0.8
 
-peft  an adapter directory for PEFT, vLLM and others. vLLM reads neither rank nor alpha patterns,
-      nor DoRA: --profile vllm folds patterns into the weights, and refuses DoRA.
+peft  an adapter directory for PEFT, vLLM and others. --profile vllm folds rank and alpha patterns,
+      which SGLang and older versions of vLLM do not read, into the weights, and refuses what vLLM
+      does not load, such as DoRA.
 hf    the base model with the adapter merged in, for transformers, with a report on what rounding
       lost; export.min_merge_cosine and export.max_merge_kl refuse a merge that loses too much.
 gguf  adapter.gguf for llama.cpp, over the GGUF file of the base, and a Modelfile for Ollama. With

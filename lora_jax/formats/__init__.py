@@ -36,6 +36,7 @@ from lora_jax.formats.peft import read_stops as read_stops
 from lora_jax.formats.peft import read_system_prompt as read_system_prompt
 from lora_jax.formats.peft import read_template_kwargs as read_template_kwargs
 from lora_jax.formats.peft import write_adapter as write_adapter
+from lora_jax.formats.serving import file_rank as file_rank
 from lora_jax.formats.serving import serving_problems as serving_problems
 from lora_jax.formats.side_files import generation_stops as generation_stops
 from lora_jax.formats.side_files import load_tokenizer as load_tokenizer

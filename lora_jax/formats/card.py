@@ -91,7 +91,7 @@ def adapter_card(
     Args:
         base: the base model.
         task_type: of PEFT: CAUSAL_LM or SEQ_CLS.
-        rank: the largest rank, for vLLM's --max-lora-rank.
+        rank: the largest rank of the file, for vLLM's --max-lora-rank.
         problems: reasons why vLLM does not load the adapter.
         sections: Markdown by heading, after the section on use.
         system_prompt: the system prompt that the adapter was trained with.
@@ -169,7 +169,7 @@ def _load_adapter(
     parts += ["With lora_jax:", fenced("bash", command + '--prompt "..."')]
     limit = next((size for size in _VLLM_RANKS if size >= rank), None)
     if problems or limit is None:
-        reasons = [*problems, *([] if limit else [f"rank {rank} is above {_VLLM_RANKS[-1]}"])]
+        reasons = problems or [f"rank {rank} is above {_VLLM_RANKS[-1]}"]
         parts.append("vLLM does not load it as it is: " + "; ".join(reasons))
     else:
         serve = f"vllm serve {shlex.quote(named)} --enable-lora --max-lora-rank {limit} \\\n"

@@ -53,7 +53,8 @@ class AdapterDetails(TypedDict, total=False):
     task_type: PEFT's name of the model's kind; by default "CAUSAL_LM"
     chat_template: replaces the chat templates of `source`
     extra: joins lora_jax.json
-    profile: "vllm" gives all modules one rank and one alpha, as vLLM reads no patterns
+    profile: "vllm" gives all modules one rank and one alpha, which every version of vLLM and
+        SGLang reads; `source` names the family, on which it depends what they load
     card: becomes README.md
     """
 
@@ -95,7 +96,8 @@ def write_adapter(
     config = found.config
     if profile is not None and profile not in _PROFILES:
         raise UserError(f"profile={profile!r} is not one of: {', '.join(_PROFILES)}")
-    raise_all(peft_problems(found) + (unservable(found) if profile else []))
+    unserved = unservable(found, _model_type(source)) if profile else []
+    raise_all(peft_problems(found) + unserved)
     leaves: Any = tree.flatten(jax.device_get(adapters))
     if config.trains_virtual_tokens:
         tensors = peft_virtual.pack(tree.unflatten(leaves))
@@ -122,6 +124,11 @@ def write_adapter(
             (temporary / "README.md").write_text(card, encoding="utf-8")
         if source is not None:
             copy_side_files(source, temporary, details.get("chat_template"))
+
+
+def _model_type(source: Path | None) -> str | None:
+    file = None if source is None else source / "config.json"
+    return read_json(file).get("model_type") if file is not None and exists(file) else None
 
 
 def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:

@@ -34,8 +34,8 @@ def of_adapter(
     results: Results | None,
     versions: Mapping[str, str],
 ) -> str:
-    """Return the card of an exported adapter; `rank` is its largest rank, `problems` are reasons
-    why vLLM cannot load it.
+    """Return the card of an exported adapter; `rank` is the largest of its file,
+    `problems` are reasons why vLLM cannot load it.
     """
     return card.adapter_card(
         card.Base(config.model, model.directory),

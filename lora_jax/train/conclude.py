@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import formats, hosts
+from lora_jax import hosts
 from lora_jax.report import journal, plots, scores
 from lora_jax.report.console import print_notes, print_samples
 from lora_jax.report.trackers import Tracker
@@ -108,7 +108,7 @@ def _export_adapter(
         run.exporting("adapter", session.config) as target,
     ):
         export.export_peft(target, session, adapters, fingerprint, facts)
-    problems = formats.serving_problems(session.trainable)
+    problems = export.serving_problems(session)
     print_notes(display.console, [*problems, *export.stop_notes(session, facts.stops)])
 
 

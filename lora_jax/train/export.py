@@ -81,11 +81,9 @@ def export_peft(
     adapters = jax.tree.map(gather_to_host, adapters)
     if not hosts.is_main():
         return
-    ranks = [rank for one in trainable.targets for rank in one.ranks]
-    problems = [] if profile else formats.serving_problems(trainable)
-    text = card.of_adapter(
-        config, model, max(ranks, default=0), problems, facts.results, versions()
-    )
+    problems = [] if profile else serving_problems(session)
+    rank = formats.file_rank(trainable)
+    text = card.of_adapter(config, model, rank, problems, facts.results, versions())
     formats.write_adapter(
         target,
         adapters,
@@ -107,6 +105,12 @@ def export_peft(
         profile=profile,
         card=text,
     )
+
+
+def serving_problems(session: Session) -> list[str]:
+    """List what keeps vLLM from serving the adapters of a run."""
+    model_type = session.model.hf_config.get("model_type")
+    return formats.serving_problems(session.trainable, model_type)
 
 
 def stop_notes(session: Session, stops: Collection[int]) -> list[str]:
@@ -259,7 +263,7 @@ def export_saved_adapter(
         UserError: adapters that PEFT cannot represent or reads otherwise; as `export_peft`.
     """
     raise_all(formats.peft_problems(session.trainable, session.model))
-    problems = [] if profile else formats.serving_problems(session.trainable)
+    problems = [] if profile else serving_problems(session)
     print_notes(console, [*problems, *stop_notes(session, facts.stops)])
     export_peft(target, session, adapters, session.fingerprint, facts, profile)
 

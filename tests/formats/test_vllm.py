@@ -8,10 +8,11 @@ import peft
 import pytest
 from safetensors.numpy import load_file
 
-from lora_jax import AdapterConfig, UserError, formats, lora
+from lora_jax import AdapterConfig, UserError, formats, lora, models
 from lora_jax.targets import find_trainable
 from lora_jax.tree import flatten, slice_names, unflatten
 
+from ..families import FAMILIES, SMOLLM2
 from .test_peft import (
     AS_ONE,
     BIASED,
@@ -142,3 +143,85 @@ def test_what_vllm_cannot_load_is_named_with_what_to_do(tiny_llama, tmp_path):
             tmp_path / "adapter", adapters, params, config, base_model="base", profile="vlm"
         )
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_largest_rank_of_the_file_is_known_before_it_is_written(tiny_llama, tmp_path):
+    directory, _ = tiny_llama(**UNTIED)
+    model = formats.load(directory)
+    cases = {
+        "pissa": dict(init="pissa", rank=3, target_modules=QV),
+        "pissa above a side": dict(init="pissa", rank=12, target_modules=KO),
+        "patterns": PATTERNS,
+    }
+    for name, fields in cases.items():
+        config = AdapterConfig(**make_fields(fields))
+        adapters = random_adapters(model.params, config, 0)
+        formats.write_adapter(
+            tmp_path / name, adapters, model.params, config, base_model="org/base", profile="vllm"
+        )
+        content = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        found = find_trainable(model.params, config)
+        assert formats.file_rank(found) == content["r"]
+        assert content["r"] > config.rank or name == "patterns"
+
+
+def test_ranks_that_vllm_does_not_take_are_refused(tmp_path):
+    params = models.describe(SMOLLM2).params
+    for fields in (dict(rank=520), dict(rank=260, init="pissa"), dict(rank=512)):
+        config = AdapterConfig(alpha=8, target_modules=["q_proj"], **fields)
+        problems = formats.serving_problems(find_trainable(params, config), "llama")
+        assert len(problems) == (fields["rank"] != 512)
+        assert all("rank in the file is 520, and vLLM takes up to 512" in x for x in problems)
+
+
+EMBEDDINGS = ["embed_tokens", "lm_head"]
+LACKS = {
+    "llama": [],
+    "qwen3": [],
+    "olmo2": EMBEDDINGS[1:],
+    "mistral": EMBEDDINGS,
+    "qwen2": EMBEDDINGS,
+    "gemma3_text": EMBEDDINGS,
+}
+
+
+@pytest.mark.parametrize("family", LACKS)
+def test_embeddings_that_vllm_has_no_adapters_of_are_refused(tiny_llama, tmp_path, family):
+    directory, _ = tiny_llama(family=family, tie_word_embeddings=False)
+    params = formats.describe(directory).params
+    config = AdapterConfig(target_modules=[*EMBEDDINGS, "q_proj"])
+    found = find_trainable(params, config)
+    problems = formats.serving_problems(found, family)
+    lacks = LACKS[family]
+    assert [problem.split()[5] for problem in problems] == lacks
+    assert formats.serving_problems(found) == []
+    plain = find_trainable(params, AdapterConfig(target_modules=["q_proj"]))
+    assert formats.serving_problems(plain, family) == []
+    if lacks:
+        adapters = lora.shapes(params, config)
+        with pytest.raises(UserError, match=f"no adapters of lm_head for model_type={family}"):
+            formats.write_adapter(
+                *(tmp_path / "x", adapters, params, config),
+                **dict(base_model="base", source=directory, profile="vllm"),
+            )
+
+
+def test_an_embedding_that_is_the_head_needs_both(tiny_llama):
+    for family, lacks in (("llama", 0), ("gemma", 2), ("olmo2", 1)):
+        directory, _ = tiny_llama(family=family, tie_word_embeddings=True)
+        params = formats.describe(directory).params
+        found = find_trainable(params, AdapterConfig(**make_fields(AS_ONE)))
+        assert len(formats.serving_problems(found, family)) == lacks
+
+
+def test_families_and_routers_that_vllm_has_no_adapters_of_are_refused(tiny_model):
+    for family, targets, text in (
+        ("gpt2", ["c_attn"], "vLLM has no adapters for model_type=gpt2"),
+        ("mixtral", ["gate"], "vLLM would ignore adapters of routers of model_type=mixtral"),
+        ("mixtral", ["q_proj"], ""),
+    ):
+        directory, _ = tiny_model(family, **FAMILIES[family].fields)
+        params = formats.describe(directory).params
+        found = find_trainable(params, AdapterConfig(rank=4, target_modules=targets))
+        problems = formats.serving_problems(found, family)
+        assert len(problems) == bool(text) and "".join(problems).startswith(text)

@@ -28,7 +28,7 @@ def export(run, output, *options, status=0):
 def test_patterns_are_named_without_the_profile_and_folded_in_with_it(run, tmp_path, capsys):
     plain = export(run, tmp_path / "plain", "--format", "peft")
     patterns, ends = capsys.readouterr().err.split("note: ")[1:]
-    assert patterns.startswith("vLLM does not read rank_pattern")
+    assert patterns.startswith("SGLang, and vLLM before 0.32, do not read rank_pattern")
     assert ends.startswith("answers end with ")
     assert plain["rank_pattern"] and plain["r"] > 2
     served = export(run, tmp_path / "served", "--format", "peft", "--profile", "vllm")
