@@ -1,5 +1,7 @@
 """The client of OpenAI, in the installed version and in the major version before it."""
 
+import threading
+
 import pytest
 
 from .fetched import fetch, run
@@ -39,6 +41,21 @@ def no_row_is_left(served):
 def test_installed_version(served, name):
     with open_client(served.url) as client:
         CHECKS[name](client)
+
+
+def test_a_closed_stream_frees_its_row(served, monkeypatch):
+    """Steps are slow, and most of them are not taken."""
+    steps, own = [], served.server.engine.step
+
+    def step():
+        steps.append(threading.Event().wait(0.1))
+        return own()
+
+    monkeypatch.setattr(served.server.engine, "step", step)
+    with open_client(served.url) as client:
+        CHECKS["closed_stream"](client)
+    served.settled()
+    assert 0 < len(steps) < 60  # of 90
 
 
 @pytest.mark.slow
