@@ -62,7 +62,8 @@ def check_completions(client):
 def check_prompts_of_tokens(client):
     """A prompt is tokenised the same by all; the answer has an ID."""
     tokens = client.post("/tokenize", body={"prompt": "ab"}, cast_to=object)["tokens"]
-    settings = dict(model="a2", max_tokens=5, temperature=0, extra_body={"return_token_ids": True})
+    more = {"return_token_ids": True, "ignore_eos": True}
+    settings = dict(model="a2", max_tokens=5, temperature=0, extra_body=more)
     plain = client.completions.create(prompt="ab", **settings)
     raw = client.completions.with_raw_response.create(
         prompt=[tokens, tokens], extra_headers={"x-request-id": "mine"}, **settings
@@ -71,6 +72,7 @@ def check_prompts_of_tokens(client):
     found = raw.parse()
     assert [choice.text for choice in found.choices] == [plain.choices[0].text] * 2
     assert found.choices[0].token_ids == plain.choices[0].token_ids
+    assert len(plain.choices[0].token_ids) == 5
     assert plain.choices[0].prompt_token_ids == tokens
 
 
