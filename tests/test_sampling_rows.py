@@ -280,8 +280,10 @@ def test_a_row_begins_anew_with_its_prompt():
         ({"min_p": float("nan")}, "min_p=nan must be from 0 to 1"),
         ({"presence_penalty": 2.1}, "presence_penalty=2.1 must be from -2 to 2"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty=nan must be from -2 to 2"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be from 0.001 to 1000"),
+        ({"repetition_penalty": 1e-4}, "repetition_penalty=0.0001 must be from 0.001"),
+        ({"repetition_penalty": 1e300}, r"repetition_penalty=1e\+300 must be from 0.001 to 1000"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf must be from 0.001"),
         ({"min_new_tokens": -1}, "min_new_tokens=-1 must be an integer, at least 0"),
         ({"min_new_tokens": None}, "min_new_tokens=None must be an integer"),
         ({"top_k": 2.5}, "top_k=2.5 must be an integer"),
@@ -298,6 +300,30 @@ def test_a_row_begins_anew_with_its_prompt():
 def test_settings_out_of_range(options, text):
     with pytest.raises(UserError, match=text):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1e300])
+@pytest.mark.parametrize("repetition", [1e-3, 1e3])
+def test_the_widest_settings_keep_logits_finite(temperature, repetition):
+    """The largest bias wins, the smallest loses."""
+    bias = {4: 1e30, 5: -1e30, 6: -1e30}
+    extreme = Sampling(
+        temperature=temperature,
+        repetition_penalty=repetition,
+        presence_penalty=2.0,
+        frequency_penalty=-2.0,
+        logit_bias=bias,
+    )
+    rows = sampling.stack_rows([sampling.row_of(extreme, 0, (), VOCAB)])
+    seen = sampling.start_row(
+        sampling.empty_seen(1, VOCAB), 0, sampling.prompt_mask([4, 5], VOCAB)
+    )
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((1, VOCAB)), jnp.float32)
+    edited = sampling._edited(logits, rows, jnp.array([False]), seen)
+    scaled = edited / jnp.maximum(rows.temperature, 1e-5)[:, None]
+    assert np.isfinite(scaled).all()
+    (token,) = np.asarray(sampling.choose(logits, rows, jnp.array([0]), seen)).tolist()
+    assert token == 4 if temperature < 1 else token < VOCAB
 
 
 def test_all_problems_are_raised_together():

@@ -30,7 +30,10 @@ MAX_STOPS = 64  # stop tokens of a row
 _ALL = np.iinfo(np.int32).max
 _SEEDS = 2**32
 _GREEDY_BELOW = 1e-5  # as vLLM: a division by less overflows
+# Logits stay finite in float32 with the largest bias, penalty and 1 / temperature together.
 _LARGEST_BIAS = 1e30
+_LARGEST_TEMPERATURE = 1e30  # any larger one draws from all tokens alike, too
+_LARGEST_PENALTY = 1000.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class Sampling:
             f"seed={self.seed!r} must be an integer from 0 to {_SEEDS - 1}": not (
                 _is_whole(self.seed) and 0 <= self.seed < _SEEDS
             ),
-            f"repetition_penalty={self.repetition_penalty!r} must be above 0 and finite": not (
-                _is_real(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf
+            f"repetition_penalty={self.repetition_penalty!r} must be from 0.001 to 1000": not (
+                _is_real(self.repetition_penalty)
+                and 1 / _LARGEST_PENALTY <= self.repetition_penalty <= _LARGEST_PENALTY
             ),
         }
         for name in ("presence_penalty", "frequency_penalty"):
@@ -167,7 +171,7 @@ def row_of(
     return SamplingRows(
         seed=np.uint32(sampling.seed),
         number=np.uint32(number),
-        temperature=np.float32(temperature),
+        temperature=np.float32(min(temperature, _LARGEST_TEMPERATURE)),
         top_k=np.int32(kept_number(sampling.top_k)),
         tail=np.float32(1 - sampling.top_p),
         min_p=np.float32(sampling.min_p),

@@ -11,7 +11,7 @@ import pytest
 from .live import live, options_of, write_files
 from .openapi import BODIES, READ, description
 
-EXAMPLES = 40  # requests of each route with drawn values; those at the limits of types come on top
+EXAMPLES = 30  # requests of each route with drawn values; those at the limits of types come on top
 OPTIONS = (
     *("--checks", "not_a_server_error", "--max-examples", EXAMPLES),
     *("--generation-deterministic", "--request-timeout", 120, "--no-color"),
@@ -22,7 +22,8 @@ OPTIONS = (
 def test_no_request_breaks_the_server(tmp_path, capfd):
     described = tmp_path / "openapi.json"
     described.write_text(json.dumps(description()))
-    with live(options_of(*write_files(tmp_path / "files")), admin_key="admin") as served:
+    files = write_files(tmp_path / "files")
+    with live(options_of(*files, "--max-model-len", "60"), admin_key="admin") as served:
         programs = served.server.engine.compiled_programs
         capfd.readouterr()
         done = subprocess.run(
