@@ -58,7 +58,7 @@ LAYERS = (
         "train.predictions",
     ),
     ("train.base_scores", "train.facts", "train.forecast", "train.ready"),
-    ("train.merged", "train.trainer"),
+    ("train.merged", "train.strength", "train.trainer"),
     ("train.gguf",),
     ("train.export", "train.start"),
     ("audit", "train.conclude", "train.finished"),

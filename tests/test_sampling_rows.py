@@ -315,9 +315,7 @@ def test_the_widest_settings_keep_logits_finite(temperature, repetition):
         logit_bias=bias,
     )
     rows = sampling.stack_rows([sampling.row_of(extreme, 0, (), VOCAB)])
-    seen = sampling.start_row(
-        sampling.empty_seen(1, VOCAB), 0, sampling.prompt_mask([4, 5], VOCAB)
-    )
+    seen = sampling.start_row(sampling.empty_seen(1, VOCAB), 0, sampling.prompt_mask([4, 5], VOCAB))
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((1, VOCAB)), jnp.float32)
     edited = sampling._edited(logits, rows, jnp.array([False]), seen)
     scaled = edited / jnp.maximum(rows.temperature, 1e-5)[:, None]

@@ -71,15 +71,11 @@ def compare(
     fresh = methods.init(jax.random.key(0), params, plain)[1]
     is_base = {"adapter": "base"} | ({"scale": 0.0} if scales else {})
     results = [(is_base, loaded.measure("base", fresh, plain, is_base=True))]
-    for path, (weights, settings) in adapters.items():
+    for path, own in adapters.items():
         if not scales:
-            results.append(({"adapter": path}, loaded.measure(path, weights, settings)))
+            results.append(({"adapter": path}, loaded.measure(path, *own)))
         for scale in scales:
-            own = weights, settings
-            if scale != 1:
-                made = with_strength(session.source, session.model, weights, settings, scale)
-                own = made.adapters, made.config
-            result = loaded.measure(f"{path} at {scale:g}", *own)
+            result = loaded.measure(f"{path} at {scale:g}", *_at(session, scale, *own))
             results.append(({"adapter": path, "scale": scale}, result))
     names = session.config.eval.metrics
     rows = [name | result.numbers() for name, result in results]
@@ -89,6 +85,16 @@ def compare(
         for line in predictions.to_lines(name, result.answers, names)
     ]
     return rows, lines
+
+
+def _at(
+    session: Session, scale: float, weights: Any, settings: AdapterConfig
+) -> tuple[Any, AdapterConfig]:
+    """Return adapters with `scale` times their update."""
+    if scale == 1:
+        return weights, settings
+    made = with_strength(session.source, session.model, weights, settings, scale)
+    return made.adapters, made.config
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,16 @@ class Made:
     log_probs: LogProbs  # each (steps, b, ..)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Turn:
+    """Limits of a call of `decode`."""
+
+    allowed: Any  # (b, ceil(v / 32)) uint32: bits of the tokens that rows may take
+    limit: Any  # tokens of a row
+    hurry: Any  # bool: fewer if one of the rows pauses
+
+
 @dataclass(frozen=True)
 class Programs:
     """Compiled programs, and how many were compiled so far."""
@@ -153,9 +163,9 @@ def make_programs(model: Model, dtype: Any, place: Callable[[Any], Any]) -> Prog
         run = _Forward(model, dtype, given, rows, chosen)
         return _first(run, rows, chosen, allowed, hidden, length, limit)
 
-    def decode(given, cache, rows, chosen, allowed, limit, hurry, view):
+    def decode(given, cache, rows, chosen, turn, view):
         run = _Forward(model, dtype, given, rows, chosen)
-        return _decode(run, cache, rows, chosen, allowed, limit, hurry, view)
+        return _decode(run, cache, rows, chosen, turn, view)
 
     return Programs(
         counted(admit, donate_argnames="rows"),
@@ -292,24 +302,14 @@ def _first(
 
 
 def _decode(
-    run: _Forward,
-    cache: Cache,
-    rows: Rows,
-    chosen: Any,
-    allowed: Any,
-    limit: Any,
-    hurry: Any,
-    view: int,
+    run: _Forward, cache: Cache, rows: Rows, chosen: Any, turn: Turn, view: int
 ) -> tuple[Cache, Rows, Made]:
-    """Give the rows that run up to `limit` tokens each, fewer if `hurry` and one of them pauses.
-    The batch is all rows, or those `chosen` (b,). Tokens whose bit in `allowed` (b, words) is 0 are
-    not taken.
-    """
+    """Give the rows that run their next tokens. The batch is all rows, or those `chosen` (b,)."""
     own = rows if chosen is None else jax.tree.map(lambda x: x[chosen], rows)
     started = own.running
     batch = len(started)
     _, like = jax.eval_shape(
-        lambda hidden: _pick(run.logits(hidden), own, started, allowed),
+        lambda hidden: _pick(run.logits(hidden), own, started, turn.allowed),
         jax.ShapeDtypeStruct((batch, run.module.config.hidden_size), jnp.float32),
     )
     empty = jax.tree.map(lambda x: jnp.zeros((MOST_STEPS, *x.shape), x.dtype), like)
@@ -323,7 +323,7 @@ def _decode(
             segment_ids=own.running.astype(jnp.int32)[:, None],
             cache=cache,
         )
-        token, report = _pick(run.logits(hidden[:, 0]), own, own.running, allowed)
+        token, report = _pick(run.logits(hidden[:, 0]), own, own.running, turn.allowed)
         tokens = made.tokens.at[step].set(jnp.where(own.running, token, -1))
         reports = jax.tree.map(lambda x, new: x.at[step].set(new), made.log_probs, report)
         own = dataclasses.replace(own, length=own.length + own.running)
@@ -332,7 +332,7 @@ def _decode(
     def goes_on(state: tuple[Any, ...]) -> jax.Array:
         step, _, own, _ = state
         some_paused = (started & ~own.running).any()
-        return (step < limit) & own.running.any() & ~(hurry & some_paused)
+        return (step < turn.limit) & own.running.any() & ~(turn.hurry & some_paused)
 
     seen = dataclasses.replace(cache, rows=chosen, view=view)
     _, seen, own, made = jax.lax.while_loop(goes_on, next_tokens, (jnp.int32(0), seen, own, made))

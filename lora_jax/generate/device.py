@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.generate.decode import Admission, Chunk, Given, Made, empty_rows, make_programs
+from lora_jax.generate.decode import Admission, Chunk, Given, Made, Turn, empty_rows, make_programs
 from lora_jax.generate.log_probs import LogProbs
 from lora_jax.generate.sampling import every_token
 from lora_jax.models.common import Model
@@ -167,9 +167,9 @@ class Device:
 
     def _decode(self, chosen: Any, allowed: np.ndarray, view: int, steps: int, hurry: bool) -> Made:
         self._decoding.add((self.batches[-1] if chosen is None else len(chosen), view))
-        limits = np.int32(steps), np.bool_(hurry)
+        turn = Turn(allowed, np.int32(steps), np.bool_(hurry))
         cache, rows, made = self._programs.decode(
-            self._given, *self._allocated(), chosen, allowed, *limits, view=view
+            self._given, *self._allocated(), chosen, turn, view=view
         )
         self._state = cache, rows
         return jax.tree.map(gather_to_host, made)

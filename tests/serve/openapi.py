@@ -107,7 +107,9 @@ GROUPS = {
 IN_GROUP = {
     "model": {"enum": ("a1", "tiny")},
     "prompt": {"const": "ab"},
-    "messages": {"const": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "messages": {
+        "const": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    },
     "stream": {"const": True},
     "tool_choice": {"const": "none"},
 }
