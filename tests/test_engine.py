@@ -9,7 +9,8 @@ import pytest
 
 from lora_jax.errors import UserError
 from lora_jax.generate import Engine, Request, Sampling, for_decoding
-from lora_jax.generate.decode import Given, empty_rows, make_programs
+from lora_jax.generate.decode import Given, Turn, empty_rows, make_programs
+from lora_jax.generate.sampling import every_token
 
 from .families import FAMILIES, in_turns, random_model
 
@@ -255,9 +256,9 @@ def test_a_decode_step_copies_neither_weights_nor_cache(optimised):
     shapes = jax.eval_shape(
         lambda: (model.empty_cache(rows, slots, jnp.float32), empty_rows(rows, 1, 97))
     )
-    compiled = programs.decode.lower(
-        Given(model.params), *shapes, None, np.int32(1), np.bool_(False), view=slots
-    ).compile()
+    turn = Turn(every_token(rows, 97), np.int32(1), np.bool_(False))
+    decode = programs.decode.lower(Given(model.params), *shapes, None, turn, view=slots)
+    compiled = decode.compile()
     layer = shapes[0].keys.layers[0]
     copied = f"{layer.shape}".replace(" ", "").strip("()")
     copies = [line for line in compiled.as_text().splitlines() if " copy(" in line]

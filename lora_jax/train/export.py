@@ -178,6 +178,8 @@ def export_run(
     session = open_session(config)
     fingerprint.check(saved.record["fingerprint"], session.fingerprint, str(run), allow_change)
     check_gguf(kind, session)
+    if kind == "peft":
+        raise_all(formats.peft_problems(session.trainable, session.model))
     examples = () if kind in ("peft", ADAPTER) else _read_probe(session, console)
     step = chosen_step(session.config, saved.record)
     if not (run / "summary.json").is_file():
@@ -262,7 +264,6 @@ def export_saved_adapter(
     Raises:
         UserError: adapters that PEFT cannot represent or reads otherwise; as `export_peft`.
     """
-    raise_all(formats.peft_problems(session.trainable, session.model))
     problems = [] if profile else serving_problems(session)
     print_notes(console, [*problems, *stop_notes(session, facts.stops)])
     export_peft(target, session, adapters, session.fingerprint, facts, profile)
