@@ -10,9 +10,9 @@ are random, of rank 16 on all linears; those that nobody asks for share the file
 hard links. The engine without HTTP has the same rows, slots and requests, in a process of its own.
 
 A request is a prompt of 64 tokens with a greedy answer of 32, streamed. Every round measures each
-server and the engine in turns, with as many clients as the server has rows; results are medians
-over rounds. Latencies are those of the server with the most adapters: seconds to the first token,
-and between tokens, which arrive in groups when nobody waits.
+server and the engine in turns, with twice as many clients as the server has rows, so that no row
+waits for a client; results are medians over rounds. Latencies are those of the server with the most
+adapters: seconds to the first token, and between tokens, which arrive in groups when nobody waits.
 """
 
 import argparse
@@ -208,7 +208,7 @@ def measure(
                 seconds, tokens[name] = engine.recv()
                 speed = sum(map(len, tokens[name])) / seconds
             else:
-                run = load(servers[name].url, options.rows, options.requests, options)
+                run = load(servers[name].url, 2 * options.rows, options.requests, options)
                 result = asyncio.run(run)
                 speed, tokens[name] = result.tokens_per_second(), [x.tokens for x in result.answers]
             if number:  # the first round warms up

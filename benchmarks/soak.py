@@ -60,7 +60,8 @@ def client(url: str, seed: int, end: float, options: argparse.Namespace, counts:
                         if form == "hang up" and draw.random() < 0.7:
                             break
                 status = response.status_code
-                if status == 200 and b'"error"' in text:
+                # Not in an answer: "error" may be a token of it.
+                if status == 200 and (b'data: {"error"' in text or text.startswith(b'{"error"')):
                     status = "error in a stream"
             except httpx.TransportError as error:
                 status = type(error).__name__
