@@ -77,9 +77,9 @@ def plain(family, **more):
     return AdapterConfig(rank=3, alpha=5, target_modules=FAMILIES[family].targets, **more)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", DECODERS)
-def test_families(error, family, seed):
+@pytest.mark.long_table(6)
+@pytest.mark.parametrize(("seed", "family"), [(i % 2, name) for i, name in enumerate(DECODERS)])
+def test_families(error, seed, family):
     model = random_model(family, seed, **FAMILIES[family].fields)
     assert not getattr(model.config, "ropes_by_length", ())
     _, texts = draw_batches(seed)

@@ -1,5 +1,5 @@
-"""What a config adds to the loss of any objective: the balance of routers, and the divergence from
-the base on general text.
+"""Penalties that a config adds to the loss of any objective: the balance of routers, and the
+divergence from the base on general text.
 """
 
 from collections.abc import Callable
