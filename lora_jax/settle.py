@@ -16,7 +16,7 @@ from lora_jax.models.common import Model
 # Settings of `data` that a classifier has no use for.
 _OF_TEXT = (
     *("prompt", "completion", "system_prompt", "chat_template", "chat_template_kwargs"),
-    *("template_date", "regression"),
+    *("template_date", "regression", "replay"),
 )
 
 
@@ -27,12 +27,12 @@ def describe_model(config: Config, source: Path) -> tuple[Config, Model]:
     For a classifier, `data.labels` are those of the training data if none are given; its head
     trains (`modules_to_save`), with everything else that its files lack; and answers are scored by
     accuracy. Virtual tokens that start as a text are as many as the text has, if no number is
-    given.
+    given. `data.share_prompts` is true or false.
 
     Raises:
         UserError: as `formats.describe`; settings that do not fit the model; fewer than two
-            labels, or none given for a stream; virtual tokens that leave no room for a text, or
-            that start as a text without a tokenizer.
+            labels, or none given for a stream; prompts that cannot be shared; virtual tokens that
+            leave no room for a text, or that start as a text without a tokenizer.
     """
     model = formats.describe(source, config.ignore_config_fields)
     given = config.data.labels
@@ -44,8 +44,9 @@ def describe_model(config: Config, source: Path) -> tuple[Config, Model]:
                 f"{config.model} is of model_type={kind!r} and writes text"
             )
         _check_no_classification(config)
-        return _with_virtual_tokens(config, source, model), model
+        return _with_sharing(_with_virtual_tokens(config, source, model), model), model
     _check_classification(config)
+    config = _with_sharing(config, model)
     labels = tuple(given) if given is not None else _read_labels(config)
     if not labels:  # nothing is trained: those of the model itself
         labels = model.labels
@@ -74,6 +75,29 @@ def text_tokens(adapter: AdapterConfig, tokenizer: Any) -> list[int] | None:
     if not tokens:
         raise UserError(f"adapter.prompt_text={adapter.prompt_text!r} has no tokens")
     return tokens
+
+
+def _with_sharing(config: Config, model: Model) -> Config:
+    """Return the config with `data.share_prompts` as true or false."""
+    given, problem = config.data.share_prompts, _sharing_problem(config, model)
+    if given is True and problem is not None:
+        raise UserError(f"data.share_prompts=true: {problem}; leave it out")
+    shares = problem is None and (given is True or config.train.compares_answers)
+    settled = dataclasses.replace(config.data, share_prompts=given is not False and shares)
+    return dataclasses.replace(config, data=settled)
+
+
+def _sharing_problem(config: Config, model: Model) -> str | None:
+    """Return why texts of a row cannot share their starts, or None."""
+    if model.labels:
+        return f"{config.model} classifies, and its texts have no prompt"
+    if getattr(model.config, "ropes_by_length", ()):
+        return f"the rotary frequencies of {config.model} depend on the length of the whole text"
+    if config.train.router_aux_loss_coef:
+        return "train.router_aux_loss_coef counts every token, and a shared one would count once"
+    if not config.data.packing and not config.train.compares_answers:
+        return "data.packing=false puts one text into a row"
+    return None
 
 
 def _with_virtual_tokens(config: Config, source: Path, model: Model) -> Config:

@@ -45,9 +45,19 @@ TINY = dict(
 )
 
 
+# Files that take minutes come first, so that two workers end at about the same time.
+LONG = ["train/test_resume.py", "test_engine_requests.py", "multihost/test_runs.py"]
+LONG += ["test_programs.py", "test_notebooks.py", "test_bank.py", "parity/test_sharded_families.py"]
+LONG += ["serve/test_serve_command.py", "parity/test_virtual.py", "train/test_family.py"]
+LONG += ["train/test_run.py", "plan/test_compiled.py", "train/test_preference_runs.py"]
+TESTS = Path(__file__).parent
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """`long_table(keep)`: `keep` cases of the test, evenly spread over its table, are not slow."""
+    order = {TESTS / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     tables = {}
     for item in items:
         if (mark := item.get_closest_marker("long_table")) is not None:

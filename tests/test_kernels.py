@@ -11,6 +11,7 @@ import pytest
 from lora_jax.errors import UserError
 from lora_jax.nn import kernels
 from lora_jax.nn.attention import attention, mask_specs
+from lora_jax.nn.texts import Texts
 
 # b, t, query heads, kv heads, head size; no block of 128 tokens is full in the first.
 SIZES = {"grouped": (2, 70, 6, 2, 8), "blocks": (1, 256, 3, 1, 16), "even": (2, 130, 4, 4, 64)}
@@ -44,10 +45,11 @@ def both(
 ):
     """(output, gradients) of a fused kernel, and of `layers.attention`."""
     (*inputs, slope), segments = draw(SIZES[size], seed, dtype)
-    masks = (segments[:, :, None] == segments[:, None, :],)
+    texts = Texts(segments, segments)
+    masks = (texts.visible(causal=False),)
     if causal:
-        masks = mask_specs("xla", segments, segments, None, windows)[which]
-    spec = kernels.MaskSpec(segments, jnp.int32(which), kernel, windows, causal)
+        masks = mask_specs("xla", texts, None, windows)[which]
+    spec = kernels.MaskSpec(texts, jnp.int32(which), kernel, windows, causal)
 
     @jax.jit
     def measure(seen, queries, keys, values):

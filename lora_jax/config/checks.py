@@ -117,10 +117,41 @@ def _objective_problems(config: Config, values: Mapping[str, Any]) -> Iterator[s
                 f"{config.adapter.init} subtracts its factors from the base; use start, which is "
                 "the base at the first step"
             )
+    yield from _replay_problems(config)
     if config.train.compares_answers and config.adapter.init in DATA_INITS:
         yield (
             f"adapter.init={config.adapter.init} looks at rows with one answer, and "
             f"train.objective={objective} has others; choose another init"
+        )
+
+
+def _replay_problems(config: Config) -> Iterator[str]:
+    """Yield settings that do not go with `data.replay`, and uses of it that are missing."""
+    weight, data = config.objective.base_kl, config.data
+    if data.replay is None:
+        if weight:
+            yield f"objective.base_kl={weight:g} is measured on data.replay, which is not set"
+        if data.replay_share != DataConfig().replay_share:
+            yield f"data.replay_share={data.replay_share:g} needs data.replay, which is not set"
+        return
+    if data.train is None:
+        yield f"data.replay={data.replay!r} goes with data.train, which is not set"
+    if data.streaming:
+        yield "data.replay is mixed with rows that are read at once; set data.streaming=false"
+    if config.train.compares_answers and not weight:
+        yield (
+            f"data.replay={data.replay!r}: train.objective={config.train.objective} learns nothing "
+            "from general text; set objective.base_kl, which compares with the base on it"
+        )
+    if weight and config.adapter.trains_everything:
+        yield (
+            f"objective.base_kl={weight:g} compares with the base, and adapter.method=full keeps "
+            "no copy of it; train an adapter, or leave base_kl out and mix data.replay in"
+        )
+    if weight and config.adapter.changes_base:
+        yield (
+            f"objective.base_kl={weight:g} compares with the base, and adapter.init="
+            f"{config.adapter.init} subtracts its factors from it; choose another init"
         )
 
 

@@ -32,6 +32,8 @@ class ObjectiveConfig:
     # compare means over the tokens of an answer instead of sums, so that long answers weigh no
     # more; null: false, with ipo true
     length_normalize: bool | None = option(None, objectives=("dpo", "ipo"))
+    # weight of the divergence from the base on data.replay, which keeps what the model could do
+    base_kl: float = option(0.0, at_least=0, at_most=_MOST)
     # margin by which the chosen answer should win, in rewards
     gamma: float = option(0.5, at_least=0, at_most=_MOST, objectives=("simpo",))
     # weight of rows with label true; balance unequal numbers of rows with the next one

@@ -33,6 +33,11 @@ class DataConfig:
     eval_size: float | None = option(None, above=0, changes_encoding=False)
     # general text, without the system prompt; its loss shows what the task costs the model
     regression: str | None = option(None, is_path=True, changes_encoding=False)
+    # general text among the rows of training, so that the model forgets less: it is learned like
+    # the task or, with objective.base_kl, keeps the model close to the base
+    replay: str | None = option(None, is_path=True, changes_encoding=False)
+    # share of the rows of a step that are replay
+    replay_share: float = option(0.25, above=0, below=1, changes_encoding=False)
     # leave out held-out rows that are in `train` too
     drop_overlap: bool = option(False, changes_encoding=False)
     # the user turn made from columns of a row, "{question}"; null: as the row says
@@ -63,6 +68,12 @@ class DataConfig:
     # put several examples into a row, each with its own attention and positions; false gives the
     # same gradients, slower
     packing: bool = option(True, changes_encoding=False)
+    # compute the start that texts of a row share once, with the same gradients. auto: the prompt of
+    # two answers; true: also a system prompt or examples that many rows begin with, which puts more
+    # of them into a row
+    share_prompts: bool | str = option(
+        "auto", choices=("auto", True, False), changes_encoding=False
+    )
     # draw a new order for every epoch, from `seed`
     shuffle: bool = option(True, changes_encoding=False)
     # read `train` while it is needed, for data that do not fit into memory

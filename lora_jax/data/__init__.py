@@ -31,6 +31,7 @@ from .loader import order as order
 from .loader import stack as stack
 from .named_columns import columns as columns
 from .packing import pack as pack
+from .packing import slots as slots
 from .packing import to_row as to_row
 from .packing import with_places as with_places
 from .parse import parse_row as parse_row

@@ -36,11 +36,14 @@ def digest(sets: Iterable[DataSet]) -> str:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Training data of a run: sets by source, each with its weight, or a source to stream."""
+    """Training data of a run: sets by source, each with its weight, or a source to stream. `replay`
+    is the name of the set of general text among them.
+    """
 
     sets: Mapping[str, DataSet]
     weights: Mapping[str, float]
     stream: str | None = None
+    replay: str | None = None
 
     def digest(self) -> str:
         """Digest of all examples and weights, wherever their files are. For a stream, digest of

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.data.examples import Example
-from lora_jax.data.packing import pack, to_row
+from lora_jax.data.packing import pack_examples, to_row, tokens_of
+from lora_jax.data.shared_starts import size
 from lora_jax.errors import UserError, raise_all
 
 _MULTIPLE = 64  # the length of unpacked rows is rounded up to a multiple
@@ -42,6 +43,8 @@ class Loader:
 
     rows_per_epoch: number of rows that hold every example exactly once
     row_length: tokens per row: `max_length` when packing, else the longest example rounded up
+    tokens: of the rows of an epoch; with `share_prompts`, the start of several texts of a row
+        counts once
     efficiency: fraction of the tokens of an epoch that is not padding
 
     Raises:
@@ -57,6 +60,7 @@ class Loader:
         packing: bool = True,
         shuffle: bool = True,
         seed: int = 0,
+        share_prompts: bool = False,
     ):
         if not examples:
             raise ValueError("no examples to load")
@@ -66,6 +70,7 @@ class Loader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.share_prompts = share_prompts
         lengths = [len(example.tokens) for example in examples]
         longest = max(lengths)
         if longest > max_length:
@@ -76,14 +81,15 @@ class Loader:
             # Shuffled before packing, so that neighbours in the file do not always share a row.
             # Epochs are shuffled with 1, 2, ..: 0 gives an order that no epoch has.
             first = order(len(examples), seed, 0, shuffle)
-            rows = pack([lengths[i] for i in first], max_length)
-            self._rows = [[int(first[i]) for i in row] for row in rows]
+            self._rows = pack_examples(examples, first, max_length, share_prompts)
             self.row_length = max_length
         else:
             self._rows = [[i] for i in range(len(examples))]
+            longest = max(size(example, share_prompts) for example in examples)
             self.row_length = min(max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
         self.rows_per_epoch = len(self._rows)
-        self.efficiency = sum(lengths) / (self.rows_per_epoch * self.row_length)
+        self.tokens = tokens_of(examples, self._rows, share_prompts)
+        self.efficiency = self.tokens / (self.rows_per_epoch * self.row_length)
         self._orders: dict[int, np.ndarray] = {}
 
     @property
@@ -106,7 +112,11 @@ class Loader:
             ValueError: a step below 0; `rows` selects no row, or one outside of the batch.
         """
         numbers = batch_rows(step, self.batch_size, rows)
-        return stack([self.row(number) for number in numbers], self.row_length)
+        return self.stack([self.row(number) for number in numbers], self.row_length)
+
+    def stack(self, rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
+        """Return a batch of rows of `length` tokens."""
+        return stack(rows, length, self.share_prompts)
 
     def indices(self, step: int) -> list[list[int]]:
         """Return the indices of the examples in each row of batch `step`."""
@@ -163,6 +173,13 @@ class Mixture:
             share * loaders[name].efficiency * loaders[name].row_length / self.row_length
             for name, share in self.shares.items()
         )
+        self._arrays = {
+            name: np.zeros(self.row_length, array.dtype)
+            for loader in loaders.values()
+            for name, array in to_row(
+                loader.row(0), loader.row_length, loader.share_prompts
+            ).items()
+        }
         self._names = sorted(loaders)  # the order of the mapping must not matter
         self._counts = np.array([counts[name] for name in self._names])
         self._cycle = _spread(self._counts)
@@ -179,7 +196,12 @@ class Mixture:
     def batch(self, step: int, rows: slice | range = slice(None)) -> dict[str, np.ndarray]:
         """Return batch `step`; see `Loader.batch`."""
         numbers = batch_rows(step, self.batch_size, rows)
-        return stack([self.row(number) for number in numbers], self.row_length)
+        shares = any(loader.share_prompts for loader in self.loaders.values())
+        found = stack([self.row(number) for number in numbers], self.row_length, shares)
+        # A batch without rows of some source has its arrays all the same.
+        missing = {n: x for n, x in self._arrays.items() if n not in found}
+        size = len(found["tokens"])
+        return found | {name: np.stack([zeros] * size) for name, zeros in missing.items()}
 
     def row(self, number: int) -> list[Example]:
         """Return the examples of row `number` of the mixture, counted from 0."""
@@ -258,16 +280,16 @@ def _spread(counts: np.ndarray) -> np.ndarray:
 
 
 def eval_batches(
-    examples: Sequence[Example], batch_size: int, max_length: int
+    examples: Sequence[Example], batch_size: int, max_length: int, share_prompts: bool = False
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield every example once, packed in order: the arrays of `packing.to_row`.
 
     Every batch is (batch_size, max_length); the last one is filled with rows of padding.
     """
-    rows = pack([len(example.tokens) for example in examples], max_length)
+    rows = pack_examples(examples, range(len(examples)), max_length, share_prompts)
     for first in range(0, len(rows), batch_size):
         chosen = [[examples[i] for i in row] for row in rows[first : first + batch_size]]
-        yield stack(chosen + [[]] * (batch_size - len(chosen)), max_length)
+        yield stack(chosen + [[]] * (batch_size - len(chosen)), max_length, share_prompts)
 
 
 def batch_rows(step: int, batch_size: int, rows: slice | range) -> range:
@@ -289,9 +311,11 @@ def batch_rows(step: int, batch_size: int, rows: slice | range) -> range:
     return range(first + chosen.start, first + chosen.stop, chosen.step)
 
 
-def stack(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
+def stack(
+    rows: Sequence[Sequence[Example]], length: int, share_prompts: bool = False
+) -> dict[str, np.ndarray]:
     """Stack the rows of `packing.to_row`: arrays of (rows, length)."""
-    built = [to_row(row, length) for row in rows]
+    built = [to_row(row, length, share_prompts) for row in rows]
     # Rows without labelled texts or pairs lack some arrays.
     empty = {name: np.zeros_like(array) for row in built for name, array in row.items()}
     return {

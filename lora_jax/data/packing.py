@@ -12,10 +12,12 @@ has weight 0, so no prediction crosses from one example into the next.
 import dataclasses
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lora_jax.data.examples import Example, join
+from lora_jax.data.shared_starts import Branch, groups, place, size
 
 
 def pack(lengths: Sequence[int], max_length: int, window: int = 256) -> list[list[int]]:
@@ -70,6 +72,34 @@ def _pack_window(lengths: Sequence[int], indices: range, max_length: int) -> lis
     return sorted(sorted(row) for row in rows)
 
 
+def pack_examples(
+    examples: Sequence[Example], first: Sequence[int], max_length: int, share_prompts: bool
+) -> list[list[int]]:
+    """Return the indices of the examples of each row, packed in the order `first`. Where texts
+    share their starts, each of the `groups` is packed by itself.
+    """
+    if not share_prompts:
+        rows = pack([len(examples[i].tokens) for i in first], max_length)
+        return [[int(first[i]) for i in row] for row in rows]
+    found = []
+    rank = {int(index): place for place, index in enumerate(first)}
+    for group in groups(examples, max_length):
+        own = sorted(group.indices, key=rank.__getitem__)
+        lengths = [size(examples[i], share_prompts) - group.start for i in own]
+        found += [[own[i] for i in row] for row in pack(lengths, max_length - group.start)]
+    return sorted(found, key=lambda row: rank[row[0]])
+
+
+def tokens_of(
+    examples: Sequence[Example], rows: Sequence[Sequence[int]], share_prompts: bool
+) -> int:
+    """Return the tokens of rows, which hold the examples of these indices."""
+    if not share_prompts:
+        return sum(len(examples[i].tokens) for row in rows for i in row)
+    texts = ([text for i in row for text in examples[i].texts] for row in rows)
+    return sum(len(branch.own) for row in texts for branch in place(row, share_prompts))
+
+
 def with_places(examples: Sequence[Example], count: int) -> list[Example]:
     """Return the examples with `count` tokens in front, to be replaced by virtual tokens.
 
@@ -91,18 +121,26 @@ def _with_places(example: Example, count: int) -> Example:
     )
 
 
-def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray]:
+def to_row(
+    examples: Sequence[Example], max_length: int, share_prompts: bool = False
+) -> dict[str, np.ndarray]:
     """Return one row of `tokens`, `loss_weights`, `segment_ids` and `positions`: (max_length,).
 
     Integers are int32 and weights float32; the rest is padding with zeros. Labelled texts also have
     `token_types`, 1 in the second text of a pair. The position of a label is padding, and the only
     target. Two answers are two segments, and have `pair_ids`, `roles` and, if it is known,
-    `reference_log_probs` (`lora_jax.objectives.pairs`).
+    `reference_log_probs` (`lora_jax.objectives.pairs`). Texts that are compared with the base have
+    `replay_weights` in place of `loss_weights`.
+
+    With `share_prompts` there is one more array, `seen_until` (`lora_jax.nn.texts`), and a start
+    that texts share belongs to the segment of the first of them.
 
     Raises:
         ValueError: the examples have more than `max_length` tokens in total.
     """
-    total = sum(len(example.tokens) for example in examples)
+    texts = _texts_of(examples)
+    branches = place([one.text for one in texts], share_prompts)
+    total = sum(len(one.own) for one in branches)
     if total > max_length:
         raise ValueError(f"{len(examples)} examples of {total} tokens do not fit into {max_length}")
     row = {
@@ -111,40 +149,73 @@ def to_row(examples: Sequence[Example], max_length: int) -> dict[str, np.ndarray
         "segment_ids": np.zeros(max_length, np.int32),
         "positions": np.zeros(max_length, np.int32),
     }
-    start = segment = 0
-    for number, example in enumerate(examples, start=1):
-        for text in example.texts:
-            segment += 1
-            _put_text(row, text, start, segment)
-            start += len(text.tokens)
-        if example.second_start is not None:
-            _put_pair(row, example, start, number)
+    for segment, branch in enumerate(branches, start=1):
+        one = texts[branch.text]
+        _put_text(row, one.text, branch, segment)
+        if one.role:
+            _put_answer(row, one, branch)
+    if share_prompts:
+        row["seen_until"] = until = np.full(max_length, max_length, np.int32)
+        for branch in branches:
+            until[branch.slots] = branch.slots[-1:] + 1
     return row
 
 
-def _put_text(row: dict[str, np.ndarray], example: Example, start: int, segment: int) -> None:
-    """Write a text into a row, from `start` on."""
-    end = start + len(example.tokens)
-    row["tokens"][start:end] = example.tokens
-    row["loss_weights"][start:end] = example.loss_weights
-    row["loss_weights"][start : start + 1] = 0
-    row["segment_ids"][start:end] = segment
-    row["positions"][start:end] = np.arange(end - start)
-    if example.pair_start is not None:  # the last token is a label, not text
-        row["segment_ids"][end - 1] = row["positions"][end - 1] = 0
+def slots(examples: Sequence[Example], share_prompts: bool = False) -> list[np.ndarray]:
+    """Return the slots in `to_row` of the tokens of each example."""
+    texts = _texts_of(examples)
+    branches = place([one.text for one in texts], share_prompts)
+    found: list[list[np.ndarray]] = [[] for _ in examples]
+    for branch in sorted(branches, key=lambda one: one.text):
+        found[texts[branch.text].number - 1].append(branch.slots)
+    return [np.concatenate(parts) for parts in found]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text of a row: its example, counted from 1, and its role and reference in that."""
+
+    text: Example
+    number: int
+    role: int = 0
+    reference: np.ndarray | None = None
+
+
+def _texts_of(examples: Sequence[Example]) -> list[_Text]:
+    found = []
+    for number, example in enumerate(examples, start=1):
+        if example.second_start is None:
+            found.append(_Text(example, number))
+            continue
+        known = example.reference
+        parts = [slice(example.second_start), slice(example.second_start, None)]
+        for text, role, part in zip(example.texts, example.roles, parts, strict=True):
+            found.append(_Text(text, number, role, None if known is None else known[part]))
+    return found
+
+
+def _put_text(row: dict[str, np.ndarray], text: Example, branch: Branch, segment: int) -> None:
+    """Write the tokens of a text that no earlier one has written."""
+    own = branch.own
+    row["tokens"][own] = text.tokens[branch.shared :]
+    weights = "loss_weights"
+    if text.compares:
+        weights = "replay_weights"
+        row.setdefault(weights, np.zeros_like(row["loss_weights"]))
+    row[weights][own] = text.loss_weights[branch.shared :]
+    row[weights][own[:1]] = 0
+    row["segment_ids"][own] = segment
+    row["positions"][own] = np.arange(branch.shared, len(text.tokens))
+    if text.pair_start is not None:  # the last token is a label, not text
+        row["segment_ids"][own[-1]] = row["positions"][own[-1]] = 0
         types = row.setdefault("token_types", np.zeros_like(row["tokens"]))
-        types[start + example.pair_start : end - 1] = 1
+        types[own[text.pair_start : -1]] = 1
 
 
-def _put_pair(row: dict[str, np.ndarray], example: Example, end: int, number: int) -> None:
-    """Write the number, the roles and the reference of two answers that end at `end`."""
-    assert example.second_start is not None
-    start = end - len(example.tokens)
-    middle = start + example.second_start
-    for name in ("pair_ids", "roles"):
-        row.setdefault(name, np.zeros_like(row["tokens"]))
-    row["pair_ids"][start:end] = number
-    row["roles"][start:middle], row["roles"][middle:end] = example.roles
-    if example.reference is not None:
+def _put_answer(row: dict[str, np.ndarray], one: _Text, branch: Branch) -> None:
+    """Write the number of a pair, the role of the text in it, and the reference of its tokens."""
+    for name, value in (("pair_ids", one.number), ("roles", one.role)):
+        row.setdefault(name, np.zeros_like(row["tokens"]))[branch.own] = value
+    if one.reference is not None:
         known = row.setdefault("reference_log_probs", np.zeros_like(row["loss_weights"]))
-        known[start:end] = example.reference
+        known[branch.own] = one.reference[branch.shared :]

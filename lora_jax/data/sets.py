@@ -15,6 +15,7 @@ from lora_jax.cache import cache_directory
 from lora_jax.config import ENCODING_KEYS, Config, virtual_tokens
 from lora_jax.data.datasets import DataSet, TrainData, hold_out, rows_of, without_overlap
 from lora_jax.data.datasets import digest as digest
+from lora_jax.data.replay import add_replay
 from lora_jax.errors import UserError, counted
 
 
@@ -282,14 +283,25 @@ def read_sets(config: Config, encoder: Encoder) -> tuple[TrainData, dict[str, Da
     }
     if settings.eval_size is None:
         train = TrainData(sets, weights)
-        return train, _held_out(config, encoder, train)
+        held_out = _held_out(config, encoder, train)
+        return _with_replay(config, encoder, train, held_out), held_out
     sets, task = hold_out(
         *(sets, lambda source: encoder.rows(source).rows, settings.eval_size, config.seed),
         system_prompt=settings.system_prompt,
     )
     console.print(f"held out of data.train: {len(task.examples):,} examples")
     train = TrainData(sets, weights)
-    return train, {"task": task, **_held_out(config, encoder, train)}
+    held_out = {"task": task, **_held_out(config, encoder, train)}
+    return _with_replay(config, encoder, train, held_out), held_out
+
+
+def _with_replay(
+    config: Config, encoder: Encoder, train: TrainData, held_out: Mapping[str, DataSet]
+) -> TrainData:
+    if config.data.replay is None:
+        return train
+    examples = encoder.for_general_text().examples(config.data.replay, "data.replay")
+    return add_replay(config, train, examples, held_out.get("regression"), encoder.console)
 
 
 def read_held_out(config: Config, encoder: Encoder) -> dict[str, DataSet]:
@@ -324,6 +336,16 @@ def _held_out(config: Config, encoder: Encoder, train: TrainData | None) -> dict
     return found
 
 
+def _describe_sharing(loaders: Iterable[data.Loader]) -> str:
+    """Return a line on the tokens that rows hold once for several texts."""
+    found = [(one.tokens, sum(len(example.tokens) for example in one.examples)) for one in loaders]
+    own, whole = map(sum, zip(*found, strict=True))
+    return (
+        f"shared prompts: an epoch computes {own:,} of {whole:,} tokens, as starts that texts of a "
+        "row share are computed once"
+    )
+
+
 def make_loader(
     config: Config,
     train: TrainData,
@@ -334,6 +356,7 @@ def make_loader(
     """Return the batches of the run; those of a stream go on from `position`."""
     settings, rows = config.data, config.train.batch_size
     options = (rows, settings.max_length, settings.packing, settings.shuffle, config.seed)
+    shares = settings.share_prompts is True
     steps = config.train.steps or 0  # of epochs that are not settled; nothing is printed then
     shape = f"{counted(steps, 'step')} of {counted(rows, 'row')}"
     if train.stream is not None:
@@ -344,12 +367,15 @@ def make_loader(
             read,
             lambda records: data.with_places(encoder.block(records), encoder.places),
             settings.stream_rows,
+            shares,
         )
         return data.StreamLoader(blocks, *options, state=position)
     loaders = {
-        name: data.Loader(data.with_places(one.examples, encoder.places), *options)
+        name: data.Loader(data.with_places(one.examples, encoder.places), *options, shares)
         for name, one in train.sets.items()
     }
+    if shares:
+        console.print(_describe_sharing(loaders.values()))
     if len(loaders) == 1:
         (loader,) = loaders.values()
         source, rows_per_epoch = next(iter(train.sets)), loader.rows_per_epoch

@@ -37,6 +37,7 @@ class Blocks:
     read: Callable[[int], Iterator[Any]]  # (start): records from that index on, always the same
     encode: Callable[[list[Any]], Sequence[Example]]  # examples, maybe fewer than records
     rows: int = 4096  # records of a block; at most two blocks are in memory
+    share_prompts: bool = False  # as `Loader`
 
 
 class StreamLoader:
@@ -112,7 +113,8 @@ class StreamLoader:
                 self._state, self._rows = before, self._all_rows()
                 raise
         assert self._last
-        return stack([self._last[1][row] for row in chosen], self.row_length)
+        texts = [self._last[1][row] for row in chosen]
+        return stack(texts, self.row_length, self._blocks.share_prompts)
 
     def _all_rows(self) -> Iterator[list[Example]]:
         """Yield rows from the state on, without end, and update the state."""
@@ -147,7 +149,8 @@ class StreamLoader:
         if not examples:
             return len(chosen), None
         seed = np.random.SeedSequence([self._seed, block]).generate_state(1, np.uint64)
-        return len(chosen), Loader(examples, *self._options, seed=int(seed[0]))
+        shares = self._blocks.share_prompts
+        return len(chosen), Loader(examples, *self._options, int(seed[0]), shares)
 
     def _out_of_turn(self, step: int) -> str:
         return (

@@ -257,15 +257,15 @@ def _prefill(
     """Return also hidden states of the chunk (b, t, d), and of its last token (b, d)."""
     batch, time = chunk.tokens.shape
     real = jnp.arange(time) < chunk.count[:, None]
-    more = {}
+    own = dataclasses.replace(cache, rows=chunk.rows, view=view)
     if run.by_length:
-        more["lengths"] = jnp.broadcast_to(chunk.length[:, None], (batch, time))
+        lengths = jnp.broadcast_to(chunk.length[:, None], (batch, time))
+        own = dataclasses.replace(own, lengths=lengths)
     hidden, seen = run.hidden(
         chunk.tokens,
         positions=chunk.start[:, None] + jnp.arange(time),
         segment_ids=real.astype(jnp.int32),
-        cache=dataclasses.replace(cache, rows=chunk.rows, view=view),
-        **more,
+        cache=own,
     )
     cache = dataclasses.replace(cache, keys=seen.keys, values=seen.values)
     ends = jnp.maximum(chunk.count - 1, 0)[:, None, None]

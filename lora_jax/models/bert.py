@@ -23,6 +23,7 @@ from lora_jax.models.reader import ConfigReader
 from lora_jax.nn.attention import attention
 from lora_jax.nn.kernels import MaskSpec
 from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
+from lora_jax.nn.texts import Texts
 
 RULES = (
     (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),
@@ -199,10 +200,11 @@ class Encoder(nnx.Module):
         embeddings.
         """
         types = jnp.zeros_like(tokens) if token_types is None else token_types
+        texts = Texts(positions, segment_ids)
         if execution.kernel == "xla":
-            masks: Any = (segment_ids[:, :, None] == segment_ids[:, None, :],)
+            masks: Any = (texts.visible(causal=False),)
         else:
-            masks = MaskSpec(segment_ids, jnp.int32(0), execution.kernel, causal=False)
+            masks = MaskSpec(texts, jnp.int32(0), execution.kernel, causal=False)
 
         def block(x, layer, own, cached):
             return layer(x, masks), None, cached

@@ -25,6 +25,7 @@ from lora_jax.nn.attention import KVContext, attend, mask_specs
 from lora_jax.nn.cache import Cache
 from lora_jax.nn.modules import ACTIVATIONS, Embed, Linear, RMSNorm
 from lora_jax.nn.rope import by_length, rope, rotate, text_lengths
+from lora_jax.nn.texts import Texts
 from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
@@ -254,7 +255,7 @@ class CausalLM(nnx.Module):
         *,
         positions: jax.Array,
         segment_ids: jax.Array,
-        lengths: jax.Array | None = None,
+        seen_until: jax.Array | None = None,
         cache: Cache | None = None,
         prefix: Virtual | None = None,
         execution: Execution = PLAIN,
@@ -262,13 +263,11 @@ class CausalLM(nnx.Module):
         """Return final hidden states (b, t, d) of tokens (b, t); the cache with the tokens written,
         if one is given; and the `Routing` of all layers, if there are experts.
 
-        With a `Prompt`, each text of the batch must begin with placeholders for it.
-
-        `lengths` (b, t), of the text that each token belongs to, choose the rotary frequencies of
-        dynamic and longrope. By default a text ends with its last token here. For a chunk of a
-        longer text give its final length: cached keys keep the frequencies they were rotated with.
+        With a `Prompt`, each text of the batch must begin with placeholders for it. Texts that
+        share their start are described by `seen_until` (b, t): see `lora_jax.nn.texts`.
         """
         config = self.config
+        lengths = None if cache is None else cache.lengths
         if lengths is None and config.ropes_by_length:
             lengths = text_lengths(positions, segment_ids)
         x, in_text = put_in(self.embed(tokens, execution.dtype), positions, prefix), positions
@@ -280,7 +279,8 @@ class CausalLM(nnx.Module):
         windows = {FULL: None, SLIDING: config.sliding_window}
         own_windows = [windows[kind] for kind in kinds]
         prefix_masks = [own.visible(positions, window) for window in own_windows] if own else []
-        seen = mask_specs(execution.kernel, in_text, segment_ids, cache, own_windows, prefix_masks)
+        texts = Texts(in_text, segment_ids, seen_until)
+        seen = mask_specs(execution.kernel, texts, cache, own_windows, prefix_masks)
         inputs_by_kind = [
             AttentionInputs(
                 rope(positions, config.head_dim, config.rope_parameters[kind], lengths),

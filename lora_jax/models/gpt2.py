@@ -22,6 +22,7 @@ from lora_jax.models.reader import ConfigReader
 from lora_jax.nn.attention import KVContext, attend, mask_specs
 from lora_jax.nn.cache import Cache
 from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
+from lora_jax.nn.texts import Texts
 from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
 
 RULES = (
@@ -170,21 +171,21 @@ class Model(nnx.Module):
         *,
         positions: jax.Array,
         segment_ids: jax.Array,
+        seen_until: jax.Array | None = None,
         cache: Cache | None = None,
         prefix: Virtual | None = None,
         execution: Execution = PLAIN,
     ) -> tuple[jax.Array, Cache | None]:
         """Return final hidden states (b, t, d) of tokens (b, t), and the cache with the tokens
         written, if one is given. With a `Prompt`, each text of the batch must begin with
-        placeholders for it.
+        placeholders for it. `seen_until` (b, t) is that of `Texts`.
         """
         config, own = self.config, by_layer(prefix)
         x, in_text = put_in(self.embed(tokens, jnp.float32), positions, prefix), positions
         positions = positions + first_position(prefix)
         prefix_masks = [own.visible(positions, None)] if own else []
-        (masks,) = mask_specs(
-            execution.kernel, in_text, segment_ids, cache, prefix_masks=prefix_masks
-        )
+        texts = Texts(in_text, segment_ids, seen_until)
+        (masks,) = mask_specs(execution.kernel, texts, cache, prefix_masks=prefix_masks)
         placed = None if cache is None else (cache, cache.places(in_text, segment_ids))
         divisors = jnp.ones(config.num_hidden_layers)
         if config.scale_attn_by_inverse_layer_idx:

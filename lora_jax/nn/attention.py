@@ -15,6 +15,7 @@ import numpy as np
 from lora_jax.nn import kernels
 from lora_jax.nn.cache import Cache, LayerCache
 from lora_jax.nn.kernels import MaskSpec
+from lora_jax.nn.texts import Texts
 from lora_jax.nn.virtual import Prefix
 
 
@@ -28,48 +29,42 @@ class KVContext:
 
 
 def attention_masks(
-    positions: jax.Array, segment_ids: jax.Array, cache: Cache | None, window: int | None = None
+    texts: Texts, cache: Cache | None = None, window: int | None = None
 ) -> tuple[jax.Array, ...]:
     """Return the causal mask (b, t, t) among new tokens or, with a cache, (b, t, s) for its slots,
     which hold the new tokens too.
 
-    A query sees the keys of its own segment up to itself and, with a `window`, only the last
-    `window` tokens (itself included). The tokens of a segment are adjacent, so distance in slots
-    is distance in positions.
+    A query sees the keys of its own text up to itself and, with a `window`, only the last `window`
+    tokens (itself included).
     """
-    if cache is not None:
-        distance = positions[:, :, None] - jnp.arange(cache.slots)
-        near = distance >= 0
-        near = near if window is None else near & (distance < window)
-        return (near & (segment_ids != 0)[:, :, None],)
-    time = jnp.arange(segment_ids.shape[1])
-    distance = time[:, None] - time[None, :]
+    if cache is None:
+        return (texts.visible(window=window),)
+    distance = texts.positions[:, :, None] - jnp.arange(cache.slots)
     near = distance >= 0
     near = near if window is None else near & (distance < window)
-    return (near[None] & (segment_ids[:, :, None] == segment_ids[:, None, :]),)
+    return (near & (texts.segment_ids != 0)[:, :, None],)
 
 
 def mask_specs(
     kernel: str,
-    positions: jax.Array,
-    segment_ids: jax.Array,
+    texts: Texts,
     cache: Cache | None = None,
     windows: Sequence[int | None] = (None,),
     prefix_masks: Sequence[jax.Array] = (),
 ) -> list[Any]:
     """Return the masks argument of `attention` for each of `windows`: a tuple of masks or, for a
-    fused kernel without cache and prefix, a `MaskSpec`. `positions` (b, t) are those of the tokens
-    in their texts. `prefix_masks` (b, t, p), one per window, are the masks of a prefix.
+    fused kernel without cache and prefix, a `MaskSpec`. `prefix_masks` (b, t, p), one per window,
+    are the masks of a prefix.
     """
     if prefix_masks:
         return [
-            (*attention_masks(positions, segment_ids, cache, window), mask)
+            (*attention_masks(texts, cache, window), mask)
             for window, mask in zip(windows, prefix_masks, strict=True)
         ]
     if kernel == "xla" or cache is not None:
-        return [attention_masks(positions, segment_ids, cache, window) for window in windows]
+        return [attention_masks(texts, cache, window) for window in windows]
     kinds = range(len(windows))
-    return [MaskSpec(segment_ids, jnp.int32(i), kernel, tuple(windows)) for i in kinds]
+    return [MaskSpec(texts, jnp.int32(i), kernel, tuple(windows)) for i in kinds]
 
 
 def apply_softcap(x: jax.Array, limit: float) -> jax.Array:

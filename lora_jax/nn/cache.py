@@ -23,11 +23,16 @@ class Cache:
 
     The texts of a batch are all rows in their order, or those that `rows` names. With `view`,
     attention reads the first `view` slots only: no token of the batch may be at a later one.
+
+    `lengths` are those that the texts will have once they are whole. They choose the rotary
+    frequencies of dynamic and longrope, as cached keys keep those they were rotated with. Without
+    them a text ends with its last token in the batch.
     """
 
     keys: Any  # (layers, rows, k, s, h), already rotated
     values: Any  # (layers, rows, k, s, h)
     rows: jax.Array | None = None  # (b,)
+    lengths: jax.Array | None = None  # (b, t), of the text of each token
     view: int | None = field(default=None, metadata={"static": True})
 
     @property

@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.errors import UserError
+from lora_jax.nn.texts import Texts
 
 NAMES = ("xla", "cudnn", "splash")
 _BLOCK = 128  # tokens; the lanes of a TPU
@@ -33,11 +34,11 @@ _dot_product = functools.partial(jax.nn.dot_product_attention, implementation="c
 class MaskSpec:
     """Description of a mask (b, t, t) for a fused kernel.
 
-    A query sees the keys of its own segment; with `causal` none after itself; and within the last
-    `windows[which]` tokens, if that is a number.
+    A query sees what `Texts.visible` says; of the last `windows[which]` tokens, if that is a
+    number.
     """
 
-    segment_ids: jax.Array  # (b, t)
+    texts: Texts
     which: jax.Array  # () index of the window; traced, as one scan runs layers of several kinds
     kernel: str = field(metadata={"static": True})  # cudnn | splash
     windows: tuple[int | None, ...] = field(default=(None,), metadata={"static": True})
@@ -126,7 +127,7 @@ def attend(
             out_specs=wide,
             check_vma=False,  # Pallas calls do not say along which axes their outputs vary
         )
-    return compute(queries, keys, values, spec.segment_ids, spec.which)
+    return compute(queries, keys, values, spec.texts, spec.which)
 
 
 def _local(
@@ -135,7 +136,7 @@ def _local(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    segment_ids: jax.Array,
+    texts: Texts,
     which: jax.Array,
 ) -> jax.Array:
     """`attend` on one device."""
@@ -143,60 +144,87 @@ def _local(
     padding = -time % _BLOCK
     queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
     keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (keys, values))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+    texts = _pad(texts, padding)
     kernel = {"splash": _splash, "cudnn": _cudnn}[spec.kernel]
     branches: list[Callable] = [
         functools.partial(kernel, window=window, scores=scores) for window in spec.windows
     ]
-    arguments = (queries, keys, values, segment_ids)
+    arguments = (queries, keys, values, texts)
     one = len(branches) == 1
     mixed = branches[0](*arguments) if one else jax.lax.switch(which, branches, *arguments)
     return mixed[:, :time]
 
 
-def _splash(queries, keys, values, segment_ids, *, window: int | None, scores: _Scores):
-    """Attention by the Pallas kernel; masks are functions of two positions, not arrays."""
+def _pad(texts: Texts, padding: int) -> Texts:
+    """Return texts with `padding` more tokens in each row, in a text of their own."""
+
+    def pad(x: jax.Array, value: int) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, padding)), constant_values=value)
+
+    until = texts.seen_until
+    if until is not None:
+        until = pad(until, until.shape[1] + padding)
+    return Texts(pad(texts.positions, 0), pad(texts.segment_ids, -1), until)
+
+
+def _splash(queries, keys, values, texts, *, window: int | None, scores: _Scores):
+    """Attention by the Pallas kernel. Its mask is a function of two positions; where texts share
+    their start it is an array, a byte for every pair of tokens.
+    """
     heads, time = queries.shape[2], queries.shape[1]
-    if not scores.causal:
-        mask: Any = splash.FullMask((time, time))
-    elif window is None:
-        mask = splash.CausalMask((time, time))
-    else:
-        mask = splash.LocalMask((time, time), (window - 1, 0), 0)
     block = next(size for size in (512, 256, _BLOCK) if time % size == 0)
     sides = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{side}": block for side in sides}
 
-    def run(interpret: bool, *arguments: jax.Array) -> Any:
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads),
+    def make(interpret: bool, mask: Any) -> Callable:
+        return splash.make_splash_mha(
+            mask,
             block_sizes=splash.BlockSizes(**blocks),
             attn_logits_soft_cap=scores.softcap,
             head_shards=1,
             q_seq_shards=1,
             interpret=interpret,
         )
-        *arrays, ids = arguments
-        return jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
+
+    def run(interpret: bool, texts: Texts, *arrays: jax.Array) -> Any:
+        if texts.seen_until is None:
+            kernel = make(interpret, splash.MultiHeadMask([_mask(time, window, scores)] * heads))
+            ids = texts.segment_ids
+            return jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
+
+        def attend(mask: jax.Array, *own: jax.Array) -> jax.Array:
+            kernel = make(interpret, mask)
+            # JAX makes an array of this flag, which it then wants to read.
+            kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+            return kernel(*own)
+
+        masks = texts.visible(scores.causal, window)[:, None]  # the same for all heads
+        return jax.vmap(attend)(masks, *arrays)
 
     scaled = (queries * scores.scale).astype(queries.dtype).swapaxes(1, 2)
     mixed = jax.lax.platform_dependent(
-        *(scaled, keys, values, segment_ids),
+        *(texts, scaled, keys, values),
         tpu=functools.partial(run, False),
         default=functools.partial(run, True),
     )
     return mixed.swapaxes(1, 2)
 
 
-def _cudnn(queries, keys, values, segment_ids, *, window: int | None, scores: _Scores):
-    """Attention by cuDNN. Segments and window become a mask (b, 1, t, t) of one layer at a time;
+def _mask(time: int, window: int | None, scores: _Scores) -> Any:
+    """Return the mask of splash for texts that share nothing."""
+    if not scores.causal:
+        return splash.FullMask((time, time))
+    if window is None:
+        return splash.CausalMask((time, time))
+    return splash.LocalMask((time, time), (window - 1, 0), 0)
+
+
+def _cudnn(queries, keys, values, texts, *, window: int | None, scores: _Scores):
+    """Attention by cuDNN. Texts and window become a mask (b, 1, t, t) of one layer at a time;
     `is_causal` lets the kernel skip blocks above the diagonal.
     """
     assert scores.softcap is None  # `choose` refuses it
-    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
-    if window is not None:
-        time = jnp.arange(queries.shape[1])
-        mask &= time[:, None] - time[None, :] < window
+    mask = texts.visible(causal=False, window=window)
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     settings = {"mask": mask[:, None], "scale": scores.scale, "is_causal": scores.causal}
     return _dot_product(queries, keys, values, **settings)

@@ -10,7 +10,7 @@ import dataclasses
 
 from lora_jax.config import Config, sft_weight_of
 from lora_jax.errors import UserError
-from lora_jax.objectives import cross_entropy, dpo, kto, orpo
+from lora_jax.objectives import cross_entropy, dpo, kto, orpo, penalties
 from lora_jax.objectives.dpo import dpo_loss as dpo_loss
 from lora_jax.objectives.dpo import ipo_loss as ipo_loss
 from lora_jax.objectives.forward import Batch as Batch
@@ -43,21 +43,21 @@ def from_config(config: Config) -> Objective:
         case "kto":
             return kto.from_config(config)
         case _:
-            return cross_entropy.from_config(config.train)
+            return cross_entropy.from_config(config)
 
 
 def metric_names(config: Config) -> list[str]:
     """Return the names of the metrics that the objective of a config adds to `loss`."""
     name, settings = config.train.objective, config.train
     if name == "sft":
-        return cross_entropy.metric_names(settings)
+        return cross_entropy.metric_names(settings) + penalties.metric_names(config)
     found = ["margin", "accuracy", "chosen_log_prob", "rejected_log_prob"]
     if settings.needs_reference:
         found += ["chosen_drift", "rejected_drift", "kl"]
     else:
         found.append(f"{name}_loss")
     found += ["sft_loss"] if name != "kto" and sft_weight_of(config.objective, name) else []
-    return found + (["router_aux_loss"] if settings.router_aux_loss_coef else [])
+    return found + penalties.metric_names(config)
 
 
 def choose(config: Config, given: Objective | None) -> Objective:
@@ -75,7 +75,7 @@ def choose(config: Config, given: Objective | None) -> Objective:
             f"{type(given).__name__}: {given!r}"
         )
     default = type(config)()
-    read = [("train", name) for name in cross_entropy.SETTINGS]
+    read = [("train", name) for name in (*cross_entropy.SETTINGS, "router_aux_loss_coef")]
     read += [("objective", field.name) for field in dataclasses.fields(config.objective)]
     read.remove(("objective", "reference"))  # whose log-probabilities any objective gets
     unread = [

@@ -1,4 +1,4 @@
-"""Supervised next-token cross-entropy, with label smoothing, z-loss and a router loss.
+"""Supervised next-token cross-entropy, with label smoothing and z-loss.
 
     loss = sum_i w_i l_i / sum_i w_i
     l_i  = (1 - e) * -log p(token_i) + e * mean_v -log p(v) + z * log^2 Z_i
@@ -11,29 +11,25 @@ Classifiers have one such token per text: its label.
 import jax
 import jax.numpy as jnp
 
-from lora_jax.config import TrainConfig
-from lora_jax.objectives import router
+from lora_jax.config import Config, TrainConfig
+from lora_jax.objectives import penalties
 from lora_jax.objectives.forward import Batch, Forward, Outputs, negative_log_prob
 from lora_jax.objectives.objective import Objective, Result
 
 # Its options, with the metrics that they add to `loss`.
-SETTINGS = {
-    "label_smoothing": "smoothed_loss",
-    "z_loss": "z_loss",
-    "router_aux_loss_coef": "router_aux_loss",
-}
+SETTINGS = {"label_smoothing": "smoothed_loss", "z_loss": "z_loss"}
 
 
-def from_config(settings: TrainConfig) -> Objective:
-    """Make the objective of `train.label_smoothing`, `z_loss` and `router_aux_loss_coef`."""
-    smoothing, coefficient = settings.label_smoothing, settings.router_aux_loss_coef
-    z_loss = settings.z_loss
+def from_config(config: Config) -> Objective:
+    """Make the objective of `train.label_smoothing` and `z_loss`, with its penalties."""
+    smoothing, z_loss = config.train.label_smoothing, config.train.z_loss
+    add_penalties = penalties.from_config(config)
 
     def cross_entropy(forward: Forward, batch: Batch, key: jax.Array) -> Result:
         outputs = forward(forward.bound, batch)
         regular = smoothing or z_loss
         result = regular_sums(outputs, smoothing, z_loss) if regular else plain_sums(outputs)
-        return router.add_balance(result, outputs, forward, coefficient) if coefficient else result
+        return add_penalties(result, outputs, forward)
 
     return cross_entropy
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax.config import Config, beta_of, is_normalized, sft_weight_of
 from lora_jax.data import CHOSEN, REJECTED
-from lora_jax.objectives import pairs, router
+from lora_jax.objectives import pairs, penalties
 from lora_jax.objectives.forward import Batch, Forward
 from lora_jax.objectives.objective import Objective, Result
 
@@ -44,7 +44,8 @@ def from_config(config: Config) -> Objective:
     """Make the objective of `train.objective=dpo` or `ipo`."""
     name, settings = config.train.objective, config.objective
     beta, sft_weight = beta_of(settings, name), sft_weight_of(settings, name)
-    normalized, coefficient = is_normalized(settings, name), config.train.router_aux_loss_coef
+    normalized = is_normalized(settings, name)
+    add_penalties = penalties.from_config(config, pairs.count_pairs)
 
     def loss(differences: jax.Array) -> jax.Array:
         if name == "ipo":
@@ -67,9 +68,6 @@ def from_config(config: Config) -> Objective:
         if sft_weight:
             sums["sft_loss"] = sft = pairs.sft_loss(chosen, forward, batch)
             total = total + sft_weight * sft
-        result = total, pairs.count_pairs(batch), sums
-        if not coefficient:
-            return result
-        return router.add_balance(result, outputs, forward, coefficient, pairs.count_pairs)
+        return add_penalties((total, pairs.count_pairs(batch), sums), outputs, forward)
 
     return preferences

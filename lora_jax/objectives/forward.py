@@ -24,7 +24,7 @@ from lora_jax.tree import flatten
 from lora_jax.weights import Absent
 
 # tokens, segment_ids, positions (b, t) int32; loss_weights (b, t) float32. Classifiers have
-# token_types (b, t) int32 too.
+# token_types (b, t) int32 too, and texts that share their start seen_until (`lora_jax.nn.texts`).
 Batch = Mapping[str, jax.Array]
 
 
@@ -134,7 +134,7 @@ def run_model(
 ) -> Outputs:
     """Run a model over a batch, up to its final hidden states."""
     module = model.module(params)
-    inputs: dict[str, Any] = {n: batch[n] for n in ("token_types",) if n in batch}
+    inputs: dict[str, Any] = {n: batch[n] for n in ("token_types", "seen_until") if n in batch}
     if prefix is not None:
         inputs["prefix"] = prefix
     run = getattr(module, "hidden_and_routing", module.hidden)
@@ -152,12 +152,10 @@ def without_placeholders(batch: Batch, count: int) -> Batch:
     """Turn the placeholders of virtual tokens, at the start of every text, into padding."""
     if not count:
         return batch
-    positions = batch["positions"]
-    return {
-        **batch,
-        "segment_ids": jnp.where(positions < count, 0, batch["segment_ids"]),
-        "positions": jnp.maximum(positions - count, 0),
-    }
+    text = batch["positions"] >= count
+    # No token sees one of padding: neither by its segment, nor by `seen_until`.
+    found = {n: jnp.where(text, batch[n], 0) for n in ("segment_ids", "seen_until") if n in batch}
+    return {**batch, **found, "positions": jnp.maximum(batch["positions"] - count, 0)}
 
 
 def negative_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax.config import Config, beta_of
 from lora_jax.data import CHOSEN, OTHER, REJECTED
-from lora_jax.objectives import pairs, router
+from lora_jax.objectives import pairs, penalties
 from lora_jax.objectives.forward import Batch, Forward
 from lora_jax.objectives.objective import Objective, Result
 
@@ -31,8 +31,8 @@ def kto_loss(gains: jax.Array, desirable: jax.Array, z: jax.Array, beta: float) 
 
 def from_config(config: Config) -> Objective:
     """Make the objective of `train.objective=kto`."""
-    settings, coefficient = config.objective, config.train.router_aux_loss_coef
-    beta = beta_of(settings, "kto")
+    settings, beta = config.objective, beta_of(config.objective, "kto")
+    add_penalties = penalties.from_config(config, pairs.count_pairs)
 
     def kto(forward: Forward, batch: Batch, key: jax.Array) -> Result:
         outputs = forward(forward.bound, batch)
@@ -50,10 +50,7 @@ def from_config(config: Config) -> Objective:
         right = (is_good & (good.gains > z)) | (is_bad & (bad.gains < z))
         sums = {"loss": total, "accuracy": jnp.sum(right).astype(jnp.float32), "kl": z * count}
         sums |= _by_label(good, bad, beta, forward.effective_batch)
-        result = total, count, sums
-        if not coefficient:
-            return result
-        return router.add_balance(result, outputs, forward, coefficient, pairs.count_pairs)
+        return add_penalties((total, count, sums), outputs, forward)
 
     return kto
 

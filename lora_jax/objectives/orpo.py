@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax.config import Config, beta_of, sft_weight_of
 from lora_jax.data import CHOSEN, REJECTED
-from lora_jax.objectives import pairs, router
+from lora_jax.objectives import pairs, penalties
 from lora_jax.objectives.forward import Batch, Forward
 from lora_jax.objectives.objective import Objective, Result
 
@@ -57,7 +57,7 @@ def from_config(config: Config) -> Objective:
     """Make the objective of `train.objective=orpo` or `simpo`."""
     name, settings = config.train.objective, config.objective
     beta, sft_weight = beta_of(settings, name), sft_weight_of(settings, name)
-    coefficient, loss = config.train.router_aux_loss_coef, _loss(config)
+    add_penalties, loss = penalties.from_config(config, pairs.count_pairs), _loss(config)
 
     def preferences(forward: Forward, batch: Batch, key: jax.Array) -> Result:
         outputs = forward(forward.bound, batch)
@@ -74,10 +74,7 @@ def from_config(config: Config) -> Objective:
             sums["sft_loss"] = sft = pairs.sft_loss(chosen, forward, batch)
             total = total + sft_weight * sft
         sums["loss"] = total
-        result = total, pairs.count_pairs(batch), sums
-        if not coefficient:
-            return result
-        return router.add_balance(result, outputs, forward, coefficient, pairs.count_pairs)
+        return add_penalties((total, pairs.count_pairs(batch), sums), outputs, forward)
 
     return preferences
 

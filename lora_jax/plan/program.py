@@ -157,6 +157,7 @@ def build(config: Config, model: Model, mesh: Mesh | AbstractMesh) -> Program:
     host = config.train.optimizer_memory == "host"
     rows = (config.train.batch_size, config.data.max_length)
     names = ["tokens", "segment_ids", "positions"] + (["token_types"] if model.labels else [])
+    names += ["seen_until"] if config.data.share_prompts is True else []
     batch = {name: jax.ShapeDtypeStruct(rows, np.int32) for name in names}
     if config.train.compares_answers:
         batch |= {n: jax.ShapeDtypeStruct(rows, np.int32) for n in ("pair_ids", "roles")}

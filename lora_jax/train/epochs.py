@@ -39,21 +39,25 @@ def settle(
             f"train.steps={given.steps} and train.epochs={given.epochs:g} are both set; choose one"
         )
     loader = sets.make_loader(config, train, encoder, None, Console(quiet=True))
-    steps = math.ceil(given.epochs * rows_of_epoch(loader) / given.batch_size)
+    steps = math.ceil(given.epochs * rows_of_epoch(loader, train.replay) / given.batch_size)
     config = dataclasses.replace(config, train=dataclasses.replace(given, steps=steps))
     if record is not None:
         resume.check_steps(record, config)
     return config
 
 
-def rows_of_epoch(loader: data.Loader | data.Mixture | data.StreamLoader) -> int:
-    """Count the rows in which every example of the training data occurs once.
+def rows_of_epoch(
+    loader: data.Loader | data.Mixture | data.StreamLoader, replay: str | None = None
+) -> float:
+    """Count the rows in which every example of the training data occurs once, with the rows of the
+    source `replay` among them.
 
     Raises:
         UserError: a stream, whose rows are not known.
     """
     if isinstance(loader, data.Mixture):
-        return sum(one.rows_per_epoch for one in loader.loaders.values())
+        own = {name: one.rows_per_epoch for name, one in loader.loaders.items() if name != replay}
+        return sum(own.values()) / (1 - loader.shares.get(replay, 0.0))
     if isinstance(loader, data.Loader):
         return loader.rows_per_epoch
     raise UserError(

@@ -159,7 +159,8 @@ class Evaluator:
         measured = data.with_places(measured, places)
         # Examples of another adapter's config may be full without virtual tokens.
         room = max([self.config.data.max_length, *(len(one.tokens) for one in measured)])
-        return list(data.eval_batches(measured, self.config.eval.batch_size, room))
+        shares = self.config.data.share_prompts is True and held_out is self.held_out.get("task")
+        return list(data.eval_batches(measured, self.config.eval.batch_size, room, shares))
 
     def answers(
         self, adapters: Any, limit: int | None, check: Callable[[], None] = lambda: None

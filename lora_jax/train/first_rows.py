@@ -47,6 +47,8 @@ def preview_sources(config: Config, classifies: bool) -> Iterator[str]:
         sources.append(("data.eval", settings.eval, parse))
     if settings.regression is not None:
         sources.append(("data.regression", settings.regression, general))
+    if settings.replay is not None:
+        sources.append(("data.replay", settings.replay, general))
     for name, source, reads in sources:
         yield f"{name} {source}: {_look(source, reads, settings.on_bad_row)}"
 

@@ -225,15 +225,12 @@ def _compute(
         for first in batches:
             chosen = rows[first : first + size]
             texts = [[loader.examples[i] for i in row] for row in chosen]
-            batch = data.stack(texts + [[]] * (size - len(chosen)), length)
+            batch = loader.stack(texts + [[]] * (size - len(chosen)), length)
             placed = reference.attach(sharding.place_batch(batch, reference.mesh))
             found = sharding.gather_to_host(placed["reference_log_probs"])
-            for row, indices in zip(found, chosen, strict=False):
-                start = 0
-                for i in indices:
-                    count = int(ends[i + 1] - ends[i])
-                    values[ends[i] : ends[i + 1]] = row[start : start + count]
-                    start += count
+            for row, indices, own in zip(found, chosen, texts, strict=False):
+                for i, slots in zip(indices, data.slots(own, loader.share_prompts), strict=True):
+                    values[ends[i] : ends[i + 1]] = row[slots]
             phase.advance()
     return values
 
@@ -249,7 +246,7 @@ def _key(loader: data.Loader, length: int, reference: Reference, base: str) -> d
         "reference": reference.identity,
         "virtual": virtual_tokens(config.adapter) if config.adapter.trains_prompt else 0,
         "examples": _digest(loader.examples),
-        "rows": digest_content([length, loader.packed]),
+        "rows": digest_content([length, loader.share_prompts, loader.packed]),
         "batch": [train.batch_size, train.micro_batch_size],
         "train": [train.compute_dtype, train.attention, train.loss_chunk],
         **environment(reference.mesh),

@@ -127,13 +127,16 @@ def of_forgetting(regression: Mapping[str, Any] | None) -> list[str]:
     return [
         f"the regression loss rose from {before:.4f} to {after:.4f}, by more than {_FORGOTTEN}: "
         "the model forgets what it was not trained on; lower train.learning_rate, train.steps or "
-        "adapter.rank, or mix general text into data.train"
+        "adapter.rank, or mix general text in (data.replay)"
     ]
 
 
 def name_training(train: TrainData) -> dict[str, DataSet]:
     """Return the training sets by the names that `sets.read_sets` gives them."""
-    return {f"data.train {source}": one for source, one in train.sets.items()}
+    return {
+        f"data.{'replay' if source == train.replay else 'train'} {source}": one
+        for source, one in train.sets.items()
+    }
 
 
 def name_held_out(config: Config, held_out: Mapping[str, DataSet]) -> dict[str, DataSet]:

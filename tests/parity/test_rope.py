@@ -3,6 +3,7 @@ beyond the original length alone, packed, in chunks and as they grow in a cache.
 """
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -267,12 +268,12 @@ def test_virtual_tokens_count(tiny_model, error, name):
 
     @jit
     def read(params, tokens):
+        empty = model.empty_cache(1, count, jnp.float32)
         return model.module(params).hidden(
             tokens,
             positions=jnp.arange(count)[None],
             segment_ids=jnp.ones_like(tokens),
-            lengths=jnp.full_like(tokens, time),
-            cache=model.empty_cache(1, count, jnp.float32),
+            cache=dataclasses.replace(empty, lengths=jnp.full_like(tokens, time)),
         )
 
     _, cache = read(model.params, tokens[:, :count])

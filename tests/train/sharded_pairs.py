@@ -26,22 +26,23 @@ MESHES = {  # order of the devices, and axes
 MODEL = {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8}
 
 
-def make_batch(seed):
+def make_batch(seed, share):
     """Eight rows of two pairs."""
     rng = np.random.default_rng(seed)
 
-    def text():
-        length = rng.integers(5, 9)
-        weights = (np.arange(length) >= 3).astype(np.float32)
-        return Example(rng.integers(3, 272, length).astype(np.int32), weights, "row")
+    def text(prompt):
+        tokens = np.r_[prompt, rng.integers(3, 272, rng.integers(2, 6))].astype(np.int32)
+        weights = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
+        return Example(tokens, weights, "row")
 
     def pair():
-        return data.join(text(), text(), (data.CHOSEN, data.REJECTED))
+        prompt = rng.integers(3, 272, 4)
+        return data.join(text(prompt), text(prompt), (data.CHOSEN, data.REJECTED))
 
-    return data.stack([[pair(), pair()] for _ in range(8)], 40)
+    return data.stack([[pair(), pair()] for _ in range(8)], 40, share)
 
 
-def train(order, axes, *overrides):
+def train(order, axes, *overrides, share=False):
     """Losses and final adapters of five steps on a mesh of the devices in this order."""
     config = make_config("train.objective=dpo", "train.batch_size=8", "train.steps=5", *overrides)
     mesh = sharding.make_mesh(MeshConfig(*axes), [jax.devices()[i] for i in order])
@@ -58,7 +59,7 @@ def train(order, axes, *overrides):
         step = make_train_step(model, config, optimizer, placement)
         losses = []
         for i in range(5):
-            batch = sharding.place_batch(make_batch(i % 2), mesh)
+            batch = sharding.place_batch(make_batch(i % 2, share), mesh)
             adapters, state, metrics = step(adapters, state, params, batch, jax.random.key(i))
             losses.append(float(metrics["loss"]))
     return losses, jax.tree.map(np.asarray, adapters)
@@ -66,13 +67,12 @@ def train(order, axes, *overrides):
 
 found = {}
 for init in ("default", "zero_a"):
-    curves = {
-        name: train(*mesh, f"adapter.init={init}", "adapter.rank=4", "train.learning_rate=1e-3")
-        for name, mesh in MESHES.items()
-    }
+    options = (f"adapter.init={init}", "adapter.rank=4", "train.learning_rate=1e-3")
+    curves = {name: train(*mesh, *options) for name, mesh in MESHES.items()}
+    curves["shared"] = train(*MESHES["as they are"], *options, share=True)
     (losses, adapters), *others = curves.values()
     found[init] = {"losses": losses}
-    for name, (ours, own) in zip([*MESHES][1:], others, strict=True):
+    for name, (ours, own) in zip([*curves][1:], others, strict=True):
         apart = max(abs(a - b) for a, b in zip(losses, ours, strict=True))
         found[init][name] = {"losses": apart, "adapters": distance(own, adapters)}
 print(json.dumps(found))

@@ -20,7 +20,7 @@ STEPS_UNSET = "train.steps=null"  # the file has steps
 )
 def test_steps(monkeypatch, share, batch, expected):
     """Four rows an epoch."""
-    monkeypatch.setattr(epochs, "rows_of_epoch", lambda loader: 4)
+    monkeypatch.setattr(epochs, "rows_of_epoch", lambda *_: 4)
     monkeypatch.setattr(epochs.sets, "make_loader", lambda *_: None)
     config = make_config(f"train.epochs={share}", f"train.batch_size={batch}")
     assert config.train.steps is None

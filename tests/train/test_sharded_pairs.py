@@ -13,7 +13,7 @@ def result(on_eight_devices):
     return on_eight_devices(Path(__file__).with_name("sharded_pairs.py"))
 
 
-@pytest.mark.parametrize("mesh", ["permuted", "regrouped", "one device"])
+@pytest.mark.parametrize("mesh", ["permuted", "regrouped", "one device", "shared"])
 @pytest.mark.parametrize("init", ["default", "zero_a"])
 def test_curves_stay_together(result, init, mesh):
     found = result[init]
