@@ -17,6 +17,8 @@ from lora_jax.errors import UserError
 DIRECTORY = Path(__file__).parents[1] / "notebooks"
 LESSON, EXPORT = "01_lora_by_numbers.ipynb", "02_finetune_and_export.ipynb"
 ANY_FLAX, MANY = "03_any_flax_model.ipynb", "04_many_adapters.ipynb"
+PREFERENCES = "05_preferences.ipynb"
+ALL = (LESSON, EXPORT, ANY_FLAX, MANY, PREFERENCES)
 
 BLOCK = 4 * (4096 + 4096) + 3 * (4096 + 11008)  # in + out of the seven matrices of a 7B block
 SMOLLM2 = 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
@@ -122,7 +124,13 @@ def test_many_adapters_answer_in_one_batch():
     assert before == now and int(before) > 5
 
 
-@pytest.mark.parametrize("name", [LESSON, EXPORT, ANY_FLAX, MANY])
+@pytest.mark.slow
+def test_preferences_and_an_objective_of_ones_own():
+    text = "".join(map(printed, execute(PREFERENCES).cells))  # its cells hold the asserts
+    assert re.search(r"loss +0\.693 at the first step", text)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_stored_outputs_are_small_and_of_no_machine(name):
     content = (DIRECTORY / name).read_text(encoding="utf-8")
     notebook = nbformat.reads(content, as_version=4)
@@ -152,5 +160,5 @@ def test_the_stored_error_is_what_a_wrong_key_says_now(capsys):
 
 
 if __name__ == "__main__":
-    for name in (LESSON, EXPORT, ANY_FLAX, MANY):
+    for name in ALL:
         nbformat.write(execute(name), DIRECTORY / name)

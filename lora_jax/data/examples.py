@@ -24,7 +24,7 @@ class Example:
     second_start: int | None = None  # start of the second text, of two answers; else None
     roles: Roles = (0, 0)  # of the texts of two answers
     reference: np.ndarray | None = None  # (time,) float32: log-probabilities by the reference model
-    compares: bool = False  # its tokens are compared with the base's, and not learned
+    replay: bool = False  # general text to compare with the base on, and not to learn
 
     @property
     def length(self) -> int:

@@ -199,7 +199,7 @@ def _put_text(row: dict[str, np.ndarray], text: Example, branch: Branch, segment
     own = branch.own
     row["tokens"][own] = text.tokens[branch.shared :]
     weights = "loss_weights"
-    if text.compares:
+    if text.replay:
         weights = "replay_weights"
         row.setdefault(weights, np.zeros_like(row["loss_weights"]))
     row[weights][own] = text.loss_weights[branch.shared :]

@@ -37,7 +37,7 @@ def add_replay(
         both = len(examples) - len(kept)
         console.print(f"data.replay: {both} rows left out, as they are in data.regression too")
     if config.objective.base_kl:
-        kept = [dataclasses.replace(one, compares=True) for one in kept]
+        kept = [dataclasses.replace(one, replay=True) for one in kept]
     name = source if source not in train.sets else f"{source} (replay)"
     weight = sum(train.weights.values()) * share / (1 - share)
     return TrainData(

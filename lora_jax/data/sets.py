@@ -300,7 +300,8 @@ def _with_replay(
 ) -> TrainData:
     if config.data.replay is None:
         return train
-    examples = encoder.for_general_text().examples(config.data.replay, "data.replay")
+    source = config.data.replay
+    examples = encoder.for_general_text().examples(source, f"data.replay {source}")
     return add_replay(config, train, examples, held_out.get("regression"), encoder.console)
 
 

@@ -31,11 +31,11 @@ from ..train.tiny import (
 SETTINGS = ("train.batch_size=4", "train.remat=none", "train.loss_chunk=10", "adapter.rank=4")
 
 
-def text(rng, compares):
+def text(rng, replay):
     """A text of random length; half of its tokens count where it is learned."""
     size = int(rng.integers(5, 12))
-    weights = np.ones(size, np.float32) if compares else np.float32(np.arange(size) > size // 2)
-    return Example(rng.integers(3, 272, size).astype(np.int32), weights, "row", compares=compares)
+    weights = np.ones(size, np.float32) if replay else np.float32(np.arange(size) > size // 2)
+    return Example(rng.integers(3, 272, size).astype(np.int32), weights, "row", replay=replay)
 
 
 def make_batch(seed, kinds=(False, True, False, True)):

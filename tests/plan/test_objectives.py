@@ -1,4 +1,4 @@
-"""The step of an objective that compares answers: one base, and three arrays more in the batch."""
+"""The step of an objective that compares answers: one base, and a few arrays more in the batch."""
 
 import json
 
@@ -25,7 +25,7 @@ def settings(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("objective", "arrays"), [("dpo", 3), ("simpo", 2)])
+@pytest.mark.parametrize(("objective", "arrays"), [("dpo", 4), ("simpo", 3)])
 def test_the_step_holds_one_base(settings, objective, arrays):
     """Its arguments are those of the cross-entropy and the arrays that name and score the pairs."""
     found = []

@@ -482,13 +482,13 @@ def test_export_training_on_and_generation_refuse_the_same(
 # Real kills
 
 
-@pytest.fixture
-def launch(tmp_path):
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
     """`launch(arguments)`: the process id of a run; `launch.status()`: how it ended."""
     environment = {
         "JAX_PLATFORMS": "cpu",
         # Of its own: a process that is killed can leave half an entry.
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     with subprocess.Popen(
@@ -522,22 +522,31 @@ def changed(log):
     return 0
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(15, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, kills):
-    """kill -9 while it starts, trains, evaluates and saves; then the run is let finish."""
-    options = (
-        *("train.steps=400", "train.save_every=3", "train.eval_every=40", "eval.samples=0"),
-        *("eval.generate=false", "resume=auto"),
-    )
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    launch(command(config, whole, *options))
+KILLED = (
+    *("train.steps=300", "train.save_every=3", "train.eval_every=40", "eval.samples=0"),
+    *("eval.generate=false", "resume=auto"),
+)
+
+
+@pytest.fixture(scope="module")
+def unkilled(config, launch, tmp_path_factory):
+    """The run that no test kills."""
+    output = tmp_path_factory.mktemp("unkilled") / "out"
+    launch(command(config, output, *KILLED))
     assert launch.status() == 0
-    rng, log = random.Random(0), killed / "metrics.jsonl"
+    return output
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(15, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, unkilled, kills):
+    """kill -9 while it starts, trains, evaluates and saves; then the run is let finish."""
+    killed = tmp_path / "killed"
+    rng, log = random.Random(kills), killed / "metrics.jsonl"
     reached, lost = [], []
     for kill in range(kills):
         kept = checkpoint.list_steps(killed / "checkpoints")
         before = changed(log)
-        pid = launch(command(config, killed, *options))
+        pid = launch(command(config, killed, *KILLED))
         deadline = time.monotonic() + (rng.uniform(0, 3) if kill % 5 == 4 else 120)
         while time.monotonic() < deadline:
             # The log is cut back to the checkpoint first, and then grows beyond it.
@@ -551,13 +560,13 @@ def test_kills_at_random_moments_change_nothing(config, tmp_path, launch, kills)
         reached.append(last_step(log) if log.exists() else 0)
         kept = checkpoint.list_steps(killed / "checkpoints")
         lost.append(reached[-1] - (kept[-1] if kept else 0))
-    launch(command(config, killed, *options))
+    launch(command(config, killed, *KILLED))
     assert launch.status() == 0
     assert max(lost) <= 6, f"more than the save under way and the one before were lost: {lost}"
     assert len(set(reached)) > min(3, kills // 2), f"the kills all fell together: {reached}"
-    for output in (whole, killed):
+    for output in (unkilled, killed):
         (output / "samples.jsonl").touch()  # none are asked for
-    assert trace(killed) == trace(whole)
+    assert trace(killed) == trace(unkilled)
 
 
 @pytest.mark.slow
