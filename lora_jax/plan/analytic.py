@@ -161,7 +161,7 @@ def estimate(program: Program, platform: str = "tpu") -> Estimate:
         base=device_bytes(program.base),
         adapters=device_bytes(program.adapters),
         optimizer=device_bytes(program.optimizer),
-        batch=device_bytes(program.batch) + (device_bytes(program.key) if program.needs_key else 0),
+        batch=device_bytes(_read(program)) + (device_bytes(program.key) * program.needs_key),
         # The table of output addresses is an output too.
         outputs=device_bytes(state) + metrics + 8 * (len(jax.tree.leaves(state)) + metrics // 4),
         gradients=gradients + device_bytes(program.optimizer) + host_bytes(program.optimizer),
@@ -172,6 +172,18 @@ def estimate(program: Program, platform: str = "tpu") -> Estimate:
         unread=device_bytes(program.unread),
         host=host_bytes(program.optimizer),
     )
+
+
+def _read(program: Program) -> dict[str, Any]:
+    """Return the arrays of the batch that the step reads: with shared prompts, `seen_until` says
+    who sees whom, and only experts ask for segments.
+    """
+    shares, experts = "seen_until" in program.batch, _block(program.model).experts
+    return {
+        name: leaf
+        for name, leaf in program.batch.items()
+        if name != "segment_ids" or experts or not shares
+    }
 
 
 def _shared(adapters: Any) -> int:

@@ -199,7 +199,8 @@ def test_texts_beyond_the_original_length(tiny_model, error, name):
     @jit
     def advance(params, cache, tokens, positions, segment_ids, lengths):
         module = model.module(params)
-        more = {"positions": positions, "segment_ids": segment_ids, "lengths": lengths}
+        more = {"positions": positions, "segment_ids": segment_ids}
+        cache = dataclasses.replace(cache, lengths=lengths)
         hidden, cache = module.hidden(tokens, cache=cache, **more)
         return module.logits(hidden), cache
 

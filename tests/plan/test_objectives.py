@@ -25,7 +25,7 @@ def settings(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("objective", "arrays"), [("dpo", 4), ("simpo", 3)])
+@pytest.mark.parametrize(("objective", "arrays"), [("dpo", 3), ("simpo", 2)])
 def test_the_step_holds_one_base(settings, objective, arrays):
     """Its arguments are those of the cross-entropy and the arrays that name and score the pairs."""
     found = []

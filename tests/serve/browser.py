@@ -61,7 +61,7 @@ def chromium(profile):
 def serving(app):
     """The address of an ASGI app that runs in a thread."""
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=5
+        app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -86,7 +86,12 @@ def listening(app):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = uvicorn.Config(
-        app.asgi(), port=port, log_level="error", lifespan="off", timeout_graceful_shutdown=2
+        app.asgi(),
+        port=port,
+        log_level="error",
+        log_config=None,  # its own closes the stream of absl's handler, which pytest has
+        lifespan="off",
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None
