@@ -9,6 +9,7 @@ token. Rows of the replay are in the batch, and their tokens count here alone: t
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,13 @@ def add_base_kl(
     return total + coefficient * mean, weight, {**sums, "base_kl": mean}
 
 
-def divergence(logits: jax.Array, targets: jax.Array, base: jax.Array) -> jax.Array:
+def divergence(logits: jax.Array, targets: Any, base: jax.Array) -> jax.Array:
     """Return KL(p || p_base) in nats of two sets of logits (.., vocab); `targets` are not used.
 
     Example:
         >>> from lora_jax.objectives import base_kl
-        >>> logits = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
-        >>> print(base_kl.divergence(logits[0], None, logits[1]).round(4))
+        >>> ours, base = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+        >>> print(f"{base_kl.divergence(ours, None, base):.4f}")
         0.1438
     """
     ours, theirs = jax.nn.log_softmax(logits), jax.nn.log_softmax(base)
