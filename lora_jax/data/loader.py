@@ -81,7 +81,7 @@ class Loader:
             # Shuffled before packing, so that neighbours in the file do not always share a row.
             # Epochs are shuffled with 1, 2, ..: 0 gives an order that no epoch has.
             first = order(len(examples), seed, 0, shuffle)
-            self._rows = pack_examples(examples, first, max_length, share_prompts)
+            self._rows = pack_examples(examples, first.tolist(), max_length, share_prompts)
             self.row_length = max_length
         else:
             self._rows = [[i] for i in range(len(examples))]

@@ -57,7 +57,7 @@ def rows_of_epoch(
     """
     if isinstance(loader, data.Mixture):
         own = {name: one.rows_per_epoch for name, one in loader.loaders.items() if name != replay}
-        return sum(own.values()) / (1 - loader.shares.get(replay, 0.0))
+        return sum(own.values()) / (1 - (loader.shares[replay] if replay else 0))
     if isinstance(loader, data.Loader):
         return loader.rows_per_epoch
     raise UserError(

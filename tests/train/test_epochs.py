@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax import config as configs
 from lora_jax.cli import main, train_main
+from lora_jax.data.datasets import TrainData
 from lora_jax.errors import UserError
 from lora_jax.train import checkpoint, epochs
 
@@ -24,7 +25,7 @@ def test_steps(monkeypatch, share, batch, expected):
     monkeypatch.setattr(epochs.sets, "make_loader", lambda *_: None)
     config = make_config(f"train.epochs={share}", f"train.batch_size={batch}")
     assert config.train.steps is None
-    settled = epochs.settle(config, None, None)
+    settled = epochs.settle(config, TrainData({}, {}), None)
     assert settled.train.steps == expected == math.ceil(share * 4 / batch)
     assert settled.train.epochs == share
     assert configs.parse({"model": "m"}).train.steps == 100
