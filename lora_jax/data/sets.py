@@ -342,8 +342,8 @@ def _describe_sharing(loaders: Iterable[data.Loader]) -> str:
     found = [(one.tokens, sum(len(example.tokens) for example in one.examples)) for one in loaders]
     own, whole = map(sum, zip(*found, strict=True))
     return (
-        f"shared prompts: an epoch computes {own:,} of {whole:,} tokens, as starts that texts of a "
-        "row share are computed once"
+        f"shared prompts: an epoch computes {own:,} of {whole:,} tokens; texts of a row that begin "
+        "alike have one start"
     )
 
 

@@ -42,7 +42,9 @@ def from_config(config: Config) -> Objective:
             pairs.read_answers(log_probs, gains, batch, role) for role in (CHOSEN, REJECTED, OTHER)
         )
         count = pairs.count_pairs(batch)
-        z = jax.lax.stop_gradient(jnp.maximum(jnp.sum(other.gains) / count, 0))
+        # A micro-batch may have rows of the replay alone, and no answers.
+        z = jnp.maximum(jnp.sum(other.gains) / jnp.maximum(count, 1), 0)
+        z = jax.lax.stop_gradient(z)
         is_good, is_bad = good.tokens > 0, bad.tokens > 0
         losses = kto_loss(good.gains + bad.gains, is_good, z, beta)
         weights = settings.desirable_weight * is_good + settings.undesirable_weight * is_bad

@@ -122,6 +122,26 @@ def test_micro_batches_and_batches_of_replay_alone():
     assert float(metrics["loss"]) == 0  # nothing was learned
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "simpo"])
+def test_micro_batches_without_a_pair(objective):
+    """One of the two has rows of replay alone."""
+    rng = np.random.default_rng(5)
+    roles = (data.CHOSEN, data.OTHER if objective == "kto" else data.REJECTED)
+    rows = [[data.join(text(rng, False), text(rng, False), roles)], [text(rng, True)]]
+    batch = data.stack([*rows, *rows], 24)
+    if objective in ("dpo", "kto"):
+        batch["reference_log_probs"] = np.float32(-3 * (batch["loss_weights"] > 0))
+    found = {}
+    for size in (4, 2):
+        config = settings(f"train.objective={objective}", f"train.micro_batch_size={size}")
+        model, adapters = start(config, 4)
+        found[size] = metrics, grads = step(model, config, adapters, batch)
+        assert all(np.isfinite(list(metrics.values())))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+        assert float(metrics["base_kl"]) > 0.01
+    assert distance(found[2][1], found[4][1]) <= 1e-5
+
+
 def test_adapters_that_do_nothing_have_no_divergence():
     config = settings()
     model, _ = start(config, 0)
