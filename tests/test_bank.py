@@ -65,7 +65,7 @@ def both_programs(model):
         return model.apply(bank.bind(params, ids, weights), tokens)
 
     # The code of users: where a bank adds nothing, the other has a different rounding of mixtral.
-    options = {"xla_cpu_use_fusion_emitters": True}
+    options = dict.fromkeys(methods.QUICK, True)
     return (jax.jit(f, compiler_options=options) for f in (model.apply, banked))
 
 
