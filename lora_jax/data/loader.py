@@ -43,8 +43,7 @@ class Loader:
 
     rows_per_epoch: number of rows that hold every example exactly once
     row_length: tokens per row: `max_length` when packing, else the longest example rounded up
-    tokens: of the rows of an epoch; with `share_prompts`, the start of several texts of a row
-        counts once
+    tokens: of the rows of an epoch; a start that texts of a row share counts once
     efficiency: fraction of the tokens of an epoch that is not padding
 
     Raises:
