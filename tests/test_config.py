@@ -189,6 +189,16 @@ def test_later_overrides_win():
         ),
         (
             {},
+            [*ANSWERED, BEST, "train.metric_for_best_model=task_accuracy"],
+            ["'task_accuracy' is not measured; choose task_loss, regression_loss or one of"],
+        ),
+        (
+            {},
+            ["train.objective=dpo", "data.eval=b", BEST, "train.metric_for_best_model=task_margin"],
+            ["train.load_best_model_at_end needs data.eval (or data.eval_size) and train.eval_"],
+        ),
+        (
+            {},
             [*ANSWERED, BEST, "train.metric_for_best_model=exact_match"],
             ["train.load_best_model_at_end by exact_match needs", "set eval.generate_every=2"],
         ),

@@ -2,12 +2,14 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lora_jax import demo
-from lora_jax.cli import train_main
+from lora_jax.cli import main, train_main
 
 from .train.test_classify import write_encoder
 from .train.tiny import write_model
@@ -83,6 +85,35 @@ def test_a_source_that_is_missing_or_has_changed_ends_in_one_line(script, tmp_pa
     assert not (tmp_path / "data").exists()
 
 
+def make_pairs():
+    """Run what the recipe of preferences says to run before it, with a base that learns nothing."""
+    recipe, tiny = str(CONFIGS / "usaddress.yaml"), ("model=tiny", "data.regression=null")
+    fast = ("train.steps=1", "train.warmup_steps=0", "eval.before=false", "eval.max_new_tokens=8")
+    assert train_main(["--config", recipe, *tiny, *fast, "eval.generate=false"]) == 0
+    adapter = ("--adapter", "runs/usaddress/adapter", "--predictions", "runs/answers.jsonl")
+    run = ("--config", "runs/usaddress/config.yaml", "data.eval=demo:usaddress")
+    assert main(["eval", *run, *adapter, *tiny, *fast, "eval.generate=true"]) == 0
+    command = [sys.executable, str(CONFIGS / "pairs.py"), "runs/answers.jsonl", "runs/pairs.jsonl"]
+    subprocess.run(command, check=True)
+    lines = Path("runs/answers.jsonl").read_text().splitlines()
+    answered = [line for line in map(json.loads, lines) if line["answer"].strip()]
+    pairs = list(map(json.loads, Path("runs/pairs.jsonl").read_text().splitlines()))
+    assert pairs == [
+        {"prompt": x["prompt"], "chosen": x["references"][0], "rejected": x["answer"]}
+        for x in answered
+    ]
+
+
+def test_pairs_are_wrong_answers_of_an_adapter(tmp_path):
+    pairs = runpy.run_path(str(CONFIGS / "pairs.py"))["pairs"]
+    line = {"adapter": "a", "prompt": "p", "references": ["r", "s"], "answer": "t"}
+    lines = [line | {"exact_match": 0.0}, line | {"exact_match": 1.0}]
+    lines += [
+        line | {"exact_match": 0.0, **other} for other in ({"adapter": "base"}, {"answer": " "})
+    ]
+    assert list(pairs(lines)) == [{"prompt": "p", "chosen": "r", "rejected": "t"}]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_passes_a_dry_run(recipe, script, tmp_path, monkeypatch, capsys):
     """The base is a tiny one of the same kind, and the demo's rows are two of the same form."""
@@ -96,6 +127,10 @@ def test_every_recipe_passes_a_dry_run(recipe, script, tmp_path, monkeypatch, ca
     monkeypatch.setattr(demo, "is_cached", lambda name: True)
     (write_encoder if is_classifier else write_model)(tmp_path / "tiny")
     command = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--dry-run", "model=tiny"]
+    if recipe == "usaddress-dpo":
+        assert train_main(command) == 2
+        assert "runs/usaddress/adapter" in capsys.readouterr().err
+        make_pairs()
     if recipe in names["FILES"]:
         assert train_main(command) == 2
         assert f"data file data/{recipe}" in capsys.readouterr().err

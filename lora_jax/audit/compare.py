@@ -15,7 +15,7 @@ from lora_jax import adapters as methods
 from lora_jax import formats, sharding
 from lora_jax.config import AdapterConfig, Config, expand, is_directory, shown
 from lora_jax.data import sets
-from lora_jax.errors import raise_all
+from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.report import scores
@@ -35,7 +35,8 @@ def compare(
     allow_change: Collection[str] = (),
     scales: Sequence[float] = (),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measure the base and every PEFT adapter directory in `paths` on the same held-out data.
+    """Measure the base (unless `eval.before` is false) and every PEFT adapter directory in `paths`
+    on the same held-out data.
     Return a mapping of losses and metrics for each, with its name as `adapter`, and a mapping per
     answer, as in `predictions`. With `scales`, each adapter is measured at these multiples of its
     update, and both mappings have the `scale`.
@@ -43,12 +44,10 @@ def compare(
     `config` gives the model, the held-out data and the settings of the evaluation.
 
     Raises:
-        UserError: no held-out data; adapters that do not exist or fit, or were made with another
-            base, tokenizer or template (unless named in `allow_change`).
+        UserError: no held-out data; nothing to measure; adapters that do not exist or fit, or were
+            made with another base, tokenizer or template (unless named in `allow_change`).
     """
-    scores.check_metrics(config.eval.metrics)
-    for scale in scales:
-        check_scale(scale)
+    _check_request(config, paths, scales)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     session = open_session(config)
@@ -66,11 +65,10 @@ def compare(
     base_dtype = session.config.base_dtype
     params = base.read_params(session.source, session.model, mesh, base_dtype, display)
     loaded = Loaded(session, session.model.replace(params=params), held_out, mesh, display, found)
-    # Fresh adapters of plain LoRA change nothing, so they measure the base.
-    plain = AdapterConfig(rank=1)
-    fresh = methods.init(jax.random.key(0), params, plain)[1]
-    is_base = {"adapter": "base"} | ({"scale": 0.0} if scales else {})
-    results = [(is_base, loaded.measure("base", fresh, plain, is_base=True))]
+    results: list[tuple[dict[str, Any], Scores]] = []
+    if config.eval.before:
+        is_base = {"adapter": "base"} | ({"scale": 0.0} if scales else {})
+        results.append((is_base, loaded.measure_base()))
     for path, own in adapters.items():
         if not scales:
             results.append(({"adapter": path}, loaded.measure(path, *own)))
@@ -85,6 +83,17 @@ def compare(
         for line in predictions.to_lines(name, result.answers, names)
     ]
     return rows, lines
+
+
+def _check_request(config: Config, paths: Sequence[str], scales: Sequence[float]) -> None:
+    """Check what needs no file, before anything slow."""
+    scores.check_metrics(config.eval.metrics)
+    if not (config.eval.before or paths):
+        raise UserError(
+            "nothing to measure: eval.before=false leaves out the base, and no adapter is given"
+        )
+    for scale in scales:
+        check_scale(scale)
 
 
 def _at(
@@ -111,6 +120,12 @@ class Loaded:
     mesh: Mesh
     display: Display
     fingerprint: Mapping[str, str]
+
+    def measure_base(self) -> Scores:
+        """Measure the base: fresh adapters of plain LoRA change nothing."""
+        plain = AdapterConfig(rank=1)
+        fresh = methods.init(jax.random.key(0), self.model.params, plain)[1]
+        return self.measure("base", fresh, plain, is_base=True)
 
     def measure(
         self, name: str, adapters: Any, settings: AdapterConfig, is_base: bool = False

@@ -103,3 +103,5 @@ def _check_plot(config: Config, file: str) -> None:
         raise UserError(f"--plot {file}: its name must end with .svg or .png")
     if config.data.regression is None:
         raise UserError("--plot needs data.regression, whose loss is on the other axis")
+    if not config.eval.before:
+        raise UserError("--plot draws lines from the base, which eval.before=false leaves out")

@@ -13,6 +13,7 @@ from lora_jax.errors import UserError
 
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")  # parts of a run's fingerprint
 LOSSES = ("task_loss", "regression_loss")  # metrics of an evaluation that are better if lower
+OF_PAIRS = ("task_accuracy", "task_margin")  # of objectives that compare answers
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _ROWS, _MANY_STEPS, _SECONDS = 10**6, 10**9, 10**7  # more is a slip of the hand
 _VIRTUAL_TOKENS = 20
@@ -140,7 +141,8 @@ class TrainConfig:
     )
     # export the adapters of the best evaluation instead of those of the last step
     load_best_model_at_end: bool = option(False, resumable=True)
-    # the metric of the two settings above: task_loss, regression_loss or one of eval.metrics
+    # the metric of the two settings above: task_loss, regression_loss or one of eval.metrics; of
+    # objectives that compare answers also task_accuracy and task_margin
     metric_for_best_model: str = option("task_loss")
     # end the run when its loss is so many times the lowest so far; null: never
     divergence: float | None = option(3.0, above=1, hint="null never stops", resumable=True)

@@ -1,7 +1,8 @@
 """Functions of the logits of a batch, a chunk of tokens at a time; not all logits exist at once.
 
     weighted_sums   sums over tokens: value and gradient in one pass over the chunks
-    each_token      a value per token: the gradient computes the logits of a chunk again
+    each_token      a value per token, likewise; only the gradient of a head that trains computes
+                    the logits of a chunk again
 
 Token i is predicted from position i - 1, so its hidden state is the one before it. Only supervised
 tokens count, those with a loss weight: chunks without any are skipped.
@@ -28,7 +29,7 @@ class Head:
     """The end of a model and what it is applied to: logits = apply(leaves, hidden)."""
 
     apply: Callable[[list, jax.Array], jax.Array]
-    leaves: list[jax.Array]
+    leaves: list[jax.Array]  # only those that `apply` reads
     hidden: jax.Array  # (b, t, d)
 
 
@@ -39,10 +40,26 @@ def make_head(module: Any, hidden: jax.Array) -> Head:
     graphdef, state = nnx.split(module)
     leaves, structure = jax.tree.flatten(_split_vocabulary(state, module, hidden))
 
-    def apply(leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
+    def apply_all(leaves: list, hidden: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)).logits(hidden)
 
-    return Head(apply, leaves, hidden)
+    # The others may train, and then it would seem that the head does.
+    read = _inputs_read(apply_all, leaves, hidden[:1, :1])
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def apply(leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
+        given = iter(leaves)
+        whole = [next(given) if own else x for own, x in zip(read, shapes, strict=True)]
+        return apply_all(whole, hidden)
+
+    return Head(apply, [x for own, x in zip(read, leaves, strict=True) if own], hidden)
+
+
+def _inputs_read(function: Callable, leaves: list, hidden: jax.Array) -> list[bool]:
+    """Return for each of `leaves` if `function(leaves, hidden)` reads it."""
+    jaxpr = jax.make_jaxpr(function)(leaves, hidden).jaxpr
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars}
+    return [id(x) in read for x in jaxpr.invars[: len(leaves)]]
 
 
 def _split_vocabulary(state: Any, module: Any, hidden: jax.Array) -> Any:
@@ -140,19 +157,7 @@ def each_token(
     chunks = _make_chunks([head.hidden for head in heads], batch, chunk)
     values = _make_values(function, [head.apply for head in heads])
     leaves = [head.leaves for head in heads]
-
-    def compute(leaves: list, hiddens: tuple, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.where(weights != 0, values(leaves, hiddens, targets)[0], 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(leaves: list, chunk: tuple) -> jax.Array:
-        return _skip_unsupervised(functools.partial(compute, leaves), *chunk)
-
-    found = jax.lax.scan(
-        lambda _, chunk: (None, of_chunk(leaves, chunk)),
-        None,
-        (chunks.hiddens, chunks.targets, chunks.weights),
-    )[1]
+    found = _chunked_values(values, leaves, chunks.hiddens, chunks.targets, chunks.weights)
     return chunks.restore(found)
 
 
@@ -225,54 +230,131 @@ def _zeros_like_results(compute: Callable, chunks: Any) -> Any:
 _chunked_sums = jax.custom_vjp(_sums, nondiff_argnums=(0,))
 
 
+def _partition(inputs: Any) -> tuple[Any, Any]:
+    """Split the inputs of a forward rule into those with a gradient and the others: two trees of
+    the same form, with None where the other has a leaf. Known at trace time (`perturbed`).
+    """
+    moving = jax.tree.map(lambda x: x.value if x.perturbed else None, inputs)
+    return moving, jax.tree.map(lambda x: None if x.perturbed else x.value, inputs)
+
+
+def _combine(moving: Any, fixed: Any) -> Any:
+    """Join the two trees of `_partition`."""
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, moving, fixed, is_leaf=lambda x: x is None
+    )
+
+
+def _split_features(gradients: Any) -> Any:
+    return jax.tree.map(lambda x: constrain(x, *BATCH, None, "tensor"), gradients)
+
+
 def _forward(
     values: Callable, leaves: list, hiddens: tuple, targets: Any, weights: Any
 ) -> tuple[tuple[jax.Array, ...], Any]:
     """Return value and gradients in one pass: both are computed from a chunk's logits, which are
     then freed.
 
-    Recomputing them in the backward pass instead costs a third product with the vocabulary. Which
-    leaves train is known at trace time (`perturbed`); the others get no gradient and cost nothing.
+    Recomputing them in the backward pass instead costs a third product with the vocabulary. Leaves
+    that do not train get no gradient and cost nothing.
     """
-    flat, structure = jax.tree.flatten(leaves)
-    trained = [leaf.value for leaf in flat if leaf.perturbed]
-    moving = [hidden.value for hidden in hiddens if hidden.perturbed]
-    fixed = [hidden.value for hidden in hiddens if not hidden.perturbed]
+    (trained, frozen), (moving, fixed) = _partition(leaves), _partition(hiddens)
 
-    def sums(trained: list, moving: list, fixed: list, *chunk: jax.Array) -> tuple:
-        own, parts = iter(trained), {True: iter(moving), False: iter(fixed)}
-        all_leaves = [next(own) if leaf.perturbed else leaf.value for leaf in flat]
-        all_hiddens = tuple(next(parts[hidden.perturbed]) for hidden in hiddens)
-        first, *others = _chunk_sums(
-            values, jax.tree.unflatten(structure, all_leaves), all_hiddens, *chunk
-        )
+    def sums(trained: list, moving: tuple, fixed: tuple, *chunk: jax.Array) -> tuple:
+        both = _combine(trained, frozen), _combine(moving, fixed)
+        first, *others = _chunk_sums(values, *both, *chunk)
         return first, tuple(others)
 
     compute = functools.partial(jax.value_and_grad(sums, argnums=(0, 1), has_aux=True), trained)
 
-    def body(carry: tuple, chunk: tuple) -> tuple[tuple, list]:
+    def body(carry: tuple, chunk: tuple) -> tuple[tuple, tuple]:
         found, (of_leaves, of_hiddens) = _skip_unsupervised(compute, *chunk)
-        of_hiddens = [constrain(x, *BATCH, None, "tensor") for x in of_hiddens]
-        return jax.tree.map(jnp.add, carry, (found, of_leaves)), of_hiddens
+        return jax.tree.map(jnp.add, carry, (found, of_leaves)), _split_features(of_hiddens)
 
     chunks = (moving, fixed, targets.value, weights.value)
     found, (of_leaves, _) = _zeros_like_results(compute, chunks)
     ((first, others), of_leaves), of_hiddens = jax.lax.scan(body, (found, of_leaves), chunks)
-    own, moved = iter(of_leaves), iter(of_hiddens)
-    gradients = (
-        jax.tree.unflatten(structure, [next(own) if leaf.perturbed else None for leaf in flat]),
-        tuple(next(moved) if hidden.perturbed else None for hidden in hiddens),
-    )
-    return (first, *others), gradients
+    return (first, *others), (of_leaves, of_hiddens)
 
 
 def _backward(values: Callable, gradients: Any, cotangents: tuple) -> tuple[Any, ...]:
-    def scale(gradient: Any) -> Any:
-        return None if gradient is None else (cotangents[0] * gradient).astype(gradient.dtype)
-
-    of_leaves, of_hiddens = gradients
-    scaled = [[scale(leaf) for leaf in leaves] for leaves in of_leaves]
-    return scaled, tuple(map(scale, of_hiddens)), None, None
+    scaled = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), gradients)
+    return *scaled, None, None
 
 
 _chunked_sums.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _chunk_values(
+    values: Callable, leaves: list, hiddens: tuple, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    return jnp.where(weights != 0, values(leaves, hiddens, targets)[0], 0)
+
+
+def _all_values(
+    values: Callable, leaves: list, hiddens: tuple, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Values (chunks, rows, width) of all chunks, whose arrays are as those of `_sums`."""
+    compute = functools.partial(_chunk_values, values, leaves)
+    return jax.lax.map(
+        lambda chunk: _skip_unsupervised(compute, *chunk), (hiddens, targets, weights)
+    )
+
+
+_chunked_values = jax.custom_vjp(_all_values, nondiff_argnums=(0,))
+
+
+def _values_forward(
+    values: Callable, leaves: list, hiddens: tuple, targets: Any, weights: Any
+) -> tuple[jax.Array, Any]:
+    """Return the values, with the gradient of each by the hidden states of its token.
+
+    No other token's value depends on these, so the gradient of the sum of the values has them all,
+    and `_values_backward` multiplies them by what comes back. The gradient of a leaf depends on
+    what comes back: if any leaf trains, all gradients wait for it.
+    """
+    (trained, frozen), (moving, fixed) = _partition(leaves), _partition(hiddens)
+    chunks = (moving, fixed, targets.value, weights.value)
+    if jax.tree.leaves(trained):
+        inputs = _combine(moving, fixed), targets.value, weights.value
+        found = _all_values(values, _combine(trained, frozen), *inputs)
+        return found, (None, (trained, frozen, *chunks))
+
+    def total(moving: tuple, fixed: tuple, *chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = _chunk_values(values, frozen, _combine(moving, fixed), *chunk)
+        return jnp.sum(found), found
+
+    compute = jax.value_and_grad(total, has_aux=True)
+
+    def body(chunk: tuple) -> tuple[jax.Array, tuple]:
+        (_, found), gradients = _skip_unsupervised(compute, *chunk)
+        return found, _split_features(gradients)
+
+    found, gradients = jax.lax.map(body, chunks)
+    return found, (gradients, None)
+
+
+def _values_backward(values: Callable, kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    gradients, inputs = kept
+    if inputs is None:
+        scaled = jax.tree.map(lambda x: (cotangent[..., None] * x).astype(x.dtype), gradients)
+        return None, scaled, None, None
+    trained, frozen, *chunks = inputs
+
+    def compute(cotangent: jax.Array, moving: tuple, fixed: tuple, *chunk: jax.Array) -> tuple:
+        def found(trained: list, moving: tuple) -> jax.Array:
+            both = _combine(trained, frozen), _combine(moving, fixed)
+            return _chunk_values(values, *both, *chunk)
+
+        return jax.vjp(found, trained, moving)[1](cotangent)
+
+    def body(of_leaves: list, chunk: tuple) -> tuple[list, tuple]:
+        found, of_hiddens = _skip_unsupervised(compute, *chunk)
+        return jax.tree.map(jnp.add, of_leaves, found), _split_features(of_hiddens)
+
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    of_leaves, of_hiddens = jax.lax.scan(body, zeros, (cotangent, *chunks))
+    return of_leaves, of_hiddens, None, None
+
+
+_chunked_values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)

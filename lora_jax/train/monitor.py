@@ -32,16 +32,15 @@ class LossMonitor:
     def evaluated(
         self, step: int, measured: Mapping[str, float], metric: str = "task_loss"
     ) -> bool:
-        """Record an evaluation: held-out losses by set, and metrics of answers by name. Return True
-        if `metric` (as train.metric_for_best_model) is the best so far.
+        """Record the scores of an evaluation by their names in metrics.jsonl. Return True if
+        `metric` (as train.metric_for_best_model) is the best so far.
         """
-        name = metric.removesuffix("_loss")
-        if name not in measured:
+        if metric not in measured:
             return False
         if metric != self.metric:  # values of another metric do not compare
             self.metric, self.best_loss, self.best_step, self.stale = metric, None, None, 0
-        value = measured[name]
-        sign = 1 if metric in LOSSES else -1  # metrics of answers: greater is better
+        value = measured[metric]
+        sign = 1 if metric in LOSSES else -1  # all others: greater is better
         better = math.isfinite(value) and (
             self.best_loss is None or sign * value < sign * self.best_loss
         )

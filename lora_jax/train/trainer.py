@@ -277,8 +277,9 @@ class _Trainer:
                 with self.signals.free(), self.clock.paused():
                     measured = self._evaluate()
                 line |= self._evaluated(measured)
-                values = {**measured.losses, **measured.metrics}
-                better = state.monitor.evaluated(state.step, values, settings.metric_for_best_model)
+                better = state.monitor.evaluated(
+                    state.step, measured.numbers(), settings.metric_for_best_model
+                )
         except Interrupted as stop:
             self._save(pending=line)
             self.kept.wait()

@@ -108,12 +108,15 @@ def dense_near_the_base(model, config, adapters, batch):
     return nll + BETA * kl, {"loss": nll, "kl": kl}
 
 
+@pytest.mark.parametrize("targets", ["[q_proj, lm_head]", "[q_proj, up_proj]"])
 @pytest.mark.parametrize(
     ("objective", "dense"), [(dpo, dense_dpo), (near_the_base, dense_near_the_base)]
 )
-def test_an_objective_from_python_uses_both_models(model, objective, dense):
-    """Values and gradients over micro-batches are those of all logits at once."""
-    config = settings()
+def test_an_objective_from_python_uses_both_models(model, objective, dense, targets):
+    """Values and gradients over micro-batches are those of all logits at once, of a head that
+    trains and of one that does not.
+    """
+    config = settings(f"adapter.target_modules={targets}")
     _, start = methods.init(jax.random.key(0), model.params, config.adapter)
     step = make_train_step(model, config, KEEP_GRADIENT, objective=objective)
     by_hand = jax.jit(jax.value_and_grad(lambda a, b: dense(model, config, a, b), has_aux=True))

@@ -209,3 +209,17 @@ def test_metrics_are_those_of_the_pairs(model):
         assert distance(metrics[name], value) <= 1e-5, name
     assert float(metrics["kl"]) > 0
     assert float(metrics["supervised_tokens"]) == (batch["loss_weights"] > 0).sum()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "orpo", "kto"])
+def test_a_step_over_pairs_takes_the_flops_of_a_step_over_its_tokens(objective):
+    """The logits are computed once, for the values and for their gradients."""
+    model = tiny_model(vocab_size=4096, num_hidden_layers=1, tie_word_embeddings=False)
+    batch, found = make_batch([[PAIR, PAIR], [PAIR]]), []
+    for name in ("sft", objective):
+        config = settings(name, "adapter.target_modules=[q_proj]", "train.loss_chunk=1024")
+        adapters = methods.init(jax.random.key(0), model.params, config.adapter)[1]
+        step = make_train_step(model, config, KEEP_GRADIENT)
+        lowered = step.lower(adapters, adapters, model.params, batch, jax.random.key(0))
+        found.append(lowered.compile().cost_analysis()["flops"])
+    assert found[1] <= 1.03 * found[0]

@@ -164,6 +164,20 @@ def test_metrics_and_summary_of_a_run(files, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("metric", ["task_accuracy", "task_margin"])
+def test_the_best_evaluation_is_that_of_the_highest_metric_of_pairs(files, tmp_path, metric):
+    """Of pairs that say the opposite of what is learned, every evaluation is worse."""
+    swap = {"prompt": "prompt", "chosen": "rejected", "rejected": "chosen"}
+    rows = [{to: row[name] for name, to in swap.items()} for row in PAIRS]
+    held_out = write_rows(tmp_path / "opposite.jsonl", rows)
+    best = ("train.load_best_model_at_end=true", f"train.metric_for_best_model={metric}")
+    lines = train(files, tmp_path / "out", f"data.eval={held_out}", "train.steps=6", *best)
+    found = [line[metric] for line in lines if metric in line]
+    assert len(found) == 3 and found[0] >= found[1] >= found[2]
+    record = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert record["exported_step"] == 2
+
+
 def test_a_stream_computes_what_the_cache_holds(files, tmp_path):
     """Data in the order of the file are the same steps, streamed or cached."""
     order = ("data.shuffle=false", "data.packing=false", "train.steps=2", "data.max_length=128")

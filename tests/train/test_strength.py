@@ -87,8 +87,9 @@ def test_one_table_and_a_picture_of_all_strengths(files, data, run, tmp_path, ca
     assert losses[0] > losses[1] > losses[2]
     assert export(run, tmp_path / "half", "--format", "peft", "--scale", "0.5") == 0
     plain = ["--output", str(tmp_path / "plain.json"), "--adapter", str(tmp_path / "half")]
-    assert main([*config, *adapter, *plain, "eval.batch_size=2"]) == 0
-    _, whole, half = json.loads((tmp_path / "plain.json").read_text())
+    plain += ["--adapter", str(run / "adapter")]
+    assert main([*config, *plain, "eval.batch_size=2", "eval.before=false"]) == 0
+    half, whole = json.loads((tmp_path / "plain.json").read_text())
     for row, other in ((rows[1], half), (rows[2], whole)):
         for name in ("task_loss", "regression_loss"):
             assert row[name] == pytest.approx(other[name], rel=1e-5)
@@ -122,6 +123,8 @@ def test_what_has_no_strength(files, data, run, tmp_path, capsys):
         (*adapter, "--scale", "0"): "other than zero",
         (*adapter, "--plot", "x.pdf"): "must end with .svg or .png",
         (*adapter, "data.regression=null", "--plot", "x.svg"): "--plot needs data.regression",
+        (*adapter, "eval.before=false", "--plot", "x.svg"): "which eval.before=false leaves out",
+        ("eval.before=false",): "nothing to measure: eval.before=false leaves out the base",
     }.items():
         assert main([*config, *options]) == 2
         assert text in capsys.readouterr().err

@@ -23,47 +23,47 @@ def steps(watch, losses, divergence=3.0, first=1):
 
 def test_the_best_evaluation_is_the_lowest_and_the_first_of_equals():
     watch = LossMonitor()
-    seen = [watch.evaluated(10 * (i + 1), {"task": x}) for i, x in enumerate([3, 2, 2, 4, 1])]
+    seen = [watch.evaluated(10 * (i + 1), {"task_loss": x}) for i, x in enumerate([3, 2, 2, 4, 1])]
     assert seen == [True, True, False, False, True]
     assert (watch.best_loss, watch.best_step, watch.stale) == (1, 50, 0)
-    watch.evaluated(60, {"task": 1.5, "regression": 0.1})
+    watch.evaluated(60, {"task_loss": 1.5, "regression_loss": 0.1})
     assert (watch.best_loss, watch.best_step, watch.stale) == (1, 50, 1)
 
 
 def test_a_metric_of_answers_is_best_where_it_is_greatest():
     watch = LossMonitor()
-    measured = [{"task": 3 - i, "exact_match": x} for i, x in enumerate([0.2, 0.5, 0.5, 0.1])]
+    measured = [{"task_loss": 3 - i, "exact_match": x} for i, x in enumerate([0.2, 0.5, 0.5, 0.1])]
     seen = [watch.evaluated(i, values, "exact_match") for i, values in enumerate(measured)]
     assert seen == [True, True, False, False]
     assert (watch.best_loss, watch.best_step, watch.stale) == (0.5, 1, 2)
-    assert not watch.evaluated(4, {"task": 0.1}, "exact_match") and watch.stale == 2
+    assert not watch.evaluated(4, {"task_loss": 0.1}, "exact_match") and watch.stale == 2
 
 
 def test_the_regression_loss_is_best_where_it_is_lowest():
     watch = LossMonitor()
-    measured = [{"task": 1.0, "regression": x} for x in (2.0, 1.0, 1.5)]
+    measured = [{"task_loss": 1.0, "regression_loss": x} for x in (2.0, 1.0, 1.5)]
     seen = [watch.evaluated(i, values, "regression_loss") for i, values in enumerate(measured)]
     assert seen == [True, True, False] and watch.best_loss == 1.0
 
 
 def test_another_metric_begins_anew_and_old_records_are_those_of_the_task_loss():
     watch = LossMonitor(best_loss=0.3, best_step=8, stale=2)  # as a record of an earlier version
-    assert watch.metric == "task_loss" and not watch.evaluated(9, {"task": 0.4})
-    assert watch.evaluated(10, {"task": 0.4, "rouge_l": 0.1}, "rouge_l")
+    assert watch.metric == "task_loss" and not watch.evaluated(9, {"task_loss": 0.4})
+    assert watch.evaluated(10, {"task_loss": 0.4, "rouge_l": 0.1}, "rouge_l")
     assert (watch.best_loss, watch.best_step, watch.stale) == (0.1, 10, 0)
 
 
 def test_other_sets_than_the_task_say_nothing():
     watch = LossMonitor()
-    assert not watch.evaluated(1, {"regression": 0.1}) and not watch.evaluated(2, {})
+    assert not watch.evaluated(1, {"regression_loss": 0.1}) and not watch.evaluated(2, {})
     assert watch == LossMonitor()
 
 
 def test_a_loss_that_is_no_number_is_never_the_best():
     watch = LossMonitor()
-    seen = [watch.evaluated(i, {"task": x}) for i, x in enumerate([math.nan, math.inf, 5.0])]
+    seen = [watch.evaluated(i, {"task_loss": x}) for i, x in enumerate([math.nan, math.inf, 5.0])]
     assert seen == [False, False, True] and watch.best_loss == 5.0
-    assert not watch.evaluated(9, {"task": math.nan})
+    assert not watch.evaluated(9, {"task_loss": math.nan})
     assert (watch.best_step, watch.stale) == (2, 1)
 
 
@@ -71,7 +71,7 @@ def test_patience_counts_evaluations_since_the_best():
     settings = TrainConfig(early_stopping_patience=2)
     watch, over = LossMonitor(), []
     for step, loss in enumerate([3.0, 3.1, 2.0, 2.5, 2.4, 1.0]):
-        watch.evaluated(step, {"task": loss})
+        watch.evaluated(step, {"task_loss": loss})
         over.append(watch.gave_up(settings))
         assert not watch.gave_up(TrainConfig())
     assert over == [False, False, False, False, True, False]
@@ -129,7 +129,7 @@ def test_written_as_json_on_the_way_it_goes_on_alike(losses, every, cut, diverge
         for step in range(start, end):
             said.append(watch.problem(step, losses[step], 1.0, divergence))
             if step % every == 0:
-                said.append(watch.evaluated(step, {"task": losses[-1 - step]}))
+                said.append(watch.evaluated(step, {"task_loss": losses[-1 - step]}))
                 said.append(watch.gave_up(TrainConfig(early_stopping_patience=3)))
         return said
 
