@@ -127,6 +127,12 @@ class Session:
         vars(session).update({name: part for name, part in vars(self).items() if name in kept})
         return session
 
+    def with_read(self, other: "Session") -> "Session":
+        """Return this session with what another one over the same model and template has read."""
+        session = dataclasses.replace(self)
+        vars(session).update({name: part for name, part in vars(other).items() if name in _KEPT})
+        return session
+
     def make_encoder(self, console: Console) -> sets.Encoder:
         """Return the encoder of the data for this model."""
         return sets.Encoder(

@@ -64,6 +64,7 @@ class LoraWeight(_OverBase):
     gain: jax.Array | None = None  # (..., 1, out), or (in, 1) of an embedding's rows; None: 1
     key: jax.Array | None = None  # (...,)
     dropout: float = field(default=0.0, metadata={"static": True})
+    keep: jax.Array | None = None  # (...,): 1 - dropout as data, where members of a sweep differ
 
     def __jax_array__(self) -> jax.Array:
         return materialize(self)
@@ -248,7 +249,7 @@ def _banked(x: jax.Array, y: jax.Array, w: LoraBank) -> jax.Array:
 
 def _matmul(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, LoraWeight):
-        y = _matmul(x, w.base) + _low_rank(_drop(x, w.key, w.dropout), w.a, w.b)
+        y = _matmul(x, w.base) + _low_rank(_drop(x, w), w.a, w.b)
         return y if w.gain is None else y * w.gain.astype(x.dtype)
     if isinstance(w, NF4Weight | Int8Weight):
         return _quantized_matmul(x, w)
@@ -280,7 +281,7 @@ def expert_linear(
         y = expert_linear(x, w.base, group_sizes)
         return slots.apply_to_experts(y, x, w.factors, choice, group_sizes)
     if isinstance(w, LoraWeight):
-        dropped = _drop(x, w.key, w.dropout)
+        dropped = _drop(x, w)
         y = expert_linear(x, w.base, group_sizes)
         y = y + expert_linear(expert_linear(dropped, w.a, group_sizes), w.b, group_sizes)
         if w.gain is None:
@@ -302,11 +303,12 @@ def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
 
-def _drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-    if key is None or rate == 0.0:
+def _drop(x: jax.Array, w: LoraWeight) -> jax.Array:
+    if w.key is None or (w.keep is None and w.dropout == 0.0):
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+    share = 1.0 - w.dropout if w.keep is None else w.keep
+    kept = jax.random.bernoulli(w.key, share, x.shape)
+    return jnp.where(kept, x / jnp.asarray(share, x.dtype), 0).astype(x.dtype)
 
 
 def embed(ids: jax.Array, w: Weight) -> jax.Array:
@@ -344,7 +346,7 @@ def _unembed(x: jax.Array, w: Weight) -> jax.Array:
         gain = None if w.gain is None else w.gain.astype(x.dtype)
         if gain is not None and gain.shape[-2] == 1:  # of features, which come in here
             x, gain = x * gain, None
-        y = _unembed(x, w.base) + _low_rank(_drop(x, w.key, w.dropout), w.b.T, w.a.T)
+        y = _unembed(x, w.base) + _low_rank(_drop(x, w), w.b.T, w.a.T)
         return y if gain is None else y * gain.T
     table = materialize(w).astype(x.dtype)
     return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())))

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters import eva, full, low_rank, prompt, vera
+from lora_jax.adapters.member import MemberSettings as MemberSettings
 from lora_jax.adapters.prompt import as_model_sees as as_model_sees
 from lora_jax.adapters.stacks import stack as stack
 from lora_jax.adapters.stacks import unstack as unstack
@@ -190,8 +191,10 @@ def bind(
     adapters: Mapping,
     config: AdapterConfig | Trainable,
     key: jax.Array | None = None,
+    member: MemberSettings | None = None,
 ) -> dict:
     """Return the tree that the model runs on. With a key, dropout is on; without one it is off.
+    `member` has settings as arrays, in place of those of `config` (`lora_jax.adapters.member`).
 
     Raises:
         UserError: adapters whose paths or shapes are not those that `config` gives for `params`.
@@ -208,7 +211,12 @@ def bind(
     full_weights = full.bind(leaves, small, found)
     # Slices of a stack that do not train in full can have adapters over the updated stack.
     own = {path: leaf for path, leaf in full_weights.items() if path != found.untied}
-    bound = full_weights | low_rank.bind(leaves | own, small, found, factors, key)
+    if member is None:
+        drops = None if key is None else low_rank.Drops(key)
+        adapted = low_rank.bind(leaves | own, small, found, factors, drops)
+    else:
+        adapted = member.bind(leaves | own, small, found, key)
+    bound = full_weights | adapted
     if found.untied is not None:
         bound |= {found.untied: _untie(leaves[found.untied], bound, found)}
         bound.pop(HEAD, None)
@@ -231,7 +239,8 @@ def _untie(embedding: jax.Array, bound: Mapping, found: Trainable) -> Untied:
     head = bound.get(HEAD)
     if isinstance(head, LoraWeight):  # in the embedding's layout, over the very same array
         gain = None if head.gain is None else head.gain.T
-        head = LoraWeight(embedding, head.b.T, head.a.T, gain, head.key, head.dropout)
+        drops = head.key, head.dropout, head.keep
+        head = LoraWeight(embedding, head.b.T, head.a.T, gain, *drops)
     elif head is not None:
         head = head.T
     return Untied(bound.get(found.untied, embedding), embedding if head is None else head)

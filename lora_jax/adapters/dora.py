@@ -7,6 +7,8 @@ The norm needs no product of the shape of W, and the gradient treats it as a con
     |(W + a b)_j|^2 = |W_j|^2 + 2 sum_k (a^T W)_kj b_kj + sum_k ((a^T a) b)_kj b_kj
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +32,18 @@ def norms_of_matrix(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def gain(
-    target: Target, weight: Weight, a: jax.Array, b: jax.Array, magnitude: jax.Array
+    target: Target,
+    weight: Weight,
+    factors: tuple[jax.Array, jax.Array],
+    magnitude: jax.Array,
+    adapted: Any = None,
 ) -> jax.Array:
     """Return magnitude / norm as (..., 1, out); 1 where the slice is not adapted or a column is
-    zero.
+    zero. `adapted` replaces the slices of the target, as its `per_layer`.
     """
-    norms = column_norms(target, weight, *jax.lax.stop_gradient((a, b)))
-    adapted = target.per_layer(np.asarray(target.ranks) > 0)
+    norms = column_norms(target, weight, *jax.lax.stop_gradient(factors))
+    if adapted is None:
+        adapted = target.per_layer(np.asarray(target.ranks) > 0)
     sound = (norms > 0) & (adapted[..., 0] if target.stacked else adapted)
     ratio = jnp.where(sound, magnitude / jnp.where(sound, norms, 1), 1)
     return ratio[..., None, :]

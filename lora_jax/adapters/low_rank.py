@@ -10,6 +10,7 @@ An init that subtracts its factors from the base keeps them as the frozen leaves
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,6 +25,31 @@ from lora_jax.weights import LoraWeight
 
 Leaves = dict[Path, Any]
 Factors = inits.Factors
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Dropout of a bound tree.
+
+    keep: 1 - dropout as data, where members of a sweep differ; None: that of the config
+    numbers: number of each target, which its key is folded with; None: its place in the tree
+    """
+
+    key: jax.Array
+    keep: Any = None
+    numbers: Mapping[Path, Any] | None = None
+
+    def key_of(self, target: Target, place: int) -> jax.Array:
+        """Return the key of a target, or one for each of its layers."""
+        number = place if self.numbers is None else self.numbers[target.path]
+        own = jax.random.fold_in(self.key, number)
+        return jax.random.split(own, target.lead[:1]) if target.stacked else own
+
+    def keep_of(self, target: Target) -> Any:
+        """Return `keep`, or one for each layer of a target."""
+        if self.keep is None:
+            return None
+        return jnp.broadcast_to(self.keep, target.lead[:1]) if target.stacked else self.keep
 
 
 def init(
@@ -135,10 +161,12 @@ def bind(
     small: Mapping[Path, Any],
     found: Trainable,
     make_factors: Callable[[Target, Mapping[Path, Any], Trainable], Factors],
-    key: jax.Array | None,
+    drops: Drops | None,
+    adapted: Mapping[Path, Any] = {},
 ) -> Leaves:
-    """Return the targeted leaves as `LoraWeight`s of the factors that `make_factors` gives; `key`
-    turns dropout on.
+    """Return the targeted leaves as `LoraWeight`s of the factors that `make_factors` gives; `drops`
+    turns dropout on. `adapted` says which layers of a target DoRA scales; by default, all of those
+    that are adapted.
     """
     config, bound = found.config, {}
     for index, target in enumerate(found.targets):
@@ -146,13 +174,15 @@ def bind(
         a, b = make_factors(target, small, found)
         gain = None
         if config.use_dora:
-            gain = dora.gain(target, weight, a, b, small[(*target.path, "magnitude")])
+            magnitude = small[(*target.path, "magnitude")]
+            gain = dora.gain(target, weight, (a, b), magnitude, adapted.get(target.path))
         # PEFT has no dropout in the update of an embedding.
-        drops = config.dropout > 0 and target.leaf != "embedding"
-        own = _dropout_keys(key, index, target) if drops else None
+        has_dropout = drops and config.dropout > 0 and target.leaf != "embedding"
+        own = drops.key_of(target, index) if drops and has_dropout else None
+        keep = drops.keep_of(target) if drops and has_dropout else None
         b = inits.in_columns(target, b, weight.shape[-1])
         gain = None if gain is None else inits.in_columns(target, gain, weight.shape[-1], 1.0)
-        leaf = LoraWeight(weight, a, b, gain, own, config.dropout)
+        leaf = LoraWeight(weight, a, b, gain, own, config.dropout, keep)
         other = bound.get(target.weight)
         bound[target.weight] = leaf if other is None else _concatenate_ranks(other, leaf)
     return bound
@@ -177,13 +207,6 @@ def _weight(leaves: Mapping[Path, Any], target: Target, found: Trainable) -> Any
         is_array = isinstance(embedding, jax.Array)
         return embedding.T if is_array else jax.ShapeDtypeStruct(shape, embedding.dtype)
     return leaves[path]
-
-
-def _dropout_keys(key: jax.Array | None, index: int, target: Target) -> jax.Array | None:
-    if key is None:
-        return None
-    own = jax.random.fold_in(key, index)
-    return jax.random.split(own, target.lead[:1]) if target.stacked else own
 
 
 def as_plain(small: Mapping[Path, Any], found: Trainable) -> tuple[Leaves, Trainable]:

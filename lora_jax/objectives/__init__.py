@@ -11,6 +11,7 @@ import dataclasses
 from lora_jax.config import Config, sft_weight_of
 from lora_jax.errors import UserError
 from lora_jax.objectives import cross_entropy, dpo, kto, orpo, penalties
+from lora_jax.objectives.cross_entropy import plain_sums as plain_sums
 from lora_jax.objectives.dpo import dpo_loss as dpo_loss
 from lora_jax.objectives.dpo import ipo_loss as ipo_loss
 from lora_jax.objectives.forward import Batch as Batch

@@ -188,7 +188,8 @@ def _make_values(function: TokenFunction, applies: Sequence[Callable]) -> Callab
 
 def _skip_unsupervised(compute: Callable, *chunk: Any) -> Any:
     """Return `compute` of a chunk, or zeros of the same shapes if the chunk has no weight. The
-    weights are the last argument.
+    weights are the last argument. Members of a sweep skip a chunk together: a condition for each
+    would compute both branches for all.
     """
 
     def zeros(*chunk: Any) -> Any:
@@ -196,7 +197,18 @@ def _skip_unsupervised(compute: Callable, *chunk: Any) -> Any:
             lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(compute, *chunk)
         )
 
-    return jax.lax.cond(jnp.any(chunk[-1] != 0), compute, zeros, *chunk)
+    return jax.lax.cond(_has_weight(chunk[-1]), compute, zeros, *chunk)
+
+
+@jax.custom_batching.custom_vmap
+def _has_weight(weights: jax.Array) -> jax.Array:
+    """Return True if any weight is not 0; under `vmap`, one value for all members."""
+    return jnp.any(weights != 0)
+
+
+@_has_weight.def_vmap
+def _any_has_weight(size: int, batched: list[bool], weights: jax.Array) -> tuple[jax.Array, bool]:
+    return jnp.any(weights != 0), False
 
 
 def _chunk_sums(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lora_jax.config import Config, TrainConfig
 from lora_jax.objectives import penalties
 from lora_jax.objectives.forward import Batch, Forward, Outputs, negative_log_prob
-from lora_jax.objectives.objective import Objective, Result
+from lora_jax.objectives.objective import Objective, Result, is_on
 
 # Its options, with the metrics that they add to `loss`.
 SETTINGS = {"label_smoothing": "smoothed_loss", "z_loss": "z_loss"}
@@ -27,7 +27,7 @@ def from_config(config: Config) -> Objective:
 
     def cross_entropy(forward: Forward, batch: Batch, key: jax.Array) -> Result:
         outputs = forward(forward.bound, batch)
-        regular = smoothing or z_loss
+        regular = is_on(smoothing) or is_on(z_loss)
         result = regular_sums(outputs, smoothing, z_loss) if regular else plain_sums(outputs)
         return add_penalties(result, outputs, forward)
 
@@ -55,5 +55,5 @@ def regular_sums(outputs: Outputs, smoothing: float, z_loss: float) -> Result:
 
     total, nll, smoothed, squares = outputs.sums(parts)
     sums = {"loss": nll}
-    sums |= {"smoothed_loss": smoothed} if smoothing else {}
-    return total, outputs.weight, sums | ({"z_loss": squares} if z_loss else {})
+    sums |= {"smoothed_loss": smoothed} if is_on(smoothing) else {}
+    return total, outputs.weight, sums | ({"z_loss": squares} if is_on(z_loss) else {})

@@ -15,7 +15,7 @@ from lora_jax.config import Config, beta_of, is_normalized, sft_weight_of
 from lora_jax.data import CHOSEN, REJECTED
 from lora_jax.objectives import pairs, penalties
 from lora_jax.objectives.forward import Batch, Forward
-from lora_jax.objectives.objective import Objective, Result
+from lora_jax.objectives.objective import Objective, Result, is_on
 
 
 def dpo_loss(differences: jax.Array, beta: float, label_smoothing: float = 0.0) -> jax.Array:
@@ -65,7 +65,7 @@ def from_config(config: Config) -> Objective:
         total = jnp.sum(jnp.where(chosen.tokens > 0, loss(differences), 0))
         sums = {"loss": total, **pairs.pair_metrics(chosen, rejected, beta * differences)}
         sums |= pairs.drift_metrics(chosen, rejected, pairs.token_kl(gains, batch))
-        if sft_weight:
+        if is_on(sft_weight):
             sums["sft_loss"] = sft = pairs.sft_loss(chosen, forward, batch)
             total = total + sft_weight * sft
         return add_penalties((total, pairs.count_pairs(batch), sums), outputs, forward)

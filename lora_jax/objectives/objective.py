@@ -21,6 +21,11 @@ _TAKEN = (
 )
 
 
+def is_on(number: Any) -> bool:
+    """Return False for the number 0. An array, as of members of a sweep, may hold others."""
+    return isinstance(number, jax.Array) or number != 0
+
+
 def checked(objective: Objective, forward: Forward, batch: Batch, key: jax.Array) -> Result:
     """Return the result of an objective for a batch, as float32 scalars. The sums include `loss`,
     by default the weighted sum.

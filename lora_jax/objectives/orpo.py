@@ -17,7 +17,7 @@ from lora_jax.config import Config, beta_of, sft_weight_of
 from lora_jax.data import CHOSEN, REJECTED
 from lora_jax.objectives import pairs, penalties
 from lora_jax.objectives.forward import Batch, Forward
-from lora_jax.objectives.objective import Objective, Result
+from lora_jax.objectives.objective import Objective, Result, is_on
 
 
 def orpo_loss(chosen: jax.Array, rejected: jax.Array, beta: float) -> jax.Array:
@@ -70,7 +70,7 @@ def from_config(config: Config) -> Objective:
         total = jnp.sum(jnp.where(chosen.tokens > 0, losses, 0))
         margins = beta * (chosen.means - rejected.means)
         sums = {f"{name}_loss": total, **pairs.pair_metrics(chosen, rejected, margins)}
-        if sft_weight:
+        if is_on(sft_weight):
             sums["sft_loss"] = sft = pairs.sft_loss(chosen, forward, batch)
             total = total + sft_weight * sft
         sums["loss"] = total

@@ -9,7 +9,7 @@ import jax
 from lora_jax.config import Config
 from lora_jax.objectives.base_kl import add_base_kl
 from lora_jax.objectives.forward import Batch, Forward, Outputs, supervised_weight
-from lora_jax.objectives.objective import Result
+from lora_jax.objectives.objective import Result, is_on
 from lora_jax.objectives.router import add_balance
 
 Penalties = Callable[[Result, Outputs, Forward], Result]
@@ -22,9 +22,9 @@ def from_config(
     balance, divergence = config.train.router_aux_loss_coef, config.objective.base_kl
 
     def add(result: Result, outputs: Outputs, forward: Forward) -> Result:
-        if balance:
+        if is_on(balance):
             result = add_balance(result, outputs, forward, balance, weigh)
-        if divergence:
+        if is_on(divergence):
             result = add_base_kl(result, outputs, forward, divergence, weigh)
         return result
 

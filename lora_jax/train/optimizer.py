@@ -12,7 +12,9 @@ tree gives the same update, because labels depend on paths only and frozen leave
 gradient, norm nor state.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -71,6 +73,38 @@ def make_schedule(config: TrainConfig) -> Callable[[Any], Any]:
     return schedule
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of AdamW: of a config, or arrays inside of a step whose members differ.
+
+    rate: learning rate, or a function from the step to it
+    grad_clip: infinite without clipping
+    ratio: learning rate of `lora_b` over that of the others
+    """
+
+    rate: Any
+    beta1: Any
+    beta2: Any
+    epsilon: Any
+    weight_decay: Any
+    grad_clip: Any
+    ratio: Any
+
+
+def numbers_of(config: TrainConfig, adapter: AdapterConfig) -> Numbers:
+    """Return the numbers of a config, with its schedule as the rate."""
+    return Numbers(
+        rate=make_schedule(config),
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=max(config.epsilon, _LEAST_EPSILON),
+        weight_decay=config.weight_decay,
+        grad_clip=math.inf if config.grad_clip is None else config.grad_clip,
+        ratio=adapter.lora_plus_ratio,
+    )
+
+
 def make_optimizer(
     config: TrainConfig, adapter: AdapterConfig | Trainable | None = None
 ) -> optax.GradientTransformation:
@@ -79,28 +113,35 @@ def make_optimizer(
     of the others; `freeze_a` freezes `lora_a`.
     """
     adapter = adapter.config if isinstance(adapter, Trainable) else adapter or AdapterConfig()
-    schedule = make_schedule(config)
+    return make_adamw(numbers_of(config, adapter), adapter.freeze_a)
 
-    epsilon = max(config.epsilon, _LEAST_EPSILON)
 
-    def adamw(ratio: float) -> optax.GradientTransformation:
-        rate = schedule if ratio == 1 else lambda count: ratio * schedule(count)
+def make_adamw(numbers: Numbers, freeze_a: bool = False) -> optax.GradientTransformation:
+    """Make the optimizer of `make_optimizer` from its numbers. Arrays among them do not change the
+    structure of its state; with an infinite `grad_clip` that is no array, there is no clipping.
+    """
+
+    def adamw(ratio: Any) -> optax.GradientTransformation:
+        given = numbers.rate
+        rate = (lambda count: ratio * given(count)) if callable(given) else ratio * given
         return optax.adamw(
-            rate, config.beta1, config.beta2, epsilon, weight_decay=config.weight_decay
+            given if isinstance(ratio, float) and ratio == 1 else rate,
+            *(numbers.beta1, numbers.beta2, numbers.epsilon),
+            weight_decay=numbers.weight_decay,
         )
 
     def labels(parameters: Mapping) -> dict:
-        return label_tree(parameters, adapter.freeze_a)
+        return label_tree(parameters, freeze_a)
 
     by_label: dict[Any, Any] = {
-        name: adamw(adapter.lora_plus_ratio if name == "lora_b" else 1.0) for name in LABELS
+        name: adamw(numbers.ratio if name == "lora_b" else 1.0) for name in LABELS
     }
     by_label[FROZEN] = optax.set_to_zero()
     update = optax.multi_transform(by_label, labels)
-    if config.grad_clip is None:
+    if isinstance(numbers.grad_clip, float) and math.isinf(numbers.grad_clip):
         return update
 
     def trains(parameters: Mapping) -> dict:
         return jax.tree.map(lambda label: label != FROZEN, labels(parameters))
 
-    return optax.chain(optax.masked(optax.clip_by_global_norm(config.grad_clip), trains), update)
+    return optax.chain(optax.masked(optax.clip_by_global_norm(numbers.grad_clip), trains), update)

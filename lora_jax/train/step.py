@@ -7,6 +7,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -89,38 +90,85 @@ def make_train_step(
             does not read; as `kernels.choose`. When traced: an objective that does not return
             scalars.
     """
-    rows = config.train.batch_size
-    pieces = rows // (config.train.micro_batch_size or rows)
     router.check_experts(model, config)
     objective = objectives.choose(config, objective)
-    compute = _compute(config, _kernel(model, config, placement), config.train.remat)
-    init = config.adapter.init if config.adapter.changes_base else None
-
-    def micro_loss(adapters, params, micro, key, batch):
-        """Return the value to differentiate, and the weight and sums for the metrics."""
-        bound = bind(params, adapters, config.adapter, key)
-        bound = Bound(bound, prefix(adapters, config.adapter))
-        forward = Forward(model, compute, bound, params, init, batch)
-        own_key = jax.random.fold_in(key, 1)  # dropout has `key` itself
-        total, weight, sums = objectives.checked(objective, forward, micro, own_key)
-        return total, (weight, sums)
+    parts = StepParts(
+        model=model,
+        compute=training_compute(model, config, placement),
+        bind=lambda params, adapters, key: bind(params, adapters, config.adapter, key),
+        adapter=config.adapter,
+        objective=objective,
+        optimizer=optimizer,
+        pieces=count_pieces(config),
+    )
 
     def train_step(adapters, opt_state, params, batch, step_key):
-        value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-        grads, (weight, sums) = _accumulate(
-            value_and_grad, adapters, params, batch, step_key, pieces
-        )
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        grads, metrics = find_gradients(parts, adapters, params, batch, step_key)
         if placement is not None:
             opt_state = jax.tree.map(_on_device, opt_state, placement[1])
-        metrics = {name: value / weight for name, value in sums.items()}
-        tokens = objectives.supervised_weight(batch)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "supervised_tokens": tokens}
-        state = _update(optimizer, grads, metrics, adapters, opt_state)
+        state = update(optimizer, grads, metrics, adapters, opt_state)
         return *state, metrics
 
     out_shardings = None if placement is None else (*placement, None)
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def count_pieces(config: Config) -> int:
+    """Return the number of micro-batches of a step."""
+    rows = config.train.batch_size
+    return rows // (config.train.micro_batch_size or rows)
+
+
+def training_compute(model: Model, config: Config, placement: Any = None) -> Compute:
+    """Return the settings of the forward of a train step."""
+    return _compute(config, _kernel(model, config, placement), config.train.remat)
+
+
+def evaluation_compute(model: Model, config: Config) -> Compute:
+    """Return the settings of the forward of an evaluation."""
+    return _compute(config, _kernel(model, config))
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """Parts of a train step that depend on the config, or on the member of a sweep.
+
+    bind: (params, adapters, key) -> the tree that the model runs on
+    pieces: number of micro-batches
+    """
+
+    model: Model
+    compute: Compute
+    bind: Callable[[Any, Any, Any], Any]
+    adapter: AdapterConfig
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    pieces: int
+
+
+def find_gradients(
+    parts: StepParts, adapters: Any, params: Any, batch: Batch, step_key: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Return the gradients of a batch and its metrics, both divided by the objective's weight."""
+    adapter = parts.adapter
+    init = adapter.init if adapter.changes_base else None
+
+    def micro_loss(adapters, params, micro, key, batch):
+        """Return the value to differentiate, and the weight and sums for the metrics."""
+        bound = Bound(parts.bind(params, adapters, key), prefix(adapters, adapter))
+        forward = Forward(parts.model, parts.compute, bound, params, init, batch)
+        own_key = jax.random.fold_in(key, 1)  # dropout has `key` itself
+        total, weight, sums = objectives.checked(parts.objective, forward, micro, own_key)
+        return total, (weight, sums)
+
+    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+    grads, (weight, sums) = _accumulate(
+        value_and_grad, adapters, params, batch, step_key, parts.pieces
+    )
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    metrics = {name: value / weight for name, value in sums.items()}
+    tokens = objectives.supervised_weight(batch)
+    return grads, metrics | {"grad_norm": optax.tree.norm(grads), "supervised_tokens": tokens}
 
 
 def _accumulate(
@@ -148,18 +196,19 @@ def _split(batch: Batch, pieces: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _update(
+def update(
     optimizer: optax.GradientTransformation,
     grads: Any,
     metrics: dict[str, jax.Array],
     adapters: Any,
     opt_state: Any,
+    moves: jax.Array | bool = True,
 ) -> tuple[Any, Any]:
     """Return adapters and state after the optimizer's step, or unchanged where loss or gradient is
-    not finite.
+    not finite, or without `moves`.
     """
     updates, moved = optimizer.update(grads, opt_state, adapters)
-    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & moves
     state = (optax.apply_updates(adapters, updates), moved)
     return jax.tree.map(lambda new, old: jnp.where(sound, new, old), state, (adapters, opt_state))
 
