@@ -63,6 +63,7 @@ LAYERS = (
     ("train.export", "train.start"),
     ("audit", "train.conclude", "train.finished"),
     ("train.loop", "plan"),
+    ("sweep",),
     ("cli",),
     ("start",),
     ("__main__",),

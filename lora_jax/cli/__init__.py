@@ -1,5 +1,5 @@
-"""The command line: `lora-jax train|eval|inspect|plan|export|combine|generate|serve`, and
-`train.py`, which is `lora-jax train`.
+"""The command line: `lora-jax train|sweep|eval|inspect|plan|export|combine|generate|serve`,
+and `train.py`, which is `lora-jax train`.
 
 A user error ends with its message and status 2; `--verbose` adds the traceback.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from lora_jax.cli import combine, evaluate, export, generate, inspect, plan, serve, train
+from lora_jax.cli import combine, evaluate, export, generate, inspect, plan, serve, sweep, train
 from lora_jax.config import shown
 from lora_jax.errors import UserError
 from lora_jax.train import interrupt
@@ -24,6 +24,7 @@ from lora_jax.train.interrupt import Interrupted
 # Each module has HELP (one line), EPILOG (examples below the options), `add_arguments` and `run`.
 COMMANDS = {
     "train": train,
+    "sweep": sweep,
     "eval": evaluate,
     "inspect": inspect,
     "plan": plan,

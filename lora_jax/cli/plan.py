@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search", action="store_true", help="try meshes, micro-batches and remat policies"
     )
     parser.add_argument(
+        "--members",
+        type=arguments.positive,
+        metavar="K",
+        help="plan a sweep of K members too, and the most members that fit",
+    )
+    parser.add_argument(
         "--no-compile", action="store_true", help="print only the memory estimated from shapes"
     )
     parser.add_argument(
@@ -72,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
             compiles=not options.no_compile,
             quick=options.quick,
             searches=options.search,
+            members=options.members,
         ),
         say=(lambda text: None) if options.json else (lambda text: print(text, flush=True)),
         working=make_console().status,

@@ -2,8 +2,8 @@
 
 plan(config, PlanOptions(topology="v5p:2x2x4"))   # shapes, then the compiler; no weights, no data
 
-From shapes: program, analytic, roofline, search. From the compiler: compiled, hlo. Chips and their
-slices: chips.
+From shapes: program, analytic, roofline, search, members. From the compiler: compiled, hlo. Chips
+and their slices: chips.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from lora_jax.plan import report
 from lora_jax.plan.analytic import estimate, full_fine_tuning, worked
 from lora_jax.plan.chips import Topology, parse_topology
 from lora_jax.plan.compiled import Compiled, Shortfall, compile_for, compile_here
+from lora_jax.plan.members import find_members, members_text
 from lora_jax.plan.program import Program, build, open_shapes
 from lora_jax.plan.roofline import count, find_bounds
 from lora_jax.plan.search import Candidate, find_best, remedies
@@ -99,6 +100,7 @@ class PlanOptions:
     compiles: bool = True  # compile the step, besides the estimate from shapes
     quick: bool = False  # let the compiler optimise less
     searches: bool = False  # try meshes, micro-batches and remat policies
+    members: int | None = None  # adapters that a sweep trains at once
 
 
 def plan(
@@ -124,10 +126,9 @@ def plan(
     target = find_target(options.topology, options.devices)
     settled, model = open_shapes(config)
     mesh = sharding.abstract_mesh(config.mesh, target.devices)
-    program = build(settled, model, mesh)
+    program, hbm = build(settled, model, mesh), target.hbm
     found = estimate(program, target.platform)
     full = full_fine_tuning(settled, model, mesh, target.platform)
-    hbm = target.hbm
     notes = [*find_notes(program), *model.notes, *warn.of_config(config)]
     result: dict[str, Any] = {
         "model": config.model,
@@ -150,6 +151,7 @@ def plan(
         result["compiled"] = report.as_json(compiled)
         say(report.compiled_text(compiled, hbm))
     result |= _speed(program, target, found, compiled, say)
+    result |= _members(program, target, found, options.members, say)
     needed = found.total if compiled is None else compiled.needed
     result["fits"] = None if hbm is None else needed <= hbm
     if result["fits"] is False:
@@ -161,6 +163,18 @@ def plan(
         result["search"] = best
         say(report.search_text(best, hbm))
     return result
+
+
+def _members(
+    program: Program, target: Target, found: Any, members: int | None, say: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Report the members of a sweep, if there are any; return them as JSON values."""
+    if members is None:
+        return {}
+    chip = target.topology.chip if target.topology else None
+    own = find_members(program, found, members, target.hbm, chip)
+    say(members_text(own, target.hbm))
+    return {"members": report.as_json(own)}
 
 
 def _speed(
