@@ -110,16 +110,16 @@ class Places:
 
     def open(self, member: Member) -> Place:
         """Return a member before its first step, without a place."""
-        loader, reference = member.loader, self.reference_of(member)
-        if reference is not None:
-            loader = with_reference(loader, reference, self.base, self.display)
+        loader = member.loader
+        if self.reference is not None:
+            loader = with_reference(loader, self.reference, self.base, self.display)
         return Place(member, loader, self.group.values(member), rates(member.config.train))
 
-    def reference_of(self, member: Member) -> Reference | None:
-        """Return the reference of an objective that compares with one: the base."""
-        if not member.config.train.needs_reference:
-            return None
-        return Reference(member.config, self.model, self.mesh)
+    @functools.cached_property
+    def reference(self) -> Reference | None:
+        """The reference of an objective that compares with one: the base, for all members."""
+        config = self.group.config
+        return Reference(config, self.model, self.mesh) if config.train.needs_reference else None
 
     def enter(self, place: int, member: Member) -> None:
         """Give a free place to a member, with fresh adapters and optimizer state."""
@@ -212,11 +212,12 @@ class Places:
 
     def _compare(self, own: Place, adapters: Any, batches: list) -> dict[str, float]:
         """Return the means of the objective's metrics over answers to compare."""
-        reference, totals, weights = self.reference_of(own.member), {}, 0.0
+        totals: dict[str, float] = {}
+        weights = 0.0
         for batch in batches:
             placed = sharding.place_batch(batch, self.mesh)
-            if reference is not None:
-                placed = reference.attach(placed)
+            if self.reference is not None:
+                placed = self.reference.attach(placed)
             sums, weight = self._eval_pairs(adapters, own.values, self.model.params, placed)
             weights += float(weight)
             for name, value in sums.items():

@@ -11,12 +11,12 @@ from safetensors.numpy import load_file
 from lora_jax import cli
 from lora_jax import config as configs
 from lora_jax.errors import UserError
-from lora_jax.sweep import training
+from lora_jax.sweep import fit, training
 from lora_jax.sweep.run import SweepOptions, run_sweep
 from lora_jax.sweep.space import parse_space
 from lora_jax.train import loop
 
-from .tiny import SUMS, distance, write_rows
+from .tiny import ROWS, SUMS, distance, write_rows
 
 QUIET = Console(quiet=True)
 SPACE = {
@@ -166,6 +166,38 @@ def test_what_a_sweep_does_not_support(files, tmp_path, more, message):
     space = {"space": {"seed": [0, 1]}}
     with pytest.raises(UserError, match=message):
         sweep(files, tmp_path / "out", space, more=more)
+
+
+def test_a_group_that_does_not_fit(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "memory_of", lambda mesh: 1000)
+    space = {"space": {"seed": [0, 1]}}
+    with pytest.raises(UserError, match="bytes on each device, which has 1,000; lower") as error:
+        sweep(files, tmp_path / "out", space)
+    assert "2 members of" in str(error.value)
+    monkeypatch.setattr(fit, "memory_of", lambda mesh: 10**12)
+    sweep(files, tmp_path / "more", space, members=None, more=["train.steps=1"])
+    found = json.loads((tmp_path / "more" / "sweep.json").read_text())
+    assert found["groups"][0]["members"] == 2
+
+
+@pytest.mark.slow
+def test_numbers_of_an_objective_are_data(files, tmp_path):
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "nein"}
+        for row in (*ROWS, *SUMS[:4])
+    ]
+    rows = write_rows(tmp_path / "pairs.jsonl", pairs)
+    more = [f"data.train={rows}", f"data.eval={rows}", "train.objective=dpo"]
+    space = {"space": {"objective.beta": [0.1, 0.5]}}
+    sweep(files, tmp_path / "out", space, more=more)
+    found = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert found["groups"][0]["programs"] == 1
+    for trial in found["trials"]:
+        beta = trial["settings"]["objective.beta"]
+        config = settings_of(files, tmp_path / str(beta), *more, f"objective.beta={beta}")
+        summary = loop.run(config, QUIET)
+        assert abs(trial["task_loss"] - summary["task"]["loss_after"]) <= 1e-5
+        assert abs(trial["task_margin"] - summary["task"]["margin_after"]) <= 1e-5
 
 
 def test_another_space_does_not_resume(files, done):
