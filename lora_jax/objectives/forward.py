@@ -160,30 +160,25 @@ def without_placeholders(batch: Batch, count: int) -> Batch:
 
 def negative_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Return -log softmax(logits)[target], in nats: (.., vocab) and (..) to (..)."""
-    return _negative_log_prob(logits, targets)
+    # A mask instead of a gather: each device reads its own part of the vocabulary. Targets without
+    # a weight may be no label of a classifier, and select nothing.
+    here = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return log_sum_exp(logits) - jnp.sum(jnp.where(here, logits, 0), axis=-1)
 
 
 @jax.custom_jvp
-def _negative_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # A mask instead of a gather: each device reads its own part of the vocabulary. Targets without
-    # a weight may be no label of a classifier, and select nothing.
-    picked = jnp.sum(jnp.where(_at(logits, targets), logits, 0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-@_negative_log_prob.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """Compute the softmax from the logits and their sum: the value is the same to the bit as
-    without a gradient, and no exponentials are kept.
+def log_sum_exp(logits: jax.Array) -> jax.Array:
+    """Return log sum_v exp(logit_v): (.., vocab) to (..). The value is the same to the bit with and
+    without a gradient, which keeps no exponentials.
     """
-    logits, targets = primals
-    softmax = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-    slope = jnp.where(_at(logits, targets), softmax - 1, softmax)
-    return _negative_log_prob(logits, targets), jnp.sum(slope * tangents[0], axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1)
 
 
-def _at(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return jnp.arange(logits.shape[-1]) == targets[..., None]
+@log_sum_exp.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (logits,), (slopes,) = primals, tangents
+    found = log_sum_exp(logits)
+    return found, jnp.sum(jnp.exp(logits - found[..., None]) * slopes, axis=-1)
 
 
 def segment_sums(values: jax.Array, segment_ids: jax.Array, count: int) -> jax.Array:
