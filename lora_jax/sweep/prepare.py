@@ -1,7 +1,7 @@
 """Trials made ready for training: their sessions and data, each read once."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lora_jax.config import Config
+from lora_jax.config import Config, ExportConfig, TrainConfig
+from lora_jax.config.types import as_setting
 from lora_jax.data import sets
 from lora_jax.errors import UserError, raise_all
 from lora_jax.report.progress import Display
@@ -164,6 +165,7 @@ def check_supported(config: Config) -> None:
             f"adapter.init={adapter.init} changes the base, which the members share: it needs "
             f"base_dtype=float32, not {config.base_dtype}"
         )
+    problems += _train_problems(config.train)
     reference = config.objective.reference
     is_base = reference == "base" or (reference == "start" and starts_as_base(adapter))
     if config.train.needs_reference and not is_base:
@@ -172,6 +174,35 @@ def check_supported(config: Config) -> None:
             "compares with the base: set objective.reference=base"
         )
     raise_all(problems)
+
+
+def _train_problems(train: TrainConfig) -> Iterator[str]:
+    if train.load_best_model_at_end:
+        yield (
+            "train.load_best_model_at_end=true: a sweep exports the adapters of the last step; "
+            "set it to false, and in best.yaml to true again"
+        )
+    if train.report_to:
+        yield (
+            f"train.report_to={as_setting(train.report_to)}: a sweep writes metrics.jsonl and "
+            "sweep.json only; leave it out"
+        )
+    metric, known = train.metric_for_best_model, train.metrics_without_answers
+    if train.early_stopping_patience is not None and metric not in known:
+        yield (
+            f"train.metric_for_best_model={metric} needs generated answers, and a sweep generates "
+            f"none; early stopping can watch {', '.join(known)}"
+        )
+
+
+def find_unused(config: Config) -> list[str]:
+    """Return the export settings that a sweep does not use, as `export.merged=true`."""
+    usual = ExportConfig()
+    return [
+        f"export.{name}={as_setting(value)}"
+        for name, value in dataclasses.asdict(config.export).items()
+        if value != getattr(usual, name)
+    ]
 
 
 def check_here() -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lora_jax import config as configs
 from lora_jax.config import Config
+from lora_jax.errors import counted
 from lora_jax.report.journal import write_whole
 from lora_jax.sweep.prepare import Member
 from lora_jax.sweep.space import Trial
@@ -169,7 +170,7 @@ class Book:
         )
         if names:
             console.print(
-                f"{len(names)} adapters in {self.output / FOLDER}: "
+                f"{counted(len(names), 'adapter')} in {self.output / FOLDER}: "
                 f"lora-jax serve --model {self.base.model} --adapter-root {self.output / FOLDER}"
             )
 

@@ -159,6 +159,10 @@ class _Sweep:
         trials = self.source.ask(_ALL) if listed else self.source.skeleton()
         with self.display.phase("reading the trials", len(trials), "trials") as phase:
             prepared = [self._prepare(trial, listed=listed) for trial in phase.over(trials)]
+        if unused := prepare.find_unused(self.config):
+            self.display.console.print(
+                f"a sweep exports PEFT adapters; {', '.join(unused)} is for the run of best.yaml"
+            )
         self._make_groups(prepared, waits=listed)
         model = self._load(prepared[0])
         run.begin()

@@ -1,8 +1,9 @@
 """The rounds of a sweep: one step of every member, and what ends a member or fills its place."""
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,12 +40,15 @@ class Training:
     def run_group(self, places: Places) -> None:
         """Train the members of a group until none is left, with its checkpoints."""
         queue, changed = self.sweep.queues.setdefault(places.group.number, []), True
-        while True:
-            if changed:
-                self._fill(places, queue)
-            if not places.active:
-                break
-            changed = self._round(places)
+        with self.sweep.display.phase(f"program {places.group.number}: round", 0) as phase:
+            while True:
+                if changed:
+                    self._fill(places, queue)
+                    phase.total = phase.done + _rounds_left(places, queue)
+                if not places.active:
+                    break
+                changed = self._round(places)
+                phase.advance()
         self.book.groups[places.group.number]["programs"] = places.programs
         self.book.write()
 
@@ -243,6 +247,16 @@ class Training:
         self.book.write()
         sweep.display.console.print(f"resumed from round {self.rounds}")
         return places
+
+
+def _rounds_left(places: Places, queue: Sequence) -> int:
+    """Return the rounds until all trials that are known have taken their steps. A waiting one takes
+    the place that is free first.
+    """
+    left = sorted(place.member.steps - place.step for _, place in places.active)
+    for member in queue:
+        heapq.heapreplace(left, left[0] + member.steps)
+    return max(left, default=0)
 
 
 def _mean(place: Place) -> float | None:

@@ -160,6 +160,16 @@ def test_halving_gives_the_places_of_stopped_trials_to_others(files, tmp_path):
         (["train.optimizer_memory=host"], "keeps the optimizer on the device"),
         (["adapter.init=pissa", "base_dtype=nf4"], "needs base_dtype=float32"),
         (["adapter.rank=40"], "rank=40 is larger than"),
+        (["train.report_to=[tensorboard]"], "writes metrics.jsonl and sweep.json only"),
+        (
+            ["train.load_best_model_at_end=true", "train.eval_every=1", "train.save_every=1"],
+            "exports the adapters of the last step",
+        ),
+        (
+            ["train.early_stopping_patience=1", "train.eval_every=1", "eval.generate=true"]
+            + ["train.metric_for_best_model=exact_match", "eval.generate_every=1"],
+            "needs generated answers, and a sweep generates none",
+        ),
     ],
 )
 def test_what_a_sweep_does_not_support(files, tmp_path, more, message):
@@ -198,6 +208,15 @@ def test_numbers_of_an_objective_are_data(files, tmp_path):
         summary = loop.run(config, QUIET)
         assert abs(trial["task_loss"] - summary["task"]["loss_after"]) <= 1e-5
         assert abs(trial["task_margin"] - summary["task"]["margin_after"]) <= 1e-5
+
+
+def test_export_settings_that_a_sweep_leaves_to_the_run_of_best_yaml(files, tmp_path):
+    console = Console(record=True, width=200)
+    config = settings_of(files, tmp_path / "out", "train.steps=1", "export.merged=true")
+    run_sweep(config, parse_space({"space": {"seed": [0, 1]}}), SweepOptions(), console)
+    shown = console.export_text()
+    assert "export.merged=true is for the run of best.yaml" in shown
+    assert "1 adapter in" in shown
 
 
 def test_another_space_does_not_resume(files, done):
