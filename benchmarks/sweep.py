@@ -67,7 +67,7 @@ def make_sides(options: argparse.Namespace) -> dict:
     every["values"] = dataclasses.replace(
         every["values"], moves=jnp.ones(options.members, bool), step=every["values"].step + 1
     )
-    step_of_all = program.make_step(model, group)
+    step_of_all = program.make_step(model, group, len(group.members))
     config = members[0].config
     optimizer = make_optimizer(config.train, config.adapter)
     step_of_one = make_train_step(model, config, optimizer)

@@ -151,7 +151,7 @@ def plan(
         result["compiled"] = report.as_json(compiled)
         say(report.compiled_text(compiled, hbm))
     result |= _speed(program, target, found, compiled, say)
-    result |= _members(program, target, found, options.members, say)
+    result |= _members(program, target, options.members, say)
     needed = found.total if compiled is None else compiled.needed
     result["fits"] = None if hbm is None else needed <= hbm
     if result["fits"] is False:
@@ -166,13 +166,13 @@ def plan(
 
 
 def _members(
-    program: Program, target: Target, found: Any, members: int | None, say: Callable[[str], Any]
+    program: Program, target: Target, members: int | None, say: Callable[[str], Any]
 ) -> dict[str, Any]:
     """Report the members of a sweep, if there are any; return them as JSON values."""
     if members is None:
         return {}
     chip = target.topology.chip if target.topology else None
-    own = find_members(program, found, members, target.hbm, chip)
+    own = find_members(program, target.platform, members, target.hbm, chip)
     say(members_text(own, target.hbm))
     return {"members": report.as_json(own)}
 

@@ -3,12 +3,16 @@
     each   = adapters + optimizer + gradients + batch + activations
     total  = base + K * each
 
-The compiler may keep less: activations of one layer are freed before those of the next.
+The members share `train.loss_chunk`: their logits together take the memory of one run's.
 """
+
+import bisect
+import dataclasses
 
 from dataclasses import dataclass
 
-from lora_jax.plan.analytic import Estimate, layer_weights, sizes
+from lora_jax.config import TrainConfig
+from lora_jax.plan.analytic import Estimate, estimate, layer_weights, sizes
 from lora_jax.plan.chips import GIB, Chip
 from lora_jax.plan.program import Program
 from lora_jax.plan.roofline import Roofline, count, find_bounds
@@ -47,18 +51,48 @@ class Members:
         return None if self.largest is None else self.count <= self.largest
 
 
+def shared_chunk(train: TrainConfig, count: int) -> TrainConfig:
+    """Return the settings of one of `count` members, which share the chunks of the loss."""
+    return dataclasses.replace(train, loss_chunk=max(1, train.loss_chunk // count))
+
+
 def find_members(
-    program: Program, found: Estimate, count: int, hbm: int | None, chip: Chip | None = None
+    program: Program, platform: str, count: int, hbm: int | None, chip: Chip | None = None
 ) -> Members:
-    """Return the memory of `count` members of `program`, whose estimate is `found`, and with a chip
-    the least time of their step.
+    """Return the memory of `count` members of `program` on a platform, as `analytic.estimate`, and
+    with a chip the least time of their step.
     """
-    shared = found.base + found.weights
-    arguments = found.adapters + found.optimizer + found.batch
-    temporaries = found.gradients + found.kept + max(found.layer, found.logits)
-    largest = None if hbm is None else max(0, (hbm - shared) // (arguments + temporaries))
+    found = _estimate(program, platform, count)
+    largest = None if hbm is None else _find_largest(program, platform, hbm)
     bounds = None if chip is None else _bounds(program, chip, found, count)
-    return Members(count, shared, arguments, temporaries, largest, bounds)
+    return Members(count, *_parts(found), largest, bounds)
+
+
+def _estimate(program: Program, platform: str, count: int) -> Estimate:
+    train = shared_chunk(program.config.train, count)
+    config = dataclasses.replace(program.config, train=train)
+    return estimate(dataclasses.replace(program, config=config), platform)
+
+
+def _parts(found: Estimate) -> tuple[int, int, int]:
+    """Return the bytes of the base, and arguments and temporaries of one member."""
+    return (
+        found.base + found.weights,
+        found.adapters + found.optimizer + found.batch,
+        found.gradients + found.kept + max(found.layer, found.logits),
+    )
+
+
+def _find_largest(program: Program, platform: str, hbm: int) -> int:
+    """Return the most members that fit in `hbm` bytes."""
+
+    def total(count: int) -> int:
+        shared, *each = _parts(_estimate(program, platform, count))
+        return shared + count * sum(each)
+
+    _, arguments, _ = _parts(_estimate(program, platform, 1))
+    limit = range(1, 2 + hbm // max(1, arguments))
+    return bisect.bisect_right(limit, hbm, key=total)
 
 
 def _bounds(program: Program, chip: Chip, found: Estimate, members: int) -> Roofline:

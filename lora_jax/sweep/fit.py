@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from lora_jax.errors import UserError, counted
-from lora_jax.plan.analytic import estimate
 from lora_jax.plan.members import Members, find_members
 from lora_jax.plan.program import build, stored
 from lora_jax.sweep.groups import Group
@@ -61,5 +60,4 @@ def find_group(group: Group, mesh: Any, members: int, hbm: int | None) -> Member
     settings = dataclasses.replace(config, adapter=dataclasses.replace(adapter, rank_pattern={}))
     shapes = stored(settings, group.members[0].session.model)
     program = build(settings, shapes, mesh)
-    found = estimate(program, mesh.devices.flat[0].platform)
-    return find_members(program, found, members, hbm)
+    return find_members(program, mesh.devices.flat[0].platform, members, hbm)

@@ -66,7 +66,7 @@ class Places:
         self.taken: list[Place | None] = [None] * count
         self.adapters, self.opt_state = self._zeros()
         placement = jax.tree.map(lambda x: x.sharding, (self.adapters, self.opt_state))
-        self._step = program.make_step(model, group, placement)
+        self._step = program.make_step(model, group, count, placement)
         self._put = program.make_put(placement)
         self._eval = program.make_eval(model, group)
         self._eval_pairs = program.make_eval_pairs(model, group)

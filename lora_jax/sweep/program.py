@@ -6,6 +6,7 @@ All but `params`, the frozen base, have an axis of members in front: adapters (m
 member computes does not depend on the others.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_jax import objectives
 from lora_jax.adapters import bind, prefix
 from lora_jax.models.common import Model
 from lora_jax.objectives import Bound, Compute, Forward
+from lora_jax.plan.members import shared_chunk
 from lora_jax.sweep.groups import Group, Values, with_numbers
 from lora_jax.train.optimizer import make_adamw
 from lora_jax.train.step import (
@@ -28,11 +30,12 @@ from lora_jax.train.step import (
 )
 
 
-def make_step(model: Model, group: Group, placement: Any = None) -> Callable:
-    """Make the jitted step of K members. `placement` is that of `make_train_step`, with the axis of
-    the members. A place whose `moves` is False keeps its adapters and its state.
+def make_step(model: Model, group: Group, count: int, placement: Any = None) -> Callable:
+    """Make the jitted step of `count` members. `placement` is that of `make_train_step`, with the
+    axis of the members. A place whose `moves` is False keeps its adapters and its state.
     """
     config, joint = group.config, group.joint
+    config = dataclasses.replace(config, train=shared_chunk(config.train, count))
     compute, pieces = training_compute(model, config, placement), count_pieces(config)
 
     def of_one(values: Values, adapters: Any, opt_state: Any, params: Any, batch: Any) -> tuple:

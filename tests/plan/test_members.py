@@ -1,28 +1,41 @@
 """Plans of the members of a sweep."""
 
-import dataclasses
+import pytest
 
 from lora_jax import plan as planning
-from lora_jax.plan.analytic import Estimate
+from lora_jax import sharding
+from lora_jax.plan.analytic import estimate
 from lora_jax.plan.members import find_members, members_text
+from lora_jax.plan.program import build, open_shapes
 
 from ..train.tiny import make_config, write_model
 
-ZEROS = {field.name: 0 for field in dataclasses.fields(Estimate)}
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    model = write_model(tmp_path_factory.mktemp("members") / "model", vocab_size=4096)
+    config = make_config(f"model={model}", "train.batch_size=4", "data.max_length=512")
+    settled, shapes = open_shapes(config)
+    return build(settled, shapes, sharding.abstract_mesh(settled.mesh, 1))
 
 
-def estimate(**given):
-    return Estimate(**(ZEROS | given))
+def test_members_share_the_base_and_the_logits(program):
+    alone = estimate(program, "tpu")
+    assert alone.logits > 2 * alone.layer
+    one, eight = (find_members(program, "tpu", count, None) for count in (1, 8))
+    assert one.shared == eight.shared == alone.base + alone.weights
+    assert one.arguments == eight.arguments == alone.adapters + alone.optimizer + alone.batch
+    assert one.temporaries == alone.temporaries - alone.weights
+    assert alone.kept < eight.temporaries - alone.gradients < alone.kept + alone.logits
+    assert one.total < eight.total < one.shared + 8 * one.each
 
 
-def test_members_share_the_base_and_nothing_else():
-    one = estimate(base=1000, weights=50, adapters=10, optimizer=20, batch=5, gradients=15)
-    found = find_members(None, dataclasses.replace(one, kept=30, layer=8, logits=12), 4, 1500)
-    assert (found.shared, found.arguments, found.temporaries) == (1050, 35, 57)
-    assert found.total == 1050 + 4 * 92
-    assert found.largest == (1500 - 1050) // 92 == 4 and found.fits
-    assert find_members(None, one, 1, 100).largest == 0
-    assert "4 members fit" in members_text(found, 1500)
+def test_the_most_members_that_fit(program):
+    for count in (1, 5, 40):
+        room = find_members(program, "tpu", count, None).total
+        assert find_members(program, "tpu", 1, room).largest == count
+        found = find_members(program, "tpu", count, room - 1)
+        assert found.largest == count - 1 and not found.fits
+        assert f"{count - 1} members fit" in members_text(found, room - 1)
 
 
 def test_the_plan_of_a_topology_knows_members(tmp_path):
