@@ -8,7 +8,6 @@ The members share `train.loss_chunk`: their logits together take the memory of o
 
 import bisect
 import dataclasses
-
 from dataclasses import dataclass
 
 from lora_jax.config import TrainConfig

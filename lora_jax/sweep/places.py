@@ -166,16 +166,15 @@ class Places:
     def _values(self) -> Values:
         """Return the arrays of all places for their next step."""
         some = self.active[0][1].values
-        if self._stacked is None:
+        if (stacked := self._stacked) is None:
             every = [some if one is None else one.values for one in self.taken]
-            self._stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *every)
+            stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *every)
+            self._stacked = stacked
         rate = [0.0 if one is None else one.rates[one.step] for one in self.taken]
         step = [1 if one is None else one.step + 1 for one in self.taken]
         return dataclasses.replace(
-            self._stacked,
-            optimizer=dataclasses.replace(
-                self._stacked.optimizer, rate=np.asarray(rate, np.float32)
-            ),
+            stacked,
+            optimizer=dataclasses.replace(stacked.optimizer, rate=np.asarray(rate, np.float32)),
             step=np.asarray(step, np.int32),
             moves=np.asarray([one is not None for one in self.taken]),
         )

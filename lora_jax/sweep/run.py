@@ -71,7 +71,7 @@ def run_sweep(
             sweep.check_same(record)
             if sweep.finish_again(run.output):
                 return sweep.book
-        with signals.held():
+        with signals.held(), sweep.source.held():
             sweep.train(run, record, signals)
         return sweep.book
 

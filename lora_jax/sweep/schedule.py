@@ -9,6 +9,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,8 +34,12 @@ class Source(Protocol):
         """Return True while other processes have trials, which may come back."""
         ...
 
-    def renew(self) -> None:
-        """Show that the trials of this process go on."""
+    def held(self) -> AbstractContextManager[None]:
+        """Keep the trials of this process from others while the block runs."""
+        ...
+
+    def lost(self) -> set[int]:
+        """Return trials of this process that others have taken over."""
         ...
 
     def tell(self, trial: Trial, status: str, value: float | None) -> None:
@@ -95,8 +100,11 @@ class Listed:
     def waits(self) -> bool:
         return False
 
-    def renew(self) -> None:
-        return None
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def lost(self) -> set[int]:
+        return set()
 
     def tell(self, trial: Trial, status: str, value: float | None) -> None:
         return None

@@ -1,13 +1,15 @@
 """Trials from Optuna, which samples, prunes and stores them: `sampler: tpe`, and `--storage`.
 
 Several processes may share a storage. Each asks for trials and tells their end. A trial belongs to
-the process that asked for it, as long as that renews its mark every `BEAT` seconds; one that was
-not renewed for `DEAD` seconds has failed, and its point is given out again.
+the process that asked for it, as long as a thread there renews its mark every `BEAT` seconds; one
+that was not renewed for `DEAD` seconds has failed, and its point is given out again. A process that
+was only asleep finds that out and drops the trial.
 """
 
 import contextlib
 import random
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +123,7 @@ class Study:
     points: list[Settings] | None
     owner: str = field(default_factory=lambda: secrets.token_hex(8))
     running: dict[int, Any] = field(default_factory=dict)
-    renewed: float = 0.0
+    _lost: set[int] = field(default_factory=set)
 
     @property
     def wanted(self) -> int:
@@ -153,7 +155,6 @@ class Study:
         """Return up to `most` new trials."""
         found: list[Trial] = []
         with _reaching(self.where):
-            self.renew()
             self._fail_abandoned()
             while len(found) < most and (asked := self._ask()) is not None:
                 own, settings = asked
@@ -238,13 +239,37 @@ class Study:
                 with contextlib.suppress(ValueError, RuntimeError):  # another process was first
                     self.study.tell(one.number, state=TrialState.FAIL)
 
-    def renew(self) -> None:
-        """Renew the marks of the trials of this process, if it is time."""
-        if time.monotonic() - self.renewed < BEAT:
-            return
-        self.renewed = time.monotonic()
-        for own in self.running.values():
-            own.set_user_attr("beat", time.time())
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Renew the marks of the trials of this process while the block runs."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(over,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _beat(self, over: threading.Event) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        while not over.wait(BEAT):
+            for number, own in list(self.running.items()):
+                try:
+                    own.set_user_attr("beat", time.time())
+                except UpdateFinishedTrialError:
+                    self._lost.add(number)
+                except Exception:  # of a storage that is away: the next question to it says so
+                    break
+
+    def lost(self) -> set[int]:
+        """Return the trials of this process that others have taken over, each once."""
+        found = self._lost & self.running.keys()
+        for number in found:
+            del self.running[number]
+        self._lost.clear()
+        return found
 
     def waits(self) -> bool:
         """Return True while other processes have trials, which may be abandoned."""
@@ -299,11 +324,16 @@ class Study:
 
     def stops(self, trials: Sequence[Trial], step: int, values: Sequence[float]) -> list[bool]:
         """Report the losses of trials after a step. Return which of them Optuna prunes."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         with _reaching(self.where):
             owns = [self.running[trial.number] for trial in trials]
             for own, value in zip(owns, values, strict=True):
-                own.report(value, step)
-            return [own.should_prune() for own in owns]
+                try:
+                    own.report(value, step)
+                except UpdateFinishedTrialError:
+                    self._lost.add(own.number)
+            return [own.number not in self._lost and own.should_prune() for own in owns]
 
     def tell(self, trial: Trial, status: str, value: float | None) -> None:
         """Store the end of a trial; one that diverged or was stopped is pruned."""

@@ -68,9 +68,10 @@ class Training:
 
     def _round(self, places: Places) -> bool:
         """Take one step, and do what is due after it. Return True if a member ended."""
+        if self._drop_lost(places):
+            return True
         measured = places.step()
         self.rounds += 1
-        self.sweep.source.renew()
         ended: set[int] = set()
         for k, place in places.active:
             if self._check(place, measured[k]):
@@ -96,6 +97,21 @@ class Training:
             console.print(f"{stop}: round {self.rounds} is saved; resume=true goes on from it")
             raise
         return bool(ended)
+
+    def _drop_lost(self, places: Places) -> bool:
+        """Free the places of trials that others have taken over. Return True if there are any."""
+        lost = self.sweep.source.lost()
+        for number in lost:
+            self.sweep.display.console.print(
+                f"trial {number}: another process has it now, as this one did not answer for long"
+            )
+            del self.book.results[number]
+        for queue in self.sweep.queues.values():
+            queue[:] = [member for member in queue if member.number not in lost]
+        for k, place in places.active:
+            if place.member.number in lost:
+                places.leave(k)
+        return bool(lost)
 
     def _is_due(self, places: Places) -> bool:
         settings = self.sweep.config.train

@@ -122,10 +122,12 @@ def make_adamw(numbers: Numbers, freeze_a: bool = False) -> optax.GradientTransf
     """
 
     def adamw(ratio: Any) -> optax.GradientTransformation:
-        given = numbers.rate
-        rate = (lambda count: ratio * given(count)) if callable(given) else ratio * given
+        rate: Any = numbers.rate
+        if not (isinstance(ratio, float) and ratio == 1):
+            given = rate
+            rate = (lambda count: ratio * given(count)) if callable(given) else ratio * given
         return optax.adamw(
-            given if isinstance(ratio, float) and ratio == 1 else rate,
+            rate,
             *(numbers.beta1, numbers.beta2, numbers.epsilon),
             weight_decay=numbers.weight_decay,
         )

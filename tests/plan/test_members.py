@@ -10,6 +10,7 @@ from lora_jax.plan.program import build, open_shapes
 
 from ..train.tiny import make_config, write_model
 
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     model = write_model(tmp_path_factory.mktemp("members") / "model", vocab_size=4096)

@@ -1,6 +1,9 @@
 """Trials from Optuna: shared by processes, sampled and pruned."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -64,6 +67,31 @@ def test_the_trials_of_a_process_that_died_are_given_out_again(tmp_path, monkeyp
     assert len(settings) == len(set(settings)) == 6
 
 
+def test_a_process_that_was_asleep_drops_what_others_have_taken_over(tmp_path, monkeypatch):
+    asleep, other = open_two(tmp_path, GRID)
+    mine = asleep.ask(2)
+    monkeypatch.setattr(studies, "DEAD", -1.0)
+    again = other.ask(6)
+    assert len(again) == 6
+    monkeypatch.setattr(studies, "BEAT", 0.01)
+    found: set[int] = set()
+    with asleep.held():
+        while len(found) < 2:
+            found |= asleep.lost()
+            time.sleep(0.01)
+    assert found == {one.number for one in mine}
+    assert not asleep.running and not asleep.lost()
+
+
+def test_a_trial_that_was_taken_over_is_not_pruned(tmp_path, monkeypatch):
+    asleep, other = open_two(tmp_path, GRID | {"halving": {"first_step": 1}})
+    mine = asleep.ask(2)
+    monkeypatch.setattr(studies, "DEAD", -1.0)
+    other.ask(6)
+    assert asleep.stops(mine, 1, [1.0, 2.0]) == [False, False]
+    assert asleep.lost() == {one.number for one in mine}
+
+
 def test_optuna_samples_within_the_space_and_no_more_than_trials(tmp_path):
     one, other = open_two(tmp_path, TPE)
     found = [*one.ask(2), *other.ask(2)]
@@ -90,6 +118,53 @@ def test_a_storage_that_cannot_be_reached(tmp_path):
     where = f"sqlite:///{tmp_path / 'missing' / 'study.db'}"
     with pytest.raises(UserError, match="cannot be reached"):
         studies.open_study(make_config(), parse_space(GRID), where, "name")
+
+
+SHARED = """
+import sys
+from lora_jax import cli
+from lora_jax.sweep import study
+study.BEAT, study.DEAD = 0.2, 5.0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def read_trials(output):
+    file = output / "sweep.json"
+    return json.loads(file.read_text())["trials"] if file.exists() else []
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing_and_nothing_runs_twice(files, tmp_path):
+    """Two commands share a database; the first is killed in the middle of its trials."""
+    space = tmp_path / "space.yaml"
+    space.write_text("space: {adapter.rank: [1, 2], seed: [0, 1, 2, 3]}\n")
+    where = f"sqlite:///{tmp_path / 'study.db'}"
+
+    def start(name):
+        command = ["sweep", "--config", files / "run.yaml", "--space", space, "--members", "2"]
+        command += ["--storage", where, f"output_dir={tmp_path / name}", "train.steps=40"]
+        command += [f"data.eval={files / 'rows.jsonl'}", "eval.generate=false"]
+        log = (tmp_path / f"{name}.log").open("w")
+        return subprocess.Popen(
+            [sys.executable, "-c", SHARED, *map(str, command)], stdout=log, stderr=log
+        )
+
+    first = start("a")
+    while not any(one["status"] == "running" for one in read_trials(tmp_path / "a")):
+        assert first.poll() is None, (tmp_path / "a.log").read_text()
+        time.sleep(0.05)
+    second = start("b")
+    while not (tmp_path / "b" / "metrics.jsonl").exists():
+        assert second.poll() is None, (tmp_path / "b.log").read_text()
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert second.wait() == 0, (tmp_path / "b.log").read_text()
+    trials = read_trials(tmp_path / "b")
+    points = [json.dumps(one["settings"], sort_keys=True) for one in trials]
+    assert len(points) == len(set(points)) == 8
+    assert {one["status"] for one in trials} == {"complete"}
 
 
 def test_two_processes_share_a_sweep(files, tmp_path):
