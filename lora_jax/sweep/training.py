@@ -40,7 +40,7 @@ class Training:
     def run_group(self, places: Places) -> None:
         """Train the members of a group until none is left, with its checkpoints."""
         queue, changed = self.sweep.queues.setdefault(places.group.number, []), True
-        with self.sweep.display.phase(f"program {places.group.number}: round", 0) as phase:
+        with self.sweep.display.phase(f"program {places.group.number}: round") as phase:
             while True:
                 if changed:
                     self._fill(places, queue)
@@ -56,15 +56,16 @@ class Training:
         """Give free places to waiting trials; ask for more if none wait."""
         if len(queue) < len(places.free):
             self.sweep.request(len(places.free) - len(queue))
-        entered = False
-        for k in places.free:
-            if queue:
-                member = queue.pop(0)
+        members = [queue.pop(0) for _ in places.free[: len(queue)]]
+        if not members:
+            return
+        name = f"program {places.group.number}: starting"
+        with self.sweep.display.phase(name, len(members), "trials") as phase:
+            for k, member in zip(places.free, members, strict=False):
                 places.enter(k, member)
                 self.book.results[member.number].status = results.RUNNING
-                entered = True
-        if entered:
-            self.book.write()
+                phase.advance()
+        self.book.write()
 
     def _round(self, places: Places) -> bool:
         """Take one step, and do what is due after it. Return True if a member ended."""
