@@ -358,6 +358,11 @@ def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, s
     ]
 
 
+def adds_one(family: str) -> bool:
+    """Whether norms multiply by 1 + scale."""
+    return "gemma" in family or family == "nemotron"
+
+
 def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     """A model of transformers with every parameter random: norms and biases too."""
     import torch
@@ -373,7 +378,7 @@ def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_spread(noise, name, around_zero="gemma" in family))
+            parameter.copy_(_spread(noise, name, around_zero=adds_one(family)))
     return model
 
 
@@ -413,7 +418,7 @@ def random_model(family: str, seed: int = 0, **fields: Any) -> Model:
     def draw(path: tree.Path, leaf: Any) -> Any:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1] in ("scale", "bias"):
-            one = path[-1] == "scale" and "gemma" not in family
+            one = path[-1] == "scale" and not adds_one(family)
             return jnp.asarray(0.3 * noise + one)
         size = 0.3 if path[-1] == "embedding" else leaf.shape[-2] ** -0.5
         return jnp.asarray(size * noise)

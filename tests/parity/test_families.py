@@ -113,7 +113,9 @@ def test_logits(tiny_model, error, family, fields, own):
         assert np.abs(expected).max() > 1
         assert error(apply(model.params, tokens), expected) < TOLERANCE
     for name in own:  # otherwise parity would say nothing about the field
-        gone = {name, "layer_types"} if name == "use_sliding_window" else {name}
+        if name == "layer_types" and fields.get("sliding_window", 0) is None:
+            continue  # transformers then divides by zero in exaone4
+        gone = {name, "layer_types"} if "sliding_window" in name else {name}
         plain = {key: value for key, value in fields.items() if key not in gone}
         without = altered(family, plain, oracle)
         assert error(torch_logits(without, tokens), expected) > 10 * TOLERANCE, name
