@@ -342,6 +342,33 @@ ALIASES = {
             ),
         },
     ),
+    "smollm3": Family(
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        IMPLIED,
+        {
+            "window without rotation, biases, untied": dict(
+                use_sliding_window=True,
+                sliding_window=5,
+                no_rope_layers=[1, 0, 1],
+                attention_bias=True,
+                mlp_bias=True,
+                tie_word_embeddings=False,
+            ),
+            "layer types": dict(
+                use_sliding_window=True,
+                sliding_window=9,
+                layer_types=[SLIDING, FULL, SLIDING],
+                no_rope_layer_interval=2,
+                hidden_act="gelu",
+                rms_norm_eps=0.05,
+            ),
+            "plain": dict(
+                head_dim=10,
+                rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+            ),
+        },
+    ),
 }
 
 

@@ -76,6 +76,7 @@ PUBLISHED = {
             **{"head_dim": 128, "attention_bias": True, "attention_out_bias": False},
         )
     },
+    "smollm3": {"SmolLM3-3B": tied(128256, 2048, 11008, 36, 16, 4)},
     "gemma": {
         "gemma-2b": tied(256000, 2048, 16384, 18, 8, 1, head_dim=256),
         "gemma-7b": tied(256000, 3072, 24576, 28, 16, 16, head_dim=256),
