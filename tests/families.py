@@ -258,6 +258,21 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "arcee": Family(
+        "ArceeConfig",
+        "ArceeForCausalLM",
+        IMPLIED,
+        {
+            "biases": dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.05),
+            "tied": dict(
+                tie_word_embeddings=True,
+                head_dim=10,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",

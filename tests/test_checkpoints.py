@@ -113,6 +113,7 @@ PUBLISHED = {
         "granite-3.3-8b-instruct": tied(49159, 4096, 12800, 40, 32, 8),
         "granite-4.0-micro": tied(100352, 2560, 8192, 40, 40, 8),
     },
+    "arcee": {"AFM-4.5B-Base": decoder(128004, 2560, 18432, 36, 20, 4, head_dim=128)},
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
         "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),

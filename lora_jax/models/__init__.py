@@ -10,6 +10,7 @@ from lora_jax import tree
 from lora_jax.config import shown
 from lora_jax.errors import UserError
 from lora_jax.models import (
+    arcee,
     bert,
     camembert,
     gemma,
@@ -36,8 +37,8 @@ from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(bert, camembert, gemma, gemma2, gemma3_text, gpt2, granite, llama, ministral, mistral),
-    *(mixtral, olmo2, olmo3, phi3, qwen2, qwen3, qwen3_moe, roberta, seed_oss, smollm3),
+    *(arcee, bert, camembert, gemma, gemma2, gemma3_text, gpt2, granite, llama, ministral),
+    *(mistral, mixtral, olmo2, olmo3, phi3, qwen2, qwen3, qwen3_moe, roberta, seed_oss, smollm3),
     xlm_roberta,
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000

@@ -165,6 +165,7 @@ PUBLISHED = {
     "granite": DECODER | dict(head_dim=6, layer_types=[FULL] * 3),
     "olmo3": dict(rope_scaling=None, clip_qkv=None, head_dim=6),
     "smollm3": DECODER | dict(head_dim=6, use_sliding_window=False, max_window_layers=28),
+    "arcee": DECODER | dict(head_dim=6),
     "gemma2": dict(
         cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
     ),
