@@ -273,6 +273,16 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "starcoder2": Family(
+        "Starcoder2Config",
+        "Starcoder2ForCausalLM",
+        IMPLIED,
+        {
+            "window, untied": dict(sliding_window=5, tie_word_embeddings=False, norm_epsilon=0.05),
+            "no biases": dict(use_bias=False, hidden_act="gelu", rope_parameters=theta(300.0)),
+            "plain": {},
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",

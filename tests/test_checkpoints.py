@@ -114,6 +114,11 @@ PUBLISHED = {
         "granite-4.0-micro": tied(100352, 2560, 8192, 40, 40, 8),
     },
     "arcee": {"AFM-4.5B-Base": decoder(128004, 2560, 18432, 36, 20, 4, head_dim=128)},
+    "starcoder2": {
+        "starcoder2-3b": tied(49152, 3072, 12288, 30, 24, 2),
+        "starcoder2-7b": tied(49152, 4608, 18432, 32, 36, 4),
+        "starcoder2-15b": decoder(49152, 6144, 24576, 40, 48, 4),
+    },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
         "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),

@@ -166,6 +166,11 @@ PUBLISHED = {
     "olmo3": dict(rope_scaling=None, clip_qkv=None, head_dim=6),
     "smollm3": DECODER | dict(head_dim=6, use_sliding_window=False, max_window_layers=28),
     "arcee": DECODER | dict(head_dim=6),
+    "starcoder2": dict(
+        activation_function="gelu", attention_softmax_in_fp32=True, layer_norm_epsilon=1e-05,
+        mlp_type="default", norm_type="layer_norm", scale_attention_softmax_in_fp32=True,
+        scale_attn_weights=True,
+    ),
     "gemma2": dict(
         cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
     ),

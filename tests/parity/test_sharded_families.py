@@ -27,6 +27,7 @@ ON = {
     "gpt2, DoRA, all biases": "2x2x2",
     "olmo2": "2x2x2",
     "arcee": "1x8x1",
+    "starcoder2": "2x2x2",
     "mixtral, router loss": "2x2x2",
     "qwen3_moe": "1x8x1",
     "bert": "1x1x8",
