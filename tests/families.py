@@ -283,6 +283,25 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "nemotron": Family(
+        "NemotronConfig",
+        "NemotronForCausalLM",
+        GIVEN,
+        {
+            "biases, rotated in full": dict(
+                attention_bias=True,
+                mlp_bias=True,
+                norm_eps=0.05,
+                rope_parameters=theta(300.0, partial_rotary_factor=1.0),
+            ),
+            "tied": dict(
+                tie_word_embeddings=True,
+                hidden_act="gelu",
+                rope_parameters=theta(10000.0, partial_rotary_factor=0.25),
+            ),
+            "plain": {},
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",

@@ -119,6 +119,10 @@ PUBLISHED = {
         "starcoder2-7b": tied(49152, 4608, 18432, 32, 36, 4),
         "starcoder2-15b": decoder(49152, 6144, 24576, 40, 48, 4),
     },
+    "nemotron": {
+        "Minitron-4B-Base": decoder(256000, 3072, 9216, 32, 24, 8, head_dim=128),
+        "Minitron-8B-Base": decoder(256000, 4096, 16384, 32, 48, 8, head_dim=128),
+    },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
         "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),

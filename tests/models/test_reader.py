@@ -171,6 +171,7 @@ PUBLISHED = {
         mlp_type="default", norm_type="layer_norm", scale_attention_softmax_in_fp32=True,
         scale_attn_weights=True,
     ),
+    "nemotron": dict(rope_scaling=None, partial_rotary_factor=0.5),
     "gemma2": dict(
         cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
     ),
