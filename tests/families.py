@@ -302,6 +302,23 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "phi": Family(
+        "PhiConfig",
+        "PhiForCausalLM",
+        IMPLIED | dict(hidden_size=48),
+        {
+            "norms of heads": dict(
+                qk_layernorm=True,
+                layer_norm_eps=0.05,
+                rope_parameters=theta(300.0, partial_rotary_factor=0.25),
+            ),
+            "rotated in full": dict(
+                hidden_act="gelu",
+                rope_parameters=theta(10000.0, partial_rotary_factor=1.0),
+            ),
+            "plain": {},
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",

@@ -123,6 +123,10 @@ PUBLISHED = {
         "Minitron-4B-Base": decoder(256000, 3072, 9216, 32, 24, 8, head_dim=128),
         "Minitron-8B-Base": decoder(256000, 4096, 16384, 32, 48, 8, head_dim=128),
     },
+    "phi": {
+        "phi-1_5": decoder(51200, 2048, 8192, 24, 32, 32),
+        "phi-2": decoder(51200, 2560, 10240, 32, 32, 32),
+    },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
         "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),

@@ -172,6 +172,7 @@ PUBLISHED = {
         scale_attn_weights=True,
     ),
     "nemotron": dict(rope_scaling=None, partial_rotary_factor=0.5),
+    "phi": dict(rope_scaling=None, partial_rotary_factor=0.5, num_key_value_heads=2),
     "gemma2": dict(
         cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
     ),
