@@ -319,6 +319,23 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "cohere": Family(
+        "CohereConfig",
+        "CohereForCausalLM",
+        IMPLIED,
+        {
+            "norms of heads, biases": dict(
+                use_qk_norm=True, attention_bias=True, layer_norm_eps=0.05, logit_scale=0.5
+            ),
+            "untied": dict(
+                tie_word_embeddings=False,
+                logit_scale=1.5,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": dict(logit_scale=1.0),
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",

@@ -127,6 +127,11 @@ PUBLISHED = {
         "phi-1_5": decoder(51200, 2048, 8192, 24, 32, 32),
         "phi-2": decoder(51200, 2560, 10240, 32, 32, 32),
     },
+    "cohere": {
+        "c4ai-command-r-v01": tied(256000, 8192, 22528, 40, 64, 64),
+        "c4ai-command-r-plus": tied(256000, 12288, 33792, 64, 96, 8, use_qk_norm=True),
+        "aya-23-8B": tied(256000, 4096, 14336, 32, 32, 8),
+    },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
         "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),

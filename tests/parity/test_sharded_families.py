@@ -30,6 +30,7 @@ ON = {
     "starcoder2": "2x2x2",
     "nemotron": "1x8x1",
     "phi": "2x2x2",
+    "cohere": "2x2x2",
     "mixtral, router loss": "2x2x2",
     "qwen3_moe": "1x8x1",
     "bert": "1x1x8",
