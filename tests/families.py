@@ -336,6 +336,24 @@ FAMILIES = {
             "plain": dict(logit_scale=1.0),
         },
     ),
+    "glm4": Family(
+        "Glm4Config",
+        "Glm4ForCausalLM",
+        GIVEN,
+        {
+            "tied, rotated in full": dict(
+                tie_word_embeddings=True,
+                rms_norm_eps=0.05,
+                rope_parameters=theta(300.0, partial_rotary_factor=1.0),
+            ),
+            "no biases": dict(
+                attention_bias=False,
+                hidden_act="gelu",
+                rope_parameters=theta(10000.0, partial_rotary_factor=0.25),
+            ),
+            "plain": {},
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",

@@ -132,6 +132,10 @@ PUBLISHED = {
         "c4ai-command-r-plus": tied(256000, 12288, 33792, 64, 96, 8, use_qk_norm=True),
         "aya-23-8B": tied(256000, 4096, 14336, 32, 32, 8),
     },
+    "glm4": {
+        "GLM-4-9B-0414": decoder(151552, 4096, 13696, 40, 32, 2),
+        "GLM-4-32B-0414": decoder(151552, 6144, 23040, 61, 48, 2, attention_bias=False),
+    },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
         "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),

@@ -17,6 +17,7 @@ from lora_jax.models import (
     gemma,
     gemma2,
     gemma3_text,
+    glm4,
     gpt2,
     granite,
     llama,
@@ -41,7 +42,7 @@ from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(arcee, bert, camembert, cohere, gemma, gemma2, gemma3_text, gpt2, granite, llama),
+    *(arcee, bert, camembert, cohere, gemma, gemma2, gemma3_text, glm4, gpt2, granite, llama),
     *(ministral, mistral, mixtral, nemotron, olmo2, olmo3, phi, phi3, qwen2, qwen3, qwen3_moe),
     *(roberta, seed_oss, smollm3, starcoder2, xlm_roberta),
 )
