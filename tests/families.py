@@ -354,6 +354,29 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "exaone4": Family(
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        IMPLIED,
+        {
+            "window, tied": dict(
+                sliding_window=5, sliding_window_pattern=2, tie_word_embeddings=True
+            ),
+            "layer types": dict(
+                sliding_window=9,
+                layer_types=[SLIDING, FULL, SLIDING],
+                hidden_act="gelu",
+                rms_norm_eps=0.05,
+                rope_parameters=theta(300.0),
+            ),
+            "no window": dict(
+                sliding_window=None,
+                layer_types=[FULL] * 3,
+                head_dim=10,
+                rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+            ),
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",

@@ -136,6 +136,10 @@ PUBLISHED = {
         "GLM-4-9B-0414": decoder(151552, 4096, 13696, 40, 32, 2),
         "GLM-4-32B-0414": decoder(151552, 6144, 23040, 61, 48, 2, attention_bias=False),
     },
+    "exaone4": {
+        "EXAONE-4.0-1.2B": tied(102400, 2048, 4096, 30, 32, 8),
+        "EXAONE-4.0-32B": decoder(102400, 5120, 27392, 64, 40, 8),
+    },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
         "Mixtral-8x22B-v0.1": decoder(32768, 6144, 16384, 56, 48, 8, **EXPERTS),

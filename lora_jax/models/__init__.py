@@ -14,6 +14,7 @@ from lora_jax.models import (
     bert,
     camembert,
     cohere,
+    exaone4,
     gemma,
     gemma2,
     gemma3_text,
@@ -42,9 +43,9 @@ from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(arcee, bert, camembert, cohere, gemma, gemma2, gemma3_text, glm4, gpt2, granite, llama),
-    *(ministral, mistral, mixtral, nemotron, olmo2, olmo3, phi, phi3, qwen2, qwen3, qwen3_moe),
-    *(roberta, seed_oss, smollm3, starcoder2, xlm_roberta),
+    *(arcee, bert, camembert, cohere, exaone4, gemma, gemma2, gemma3_text, glm4, gpt2, granite),
+    *(llama, ministral, mistral, mixtral, nemotron, olmo2, olmo3, phi, phi3, qwen2, qwen3),
+    *(qwen3_moe, roberta, seed_oss, smollm3, starcoder2, xlm_roberta),
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}

@@ -175,6 +175,7 @@ PUBLISHED = {
     "phi": dict(rope_scaling=None, partial_rotary_factor=0.5, num_key_value_heads=2),
     "cohere": dict(model_max_length=8192, pretraining_tp=1, use_qk_norm=False),
     "glm4": dict(partial_rotary_factor=0.5, rope_scaling=None),
+    "exaone4": dict(layer_types=[SLIDING] * 3, sliding_window_pattern="LLLG"),
     "gemma2": dict(
         cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", sliding_window_size=4096
     ),

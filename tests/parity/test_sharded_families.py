@@ -32,6 +32,7 @@ ON = {
     "phi": "2x2x2",
     "cohere": "2x2x2",
     "glm4": "1x8x1",
+    "exaone4": "1x1x8",
     "mixtral, router loss": "2x2x2",
     "qwen3_moe": "1x8x1",
     "bert": "1x1x8",
