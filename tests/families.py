@@ -524,11 +524,11 @@ def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_spread(noise, name, around_zero=adds_one(family)))
+            parameter.copy_(spread(noise, name, around_zero=adds_one(family)))
     return model
 
 
-def _spread(noise: Any, name: str, around_zero: bool) -> Any:
+def spread(noise: Any, name: str, around_zero: bool) -> Any:
     """Noise as large as the weight of that name is: norms vary about one, or about zero where they
     multiply by 1 + weight, and a product with a kernel keeps the size of its input.
     """

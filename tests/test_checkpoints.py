@@ -30,6 +30,11 @@ def tied(*sizes, **more):
     return decoder(*sizes, tie_word_embeddings=True, **more)
 
 
+def with_images(text):
+    """The fields of a model that reads images, of which the text is counted."""
+    return {"text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
+
+
 def encoder(vocabulary, width=768, layers=12, heads=12, **more):
     return {
         **{"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 4 * width},
@@ -89,6 +94,28 @@ PUBLISHED = {
     "gemma3_text": {
         "gemma-3-270m": tied(262144, 640, 2048, 18, 4, 1, head_dim=256),
         "gemma-3-1b-it": tied(262144, 1152, 6912, 26, 4, 1, head_dim=256),
+    },
+    "gemma3": {
+        "gemma-3-4b-it": with_images(tied(262208, 2560, 10240, 34, 8, 4)),
+        "gemma-3-12b-it": with_images(tied(262208, 3840, 15360, 48, 16, 8)),
+        "gemma-3-27b-it": with_images(tied(262208, 5376, 21504, 62, 32, 16, head_dim=128)),
+    },
+    "mistral3": {
+        "Mistral-Small-3.1-24B-Instruct-2503": with_images(
+            decoder(131072, 5120, 32768, 40, 32, 8, head_dim=128)
+        ),
+    },
+    "qwen2_5_vl": {
+        "Qwen2.5-VL-3B-Instruct": with_images(tied(151936, 2048, 11008, 36, 16, 2)),
+        "Qwen2.5-VL-7B-Instruct": with_images(decoder(152064, 3584, 18944, 28, 28, 4)),
+    },
+    "qwen3_vl": {
+        "Qwen3-VL-4B-Instruct": with_images(tied(151936, 2560, 9728, 36, 32, 8)),
+        "Qwen3-VL-8B-Instruct": with_images(decoder(151936, 4096, 12288, 36, 32, 8)),
+    },
+    "smolvlm": {
+        "SmolVLM-256M-Instruct": with_images(decoder(49280, 576, 1536, 30, 9, 3)),
+        "SmolVLM2-2.2B-Instruct": with_images(decoder(49280, 2048, 8192, 24, 32, 32)),
     },
     "phi3": {
         "Phi-3.5-mini-instruct": decoder(32064, 3072, 8192, 32, 32, 32),

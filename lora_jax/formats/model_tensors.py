@@ -1,5 +1,6 @@
 """Tensors of a model's files by their names in the whole model, compared with its config.json."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,23 @@ def _model_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
     if embedding is not None and embedding not in found and HEAD_NAME in found:
         found[embedding] = found.pop(HEAD_NAME)
     return {name: one for name, one in found.items() if not _is_in(name, model.fresh)}
+
+
+def stored_names(directory: Path, model: Model) -> dict[str, str]:
+    """Return the names in the files of a directory by those in the whole model."""
+    return {name: tensor.stored for name, tensor in _model_tensors(directory, model).items()}
+
+
+def carried_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
+    """Return the tensors of a directory that an export copies, by their names in the files."""
+    pattern = model.names.carried
+    if pattern is None:
+        return {}
+    return {
+        name: tensor
+        for name, tensor in list_tensors(directory).items()
+        if re.fullmatch(pattern, name)
+    }
 
 
 def _tied_name(model: Model) -> str | None:

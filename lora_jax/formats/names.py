@@ -106,6 +106,10 @@ def canonical(
 
 
 def _today(name: str, names: Names) -> str:
+    for old, new in names.moved:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
     for old, new in names.old:
         name = name.removesuffix(old) + new if name.endswith(old) else name
     return name

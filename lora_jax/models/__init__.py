@@ -17,6 +17,7 @@ from lora_jax.models import (
     exaone4,
     gemma,
     gemma2,
+    gemma3,
     gemma3_text,
     glm4,
     gpt2,
@@ -24,6 +25,7 @@ from lora_jax.models import (
     llama,
     ministral,
     mistral,
+    mistral3,
     mixtral,
     nemotron,
     olmo2,
@@ -31,11 +33,14 @@ from lora_jax.models import (
     phi,
     phi3,
     qwen2,
+    qwen2_5_vl,
     qwen3,
     qwen3_moe,
+    qwen3_vl,
     roberta,
     seed_oss,
     smollm3,
+    smolvlm,
     starcoder2,
     xlm_roberta,
 )
@@ -43,9 +48,10 @@ from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(arcee, bert, camembert, cohere, exaone4, gemma, gemma2, gemma3_text, glm4, gpt2, granite),
-    *(llama, ministral, mistral, mixtral, nemotron, olmo2, olmo3, phi, phi3, qwen2, qwen3),
-    *(qwen3_moe, roberta, seed_oss, smollm3, starcoder2, xlm_roberta),
+    *(arcee, bert, camembert, cohere, exaone4, gemma, gemma2, gemma3, gemma3_text, glm4, gpt2),
+    *(granite, llama, ministral, mistral, mistral3, mixtral, nemotron, olmo2, olmo3, phi, phi3),
+    *(qwen2, qwen2_5_vl, qwen3, qwen3_moe, qwen3_vl, roberta, seed_oss, smollm3, smolvlm),
+    *(starcoder2, xlm_roberta),
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}

@@ -294,9 +294,14 @@ class CausalLM(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
+    @property
+    def decoder(self) -> Any:
+        """Return the module of embedding and layers."""
+        return self.model
+
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """Return the embeddings (b, t, d) of tokens (b, t)."""
-        return self.model.embed_tokens(tokens).astype(dtype)
+        return self.decoder.embed_tokens(tokens).astype(dtype)
 
     def first_input(self, embeddings: jax.Array) -> jax.Array:
         """Return the input of the first layer for embeddings (b, t, d), virtual tokens included."""
@@ -358,18 +363,18 @@ class CausalLM(nnx.Module):
             return x, routing, cached
 
         x, routing, cache = scan_layers(
-            block, self.model.layers, x, (own, kind_of_layer), execution.remat, placed
+            block, self.decoder.layers, x, (own, kind_of_layer), execution.remat, placed
         )
         return self.final_norm(x), cache, routing
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Return the norm (b, t, d) of the output of the last layer."""
-        return self.model.norm(x)
+        return self.decoder.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return logits (..., vocab) of hidden states (..., d), in their dtype."""
         return (
-            self.model.embed_tokens.attend(hidden)
+            self.decoder.embed_tokens.attend(hidden)
             if self.config.tie_word_embeddings
             else self.lm_head(hidden)
         )

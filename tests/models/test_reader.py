@@ -9,6 +9,7 @@ from lora_jax import AdapterConfig, UserError, models
 from lora_jax.targets import find_trainable
 
 from ..families import ALIASES, FAMILIES, FULL, SLIDING
+from ..towers import TOWERS
 
 LONGROPE = dict(
     rope_type="longrope", short_factor=[1.0, 1.5, 2.0], long_factor=[2.0, 3.0, 7.0], rope_theta=50.0
@@ -34,6 +35,8 @@ def test_a_config_with_nothing_in_it_is_that_of_transformers(family):
     filled = transformers.AutoConfig.for_model(family).to_dict()
     found, expected = models.describe({"model_type": family}), models.describe(filled)
     assert found.config == expected.config
+    if family in TOWERS:
+        return
     names = SIZES_OF_GPT2 if family == "gpt2" else SIZES
     assert {note.partition(":")[0] for note in found.notes} == {
         f"config.json has no {name}" for name in names

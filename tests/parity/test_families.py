@@ -24,6 +24,7 @@ from lora_jax.targets import find_trainable
 from ..engines import complete
 from ..families import ALIASES, FAMILIES, describe, torch_model
 from ..methods import QUICK
+from ..towers import TOWERS
 
 TOLERANCE = 1e-5
 SEEDS = (0, 1)
@@ -94,7 +95,7 @@ def read_tensors(directory) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def test_every_family_that_writes_text_has_a_row():
-    assert {*ALL} == {*models.FAMILIES} - {*models.CLASSIFIERS}
+    assert {*ALL, *TOWERS} == {*models.FAMILIES} - {*models.CLASSIFIERS}
     ours = models.FAMILIES
     for family in ALIASES:
         assert any(ours[family].Model is ours[other].Model for other in FAMILIES), family
