@@ -8,7 +8,7 @@ from flax import nnx
 
 from lora_jax import tree
 from lora_jax.config import shown
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, nearest
 from lora_jax.models import (
     arcee,
     bert,
@@ -79,10 +79,7 @@ def describe(
     reader = ConfigReader(hf_config, ignore)
     family = FAMILIES.get(str(reader.model_type))
     if family is None:
-        raise UserError(
-            f"config.json: model_type={shown(repr(reader.model_type))} is not supported; these "
-            f"are: {', '.join(FAMILIES)}"
-        )
+        raise _unknown(hf_config)
     fresh: tuple[str, ...] = ()
     if labels is not None:
         old = ConfigReader(hf_config).labels()
@@ -120,6 +117,25 @@ def ties_embeddings(hf_config: Mapping[str, Any]) -> bool:
     return family is not None and bool(
         getattr(family.read_config(reader), "tie_word_embeddings", False)
     )
+
+
+def _unknown(hf_config: Mapping[str, Any]) -> UserError:
+    """Return the error for a model type that is not supported: the nearest one that is, and what
+    can be done with the text of a model that reads images.
+    """
+    kind, text = hf_config.get("model_type"), hf_config.get("text_config")
+    message = (
+        f"config.json: model_type={shown(repr(kind))} is not supported; these are: "
+        f"{', '.join(FAMILIES)}.{nearest(str(kind), FAMILIES)}"
+    )
+    if isinstance(text, Mapping):
+        inner = str(text.get("model_type"))
+        message += f" Its text_config has model_type={shown(repr(inner))}, which is " + (
+            "supported: save that part by itself, with save_pretrained of transformers"
+            if inner in FAMILIES
+            else "not supported either"
+        )
+    return UserError(message)
 
 
 def _check_size(params: Mapping[str, Any]) -> None:

@@ -331,6 +331,12 @@ def test_an_unknown_family_is_told_which_there_are():
     assert all(name in str(told.value) for name in FAMILIES)
     with pytest.raises(UserError, match="model_type=None is not supported"):
         models.describe({})
+    with pytest.raises(UserError, match="Did you mean 'qwen3'"):
+        models.describe({"model_type": "qwen3x"})
+    for text, words in (("llama", "supported: save that part"), ("mamba", "not supported either")):
+        content = {"model_type": "llava", "text_config": {"model_type": text}}
+        with pytest.raises(UserError, match=f"model_type='{text}', which is {words}"):
+            models.describe(content)
 
 
 def test_all_problems_are_told_at_once_and_fields_can_be_ignored():
