@@ -45,9 +45,10 @@ def columns(pair: data.Example) -> dict[str, list[int]]:
 
 
 class Trainer(DPOTrainer):
-    """TRL's trainer over tokens, with the pairs of every step given."""
+    """TRL's trainer over tokens, with the pairs of every step given; keeps the loss of each."""
 
     steps: list[list[int]]
+    losses: list[float]
 
     def _prepare_dataset(self, dataset, *others):
         return dataset
@@ -56,6 +57,11 @@ class Trainer(DPOTrainer):
         return torch.utils.data.DataLoader(
             self.train_dataset, batch_sampler=self.steps, collate_fn=self.data_collator
         )
+
+    def compute_loss(self, *inputs, **options):
+        found = super().compute_loss(*inputs, **options)
+        self.losses.append(found.item())
+        return found
 
 
 def make_trainer(model, tokenizer, pairs, config: Config, output: str) -> Trainer:
@@ -95,17 +101,8 @@ def make_trainer(model, tokenizer, pairs, config: Config, output: str) -> Traine
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--output", required=True, help="directory for the PEFT adapter")
-    parser.add_argument("overrides", nargs="*", help="settings as key.sub=value")
-    options = parser.parse_args()
-    config = configs.load(options.config, options.overrides)
-    if config.train.objective != "dpo" or config.adapter.path is None:
-        sys.exit("the config must have train.objective=dpo and an adapter.path to start from")
+def open_trainer(config: Config, output: str) -> Trainer:
+    """Read the pairs of a config, and make the trainer over them and over `adapter.path`."""
     console = Console(stderr=True)
     session = open_session(config)
     encoder = session.make_encoder(console)
@@ -120,15 +117,30 @@ def main() -> None:
         pairs += map(columns, own)
     base = transformers.AutoModelForCausalLM.from_pretrained(session.source, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, config.adapter.path, is_trainable=True)
-    trainer = make_trainer(model, session.tokenizer, pairs, config, options.output)
-    trainer.steps = steps
+    trainer = make_trainer(model, session.tokenizer, pairs, config, output)
+    trainer.steps, trainer.losses = steps, []
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--output", required=True, help="directory for the PEFT adapter")
+    parser.add_argument("overrides", nargs="*", help="settings as key.sub=value")
+    options = parser.parse_args()
+    config = configs.load(options.config, options.overrides)
+    if config.train.objective != "dpo" or config.adapter.path is None:
+        sys.exit("the config must have train.objective=dpo and an adapter.path to start from")
+    trainer = open_trainer(config, options.output)
     start = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - start
-    model.save_pretrained(options.output, selected_adapters=["default"])
-    log = [line for line in trainer.state.log_history if "loss" in line]
-    found = {"steps": len(steps), "pairs": len(pairs), "train_seconds": seconds}
-    print(json.dumps({"config": options.config, **found, "first": log[0], "last": log[-1]}))
+    found = {"train_seconds": time.perf_counter() - start}
+    trainer.model.save_pretrained(options.output, selected_adapters=["default"])
+    found |= {"steps": len(trainer.steps), "pairs": sum(map(len, trainer.steps))}
+    found |= {"first_loss": trainer.losses[0], "last_loss": trainer.losses[-1]}
+    print(json.dumps({"config": options.config, **found}))
 
 
 if __name__ == "__main__":

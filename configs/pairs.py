@@ -28,6 +28,11 @@ def main() -> None:
         sys.exit(__doc__)
     source, target = map(Path, sys.argv[1:])
     lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    if not all({"adapter", "exact_match"} <= line.keys() for line in lines):
+        sys.exit(
+            f"{source} has lines without `adapter` or `exact_match`: write it with "
+            "`lora-jax eval --predictions` and the metric exact_match"
+        )
     rows = list(pairs(lines))
     if not rows:
         sys.exit(f"{source} has no wrong answer of an adapter")

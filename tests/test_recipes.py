@@ -104,14 +104,25 @@ def make_pairs():
     ]
 
 
-def test_pairs_are_wrong_answers_of_an_adapter(tmp_path):
-    pairs = runpy.run_path(str(CONFIGS / "pairs.py"))["pairs"]
+def test_pairs_are_wrong_answers_of_an_adapter(tmp_path, monkeypatch):
+    names = runpy.run_path(str(CONFIGS / "pairs.py"))
+    pairs, main_of_pairs = names["pairs"], names["main"]
     line = {"adapter": "a", "prompt": "p", "references": ["r", "s"], "answer": "t"}
     lines = [line | {"exact_match": 0.0}, line | {"exact_match": 1.0}]
     lines += [
         line | {"exact_match": 0.0, **other} for other in ({"adapter": "base"}, {"answer": " "})
     ]
     assert list(pairs(lines)) == [{"prompt": "p", "chosen": "r", "rejected": "t"}]
+    source, target = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
+    monkeypatch.setattr(sys, "argv", ["pairs.py", str(source), str(target)])
+    for row, text in (
+        (lines[1], "has no wrong answer of an adapter"),
+        ({"step": 3, "exact_match": 0.0}, "lines without `adapter` or `exact_match`"),
+    ):
+        source.write_text(json.dumps(row) + "\n")
+        with pytest.raises(SystemExit, match=text):
+            main_of_pairs()
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -35,13 +35,13 @@ def compare(
     allow_change: Collection[str] = (),
     scales: Sequence[float] = (),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measure the base (unless `eval.before` is false) and every PEFT adapter directory in `paths`
-    on the same held-out data.
+    """Measure the base and every PEFT adapter directory in `paths` on the same held-out data.
     Return a mapping of losses and metrics for each, with its name as `adapter`, and a mapping per
     answer, as in `predictions`. With `scales`, each adapter is measured at these multiples of its
     update, and both mappings have the `scale`.
 
-    `config` gives the model, the held-out data and the settings of the evaluation.
+    `config` gives the model, the held-out data and the settings of the evaluation. With
+    `eval.before` false, the base is left out.
 
     Raises:
         UserError: no held-out data; nothing to measure; adapters that do not exist or fit, or were

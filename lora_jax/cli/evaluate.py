@@ -21,7 +21,7 @@ EPILOG = """examples:
 
 Prints one table: held-out losses and the metrics of greedy answers, for the base and each adapter.
 The config names the model, the data (data.eval, data.regression) and the metrics (eval.metrics).
-Without --adapter the base alone is measured.
+Without --adapter the base alone is measured; eval.before=false leaves it out.
 """
 
 

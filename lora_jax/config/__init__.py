@@ -20,7 +20,6 @@ from lora_jax.config.options import LARGEST_SEED, options_of
 from lora_jax.config.settings import (
     ENCODING_KEYS,
     LOSSES,
-    OF_PAIRS,
     PRINTS,
     TRACKERS,
     Config,
@@ -42,7 +41,6 @@ __all__ = [
     "ENCODING_KEYS",
     "LARGEST_SEED",
     "LOSSES",
-    "OF_PAIRS",
     "OBJECTIVES",
     "PRINTS",
     "TRACKERS",

@@ -11,7 +11,7 @@ from typing import Any
 from lora_jax.config.adapter import DATA_INITS, AdapterConfig
 from lora_jax.config.objective import OBJECTIVES
 from lora_jax.config.options import options_of, type_problems
-from lora_jax.config.settings import LOSSES, OF_PAIRS, PRINTS, Config, DataConfig, all_keys
+from lora_jax.config.settings import PRINTS, Config, DataConfig, all_keys
 from lora_jax.config.types import as_setting
 from lora_jax.errors import nearest, raise_all
 
@@ -253,12 +253,12 @@ def _evaluation_problems(config: Config) -> Iterable[str]:
             f"train.metric_for_best_model={metric} has no effect without "
             "train.load_best_model_at_end or train.early_stopping_patience"
         )
-    needs_no_answers = (*LOSSES, *(OF_PAIRS if train.compares_answers else ()))
-    known = (*needs_no_answers, *dict.fromkeys([*config.eval.metrics, "accuracy"]))
+    known = (*train.metrics_without_answers, *dict.fromkeys([*config.eval.metrics, "accuracy"]))
     if metric not in known:
         yield (
             f"train.metric_for_best_model={metric!r} is not measured; choose "
-            f"{', '.join(needs_no_answers)} or one of eval.metrics.{nearest(metric, known)}"
+            f"{', '.join(train.metrics_without_answers)} or one of eval.metrics."
+            f"{nearest(metric, known)}"
         )
         return
     for name in users:
@@ -267,7 +267,7 @@ def _evaluation_problems(config: Config) -> Iterable[str]:
                 yield f"{name} by regression_loss needs data.regression and train.eval_every"
         elif not (held_out and train.eval_every):
             yield f"{name} needs data.eval (or data.eval_size) and train.eval_every"
-        elif metric not in needs_no_answers and every != train.eval_every:
+        elif metric not in train.metrics_without_answers and every != train.eval_every:
             yield (
                 f"{name} by {metric} needs answers at every evaluation: set "
                 f"eval.generate_every={train.eval_every}, the value of train.eval_every"

@@ -13,7 +13,6 @@ from lora_jax.errors import UserError
 
 PRINTS = ("base", "tokenizer", "template", "data", "held_out")  # parts of a run's fingerprint
 LOSSES = ("task_loss", "regression_loss")  # metrics of an evaluation that are better if lower
-OF_PAIRS = ("task_accuracy", "task_margin")  # of objectives that compare answers
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _ROWS, _MANY_STEPS, _SECONDS = 10**6, 10**9, 10**7  # more is a slip of the hand
 _VIRTUAL_TOKENS = 20
@@ -177,6 +176,11 @@ class TrainConfig:
         return self.objective != "sft"
 
     @property
+    def metrics_without_answers(self) -> tuple[str, ...]:
+        """Names of the metrics of an evaluation that need no generated answers."""
+        return LOSSES + (("task_accuracy", "task_margin") if self.compares_answers else ())
+
+    @property
     def needs_reference(self) -> bool:
         """True if the objective compares with the log-probabilities of a reference model."""
         return self.objective in options_of(ObjectiveConfig)["reference"].objectives
@@ -193,7 +197,8 @@ class TrainConfig:
 class EvalConfig:
     """Measurements on held-out rows, before, during and after the run."""
 
-    # measure the base (or the adapter of adapter.path) before the first step
+    # measure the base (or the adapter of adapter.path) before the first step; in lora-jax eval,
+    # measure the base too
     before: bool = option(True, resumable=True)
     # keep the scores of the base in LORA_JAX_CACHE for the next run
     cache: bool = option(True, resumable=True)

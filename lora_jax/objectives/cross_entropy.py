@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax.config import Config, TrainConfig
 from lora_jax.objectives import penalties
-from lora_jax.objectives.forward import Batch, Forward, Outputs, negative_log_prob
+from lora_jax.objectives.forward import Batch, Forward, Outputs, log_sum_exp, negative_log_prob
 from lora_jax.objectives.objective import Objective, Result
 
 # Its options, with the metrics that they add to `loss`.
@@ -49,7 +49,7 @@ def regular_sums(outputs: Outputs, smoothing: float, z_loss: float) -> Result:
     """Return the same with smoothed labels and z-loss; `loss` has neither."""
 
     def parts(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-        nll, log_z = negative_log_prob(logits, targets), jax.nn.logsumexp(logits, axis=-1)
+        nll, log_z = negative_log_prob(logits, targets), log_sum_exp(logits)
         smoothed = (1 - smoothing) * nll + smoothing * (log_z - jnp.mean(logits, axis=-1))
         return smoothed + z_loss * log_z**2, nll, smoothed, log_z**2
 

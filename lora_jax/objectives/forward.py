@@ -163,8 +163,22 @@ def negative_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
     # A mask instead of a gather: each device reads its own part of the vocabulary. Targets without
     # a weight may be no label of a classifier, and select nothing.
     here = jnp.arange(logits.shape[-1]) == targets[..., None]
-    picked = jnp.sum(jnp.where(here, logits, 0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    return log_sum_exp(logits) - jnp.sum(jnp.where(here, logits, 0), axis=-1)
+
+
+@jax.custom_jvp
+def log_sum_exp(logits: jax.Array) -> jax.Array:
+    """Return log sum_v exp(logit_v): (.., vocab) to (..). The value is the same to the bit with and
+    without a gradient, which keeps no exponentials.
+    """
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+@log_sum_exp.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (logits,), (slopes,) = primals, tangents
+    found = log_sum_exp(logits)
+    return found, jnp.sum(jnp.exp(logits - found[..., None]) * slopes, axis=-1)
 
 
 def segment_sums(values: jax.Array, segment_ids: jax.Array, count: int) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
 from lora_jax import data, formats, hosts, sharding
-from lora_jax.config import LOSSES, OF_PAIRS, Config, expand, virtual_tokens
+from lora_jax.config import Config, expand, virtual_tokens
 from lora_jax.data.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
@@ -161,8 +161,8 @@ def check_metrics(session: Session, held_out: Mapping[str, DataSet]) -> None:
     `train.metric_for_best_model`.
     """
     config = session.config
-    best, known = config.train.metric_for_best_model, (*LOSSES, *config.eval.metrics)
-    known += OF_PAIRS if config.train.compares_answers else ()
+    best = config.train.metric_for_best_model
+    known = (*config.train.metrics_without_answers, *config.eval.metrics)
     if best not in known:
         raise UserError(
             f"train.metric_for_best_model={best!r} is not measured; of this model, these are: "

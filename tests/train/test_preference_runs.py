@@ -163,7 +163,6 @@ def test_metrics_and_summary_of_a_run(files, tmp_path):
     assert abs(summary["regression"]["loss_before"] - math.log(2)) > 1  # a cross-entropy
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["task_accuracy", "task_margin"])
 def test_the_best_evaluation_is_that_of_the_highest_metric_of_pairs(files, tmp_path, metric):
     """Of pairs that say the opposite of what is learned, every evaluation is worse."""
@@ -178,6 +177,7 @@ def test_the_best_evaluation_is_that_of_the_highest_metric_of_pairs(files, tmp_p
     assert record["exported_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_stream_computes_what_the_cache_holds(files, tmp_path):
     """Data in the order of the file are the same steps, streamed or cached."""
     order = ("data.shuffle=false", "data.packing=false", "train.steps=2", "data.max_length=128")
