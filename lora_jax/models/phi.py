@@ -77,9 +77,9 @@ class Block(decoder.ParallelBlock):
 class Model(decoder.CausalLM):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         super().__init__(config, Block, LayerNorm, rngs=rngs)
-        self.model.final_layernorm = self.model.norm
-        del self.model.norm
+        self.decoder.final_layernorm = self.decoder.norm
+        del self.decoder.norm
         self.lm_head = Linear(config.hidden_size, config.vocab_size, use_bias=True, rngs=rngs)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
-        return self.model.final_layernorm(x)
+        return self.decoder.final_layernorm(x)

@@ -93,7 +93,7 @@ def without_sections(content: Mapping[str, Any]) -> dict[str, Any]:
 class Wrapper(nnx.Module):
     """Container that gives a decoder the module path of the wrapper."""
 
-    def __init__(self, name: str, decoder: Decoder):
+    def __init__(self, name: str, decoder: nnx.Module):
         setattr(self, name, decoder)
 
 
