@@ -25,6 +25,7 @@ RULES = (
     (r"model\.layers\..*\.fc1\.bias", P("tensor")),
     (r"model\.layers\..*\.(dense|fc2)\.kernel", P("tensor", "fsdp")),
     (r"model\.layers\..*\.(dense|fc2)\.bias", P(None)),
+    (r"model\.final_layernorm\.(scale|bias)", P(None)),
     (r"lm_head\.bias", P("tensor")),
 )
 
