@@ -114,7 +114,7 @@ PUBLISHED = {
         "Qwen3-VL-8B-Instruct": with_images(decoder(151936, 4096, 12288, 36, 32, 8)),
     },
     "smolvlm": {
-        "SmolVLM-256M-Instruct": with_images(decoder(49280, 576, 1536, 30, 9, 3)),
+        "SmolVLM2-256M-Video-Instruct": with_images(decoder(49280, 576, 1536, 30, 9, 3)),
         "SmolVLM2-2.2B-Instruct": with_images(decoder(49280, 2048, 8192, 24, 32, 32)),
     },
     "phi3": {

@@ -1,6 +1,5 @@
 """Tensors of a model's files by their names in the whole model, compared with its config.json."""
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError
-from lora_jax.formats.names import canonical, pieces
+from lora_jax.formats.names import canonical, is_carried, pieces
 from lora_jax.formats.tensors import (
     FLOATS,
     Tensor,
@@ -101,14 +100,10 @@ def stored_names(directory: Path, model: Model) -> dict[str, str]:
 
 def carried_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
     """Return the tensors of a directory that an export copies, by their names in the files."""
-    pattern = model.names.carried
-    if pattern is None:
+    if not model.names.carried:
         return {}
-    return {
-        name: tensor
-        for name, tensor in list_tensors(directory).items()
-        if re.fullmatch(pattern, name)
-    }
+    tensors = list_tensors(directory)
+    return {name: tensors[name] for name in tensors if is_carried(name, model.names)}
 
 
 def _tied_name(model: Model) -> str | None:

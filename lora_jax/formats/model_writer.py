@@ -111,7 +111,7 @@ def write_model_files(
     _write_weights(directory, leaves, model, limit, renamed, carried)
     if directory is None:
         return
-    dtypes = {str(leaf.dtype) for leaf in (*leaves.values(), *carried.values())}
+    dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     if len(dtypes) == 1:
         config.pop("torch_dtype", None)
         config["dtype"] = dtypes.pop()

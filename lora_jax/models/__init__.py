@@ -86,8 +86,13 @@ def describe(
         fresh = family.NAMES.heads[:1] if tuple(labels) != old else ()
         hf_config = _with_labels(hf_config, labels, family.ARCHITECTURE)
         reader = ConfigReader(hf_config, ignore)
-    config = family.read_config(reader)
+    config, names = family.read_config(reader), getattr(family, "NAMES", Names())
     reader.finish()
+    if names.carried:
+        reader.notes.append(
+            f"model_type={reader.model_type!r} reads images: only its text is loaded and trained, "
+            f"without {' and '.join(names.carried)}; an export of the model copies these tensors"
+        )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"config.json: num_attention_heads={config.num_attention_heads} is not a multiple of "
@@ -102,7 +107,7 @@ def describe(
         config,
         dict(hf_config),
         family.RULES,
-        getattr(family, "NAMES", Names()),
+        names,
         fresh=fresh,
         notes=tuple(reader.notes),
     )

@@ -122,7 +122,7 @@ class Names:
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # parts joined along out
     heads: tuple[str, ...] = ()  # modules that files may lack; they start at random and train
     moved: tuple[tuple[str, str], ...] = ()  # start of a name in other files -> start today
-    carried: str | None = None  # regex of tensors that are not read, and that an export copies
+    carried: tuple[str, ...] = ()  # modules whose tensors are not read; an export copies them
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
     """
     nested, text = reader.content.get("text_config"), reader
     if nested is None:
-        reader.inert(*IMAGES)
+        reader.inert("text_config", *IMAGES)
     else:
         ties = isinstance(nested, Mapping) and bool(nested.get("tie_word_embeddings"))
         text = read_text(reader, "qwen2_5_vl_text", ties)

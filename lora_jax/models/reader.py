@@ -231,6 +231,8 @@ class ConfigReader:
     def finish(self) -> None:
         """Raise a `UserError` with all fields that are mistyped, unsupported or unknown."""
         left_out: list[str] = []
+        for inner in self._inner:
+            self._skip_copies(inner)
         for reader in (self, *self._inner):
             left_out += reader._check_rest()
         if left_out:
@@ -239,6 +241,22 @@ class ConfigReader:
                 "; dropout of adapters is adapter.dropout"
             )
         raise_all(self._problems)
+
+    def _skip_copies(self, inner: "ConfigReader") -> None:
+        """Accept fields of an inner mapping next to it: transformers 4 wrote some, and reads none.
+        A note names those with another value.
+        """
+        given = self.content.get(inner._within)
+        if not isinstance(given, Mapping):
+            return
+        outside = (inner._seen & self.content.keys()) - self._seen - {"model_type"}
+        apart = [name for name in sorted(outside) if self.content[name] != given.get(name)]
+        self._seen |= outside
+        if apart:
+            self.notes.append(
+                f"config.json: fields outside of {inner._within} that transformers does not read "
+                f"there either, with other values: {', '.join(apart)}"
+            )
 
     def _check_rest(self) -> list[str]:
         """Refuse fields that nobody read, and return those that ask for noise in training."""

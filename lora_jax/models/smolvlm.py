@@ -1,4 +1,4 @@
-"""SmolVLM 1 and 2: the text of a model that reads images, `model_type` smolvlm.
+"""SmolVLM 2: the text of a model that reads images, `model_type` smolvlm.
 
 model / text_model / ...    as `llama`
 """
@@ -10,10 +10,7 @@ from lora_jax.models.reader import ConfigReader
 from lora_jax.models.towers import Tower, read_text, tower_rules
 
 RULES = tower_rules(TEXT_RULES, "text_model")
-NAMES = Names(
-    no_weights=r".*rotary_emb\.inv_freq|model\.(vision_model|connector)\..*",
-    carried=r"model\.(vision_model|connector)\..*",
-)
+NAMES = Names(carried=("vision_model", "connector"))
 
 
 def read_config(reader: ConfigReader) -> llama.Config:

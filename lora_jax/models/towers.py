@@ -25,16 +25,14 @@ IMAGES = (
 )
 # Files of transformers 4 have the text and the images side by side.
 LLAVA = Names(
-    no_weights=r".*rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*",
-    carried=r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+    carried=("vision_tower", "multi_modal_projector"),
     moved=(
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head.", "lm_head."),
     ),
 )
 QWEN = Names(
-    no_weights=r".*rotary_emb\.inv_freq|(model\.)?visual\..*",
-    carried=r"(model\.)?visual\..*",
+    carried=("visual",),
     moved=(
         ("model.language_model.", "model.language_model."),
         ("model.", "model.language_model."),

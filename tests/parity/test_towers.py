@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import peft
@@ -114,6 +115,60 @@ def test_names_of_earlier_files_are_read_and_kept(tmp_path, error, name):
     assert layouts["modules"] != layouts["old"]
 
 
+def test_a_head_that_config_json_does_not_name(tmp_path, error):
+    """Published files of Mistral Small have no `tie_word_embeddings`, and a head of their own."""
+    oracle, directory = make("mistral3"), tmp_path / "model"
+    oracle.save_pretrained(directory)
+    with_names_of_modules(directory, oracle)
+    with_old_names(directory, "mistral3")
+    content = json.loads((directory / "config.json").read_text())
+    for fields in (content, content["text_config"]):
+        fields.pop("tie_word_embeddings", None)
+    (directory / "config.json").write_text(json.dumps(content))
+    model = formats.load(directory)
+    tokens = random_tokens((1, 12))
+    logits = jax.jit(model.apply, compiler_options=QUICK)(model.params, tokens)
+    assert error(logits, torch_logits(oracle, tokens)) < TOLERANCE
+    formats.write_model(tmp_path / "written", model, model.params, directory)
+    before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path / "written"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    written = json.loads((tmp_path / "written" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+
+
+def test_an_export_in_another_dtype_has_the_images_as_they_were(tmp_path):
+    """The dtype of config.json is that of the text, and files of processors are copied."""
+    directory, target = tmp_path / "model", tmp_path / "written"
+    make("qwen2_5_vl").save_pretrained(directory)
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (directory / file).write_text("{}")
+    model = formats.load(directory)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    formats.write_model(target, model, params, directory)
+    for key, value in load_file(target / "model.safetensors").items():
+        assert value.dtype == (jnp.bfloat16 if is_of_text(key) else np.float32), key
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all((target / file.name).is_file() for file in directory.glob("*preprocessor*"))
+
+
+def test_an_adapter_of_the_images_is_refused(tmp_path):
+    oracle = make("gemma3")
+    oracle.save_pretrained(tmp_path / "model")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(oracle, settings).save_pretrained(tmp_path / "adapter")
+    params = formats.describe(tmp_path / "model").params
+    with pytest.raises(UserError, match="unexpected .*vision_tower.*q_proj.lora_A"):
+        formats.read_adapter(tmp_path / "adapter", params)
+
+
+@EACH
+def test_the_images_are_named_in_a_note(name):
+    content = config_of(name, next(iter(TOWERS[name].text))) | {"model_type": name}
+    (note,) = [text for text in models.describe(content).notes if "images" in text]
+    assert all(module in note for module in models.FAMILIES[name].NAMES.carried)
+
+
 @EACH
 def test_adapters_of_peft_and_the_merged_wrapper(tmp_path, error, name):
     """Losses, gradients, files both ways, and an export in which the images are unchanged."""
@@ -201,6 +256,18 @@ def test_fields_of_a_flat_file():
     flat["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 1]}
     flat["rope_theta"] = flat.pop("rope_parameters")["rope_theta"]
     assert models.describe(flat).config == nested.config
+
+
+def test_copies_of_fields_outside_of_the_text():
+    """transformers 4 wrote those of Qwen 2.5 VL twice, and reads the inner ones."""
+    content = config_of("qwen2_5_vl", "plain") | {"model_type": "qwen2_5_vl"}
+    expected, text = models.describe(content), content["text_config"]
+    copied = models.describe(text | content)
+    assert copied.config == expected.config and copied.notes == expected.notes
+    apart = models.describe(text | content | {"sliding_window": 7, "hidden_size": 5})
+    assert apart.config == expected.config
+    (note,) = {*apart.notes} - {*expected.notes}
+    assert note.endswith("with other values: hidden_size, sliding_window")
 
 
 REFUSED = [
