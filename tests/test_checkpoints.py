@@ -8,7 +8,10 @@ import pytest
 
 from lora_jax import models, tree
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+from .towers import TOWERS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| (`\w[^|]*?) \| ([^|]*\(\d[^|]*) \|$", README, re.M))
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 8}
 FINE = {
@@ -211,3 +214,20 @@ def test_the_table_lists_every_family_and_nothing_that_is_not_checked():
     assert set(PUBLISHED) == set(models.FAMILIES)
     names = {name for sizes in PUBLISHED.values() for name in sizes}
     assert {name for family in PUBLISHED for name in listed(family)} == names
+
+
+def test_the_page_of_models_lists_every_family():
+    """And names only checkpoints whose sizes are checked."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    supported, refused = page.split("## Not supported")
+    rows = re.findall(r"^\| `(?!model_type)([\w-]+)` \| ([^|]+) \|", supported, re.M)
+    assert sorted(family for family, _ in rows) == sorted(models.FAMILIES)
+    for family, names in rows:
+        assert {*names.split(", ")} <= PUBLISHED[family].keys(), family
+    for family in TOWERS:
+        (row,) = [line for line in supported.splitlines() if line.startswith(f"| `{family}` |")]
+        assert row.endswith(
+            ", ".join(f"`{m}`" for m in models.FAMILIES[family].NAMES.carried) + " |"
+        )
+    types = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]+) \|", refused, re.M)))
+    assert len(types) > 10 and not {*types} & models.FAMILIES.keys()
