@@ -505,7 +505,7 @@ def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, s
 
 
 def adds_one(family: str) -> bool:
-    """Whether norms multiply by 1 + scale."""
+    """Return True if norms multiply by 1 + scale."""
     return "gemma" in family or family == "nemotron"
 
 

@@ -217,7 +217,7 @@ def test_the_table_lists_every_family_and_nothing_that_is_not_checked():
 
 
 def test_the_page_of_models_lists_every_family():
-    """And names only checkpoints whose sizes are checked."""
+    """It names only checkpoints whose sizes are checked."""
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     supported, refused = page.split("## Not supported")
     rows = re.findall(r"^\| `(?!model_type)([\w-]+)` \| ([^|]+) \|", supported, re.M)
