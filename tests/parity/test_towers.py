@@ -20,6 +20,7 @@ from lora_jax.errors import UserError
 from lora_jax.formats import peft_tensors
 from lora_jax.targets import find_trainable
 
+from ..engines import complete
 from ..families import ATTENTION, spread
 from ..methods import QUICK
 from ..towers import TOWERS, config_of
@@ -91,6 +92,27 @@ def test_logits(tmp_path, error, name, variant):
     tokens = random_tokens((2, 40))
     logits = jax.jit(model.apply, compiler_options=QUICK)(model.params, tokens)
     assert error(logits, torch_logits(oracle, tokens)) < TOLERANCE
+
+
+@pytest.mark.long_table(2)
+@EACH
+def test_greedy_tokens_equal_transformers(tmp_path, name):
+    """Answers from a cache; with Qwen, positions in three dimensions."""
+    oracle = make(name)
+    oracle.save_pretrained(tmp_path)
+    oracle.generation_config.eos_token_id = None
+    prompts = [random_tokens(n, n).tolist() for n in (11, 4)]
+    expected = [
+        oracle.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    assert complete(formats.load(tmp_path), prompts, 12) == expected
 
 
 @pytest.mark.parametrize("name", [name for name, row in TOWERS.items() if row.old])
