@@ -245,10 +245,9 @@ def _write(
     origin: _Origin,
     report: Mapping[str, Any],
 ) -> None:
-    task_type = "SEQ_CLS" if model.labels else "CAUSAL_LM"
     text = card.adapter_card(
         card.Base(spec, model.directory),
-        task_type,
+        card.task_of(model),
         formats.file_rank(made.trainable),
         formats.serving_problems(made.trainable, model.hf_config.get("model_type")),
         {"Made of": card.table(["setting", "value"], list(_sources(report)))},
@@ -259,7 +258,7 @@ def _write(
         model.params,
         made.trainable,
         base_model=formats.public_name(spec),
-        task_type=task_type,
+        task_type="SEQ_CLS" if model.labels else "CAUSAL_LM",
         source=origin.side_files,
         card=text,
         extra={

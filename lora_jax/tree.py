@@ -35,7 +35,8 @@ FUSED = {
     "gate_up_proj": ("gate", "up"),
 }
 OUTPUT_HEADS = ("lm_head", "score", "classifier")  # linears that `all-linear` leaves out
-CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's linears: in files as here, (in, out)
+CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's linears, in `h`: in files as here, (in, out)
+TOWERS = ("language_model", "text_model")  # decoders inside a model that reads images
 TIED_EMBEDDINGS = ("embed_tokens", "wte")  # in a tree without `lm_head` they are the head too
 
 
@@ -82,7 +83,12 @@ def stack_position(path: Path) -> int | None:
 
 def is_conv1d(module: Path) -> bool:
     """Return True if Hugging Face files hold the kernel of a module as (in, out)."""
-    return module[-1] in CONV1D
+    return module[-1] in CONV1D and "layers" not in module
+
+
+def in_tower(name: str) -> bool:
+    """Return True for a module path inside a model that reads images."""
+    return any(f".{tower}." in name for tower in TOWERS)
 
 
 def has_experts(path: Path) -> bool:

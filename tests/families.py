@@ -258,6 +258,125 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "arcee": Family(
+        "ArceeConfig",
+        "ArceeForCausalLM",
+        IMPLIED,
+        {
+            "biases": dict(attention_bias=True, mlp_bias=True, rms_norm_eps=0.05),
+            "tied": dict(
+                tie_word_embeddings=True,
+                head_dim=10,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+    ),
+    "starcoder2": Family(
+        "Starcoder2Config",
+        "Starcoder2ForCausalLM",
+        IMPLIED,
+        {
+            "window, untied": dict(sliding_window=5, tie_word_embeddings=False, norm_epsilon=0.05),
+            "no biases": dict(use_bias=False, hidden_act="gelu", rope_parameters=theta(300.0)),
+            "plain": {},
+        },
+    ),
+    "nemotron": Family(
+        "NemotronConfig",
+        "NemotronForCausalLM",
+        GIVEN,
+        {
+            "biases, rotated in full": dict(
+                attention_bias=True,
+                mlp_bias=True,
+                norm_eps=0.05,
+                rope_parameters=theta(300.0, partial_rotary_factor=1.0),
+            ),
+            "tied": dict(
+                tie_word_embeddings=True,
+                hidden_act="gelu",
+                rope_parameters=theta(10000.0, partial_rotary_factor=0.25),
+            ),
+            "plain": {},
+        },
+    ),
+    "phi": Family(
+        "PhiConfig",
+        "PhiForCausalLM",
+        IMPLIED | dict(hidden_size=48),
+        {
+            "norms of heads": dict(
+                qk_layernorm=True,
+                layer_norm_eps=0.05,
+                rope_parameters=theta(300.0, partial_rotary_factor=0.25),
+            ),
+            "rotated in full": dict(
+                hidden_act="gelu",
+                rope_parameters=theta(10000.0, partial_rotary_factor=1.0),
+            ),
+            "plain": {},
+        },
+    ),
+    "cohere": Family(
+        "CohereConfig",
+        "CohereForCausalLM",
+        IMPLIED,
+        {
+            "norms of heads, biases": dict(
+                use_qk_norm=True, attention_bias=True, layer_norm_eps=0.05, logit_scale=0.5
+            ),
+            "untied": dict(
+                tie_word_embeddings=False,
+                logit_scale=1.5,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0),
+            ),
+            "plain": dict(logit_scale=1.0),
+        },
+    ),
+    "glm4": Family(
+        "Glm4Config",
+        "Glm4ForCausalLM",
+        GIVEN,
+        {
+            "tied, rotated in full": dict(
+                tie_word_embeddings=True,
+                rms_norm_eps=0.05,
+                rope_parameters=theta(300.0, partial_rotary_factor=1.0),
+            ),
+            "no biases": dict(
+                attention_bias=False,
+                hidden_act="gelu",
+                rope_parameters=theta(10000.0, partial_rotary_factor=0.25),
+            ),
+            "plain": {},
+        },
+    ),
+    "exaone4": Family(
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        IMPLIED,
+        {
+            "window, tied": dict(
+                sliding_window=5, sliding_window_pattern=2, tie_word_embeddings=True
+            ),
+            "layer types": dict(
+                sliding_window=9,
+                layer_types=[SLIDING, FULL, SLIDING],
+                hidden_act="gelu",
+                rms_norm_eps=0.05,
+                rope_parameters=theta(300.0),
+            ),
+            "no window": dict(
+                sliding_window=None,
+                layer_types=[FULL] * 3,
+                head_dim=10,
+                rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+            ),
+        },
+    ),
     "mixtral": Family(
         "MixtralConfig",
         "MixtralForCausalLM",
@@ -342,6 +461,33 @@ ALIASES = {
             ),
         },
     ),
+    "smollm3": Family(
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        IMPLIED,
+        {
+            "window without rotation, biases, untied": dict(
+                use_sliding_window=True,
+                sliding_window=5,
+                no_rope_layers=[1, 0, 1],
+                attention_bias=True,
+                mlp_bias=True,
+                tie_word_embeddings=False,
+            ),
+            "layer types": dict(
+                use_sliding_window=True,
+                sliding_window=9,
+                layer_types=[SLIDING, FULL, SLIDING],
+                no_rope_layer_interval=2,
+                hidden_act="gelu",
+                rms_norm_eps=0.05,
+            ),
+            "plain": dict(
+                head_dim=10,
+                rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+            ),
+        },
+    ),
 }
 
 
@@ -356,6 +502,11 @@ def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, s
         for index, form in enumerate(own)
         if family in ("llama", "mixtral") or number % len(own) == index
     ]
+
+
+def adds_one(family: str) -> bool:
+    """Return True if norms multiply by 1 + scale."""
+    return "gemma" in family or family == "nemotron"
 
 
 def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
@@ -373,11 +524,11 @@ def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_spread(noise, name, around_zero="gemma" in family))
+            parameter.copy_(spread(noise, name, around_zero=adds_one(family)))
     return model
 
 
-def _spread(noise: Any, name: str, around_zero: bool) -> Any:
+def spread(noise: Any, name: str, around_zero: bool) -> Any:
     """Noise as large as the weight of that name is: norms vary about one, or about zero where they
     multiply by 1 + weight, and a product with a kernel keeps the size of its input.
     """
@@ -413,7 +564,7 @@ def random_model(family: str, seed: int = 0, **fields: Any) -> Model:
     def draw(path: tree.Path, leaf: Any) -> Any:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1] in ("scale", "bias"):
-            one = path[-1] == "scale" and "gemma" not in family
+            one = path[-1] == "scale" and not adds_one(family)
             return jnp.asarray(0.3 * noise + one)
         size = 0.3 if path[-1] == "embedding" else leaf.shape[-2] ** -0.5
         return jnp.asarray(size * noise)

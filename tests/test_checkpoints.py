@@ -8,7 +8,10 @@ import pytest
 
 from lora_jax import models, tree
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+from .towers import TOWERS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| (`\w[^|]*?) \| ([^|]*\(\d[^|]*) \|$", README, re.M))
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 8}
 FINE = {
@@ -28,6 +31,11 @@ def decoder(vocabulary, width, inner, layers, heads, kv_heads, **more):
 
 def tied(*sizes, **more):
     return decoder(*sizes, tie_word_embeddings=True, **more)
+
+
+def with_images(text):
+    """The fields of a model that reads images, of which the text is counted."""
+    return {"text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
 
 
 def encoder(vocabulary, width=768, layers=12, heads=12, **more):
@@ -76,6 +84,7 @@ PUBLISHED = {
             **{"head_dim": 128, "attention_bias": True, "attention_out_bias": False},
         )
     },
+    "smollm3": {"SmolLM3-3B": tied(128256, 2048, 11008, 36, 16, 4)},
     "gemma": {
         "gemma-2b": tied(256000, 2048, 16384, 18, 8, 1, head_dim=256),
         "gemma-7b": tied(256000, 3072, 24576, 28, 16, 16, head_dim=256),
@@ -88,6 +97,28 @@ PUBLISHED = {
     "gemma3_text": {
         "gemma-3-270m": tied(262144, 640, 2048, 18, 4, 1, head_dim=256),
         "gemma-3-1b-it": tied(262144, 1152, 6912, 26, 4, 1, head_dim=256),
+    },
+    "gemma3": {
+        "gemma-3-4b-it": with_images(tied(262208, 2560, 10240, 34, 8, 4)),
+        "gemma-3-12b-it": with_images(tied(262208, 3840, 15360, 48, 16, 8)),
+        "gemma-3-27b-it": with_images(tied(262208, 5376, 21504, 62, 32, 16, head_dim=128)),
+    },
+    "mistral3": {
+        "Mistral-Small-3.1-24B-Instruct-2503": with_images(
+            decoder(131072, 5120, 32768, 40, 32, 8, head_dim=128)
+        ),
+    },
+    "qwen2_5_vl": {
+        "Qwen2.5-VL-3B-Instruct": with_images(tied(151936, 2048, 11008, 36, 16, 2)),
+        "Qwen2.5-VL-7B-Instruct": with_images(decoder(152064, 3584, 18944, 28, 28, 4)),
+    },
+    "qwen3_vl": {
+        "Qwen3-VL-4B-Instruct": with_images(tied(151936, 2560, 9728, 36, 32, 8)),
+        "Qwen3-VL-8B-Instruct": with_images(decoder(151936, 4096, 12288, 36, 32, 8)),
+    },
+    "smolvlm": {
+        "SmolVLM2-256M-Video-Instruct": with_images(decoder(49280, 576, 1536, 30, 9, 3)),
+        "SmolVLM2-2.2B-Instruct": with_images(decoder(49280, 2048, 8192, 24, 32, 32)),
     },
     "phi3": {
         "Phi-3.5-mini-instruct": decoder(32064, 3072, 8192, 32, 32, 32),
@@ -111,6 +142,33 @@ PUBLISHED = {
         "granite-3.3-2b-instruct": tied(49159, 2048, 8192, 40, 32, 8),
         "granite-3.3-8b-instruct": tied(49159, 4096, 12800, 40, 32, 8),
         "granite-4.0-micro": tied(100352, 2560, 8192, 40, 40, 8),
+    },
+    "arcee": {"AFM-4.5B-Base": decoder(128004, 2560, 18432, 36, 20, 4, head_dim=128)},
+    "starcoder2": {
+        "starcoder2-3b": tied(49152, 3072, 12288, 30, 24, 2),
+        "starcoder2-7b": tied(49152, 4608, 18432, 32, 36, 4),
+        "starcoder2-15b": decoder(49152, 6144, 24576, 40, 48, 4),
+    },
+    "nemotron": {
+        "Minitron-4B-Base": decoder(256000, 3072, 9216, 32, 24, 8, head_dim=128),
+        "Minitron-8B-Base": decoder(256000, 4096, 16384, 32, 48, 8, head_dim=128),
+    },
+    "phi": {
+        "phi-1_5": decoder(51200, 2048, 8192, 24, 32, 32),
+        "phi-2": decoder(51200, 2560, 10240, 32, 32, 32),
+    },
+    "cohere": {
+        "c4ai-command-r-v01": tied(256000, 8192, 22528, 40, 64, 64),
+        "c4ai-command-r-plus": tied(256000, 12288, 33792, 64, 96, 8, use_qk_norm=True),
+        "aya-23-8B": tied(256000, 4096, 14336, 32, 32, 8),
+    },
+    "glm4": {
+        "GLM-4-9B-0414": decoder(151552, 4096, 13696, 40, 32, 2),
+        "GLM-4-32B-0414": decoder(151552, 6144, 23040, 61, 48, 2, attention_bias=False),
+    },
+    "exaone4": {
+        "EXAONE-4.0-1.2B": tied(102400, 2048, 4096, 30, 32, 8),
+        "EXAONE-4.0-32B": decoder(102400, 5120, 27392, 64, 40, 8),
     },
     "mixtral": {
         "Mixtral-8x7B-v0.1": decoder(32000, 4096, 14336, 32, 32, 8, **EXPERTS),
@@ -156,3 +214,20 @@ def test_the_table_lists_every_family_and_nothing_that_is_not_checked():
     assert set(PUBLISHED) == set(models.FAMILIES)
     names = {name for sizes in PUBLISHED.values() for name in sizes}
     assert {name for family in PUBLISHED for name in listed(family)} == names
+
+
+def test_the_page_of_models_lists_every_family():
+    """It names only checkpoints whose sizes are checked."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    supported, refused = page.split("## Not supported")
+    rows = re.findall(r"^\| `(?!model_type)([\w-]+)` \| ([^|]+) \|", supported, re.M)
+    assert sorted(family for family, _ in rows) == sorted(models.FAMILIES)
+    for family, names in rows:
+        assert {*names.split(", ")} <= PUBLISHED[family].keys(), family
+    for family in TOWERS:
+        (row,) = [line for line in supported.splitlines() if line.startswith(f"| `{family}` |")]
+        assert row.endswith(
+            ", ".join(f"`{m}`" for m in models.FAMILIES[family].NAMES.carried) + " |"
+        )
+    types = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]+) \|", refused, re.M)))
+    assert len(types) > 10 and not {*types} & models.FAMILIES.keys()

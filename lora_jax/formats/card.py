@@ -17,10 +17,22 @@ from lora_jax import demo
 from lora_jax.config import read_text
 from lora_jax.errors import UserError
 from lora_jax.formats.hub import is_hub_name, public_name
+from lora_jax.models import Model
 
 _HERE = "path/to/this/directory"
-_TASKS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
-_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+# The tag on the hub and the class in transformers of each kind of model, by PEFT's name of it. PEFT
+# has no name for models that read images.
+_IMAGES = "IMAGE_TEXT_TO_TEXT"
+_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    _IMAGES: "image-text-to-text",
+}
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    _IMAGES: "AutoModelForImageTextToText",
+}
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank takes
 _LONG = 300  # characters of a cell
 
@@ -78,6 +90,13 @@ class Base:
         return ""
 
 
+def task_of(model: Model) -> str:
+    """Return the kind of a model, as the functions below take it."""
+    if model.labels:
+        return "SEQ_CLS"
+    return _IMAGES if model.names.carried else "CAUSAL_LM"
+
+
 def adapter_card(
     base: Base,
     task_type: str,
@@ -90,7 +109,7 @@ def adapter_card(
 
     Args:
         base: the base model.
-        task_type: of PEFT: CAUSAL_LM or SEQ_CLS.
+        task_type: `task_of` the model.
         rank: the largest rank of the file, for vLLM's --max-lora-rank.
         problems: reasons why vLLM does not load the adapter.
         sections: Markdown by heading, after the section on use.
@@ -160,7 +179,7 @@ def _load_adapter(
         f'tokenizer = AutoTokenizer.from_pretrained("{_HERE}")'
     )
     parts = ["With PEFT:", fenced("python", python)]
-    if task_type != "CAUSAL_LM":
+    if task_type == "SEQ_CLS":
         return "\n\n".join(parts)
     model = base.spec if base.spec.startswith("demo:") else named
     command = f"lora-jax generate --model {shlex.quote(model)} --adapter {_HERE} \\\n    "

@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError
-from lora_jax.formats.names import canonical, pieces
+from lora_jax.formats.names import canonical, is_carried, pieces
 from lora_jax.formats.tensors import (
     FLOATS,
     Tensor,
@@ -91,6 +91,19 @@ def _model_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
     if embedding is not None and embedding not in found and HEAD_NAME in found:
         found[embedding] = found.pop(HEAD_NAME)
     return {name: one for name, one in found.items() if not _is_in(name, model.fresh)}
+
+
+def stored_names(directory: Path, model: Model) -> dict[str, str]:
+    """Return the names in the files of a directory by those in the whole model."""
+    return {name: tensor.stored for name, tensor in _model_tensors(directory, model).items()}
+
+
+def carried_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
+    """Return the tensors of a directory that an export copies, by their names in the files."""
+    if not model.names.carried:
+        return {}
+    tensors = list_tensors(directory)
+    return {name: tensors[name] for name in tensors if is_carried(name, model.names)}
 
 
 def _tied_name(model: Model) -> str | None:

@@ -13,8 +13,10 @@ from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError
 from lora_jax.formats.directories import new_directory_on_main
+from lora_jax.formats.model_tensors import carried_tensors, stored_names
 from lora_jax.formats.names import Piece, pieces
 from lora_jax.formats.side_files import copy_side_files, write_generation_config, write_json
+from lora_jax.formats.tensors import Tensor, open_tensors
 from lora_jax.models import Model
 from lora_jax.sharding import gather_to_host
 from lora_jax.targets import HEAD
@@ -83,7 +85,8 @@ def write_model_files(
     """Write the files of a model into an empty directory.
 
     These are the weights in safetensors (several shards with an index above `max_shard_size`),
-    config.json, and the side files of `source`. One shard at a time is gathered to the host. All
+    config.json, and the side files of `source`; of a model that reads images also its other
+    tensors, bit for bit. One shard at a time is gathered to the host. All
     hosts must call; those whose `directory` is None write nothing.
 
     Args:
@@ -102,8 +105,10 @@ def write_model_files(
         if isinstance(leaf, Untied):
             leaves |= {path: leaf.embed, HEAD: jnp.swapaxes(leaf.head, 0, 1)}
             config["tie_word_embeddings"] = False
+    carried = carried_tensors(source, model)
     directory = None if directory is None else expand(directory)
-    _write_weights(directory, leaves, model, limit)
+    renamed = stored_names(source, model) if carried else {}
+    _write_weights(directory, leaves, model, limit, renamed, carried)
     if directory is None:
         return
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
@@ -116,18 +121,27 @@ def write_model_files(
 
 
 def _write_weights(
-    directory: Path | None, leaves: Mapping[tree.Path, Any], model: Model, limit: int
+    directory: Path | None,
+    leaves: Mapping[tree.Path, Any],
+    model: Model,
+    limit: int,
+    renamed: Mapping[str, str],
+    carried: Mapping[str, Tensor],
 ) -> None:
     """Write the safetensors files of at most `limit` bytes, and their index if there are several.
-    All hosts gather; those without a directory write nothing.
+    All hosts gather; those without a directory write nothing. `renamed` has names that differ in
+    the files, and `carried` tensors to copy.
     """
     places: dict[str, tuple[tree.Path, Piece]] = {}
     for path, leaf in leaves.items():
-        places |= {piece.name: (path, piece) for piece in pieces(path, leaf.shape, model.names)}
+        for piece in pieces(path, leaf.shape, model.names):
+            places[renamed.get(piece.name, piece.name)] = (path, piece)
     sizes = {
         name: math.prod(piece.shape) * leaves[path].dtype.itemsize
         for name, (path, piece) in places.items()
     }
+    for name, tensor in carried.items():
+        sizes[name] = math.prod(tensor.shape) * tensor.dtype.itemsize
     shards = _shards(sizes, limit)
     weight_map = {}
     for number, names in enumerate(shards, 1):
@@ -136,11 +150,16 @@ def _write_weights(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         content = {}
         for name in names:
+            weight_map[name] = file
+            if name in carried:
+                if directory is not None:
+                    with open_tensors(carried[name].file) as handle:
+                        content[name] = handle.get_tensor(name)
+                continue
             path, piece = places[name]
             array = gather_to_host(leaves[path][piece.place()])
             if directory is not None:
                 content[name] = np.ascontiguousarray(array.T if piece.transposed else array)
-            weight_map[name] = file
         if directory is not None:
             save_file(content, directory / file, metadata={"format": "pt"})
     if directory is not None and len(shards) > 1:

@@ -87,7 +87,7 @@ def canonical(
     add one (`_orig_mod.`, `module.`, `base_model.model.`). One prefix may be missing or extra, if
     it is the same for all weights; otherwise names stay as they are.
     """
-    weights = [name for name in stored if not re.fullmatch(names.no_weights, name)]
+    weights = [name for name in stored if _is_read(name, names)]
     heads = tuple(f"{head}." for head in tree.OUTPUT_HEADS)
     found = {}
     for name in weights:
@@ -96,16 +96,25 @@ def canonical(
     if {*found.values()} <= {*expected}:
         return found
     unwrapped = unwrap(weights, params)
-    known = {
-        name: _today(new, names)
-        for name, new in unwrapped.items()
-        if not re.fullmatch(names.no_weights, new)
-    }
+    known = {name: _today(new, names) for name, new in unwrapped.items() if _is_read(new, names)}
     hits = [len({*one.values()} & {*expected}) for one in (found, known)]
     return known if hits[1] > hits[0] else found
 
 
+def is_carried(name: str, names: Names) -> bool:
+    """Return True for a tensor that is not read, and that an export copies."""
+    return not {*names.carried}.isdisjoint(name.split("."))
+
+
+def _is_read(name: str, names: Names) -> bool:
+    return not re.fullmatch(names.no_weights, name) and not is_carried(name, names)
+
+
 def _today(name: str, names: Names) -> str:
+    for old, new in names.moved:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
     for old, new in names.old:
         name = name.removesuffix(old) + new if name.endswith(old) else name
     return name

@@ -73,9 +73,11 @@ def to_peft_config(
 
 def shortest_target_list(adapted: set[str], params: Mapping) -> list[str]:
     """Return module names such as q_proj when they select exactly the adapted modules, full paths
-    otherwise.
+    otherwise and in the tower of a model that reads images, where other modules have these names.
     """
     short = sorted({name.rpartition(".")[2] for name in adapted})
+    if any(tree.in_tower(name) for name in adapted):
+        return sorted(adapted)
     same = {*filter(matcher(short), weight_names(params))} == adapted
     return short if same else sorted(adapted)
 

@@ -14,9 +14,13 @@ _EMBEDDING, _HEAD = "embed_tokens", HEAD[0]
 _FAMILIES_WITH = {
     _EMBEDDING: (
         *("granite", "llama", "mixtral", "phi3", "qwen3", "qwen3_moe"),
-        *("ministral", "olmo2", "olmo3", "seed_oss"),
+        *("exaone4", "nemotron", "ministral", "olmo2", "olmo3", "seed_oss"),
+        *("arcee", "cohere", "phi", "smollm3", "starcoder2"),
     ),
-    _HEAD: ("granite", "llama", "mixtral", "phi3", "qwen3", "qwen3_moe"),
+    _HEAD: (
+        *("granite", "llama", "mixtral", "phi3", "qwen3", "qwen3_moe"),
+        *("exaone4", "nemotron"),
+    ),
 }
 _MERGE = "export a merged model with --format hf"
 

@@ -7,7 +7,7 @@ would refuse or render.
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ SIDE_FILES = (
     *("vocab*", "*vocab.json", "merges.txt", "bpe.codes", "dict.txt"),
     *("*.model", "*.spm", "*.tiktoken", "*.tokenizer"),
     *("emoji.json", "normalizer.json", "byte_maps.json", "word_*.json"),
-    *("preprocessor_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     *("LICENSE*", "LICENCE*", "License*", "license*", "COPYING*", "NOTICE*", "Notice*"),
     "USE_POLICY*",
 )
@@ -160,7 +160,7 @@ def write_generation_config(source: Path, target: Path, stops: Collection[int] =
     if exists(file):
         content = read_json(file)
     else:
-        config = read_json(source / "config.json")
+        config = _with_text(read_json(source / "config.json"))
         content = {name: config[name] for name in _TOKENS if config.get(name) is not None}
     ids = [*known, *added]
     write_json(target / file.name, content | {"eos_token_id": ids if len(ids) > 1 else ids[0]})
@@ -172,13 +172,19 @@ def _configs(directory: Path) -> list[str]:
     return [name for name in names if exists(directory / name)]
 
 
+def _with_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json, and those of its `text_config` where it has none."""
+    text, own = config.get("text_config"), {k: v for k, v in config.items() if v is not None}
+    return {**text, **own} if isinstance(text, Mapping) else own
+
+
 def read_eos(file: Path) -> list[int]:
     """Return the ids under `eos_token_id` of a JSON file, in their order.
 
     Raises:
         UserError: the file cannot be read, or the values are not token ids.
     """
-    value = read_json(file).get("eos_token_id")
+    value = _with_text(read_json(file)).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
         raise UserError(

@@ -8,35 +8,50 @@ from flax import nnx
 
 from lora_jax import tree
 from lora_jax.config import shown
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, nearest
 from lora_jax.models import (
+    arcee,
     bert,
     camembert,
+    cohere,
+    exaone4,
     gemma,
     gemma2,
+    gemma3,
     gemma3_text,
+    glm4,
     gpt2,
     granite,
     llama,
     ministral,
     mistral,
+    mistral3,
     mixtral,
+    nemotron,
     olmo2,
     olmo3,
+    phi,
     phi3,
     qwen2,
+    qwen2_5_vl,
     qwen3,
     qwen3_moe,
+    qwen3_vl,
     roberta,
     seed_oss,
+    smollm3,
+    smolvlm,
+    starcoder2,
     xlm_roberta,
 )
 from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(bert, camembert, gemma, gemma2, gemma3_text, gpt2, granite, llama, ministral, mistral),
-    *(mixtral, olmo2, olmo3, phi3, qwen2, qwen3, qwen3_moe, roberta, seed_oss, xlm_roberta),
+    *(arcee, bert, camembert, cohere, exaone4, gemma, gemma2, gemma3, gemma3_text, glm4, gpt2),
+    *(granite, llama, ministral, mistral, mistral3, mixtral, nemotron, olmo2, olmo3, phi, phi3),
+    *(qwen2, qwen2_5_vl, qwen3, qwen3_moe, qwen3_vl, roberta, seed_oss, smollm3, smolvlm),
+    *(starcoder2, xlm_roberta),
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
@@ -64,18 +79,20 @@ def describe(
     reader = ConfigReader(hf_config, ignore)
     family = FAMILIES.get(str(reader.model_type))
     if family is None:
-        raise UserError(
-            f"config.json: model_type={shown(repr(reader.model_type))} is not supported; these "
-            f"are: {', '.join(FAMILIES)}"
-        )
+        raise _unknown(hf_config)
     fresh: tuple[str, ...] = ()
     if labels is not None:
         old = ConfigReader(hf_config).labels()
         fresh = family.NAMES.heads[:1] if tuple(labels) != old else ()
         hf_config = _with_labels(hf_config, labels, family.ARCHITECTURE)
         reader = ConfigReader(hf_config, ignore)
-    config = family.read_config(reader)
+    config, names = family.read_config(reader), getattr(family, "NAMES", Names())
     reader.finish()
+    if names.carried:
+        reader.notes.append(
+            f"model_type={reader.model_type!r} reads images: only its text is loaded and trained, "
+            f"without {' and '.join(names.carried)}; an export of the model copies these tensors"
+        )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"config.json: num_attention_heads={config.num_attention_heads} is not a multiple of "
@@ -90,7 +107,7 @@ def describe(
         config,
         dict(hf_config),
         family.RULES,
-        getattr(family, "NAMES", Names()),
+        names,
         fresh=fresh,
         notes=tuple(reader.notes),
     )
@@ -105,6 +122,25 @@ def ties_embeddings(hf_config: Mapping[str, Any]) -> bool:
     return family is not None and bool(
         getattr(family.read_config(reader), "tie_word_embeddings", False)
     )
+
+
+def _unknown(hf_config: Mapping[str, Any]) -> UserError:
+    """Return the error for a model type that is not supported: the nearest one that is, and what
+    can be done with the text of a model that reads images.
+    """
+    kind, text = hf_config.get("model_type"), hf_config.get("text_config")
+    message = (
+        f"config.json: model_type={shown(repr(kind))} is not supported; these are: "
+        f"{', '.join(FAMILIES)}.{nearest(str(kind), FAMILIES)}"
+    )
+    if isinstance(text, Mapping):
+        inner = str(text.get("model_type"))
+        message += f" Its text_config has model_type={shown(repr(inner))}, which is " + (
+            "supported: save that part by itself, with save_pretrained of transformers"
+            if inner in FAMILIES
+            else "not supported either"
+        )
+    return UserError(message)
 
 
 def _check_size(params: Mapping[str, Any]) -> None:

@@ -121,6 +121,8 @@ class Names:
     old: tuple[tuple[str, str], ...] = ()  # suffix of a name in old files -> suffix today
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # parts joined along out
     heads: tuple[str, ...] = ()  # modules that files may lack; they start at random and train
+    moved: tuple[tuple[str, str], ...] = ()  # start of a name in other files -> start today
+    carried: tuple[str, ...] = ()  # modules whose tensors are not read; an export copies them
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.common import PLAIN, Execution, Routing, scan_layers
-from lora_jax.models.reader import FULL, SLIDING, ConfigReader
+from lora_jax.models.reader import SLIDING, ConfigReader
 from lora_jax.models.rotary import PLAIN_ROPE, RopeRules, read_rope
 from lora_jax.nn.attention import KVContext, attend, mask_specs
 from lora_jax.nn.cache import Cache
@@ -34,7 +34,7 @@ RULES = (
     (r"model\.layers\..*\.(o|down)_proj\.kernel", P("tensor", "fsdp")),
     (r"model\.layers\..*\.(q|k|v|gate|up)_proj\.bias", P("tensor")),
     (r"model\.layers\..*\.(o|down)_proj\.bias", P(None)),
-    (r"model\.(layers\..*)?norm\.scale", P(None)),
+    (r"model\.(layers\..*)?norm\.(scale|bias)", P(None)),
     (r"lm_head\.kernel", P("fsdp", "tensor")),
 )
 
@@ -56,7 +56,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     rope_parameters: dict[str, dict[str, Any]]  # by layer type
     sliding_window: int | None
-    layer_types: tuple[str, ...]
+    layer_types: tuple[str, ...]  # a name that begins with `SLIDING` has the window
 
     @property
     def ropes_by_length(self) -> list[dict[str, Any]]:
@@ -75,6 +75,7 @@ class Defaults:
     num_key_value_heads: int | None = None  # None: num_attention_heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
+    epsilon: str = "rms_norm_eps"  # the name of that field
     hidden_act: tuple[str, str] = ("hidden_act", "silu")  # the name of the field, and its default
     tie_word_embeddings: bool = False
 
@@ -119,7 +120,7 @@ def read_decoder(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads or heads,
         "head_dim": head_dim,
-        "rms_norm_eps": reader.number("rms_norm_eps", defaults.rms_norm_eps, least=0),
+        "rms_norm_eps": reader.number(defaults.epsilon, defaults.rms_norm_eps, least=0),
         "hidden_act": reader.choice(*defaults.hidden_act, ACTIVATIONS),
         "max_position_embeddings": positions,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", defaults.tie_word_embeddings),
@@ -141,7 +142,8 @@ class AttentionInputs:
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions. A family that computes queries, keys and
-    values otherwise overrides `project`.
+    values otherwise overrides `project`; one with other rotations or another name of the output
+    projection `rotate` or `output`.
     """
 
     def __init__(
@@ -171,15 +173,23 @@ class Attention(nnx.Module):
         """Reshape (b, t, heads * h) to (b, t, heads, h)."""
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
+    def rotate(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
+        """Rotate queries or keys (b, t, heads, h) by their positions."""
+        return rotate(x, inputs.cos_sin)
+
+    def output(self, mixed: jax.Array) -> jax.Array:
+        """Return the output (b, t, d) of all heads (b, t, n * h)."""
+        return self.o_proj(mixed)
+
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any]:
         """Return the output (b, t, d) for x (b, t, d), and the cache with the new tokens."""
         q, k, v = self.project(x)
-        q, k = rotate(q, inputs.cos_sin), rotate(k, inputs.cos_sin)
+        q, k = self.rotate(q, inputs), self.rotate(k, inputs)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         mixed, cached = attend(q, new, kv, inputs.masks, self.scale, self.softcap)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cached
+        return self.output(mixed.reshape(*x.shape[:2], -1)), cached
 
 
 class MLP(nnx.Module):
@@ -196,13 +206,42 @@ class MLP(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nnx.Module):
-    """A layer with norms before attention and MLP, both given by the family."""
+class PlainMLP(nnx.Module):
+    """down(act(up(x))), with the family's names of the two linears."""
 
-    def __init__(self, config: DecoderConfig, attention: Any, mlp: Any, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        names: tuple[str, str] = ("up_proj", "down_proj"),
+        *,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        d, f = config.hidden_size, config.intermediate_size
+        setattr(self, names[0], Linear(d, f, use_bias=use_bias, rngs=rngs))
+        setattr(self, names[1], Linear(f, d, use_bias=use_bias, rngs=rngs))
+        self.names, self.act = names, config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up, down = (getattr(self, name) for name in self.names)
+        return down(ACTIVATIONS[self.act](up(x)))
+
+
+class Block(nnx.Module):
+    """A layer with norms before attention and MLP, all given by the family."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        attention: Any,
+        mlp: Any,
+        norm: Callable = RMSNorm,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         self.mlp = mlp
 
     def __call__(
@@ -211,6 +250,24 @@ class Block(nnx.Module):
         y, cached = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cached, None
+
+
+class ParallelBlock(nnx.Module):
+    """A layer whose attention and MLP both read one norm of its input."""
+
+    def __init__(
+        self, config: DecoderConfig, attention: Any, mlp: Any, norm: Callable, *, rngs: nnx.Rngs
+    ):
+        self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.self_attn = attention
+        self.mlp = mlp
+
+    def __call__(
+        self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
+    ) -> tuple[jax.Array, Any, Any]:
+        normed = self.input_layernorm(x)
+        y, cached = self.self_attn(normed, inputs, kv)
+        return x + y + self.mlp(normed), cached, None
 
 
 class Decoder(nnx.Module):
@@ -237,9 +294,14 @@ class CausalLM(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
+    @property
+    def decoder(self) -> Any:
+        """Return the module of embedding and layers."""
+        return self.model
+
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """Return the embeddings (b, t, d) of tokens (b, t)."""
-        return self.model.embed_tokens(tokens).astype(dtype)
+        return self.decoder.embed_tokens(tokens).astype(dtype)
 
     def first_input(self, embeddings: jax.Array) -> jax.Array:
         """Return the input of the first layer for embeddings (b, t, d), virtual tokens included."""
@@ -276,8 +338,8 @@ class CausalLM(nnx.Module):
         lengths = None if lengths is None else lengths + first_position(prefix)
         own = by_layer(prefix)
         kinds = sorted(set(config.layer_types))
-        windows = {FULL: None, SLIDING: config.sliding_window}
-        own_windows = [windows[kind] for kind in kinds]
+        window = config.sliding_window
+        own_windows = [window if kind.startswith(SLIDING) else None for kind in kinds]
         prefix_masks = [own.visible(positions, window) for window in own_windows] if own else []
         texts = Texts(in_text, segment_ids, seen_until)
         seen = mask_specs(execution.kernel, texts, cache, own_windows, prefix_masks)
@@ -301,14 +363,18 @@ class CausalLM(nnx.Module):
             return x, routing, cached
 
         x, routing, cache = scan_layers(
-            block, self.model.layers, x, (own, kind_of_layer), execution.remat, placed
+            block, self.decoder.layers, x, (own, kind_of_layer), execution.remat, placed
         )
-        return self.model.norm(x), cache, routing
+        return self.final_norm(x), cache, routing
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Return the norm (b, t, d) of the output of the last layer."""
+        return self.decoder.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return logits (..., vocab) of hidden states (..., d), in their dtype."""
         return (
-            self.model.embed_tokens.attend(hidden)
+            self.decoder.embed_tokens.attend(hidden)
             if self.config.tie_word_embeddings
             else self.lm_head(hidden)
         )

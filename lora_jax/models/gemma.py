@@ -47,10 +47,8 @@ class Block(decoder.Block):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         bias = config.attention_bias
         attention = decoder.Attention(config, use_bias=bias, output_bias=bias, rngs=rngs)
-        super().__init__(config, attention, decoder.MLP(config, rngs=rngs), rngs=rngs)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
-            setattr(self, name, norm)
+        mlp = decoder.MLP(config, rngs=rngs)
+        super().__init__(config, attention, mlp, OffsetRMSNorm, rngs=rngs)
 
 
 class Model(decoder.CausalLM):

@@ -45,9 +45,11 @@ class Attention(decoder.Attention):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    """A layer with norms behind attention and MLP; `attention` is the attention class."""
+
+    def __init__(self, config: Config, *, attention: Any = Attention, rngs: nnx.Rngs):
         d, epsilon = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, rngs=rngs)
+        self.self_attn = attention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(d, epsilon, rngs=rngs)
         self.mlp = decoder.MLP(config, rngs=rngs)
         self.post_feedforward_layernorm = RMSNorm(d, epsilon, rngs=rngs)

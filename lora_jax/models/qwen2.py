@@ -22,11 +22,13 @@ def read_window(reader: ConfigReader) -> int | None:
     return None
 
 
-def window_fields(reader: ConfigReader) -> dict[str, Any]:
-    """Read Qwen's window, and the layers that have it: those from `max_window_layers` on."""
+def window_fields(reader: ConfigReader, first: int = 28) -> dict[str, Any]:
+    """Read Qwen's window, and the layers that have it: those from `max_window_layers` on, which is
+    `first` by default.
+    """
     # A way to attend beyond 256k tokens that other programs have; transformers does not read it.
     reader.inert("dual_chunk_attention_config")
-    window, first = read_window(reader), reader.integer("max_window_layers", 28, least=0)
+    window, first = read_window(reader), reader.integer("max_window_layers", first, least=0)
     return {
         "sliding_window": window,
         "slides": lambda layer: window is not None and layer >= first,

@@ -29,7 +29,7 @@ class ConfigReader:
     or not understood.
     """
 
-    def __init__(self, content: Mapping[str, Any], ignore: Container[str] = ()):
+    def __init__(self, content: Mapping[str, Any], ignore: Container[str] = (), within: str = ""):
         # In transformers, rope_parameters replace fields of rotary positions that are null.
         null = [n for n in _ROTARY if n in content and content[n] is None]
         self.content = {name: value for name, value in content.items() if name not in null}
@@ -38,11 +38,14 @@ class ConfigReader:
         self.notes: list[str] = []
         self._seen: set[str] = set()
         self._problems: list[str] = []
+        self._within = within  # the mapping of config.json, if it is not all of it
+        self._inner: list[ConfigReader] = []
 
     @property
     def known(self) -> frozenset[str]:
         """Fields read so far, and fields of every family."""
-        return frozenset(self._seen) | HARMLESS | TRAINING | RESTRICTED.keys() | QUANTIZED
+        inner = frozenset().union(*(one._seen for one in self._inner))
+        return inner | self._seen | HARMLESS | TRAINING | RESTRICTED.keys() | QUANTIZED
 
     def _get(
         self,
@@ -63,14 +66,32 @@ class ConfigReader:
 
     def refuse(self, problem: str) -> None:
         """Add a problem for `finish` to raise."""
-        self._problems.append(f"config.json: {shown(problem)}")
+        where = f"{self._within}: " if self._within else ""
+        self._problems.append(f"config.json: {where}{shown(problem)}")
+
+    def inside(
+        self, name: str, usual: Mapping[str, Any], fixed: Mapping[str, Any]
+    ) -> "ConfigReader":
+        """Return a reader of the mapping `name`, with fields that it has by default and fields that
+        replace its own. Notes and problems are those of this reader.
+        """
+        self._seen.add(name)
+        given = self.content.get(name)
+        if given is not None and not isinstance(given, Mapping):
+            self.refuse(f"{name}={quoted(given)} is not a mapping")
+            given = None
+        inner = ConfigReader({**usual, **(given or {}), **fixed}, self.ignore, name)
+        inner.notes, inner._problems = self.notes, self._problems
+        self._inner.append(inner)
+        return inner
 
     def size(self, name: str, default: int) -> int:
         """Read an integer that config.json should have; a note says if it lacks it."""
         if name not in self.content:
+            where = f"{self._within}." if self._within else ""
             self.notes.append(
-                f"config.json has no {name}: {default} is used, the default of transformers for "
-                f"model_type={self.model_type!r}"
+                f"config.json has no {where}{name}: {default} is used, the default of transformers "
+                f"for model_type={self.model_type!r}"
             )
         return self.integer(name, default)
 
@@ -209,6 +230,36 @@ class ConfigReader:
 
     def finish(self) -> None:
         """Raise a `UserError` with all fields that are mistyped, unsupported or unknown."""
+        left_out: list[str] = []
+        for inner in self._inner:
+            self._skip_copies(inner)
+        for reader in (self, *self._inner):
+            left_out += reader._check_rest()
+        if left_out:
+            self.notes.append(
+                f"config.json asks for noise in training, which is left out: {', '.join(left_out)}"
+                "; dropout of adapters is adapter.dropout"
+            )
+        raise_all(self._problems)
+
+    def _skip_copies(self, inner: "ConfigReader") -> None:
+        """Accept fields of an inner mapping next to it: transformers 4 wrote some, and reads none.
+        A note names those with another value.
+        """
+        given = self.content.get(inner._within)
+        if not isinstance(given, Mapping):
+            return
+        outside = (inner._seen & self.content.keys()) - self._seen - {"model_type"}
+        apart = [name for name in sorted(outside) if self.content[name] != given.get(name)]
+        self._seen |= outside
+        if apart:
+            self.notes.append(
+                f"config.json: fields outside of {inner._within} that transformers does not read "
+                f"there either, with other values: {', '.join(apart)}"
+            )
+
+    def _check_rest(self) -> list[str]:
+        """Refuse fields that nobody read, and return those that ask for noise in training."""
         left_out = []
         for name, value in self.content.items():
             if name in self._seen or name in HARMLESS or name in self.ignore:
@@ -229,12 +280,7 @@ class ConfigReader:
                     f"ignore_config_fields=[{name}] (--ignore-config-fields {name} of generate and "
                     "combine)"
                 )
-        if left_out:
-            self.notes.append(
-                f"config.json asks for noise in training, which is left out: {', '.join(left_out)}"
-                "; dropout of adapters is adapter.dropout"
-            )
-        raise_all(self._problems)
+        return left_out
 
     def _refuse_quantized(self, name: str, value: Any) -> None:
         if not value:

@@ -24,6 +24,7 @@ class RopeRules:
     local: tuple[str | None, float] | None = None
     types: Container[str] = tuple(rope.FIELDS)  # supported values of rope_type
     partial: bool = False  # reads partial_rotary_factor
+    share: float = 1  # default of partial_rotary_factor
     original: int | None = None  # default of original_max_position_embeddings
 
 
@@ -40,7 +41,7 @@ def read_rope(
         reader.inert("partial_rotary_factor")
     usual = {"rope_theta": reader.number("rope_theta", rules.theta)}
     if rules.partial:
-        usual["partial_rotary_factor"] = reader.number("partial_rotary_factor", 1)
+        usual["partial_rotary_factor"] = reader.number("partial_rotary_factor", rules.share)
     scaling, parameters = (_mapping(reader, name) for name in ("rope_scaling", "rope_parameters"))
     one = _Reader(reader, max_positions, head_dim, rules)
     if rules.local is None:

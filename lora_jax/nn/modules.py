@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -84,10 +85,38 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+        normed = self._normed(x).astype(x.dtype)
         return normed * self.scale.get_value().astype(x.dtype) + self.bias.get_value().astype(
             x.dtype
         )
+
+    def _normed(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return wide * jax.lax.rsqrt(variance + self.epsilon)
+
+
+class OffsetLayerNorm(LayerNorm):
+    """(x - mean) / deviation * (1 + scale) + bias, all of it in float32: Nemotron's."""
+
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs):
+        super().__init__(features, epsilon, rngs=rngs)
+        self.scale = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = 1.0 + self.scale.get_value().astype(jnp.float32)
+        return (self._normed(x) * scale + self.bias.get_value()).astype(x.dtype)
+
+
+class PlainLayerNorm(LayerNorm):
+    """(x - mean) / deviation * scale, all of it in float32, without a bias: Cohere's. With several
+    axes in `features` the moments are those of the last one.
+    """
+
+    def __init__(self, features: int | tuple[int, ...], epsilon: float, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (self._normed(x) * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)

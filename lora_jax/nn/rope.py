@@ -9,6 +9,8 @@
     yarn        as llama3 by another ramp, and cosines scaled (arXiv 2309.00071)
     longrope    two lists of divisors, for short and for long texts (arXiv 2402.13753)
 
+`NO_ROTATION` is for layers that do not rotate; config.json cannot name it.
+
 With dynamic and longrope the length of the text chooses the frequencies of all its tokens. In a
 packed row it is the length of each segment, without padding, with virtual tokens. When a text in a
 cache grows to a length at which they change (`next_change`), the cache must be recomputed.
@@ -41,6 +43,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
 }
+NO_ROTATION = {"rope_type": "none", "rope_theta": 1.0}  # every position has the angle 0
 _LISTS = ("short_factor", "long_factor")
 _ABOVE_ZERO = ("rope_theta", "factor", "partial_rotary_factor", ORIGINAL)
 
@@ -147,6 +150,17 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
+def rotate_pairs(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate as `rotate`, with each even feature paired with the next one."""
+    features = cos_sin[0].shape[-1]
+    cos, sin = (part[..., : features // 2].astype(x.dtype) for part in cos_sin)
+    first, second = x[..., :features:2], x[..., 1:features:2]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = turned.reshape(*x.shape[:-1], features)
+    rest = x[..., features:]
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
 def inverse_frequencies(dim: int, parameters: Mapping[str, Any], long: bool = False) -> np.ndarray:
     """Return inverse frequencies (dim / 2,) in float32. For `dynamic` and `longrope` they are those
     of texts up to the original length; with `long`, those of `longrope` for longer ones.
@@ -158,6 +172,8 @@ def inverse_frequencies(dim: int, parameters: Mapping[str, Any], long: bool = Fa
             theta *= ((factor * limit / limit) - (factor - 1)) ** (dim / (dim - 2))
     periods = _power(theta, _exponents(dim))  # over 2 pi
     match parameters["rope_type"]:
+        case "none":
+            return np.zeros_like(periods)
         case "linear":
             return 1 / periods / np.float32(parameters["factor"])
         case "llama3":

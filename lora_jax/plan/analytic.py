@@ -204,13 +204,14 @@ class _Block:
     experts: int  # experts of a token; 0: an MLP
 
 
+_HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 _PARTS = {"gelu": 4, "gelu_new": 5, "gelu_pytorch_tanh": 5}  # by erf; by tanh of a polynomial
 
 
 def _block(model: Model) -> _Block:
     c = model.config
     inside = [path for path in tree.flatten(model.params) if tree.stack_position(path) is not None]
-    heads = [path for path in inside if path[-2] in ("q_norm", "k_norm")]
+    heads = [path for path in inside if path[-2] in _HEAD_NORMS]
     norms = [path for path in inside if path[-1] == "scale" and path not in heads]
     return _Block(
         act=_PARTS.get(getattr(c, "hidden_act", "gelu_new"), 3),

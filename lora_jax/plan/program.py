@@ -98,7 +98,10 @@ def stored_dtype(config: Config, model: Model) -> str:
     """
     if config.base_dtype in _FLOATS:
         return str(config.base_dtype)
-    said = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype") or "float32"
+    text = model.hf_config.get("text_config")
+    places = (model.hf_config, text if isinstance(text, Mapping) else {})
+    named = (place.get(name) for place in places for name in ("dtype", "torch_dtype"))
+    said = next(filter(None, named), "float32")
     name = str(said).removeprefix("torch.")
     if name not in _FLOATS:
         raise UserError(

@@ -39,7 +39,7 @@ def of_adapter(
     """
     return card.adapter_card(
         card.Base(config.model, model.directory),
-        "SEQ_CLS" if model.labels else "CAUSAL_LM",
+        card.task_of(model),
         rank,
         problems,
         _sections(config, results, versions),
@@ -53,7 +53,7 @@ def of_model(
     """Return the card of a merged model."""
     return card.model_card(
         card.Base(config.model, model.directory),
-        "SEQ_CLS" if model.labels else "CAUSAL_LM",
+        card.task_of(model),
         _sections(config, results, versions),
     )
 

@@ -14,7 +14,7 @@ from lora_jax.cli import main
 from lora_jax.errors import UserError
 from lora_jax.plan import analytic, compiled, roofline
 from lora_jax.plan.chips import CHIPS, parse_topology
-from lora_jax.plan.program import build, open_shapes
+from lora_jax.plan.program import build, open_shapes, stored_dtype
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -164,6 +164,15 @@ def test_a_dtype_that_cannot_be_known(capsys, llama):
         capsys, "--config", llama(torch_dtype="fp8"), "--no-compile", "base_dtype=nf4"
     )
     assert status == 2  # what is not quantised has that dtype too
+
+
+def test_the_dtype_of_a_model_that_reads_images_is_that_of_its_text(tmp_path):
+    text = {name: value for name, value in LLAMA_8B.items() if "_type" not in name}
+    text["dtype"] = text.pop("torch_dtype")
+    content = {"model_type": "qwen3_vl", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "run.yaml").write_text(f"model: {tmp_path}\n")
+    assert stored_dtype(*open_shapes(configs.load(tmp_path / "run.yaml"))) == "bfloat16"
 
 
 def total_of(file, overrides, devices):

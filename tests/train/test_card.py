@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from lora_jax import demo
+from lora_jax import demo, models
 from lora_jax.cli import main, train_main
 from lora_jax.errors import UserError
 from lora_jax.formats import card, hub
@@ -204,6 +204,15 @@ def test_a_classifier_is_loaded_as_one():
     text = card.adapter_card(card.Base("org/name"), "SEQ_CLS", 8, [], {})
     assert "AutoModelForSequenceClassification" in text and "text-classification" in text
     assert "generate" not in text and "vllm" not in text
+
+
+def test_models_that_read_images_are_loaded_as_such():
+    model = models.describe({"model_type": "qwen3_vl"})
+    for text in (
+        card.adapter_card(card.Base("org/name"), card.task_of(model), 8, [], {}),
+        card.model_card(card.Base("org/name"), card.task_of(model), {}),
+    ):
+        assert "AutoModelForImageTextToText" in text and "image-text-to-text" in text
 
 
 def test_cells_hold_their_text():

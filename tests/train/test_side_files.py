@@ -184,6 +184,13 @@ def test_a_template_of_the_run_leaves_no_stale_ones(base, files, tmp_path):
         ),
         ({}, None, {2}, {"eos_token_id": 2}),
         ({}, None, (), None),
+        # transformers reads those of the text where the model has none.
+        (
+            {"eos_token_id": None, "pad_token_id": 1, "text_config": {"eos_token_id": 0}},
+            None,
+            {0, 2},
+            {"eos_token_id": [0, 2], "pad_token_id": 1},
+        ),
         # Its own EOS wins over that of config.json; a value that transformers refuses to save.
         (
             {"eos_token_id": 0},
