@@ -116,18 +116,24 @@ def make_optimizer(
     return make_adamw(numbers_of(config, adapter), adapter.freeze_a)
 
 
+def _times(ratio: Any, rate: Any) -> Any:
+    """Return a learning rate, or a function from the step to it, times a ratio."""
+    if isinstance(ratio, float) and ratio == 1:
+        return rate
+    if not callable(rate):
+        return ratio * rate
+    schedule: Callable[[Any], Any] = rate
+    return lambda count: ratio * schedule(count)
+
+
 def make_adamw(numbers: Numbers, freeze_a: bool = False) -> optax.GradientTransformation:
     """Make the optimizer of `make_optimizer` from its numbers. Arrays among them do not change the
     structure of its state; with an infinite `grad_clip` that is no array, there is no clipping.
     """
 
     def adamw(ratio: Any) -> optax.GradientTransformation:
-        rate: Any = numbers.rate
-        if not (isinstance(ratio, float) and ratio == 1):
-            given = rate
-            rate = (lambda count: ratio * given(count)) if callable(given) else ratio * given
         return optax.adamw(
-            rate,
+            _times(ratio, numbers.rate),
             *(numbers.beta1, numbers.beta2, numbers.epsilon),
             weight_decay=numbers.weight_decay,
         )
