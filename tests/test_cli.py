@@ -153,7 +153,7 @@ def test_rows(train_refused, tmp_path, text, expected, field):
     [
         (
             {"model_type": "gpt_neox"},
-            "model_type='gpt_neox' is not supported; these are: bert, camembert",
+            "model_type='gpt_neox' is not supported; these are: arcee, bert, camembert",
         ),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"logit_scale": 2.0}, "logit_scale=2.0 is not understood"),
