@@ -255,7 +255,7 @@ class _Sweep:
 
     def keep_running(self, record: Mapping[str, Any]) -> set[int]:
         """Return the trials of a checkpoint that had not ended and are still this sweep's; forget
-        those that others have taken over. The source is told of ends that it does not know.
+        those that others have taken over. Tell the source of trials that ended without its notice.
         """
         unfinished = (results.RUNNING, results.WAITING)
         open_trials = {n for n, one in self.book.results.items() if one.status in unfinished}

@@ -1,6 +1,7 @@
 """Sweeps from the config to the exported adapters."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -209,6 +210,16 @@ def test_numbers_of_an_objective_are_data(files, tmp_path):
         assert abs(trial["task_loss"] - summary["task"]["loss_after"]) <= 1e-5
         margin = summary["task"]["margin_after"]
         assert abs(trial["task_margin"] - margin) <= 1e-5 * abs(margin)
+
+
+def test_rounds_that_are_left_until_all_known_trials_are_done():
+    def trial(steps, step=0):
+        return SimpleNamespace(member=SimpleNamespace(steps=steps), step=step)
+
+    places = SimpleNamespace(active=[(0, trial(10, 4)), (1, trial(5))])
+    waiting = [SimpleNamespace(steps=8), SimpleNamespace(steps=1)]
+    assert training._rounds_left(places, []) == 6
+    assert training._rounds_left(places, waiting) == 13  # the first takes over after 5 rounds
 
 
 def test_export_settings_that_a_sweep_leaves_to_the_run_of_best_yaml(files, tmp_path):
