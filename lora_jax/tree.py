@@ -27,7 +27,7 @@ STACKS = (
     "layer",
     "blocks",
 )  # containers whose children share a leading `layers` axis
-LEAVES = ("kernel", "embedding", "scale", "bias")  # names of a module's own arrays
+LEAVES = ("kernel", "embedding", "scale", "bias", "sinks")  # names of a module's own arrays
 # Fused projections, and the names of their parts.
 FUSED = {
     "c_attn": ("q", "k", "v"),
@@ -119,7 +119,8 @@ def fused_columns(path: Path, leaves: Mapping[Path, Any]) -> dict[str, tuple[int
     """
     *home, module, leaf = path
     parts = FUSED.get(module)
-    if parts is None or leaf != "kernel":
+    in_turns = has_experts(path) and (*home, module, "bias") in leaves  # columns of gpt-oss
+    if parts is None or leaf != "kernel" or in_turns:
         return {}
     total = leaves[path].shape[-1]
     widths = [total // len(parts)] * len(parts)

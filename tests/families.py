@@ -412,6 +412,38 @@ FAMILIES = {
         },
         targets=ATTENTION,
     ),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        GIVEN | dict(num_local_experts=5, num_experts_per_tok=2, max_position_embeddings=256),
+        {
+            "window, limit that bites": dict(
+                sliding_window=5,
+                swiglu_limit=0.5,
+                swiglu_alpha=0.9,
+                rms_norm_eps=0.05,
+                rope_parameters=dict(
+                    rope_type="yarn",
+                    rope_theta=300.0,
+                    factor=4.0,
+                    beta_fast=8.0,
+                    beta_slow=1.0,
+                    truncate=False,
+                    original_max_position_embeddings=32,
+                ),
+            ),
+            "no biases, layer types, tied": dict(
+                attention_bias=False,
+                sliding_window=9,
+                layer_types=[FULL, SLIDING, SLIDING],
+                num_experts_per_tok=3,
+                tie_word_embeddings=True,
+                rope_parameters=theta(300.0),
+            ),
+            "plain": {},
+        },
+        targets=ATTENTION,
+    ),
 }
 
 # Families whose modules are those of another one here, with a class of their own in transformers.

@@ -182,6 +182,10 @@ PUBLISHED = {
             *(151936, 4096, 12288, 94, 64, 4), head_dim=128, moe_intermediate_size=1536, **FINE
         ),
     },
+    "gpt_oss": {
+        "gpt-oss-20b": decoder(201088, 2880, 2880, 24, 64, 8, num_local_experts=32),
+        "gpt-oss-120b": decoder(201088, 2880, 2880, 36, 64, 8, num_local_experts=128),
+    },
     "bert": {
         "bert-base-uncased": encoder(30522),
         "bert-large-uncased": encoder(30522, 1024, 24, 16),

@@ -13,6 +13,8 @@ from lora_jax.nn import kernels
 from lora_jax.nn.attention import attention, mask_specs
 from lora_jax.nn.texts import Texts
 
+from .families import describe
+
 # b, t, query heads, kv heads, head size; no block of 128 tokens is full in the first.
 SIZES = {"grouped": (2, 70, 6, 2, 8), "blocks": (1, 256, 3, 1, 16), "even": (2, 130, 4, 4, 64)}
 ROWS = {
@@ -25,6 +27,8 @@ ROWS = {
     ),
     "first of two kinds": ("grouped", {"windows": (None, 7), "which": 0}),
     "encoder": ("even", {"causal": False}),
+    "sinks": ("grouped", {"sinks": True}),
+    "sinks, second of two kinds": ("blocks", {"sinks": True, "windows": (None, 130), "which": 1}),
 }
 
 
@@ -40,11 +44,13 @@ def draw(size, seed, dtype):
     return arrays, jnp.asarray(segments, jnp.int32)
 
 
-def both(
-    kernel, size, seed, *, windows=(None,), which=0, softcap=None, causal=True, dtype=jnp.float32
-):
-    """(output, gradients) of a fused kernel, and of `layers.attention`."""
+def both(kernel, size, seed, *, windows=(None,), which=0, causal=True, dtype=jnp.float32, **more):
+    """(output, gradients) of a fused kernel, and of `layers.attention`. `more`: softcap, sinks."""
     (*inputs, slope), segments = draw(SIZES[size], seed, dtype)
+    softcap = more.get("softcap")
+    if "sinks" in more:
+        heads = SIZES[size][2]
+        inputs.append(jnp.asarray(np.random.default_rng(seed).standard_normal(heads) + 1, dtype))
     texts = Texts(segments, segments)
     masks = (texts.visible(causal=False),)
     if causal:
@@ -52,11 +58,11 @@ def both(
     spec = kernels.MaskSpec(texts, jnp.int32(which), kernel, windows, causal)
 
     @jax.jit
-    def measure(seen, queries, keys, values):
-        def run(queries, keys, values):
-            return attention(queries, [(keys, values)], seen, 0.3, softcap)
+    def measure(seen, *inputs):
+        def run(queries, keys, values, sinks=None):
+            return attention(queries, [(keys, values)], seen, 0.3, softcap, sinks)
 
-        y, pull = jax.vjp(run, queries, keys, values)
+        y, pull = jax.vjp(run, *inputs)
         return y, pull(slope)
 
     return measure(spec, *inputs), measure(masks, *inputs)
@@ -75,8 +81,8 @@ def test_splash_is_attention(row):
     check(both("splash", size, len(row), **fields))
 
 
-# What cuDNN computes: it bends no scores.
-CUDNN = {name: row for name, row in ROWS.items() if "softcap" not in row[1]}
+# What cuDNN computes: it bends no scores and has no sinks.
+CUDNN = {name: row for name, row in ROWS.items() if not {"softcap", "sinks"} & row[1].keys()}
 
 
 @pytest.mark.parametrize("row", CUDNN)
@@ -109,6 +115,9 @@ def model(head_dim=64, softcap=None):
     return types.SimpleNamespace(head_dim=head_dim, attn_logit_softcapping=softcap)
 
 
+SINKS = describe("gpt_oss", head_dim=64).config
+
+
 @pytest.mark.parametrize(
     ("where", "config", "dtype", "expected"),
     [
@@ -122,6 +131,8 @@ def model(head_dim=64, softcap=None):
         (H100, model(), "float32", "xla"),
         (H100, model(36), "bfloat16", "xla"),
         (H100, model(64, 50.0), "bfloat16", "xla"),
+        (H100, SINKS, "bfloat16", "xla"),
+        (TPU, SINKS, "bfloat16", "splash"),
         (V100, model(), "bfloat16", "xla"),
         (MI300, model(), "bfloat16", "xla"),
     ],
@@ -153,6 +164,7 @@ def test_what_auto_takes(where, config, dtype, expected):
         ("cudnn", H100, model(), "float32", "train.compute_dtype is float32; auto would take xla"),
         ("cudnn", A100, model(256), "bfloat16", "a multiple of 8 features up to 128, not 256"),
         ("cudnn", H100, model(64, 50.0), "bfloat16", "it has no softcap on scores"),
+        ("cudnn", H100, SINKS, "bfloat16", "it has no sinks in the softmax of heads"),
     ],
 )
 def test_a_kernel_that_cannot_work_is_refused(name, where, config, dtype, expected):

@@ -10,6 +10,7 @@ from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError
 from lora_jax.formats.model_tensors import find_contents
+from lora_jax.formats.mxfp4 import open_source
 from lora_jax.formats.names import Piece, pieces
 from lora_jax.formats.tensors import all_finite, open_tensors
 from lora_jax.models import Model
@@ -34,7 +35,7 @@ def open_matrices(
         for piece in pieces(path, leaf.shape, model.names):
             places.setdefault((path, piece.lead), []).append(piece)
     with contextlib.ExitStack() as stack:
-        files = sorted({tensor.file for tensor in tensors.values()})
+        files = sorted({file for tensor in tensors.values() for file in tensor.files})
         handles = {file: stack.enter_context(open_tensors(file)) for file in files}
 
         def read(path: tree.Path, index: tuple[int, ...]) -> np.ndarray:
@@ -44,10 +45,10 @@ def open_matrices(
                     "the adapters changed; weights that add up to 1 do not need it"
                 )
             parts = []
-            for piece in sorted(places[path, index], key=lambda piece: piece.start):
+            own = places.get((path, index)) or places[path, index[:-1]]  # of all experts
+            for piece in sorted(own, key=lambda piece: piece.start):
                 found = tensors[piece.name]
-                source = handles[found.file].get_slice(found.stored)
-                part = piece.read(source, [slice(n) for n in piece.shape])
+                part = piece.read_one(open_source(found, handles), index)
                 if not all_finite(part):
                     raise UserError(
                         f"{directory}: weights are infinite or not a number in {found.stored}"

@@ -20,6 +20,7 @@ from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError, nearest
 from lora_jax.formats.model_tensors import find_contents
+from lora_jax.formats.mxfp4 import open_source
 from lora_jax.formats.names import Piece, pieces
 from lora_jax.formats.tensors import FLOATS, Tensor, all_finite, open_tensors
 from lora_jax.models import Model
@@ -60,7 +61,7 @@ def read_params(
     params = {}
     with contextlib.ExitStack() as stack:
         handles: dict[Path, Any] = {}
-        for file in sorted({tensor.file for tensor in contents.tensors.values()}):
+        for file in sorted({f for tensor in contents.tensors.values() for f in tensor.files}):
             handles[file] = stack.enter_context(open_tensors(file))
         for path, leaf in leaves.items():
             spec = specs.get(path)
@@ -97,8 +98,7 @@ def _slices(
     parts: Sequence[Piece], tensors: Sequence[Tensor], handles: Mapping[Path, Any]
 ) -> list[tuple[Piece, Any]]:
     return [
-        (part, handles[tensor.file].get_slice(tensor.stored))
-        for part, tensor in zip(parts, tensors, strict=True)
+        (part, open_source(tensor, handles)) for part, tensor in zip(parts, tensors, strict=True)
     ]
 
 
@@ -210,16 +210,17 @@ def _read_quantized(leaf: _Source, scheme: str) -> QuantizedWeight:
     for piece, source in leaf.slices:
         by_matrix.setdefault(piece.lead, []).append((piece, source))
     for lead, own in by_matrix.items():
-        matrix = np.empty(leaf.shape[len(lead) :], leaf.stored)
-        for piece, source in own:
-            part = piece.read(source, [slice(n) for n in piece.shape])
-            matrix[..., slice(piece.start, piece.start + piece.shape[-1])] = part
-            if not all_finite(part):
-                leaf.broken[piece.name] = False
-        with jax.default_device(_cpu()):
-            quantized = _quantize(matrix, scheme)
-        for part, one in zip(jax.tree.leaves(weight), jax.tree.leaves(quantized), strict=True):
-            part[lead] = one
+        for rest in np.ndindex(*leaf.shape[len(lead) : -2]):  # the experts of one tensor
+            matrix = np.empty(leaf.shape[-2:], leaf.stored)
+            for piece, source in own:
+                part = piece.read_one(source, (*lead, *rest))
+                matrix[..., slice(piece.start, piece.start + piece.shape[-1])] = part
+                if not all_finite(part):
+                    leaf.broken[piece.name] = False
+            with jax.default_device(_cpu()):
+                quantized = _quantize(matrix, scheme)
+            for part, one in zip(jax.tree.leaves(weight), jax.tree.leaves(quantized), strict=True):
+                part[(*lead, *rest)] = one
     return weight
 
 

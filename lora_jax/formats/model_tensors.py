@@ -8,6 +8,7 @@ from typing import Any
 from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError
+from lora_jax.formats.mxfp4 import joined
 from lora_jax.formats.names import canonical, is_carried, pieces
 from lora_jax.formats.tensors import (
     FLOATS,
@@ -72,6 +73,8 @@ def _model_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
     that start at random.
     """
     tensors = list_tensors(directory)
+    if () in model.names.experts.values():  # stacks, which may be quantised
+        tensors = joined(tensors)
     expected = {
         piece.name
         for path, leaf in tree.flatten(model.params).items()

@@ -101,6 +101,8 @@ def write_model_files(
     """
     source, limit = expand(source), parse_size(max_shard_size)
     leaves, config = tree.flatten(params), dict(model.hf_config)
+    if config.get("quantization_config"):  # of weights that were read as bfloat16
+        del config["quantization_config"]
     for path, leaf in list(leaves.items()):
         if isinstance(leaf, Untied):
             leaves |= {path: leaf.embed, HEAD: jnp.swapaxes(leaf.head, 0, 1)}

@@ -4,6 +4,7 @@ model/layers/self_attn/q_proj/kernel             (layers, in, out)
     model.layers.3.self_attn.q_proj.weight       (out, in), one per layer
 model/layers/mlp/experts/gate_up_proj/kernel     (layers, experts, in, 2 f)
     ....experts.5.gate_proj.weight and up_proj   (f, in) each, one pair per layer and expert
+    ....experts.gate_up_proj                     (experts, in, 2 f), one per layer, in gpt-oss
 """
 
 import re
@@ -25,6 +26,7 @@ _LEAVES = {
     "embedding": ("weight", False),
     "scale": ("weight", False),
     "bias": ("bias", False),
+    "sinks": ("sinks", False),
 }
 
 
@@ -51,6 +53,13 @@ class Piece:
         part = source[tuple(ranges[::-1] if self.transposed else ranges)]
         return part.T if self.transposed else part
 
+    def read_one(self, source: Any, index: Sequence[int]) -> np.ndarray:
+        """Read the part of one matrix or vector; its `index` in the leaf begins with `lead`."""
+        rest = index[len(self.lead) :]
+        inner = self.shape[len(rest) :]
+        own = [slice(i, i + 1) for i in rest]
+        return self.read(source, [*own, *map(slice, inner)]).reshape(inner)
+
 
 def pieces(path: tree.Path, shape: Sequence[int], names: Names) -> list[Piece]:
     """Return all tensors that make up a leaf of `shape`."""
@@ -68,6 +77,10 @@ def pieces(path: tree.Path, shape: Sequence[int], names: Names) -> list[Piece]:
             continue
         experts, _, own = module.rpartition(".")
         parts = names.experts[own]
+        if not parts:
+            name = f"{module}_bias" if path[-1] == "bias" else module
+            found.append(Piece(name, index, 0, tuple(shape[len(index) :]), False))
+            continue
         width = inner[-1] // len(parts)
         for expert in range(shape[lead - 1]):
             for i, part in enumerate(parts):

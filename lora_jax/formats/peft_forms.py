@@ -36,7 +36,7 @@ def is_parameter(target: Target) -> bool:
     """Return True for routers and stacks of experts, which transformers holds as parameters of a
     module that is no linear: PEFT then names the parameter.
     """
-    router = target.columns is None and target.path[-1] == "gate"
+    router = target.columns is None and target.path[-1] in ("gate", "router")
     return router or target.experts is not None
 
 

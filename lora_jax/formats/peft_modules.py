@@ -19,7 +19,9 @@ def parameters(params: Mapping) -> dict[str, tuple[str, tree.Path]]:
     """Return module path and leaf of every parameter, by its name in transformers."""
     found = {}
     for path, leaf in tree.flatten(params).items():
-        ending = ".bias" if path[-1] == "bias" else "" if tree.has_experts(path) else ".weight"
+        ending = f".{path[-1]}" if path[-1] in ("bias", "sinks") else ".weight"
+        if tree.has_experts(path):
+            ending = "_bias" if path[-1] == "bias" else ""
         for name in tree.slice_names(path[:-1], leaf.shape):
             found[name + ending] = (name, path)
     return found

@@ -6,7 +6,8 @@
     .../experts/down_proj/lora_b   layers.3.mlp.experts.lora_B.weight (out, r * experts)
     embed_tokens/lora_a, lora_b    model.embed_tokens.lora_embedding_A (r, vocab), _B (d, r)
     .../q_proj/full_bias           ....q_proj.base_layer.bias if adapted, else ....q_proj.bias
-    .../experts/.../full_kernel    layers.3.mlp.experts.down_proj (experts, out, in)
+    .../experts/.../full_kernel    layers.3.mlp.experts.down_proj (experts, out, in), or as here
+    .../experts/.../full_bias      layers.3.mlp.experts.down_proj_bias (experts, out)
     lm_head/full_kernel            lm_head.weight (out, in); of a Conv1D (in, out)
     .../trainable_tokens           model.embed_tokens.token_adapter.trainable_tokens_delta (n, d)
 
@@ -30,7 +31,7 @@ from lora_jax.targets import HEAD, FullWeight, Leaf, Target, Trainable, Trainabl
 from lora_jax.tree import Path, dotted, has_experts, is_conv1d, stack_position, summarize
 
 PREFIX = "base_model.model."
-_WEIGHTS = {"kernel": ("weight", True), "embedding": ("weight", False), "scale": ("weight", False)}
+_WEIGHTS = dict.fromkeys(("kernel", "embedding", "scale"), "weight")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ def layout(found: Trainable) -> list[Tensor]:
     tied = found.config.ensure_weight_tying is True
     adapted = set(adapted_modules(found))
     tensors = [tensor for target in found.targets for tensor in _of_target(target, tied, adapted)]
-    tensors += [tensor for whole in found.whole for tensor in _of_whole(whole, adapted, tied)]
+    # Experts with biases, gpt-oss's, are (experts, in, out) in transformers.
+    straight = {w.path[:-1] for w in found.whole if w.path[-1] == "bias" and has_experts(w.path)}
+    for whole in found.whole:
+        turned = whole.path[-1] == "kernel" and not is_conv1d(whole.path[:-1])
+        tensors += _of_whole(whole, adapted, tied, turned and whole.path[:-1] not in straight)
     tensors += [_of_shared(leaf) for leaf in found.leaves if leaf.name in found.shared]
     return tensors + [_of_tokens(tokens) for tokens in found.rows]
 
@@ -122,19 +127,21 @@ def _of_experts(target: Target, index: int | None, rank: int, name: str) -> Iter
     )
 
 
-def _of_whole(whole: FullWeight, adapted: set[str], tied: bool) -> Iterable[Tensor]:
+def _of_whole(whole: FullWeight, adapted: set[str], tied: bool, turned: bool) -> Iterable[Tensor]:
     leaf, stacked = whole.path[-1], stack_position(whole.path) is not None
     shape = whole.shape[1:] if stacked else whole.shape
-    suffix, turned = _WEIGHTS.get(leaf, (leaf, False))
+    suffix = _WEIGHTS.get(leaf, leaf)
     axes = tuple(range(len(shape)))
-    if turned and not is_conv1d(whole.path[:-1]):
+    if turned:
         axes = (*axes[:-2], axes[-1], axes[-2])
     for i, (name, chosen) in enumerate(zip(whole.names, whole.chosen, strict=True)):
         if not chosen:
             continue
         index = i if stacked else None
         inner = "base_layer." if leaf == "bias" and name in adapted else ""
-        key = f"{PREFIX}{name}" if has_experts(whole.path) else f"{PREFIX}{name}.{inner}{suffix}"
+        key = f"{PREFIX}{name}.{inner}{suffix}"
+        if has_experts(whole.path):
+            key = f"{PREFIX}{name}{'' if leaf == 'kernel' else '_bias'}"
         stored = tuple(shape[axis] for axis in axes)
         yield Tensor(key, stored, whole.trained, index, shape, axes)
         if leaf == "embedding" and tied:

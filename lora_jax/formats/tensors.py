@@ -50,6 +50,12 @@ class Tensor:
     stored: str  # name in the file
     shape: tuple[int, ...]
     dtype: np.dtype
+    scales: "Tensor | None" = None  # of a tensor that is quantised in the file: see `mxfp4`
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensor and its scales."""
+        return [self.file] if self.scales is None else [self.file, self.scales.file]
 
 
 def list_tensors(directory: Path) -> dict[str, Tensor]:

@@ -119,7 +119,8 @@ class Names:
     no_weights: str = r".*rotary_emb\.inv_freq"  # regex of tensors that are not weights
     renamed: tuple[tuple[str, str], ...] = ()  # text in a module path -> text in the file
     old: tuple[tuple[str, str], ...] = ()  # suffix of a name in old files -> suffix today
-    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # parts joined along out
+    # Parts of a stack of experts, joined along out; none: files hold the stack as one tensor.
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     heads: tuple[str, ...] = ()  # modules that files may lack; they start at random and train
     moved: tuple[tuple[str, str], ...] = ()  # start of a name in other files -> start today
     carried: tuple[str, ...] = ()  # modules whose tensors are not read; an export copies them

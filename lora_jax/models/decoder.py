@@ -143,7 +143,7 @@ class AttentionInputs:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions. A family that computes queries, keys and
     values otherwise overrides `project`; one with other rotations or another name of the output
-    projection `rotate` or `output`.
+    projection `rotate` or `output`; one with a sink in the softmax of each head `sink_logits`.
     """
 
     def __init__(
@@ -177,6 +177,10 @@ class Attention(nnx.Module):
         """Rotate queries or keys (b, t, heads, h) by their positions."""
         return rotate(x, inputs.cos_sin)
 
+    def sink_logits(self) -> jax.Array | None:
+        """Return the score of each head's sink (n,), or None."""
+        return None
+
     def output(self, mixed: jax.Array) -> jax.Array:
         """Return the output (b, t, d) of all heads (b, t, n * h)."""
         return self.o_proj(mixed)
@@ -188,7 +192,8 @@ class Attention(nnx.Module):
         q, k, v = self.project(x)
         q, k = self.rotate(q, inputs), self.rotate(k, inputs)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-        mixed, cached = attend(q, new, kv, inputs.masks, self.scale, self.softcap)
+        scores = (self.scale, self.softcap, self.sink_logits())
+        mixed, cached = attend(q, new, kv, inputs.masks, *scores)
         return self.output(mixed.reshape(*x.shape[:2], -1)), cached
 
 

@@ -189,6 +189,13 @@ class ConfigReader:
         """Accept fields that have no effect in this family."""
         self._seen |= {*names}
 
+    def quantized(self, method: str, note: str) -> None:
+        """Accept weights quantised by `method`, which `formats` can read, with a note."""
+        given = self.content.get("quantization_config")
+        if isinstance(given, Mapping) and given.get("quant_method") == method:
+            self._seen.add("quantization_config")
+            self.notes.append(f"config.json: quant_method={method!r}: {note}")
+
     def alias(self, other: str, name: str) -> None:
         """Accept `other` as another name of the field `name`."""
         self._seen.add(other)

@@ -1,10 +1,11 @@
-"""Routed experts of Mixtral and Qwen 3 MoE.
+"""Routed experts of Mixtral, Qwen 3 MoE and gpt-oss.
 
 model / layers / mlp / gate / kernel                     (layers, d, experts): the router
 model / layers / mlp / experts / gate_up_proj / kernel   (layers, experts, d, 2 f)
 model / layers / mlp / experts / down_proj / kernel      (layers, experts, f, d)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,36 +49,59 @@ def read_chosen(reader: ConfigReader, experts: int, default: int) -> int:
 
 
 class ExpertLinear(nnx.Module):
-    """y = x @ kernel[expert of the row], with kernel (experts, in, out)."""
+    """y = x @ kernel[e] + bias[e] for the expert e of each row, with kernel (experts, in, out)."""
 
-    def __init__(self, experts: int, features_in: int, features_out: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        experts: int,
+        features_in: int,
+        features_out: int,
+        *,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
         normal = nnx.initializers.normal(0.02)
         self.kernel = nnx.Param(normal(rngs.params(), (experts, features_in, features_out)))
+        self.bias = nnx.Param(jnp.zeros((experts, features_out))) if use_bias else None
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array, order: jax.Array) -> jax.Array:
-        return weights.expert_linear(x, self.kernel.get_value(), group_sizes, order)
+        y = weights.expert_linear(x, self.kernel.get_value(), group_sizes, order)
+        if self.bias is None:
+            return y
+        bias = self.bias.get_value().astype(y.dtype)
+        return y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=len(x))
 
 
 class Experts(nnx.Module):
-    def __init__(self, experts: int, d: int, f: int, act: str, *, rngs: nnx.Rngs):
-        self.gate_up_proj = ExpertLinear(experts, d, 2 * f, rngs=rngs)
-        self.down_proj = ExpertLinear(experts, f, d, rngs=rngs)
+    """Gated MLPs. A family that joins gate and up in another way overrides `gated`."""
+
+    def __init__(
+        self, experts: int, d: int, f: int, act: str, *, use_bias: bool = False, rngs: nnx.Rngs
+    ):
+        self.gate_up_proj = ExpertLinear(experts, d, 2 * f, use_bias=use_bias, rngs=rngs)
+        self.down_proj = ExpertLinear(experts, f, d, use_bias=use_bias, rngs=rngs)
         self.count, self.act = experts, act
+
+    def gated(self, gate_up: jax.Array) -> jax.Array:
+        """Return act(gate) * up (rows, f) of both projections (rows, 2 f)."""
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return ACTIVATIONS[self.act](gate) * up
 
     def __call__(self, x: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
         """Apply the experts `chosen` (rows, k) to x (rows, d); sum the results times `shares`."""
         rows, k = chosen.shape
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=self.count).astype(jnp.int32)
-        gate, up = jnp.split(self.gate_up_proj(x[order // k], sizes, order), 2, axis=-1)
-        y = self.down_proj(ACTIVATIONS[self.act](gate) * up, sizes, order)
+        gate_up = self.gate_up_proj(x[order // k], sizes, order)
+        y = self.down_proj(self.gated(gate_up), sizes, order)
         y = y[jnp.argsort(order)].reshape(rows, k, -1)
         return jnp.einsum("rkd,rk->rd", y, shares.astype(y.dtype))
 
 
 class SparseMLP(nnx.Module):
     """Mixture of experts: each token uses the `chosen` experts of highest probability (arXiv
-    2401.04088). With `normalize` their shares add up to 1.
+    2401.04088). With `normalize` their shares add up to 1. A family with another router overrides
+    `scores`.
     """
 
     def __init__(
@@ -94,9 +118,13 @@ class SparseMLP(nnx.Module):
         self.experts = Experts(experts, config.hidden_size, f, config.hidden_act, rngs=rngs)
         self.chosen, self.normalize = chosen, normalize
 
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Return the router's logits (b, t, experts) of x (b, t, d)."""
+        return self.gate(x)
+
     def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, Routing]:
         rows = whole_unless_split(x).reshape(-1, x.shape[-1])
-        scores = self.gate(x).reshape(len(rows), -1).astype(jnp.float32)
+        scores = self.scores(x).reshape(len(rows), -1).astype(jnp.float32)
         probabilities = jax.nn.softmax(scores, axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.chosen)
         if self.normalize:
@@ -111,10 +139,18 @@ class SparseMLP(nnx.Module):
 class Block(nnx.Module):
     """A layer with norms before attention and experts."""
 
-    def __init__(self, config: DecoderConfig, attention: Any, mlp: SparseMLP, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        attention: Any,
+        mlp: SparseMLP,
+        norm: Callable = RMSNorm,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         self.mlp = mlp
 
     def __call__(

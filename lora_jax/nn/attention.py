@@ -78,18 +78,20 @@ def attention(
     masks: tuple[jax.Array, ...] | MaskSpec,
     scale: float,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention (arXiv 2305.13245) over one or more blocks of keys and values.
 
     queries (b, t, n, h); each block is keys and values (b, k, s, h) with a mask (b, t, s). Returns
     (b, t, n, h). Scores and softmax are in float32; `softcap` limits the scores (arXiv 2408.00118).
+    `sinks` (n,) are the scores of one more key per head, whose value is zero (arXiv 2309.17453).
     Only scores are concatenated over blocks.
 
     With a `MaskSpec` in place of masks, a fused kernel computes it over one block.
     """
     if isinstance(masks, MaskSpec):
         ((keys, values),) = keys_values
-        return kernels.attend(queries, keys, values, masks, scale, softcap)
+        return kernels.attend(queries, keys, values, masks, scale, softcap, sinks)
     b, t, n, h = queries.shape
     kv_heads = keys_values[0][0].shape[1]
     group = n // kv_heads
@@ -110,7 +112,7 @@ def attention(
         block = block.reshape(b, kv_heads, group, t, -1) * scale
         block = block if softcap is None else apply_softcap(block, softcap)
         scores.append(jnp.where(mask[:, None, None], block, -1e30))
-    probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
+    probabilities = _softmax(scores, sinks).astype(queries.dtype)
     probabilities = probabilities.reshape(b, kv_heads, group * t, -1)
     ends = np.cumsum([keys.shape[2] for keys, _ in keys_values])
     mixed = sum(
@@ -123,6 +125,16 @@ def attention(
     return mixed.reshape(b, kv_heads, group, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
+def _softmax(scores: list[jax.Array], sinks: jax.Array | None) -> jax.Array:
+    """Return probabilities (b, k, g, t, s) of scores in blocks, without those of sinks (n,)."""
+    if sinks is None:
+        return jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    b, kv_heads, group, t, _ = scores[0].shape
+    sink = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
+    sink = jnp.broadcast_to(sink, (b, kv_heads, group, t, 1))
+    return jax.nn.softmax(jnp.concatenate([*scores, sink], axis=-1), axis=-1)[..., :-1]
+
+
 def attend(
     queries: jax.Array,
     new: tuple[jax.Array, jax.Array],
@@ -130,21 +142,22 @@ def attend(
     masks: tuple[jax.Array, ...],
     scale: float,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
     """`attention` over the `new` keys and values (b, k, t, h), the cache and the prefix of `kv`.
     Return its result and the cache with `new` written, if there is one.
 
-    A prefix with a gate has a softmax of its own, and its result is added times tanh(gate) (arXiv
-    2303.16199).
+    A prefix with a gate has a softmax of its own without sinks, and its result is added times
+    tanh(gate) (arXiv 2303.16199).
     """
     cached = None if kv.cached is None else kv.cached.write(*new)
     blocks = [new if cached is None else cached.read()]
     prefix = kv.prefix
     if prefix is None:
-        return attention(queries, blocks, masks, scale, softcap), cached
+        return attention(queries, blocks, masks, scale, softcap, sinks), cached
     own = prefix.heads(queries.shape[0], queries.shape[-1])
     if prefix.gate is None:
-        return attention(queries, [*blocks, own], masks, scale, softcap), cached
-    mixed = attention(queries, blocks, masks[:-1], scale, softcap)
+        return attention(queries, [*blocks, own], masks, scale, softcap, sinks), cached
+    mixed = attention(queries, blocks, masks[:-1], scale, softcap, sinks)
     gated = attention(queries, [own], masks[-1:], scale, softcap)
     return mixed + jnp.tanh(prefix.gate).astype(mixed.dtype) * gated, cached

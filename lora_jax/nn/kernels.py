@@ -2,7 +2,8 @@
 
     xla      `attention.attention`: every platform and model, float32 and bfloat16, with a cache too
     cudnn    NVIDIA GPUs from compute capability 8.0 on, bfloat16, head size a multiple of 8 up to
-             128 (256 from 9.0 on), no softcap on scores; `jax.nn.dot_product_attention`
+             128 (256 from 9.0 on), no softcap on scores and no sinks;
+             `jax.nn.dot_product_attention`
     splash   TPUs; JAX's Pallas kernel of that name. Elsewhere it is interpreted, for tests
 
 A fused kernel computes attention among the tokens of a batch, as training and held-out losses need
@@ -13,7 +14,7 @@ tokens of a segment of their own.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,15 @@ class MaskSpec:
     kernel: str = field(metadata={"static": True})  # cudnn | splash
     windows: tuple[int | None, ...] = field(default=(None,), metadata={"static": True})
     causal: bool = field(default=True, metadata={"static": True})
+
+
+class _Operands(NamedTuple):
+    """Arrays of attention that are divided by rows or heads."""
+
+    queries: jax.Array  # (b, t, n, h)
+    keys: jax.Array  # (b, k, t, h)
+    values: jax.Array  # (b, k, t, h)
+    sinks: jax.Array | None  # (n,)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ def _cudnn_problem(config: Any, dtype: np.dtype, device: Any) -> str | None:
         return f"it needs heads of a multiple of 8 features up to {largest}, not {config.head_dim}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it has no softcap on scores (attn_logit_softcapping), which the model needs"
+    if getattr(config, "attention_sinks", False):
+        return "it has no sinks in the softmax of heads, which the model needs"
     return None
 
 
@@ -101,9 +113,11 @@ def attend(
     spec: MaskSpec,
     scale: float,
     softcap: float | None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Grouped-query attention by a fused kernel: queries (b, t, n, h), keys and values (b, k, t, h)
-    -> (b, t, n, h). Each device of the mesh computes its own rows and heads.
+    """Grouped-query attention by a fused kernel: queries (b, t, n, h), keys and values (b, k, t,
+    h), and the sinks (n,) of heads that have one -> (b, t, n, h). Each device of the mesh computes
+    its own rows and heads.
 
     If the tensor axis does not divide the kv heads, they are repeated, so that each device has the
     heads that its queries need. If it does not divide the query heads, all devices along the axis
@@ -121,25 +135,25 @@ def attend(
         if len(queries) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
             rows = ("data", "fsdp")
         wide, narrow = P(rows, None, heads, None), P(rows, heads, None, None)
+        own = _Operands(wide, narrow, narrow, None if sinks is None else P(heads))
         compute = jax.shard_map(
             compute,
-            in_specs=(wide, narrow, narrow, P(rows, None), P()),
+            in_specs=(own, P(rows, None), P()),
             out_specs=wide,
             check_vma=False,  # Pallas calls do not say along which axes their outputs vary
         )
-    return compute(queries, keys, values, spec.texts, spec.which)
+    return compute(_Operands(queries, keys, values, sinks), spec.texts, spec.which)
 
 
 def _local(
     spec: MaskSpec,
     scores: _Scores,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    operands: _Operands,
     texts: Texts,
     which: jax.Array,
 ) -> jax.Array:
     """`attend` on one device."""
+    queries, keys, values, sinks = operands
     time = queries.shape[1]
     padding = -time % _BLOCK
     queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -149,7 +163,7 @@ def _local(
     branches: list[Callable] = [
         functools.partial(kernel, window=window, scores=scores) for window in spec.windows
     ]
-    arguments = (queries, keys, values, texts)
+    arguments = (_Operands(queries, keys, values, sinks), texts)
     one = len(branches) == 1
     mixed = branches[0](*arguments) if one else jax.lax.switch(which, branches, *arguments)
     return mixed[:, :time]
@@ -167,10 +181,11 @@ def _pad(texts: Texts, padding: int) -> Texts:
     return Texts(pad(texts.positions, 0), pad(texts.segment_ids, -1), until)
 
 
-def _splash(queries, keys, values, texts, *, window: int | None, scores: _Scores):
+def _splash(operands: _Operands, texts: Texts, *, window: int | None, scores: _Scores):
     """Attention by the Pallas kernel. Its mask is a function of two positions; where texts share
     their start it is an array, a byte for every pair of tokens.
     """
+    queries, keys, values, sinks = operands
     heads, time = queries.shape[2], queries.shape[1]
     block = next(size for size in (512, 256, _BLOCK) if time % size == 0)
     sides = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -186,24 +201,24 @@ def _splash(queries, keys, values, texts, *, window: int | None, scores: _Scores
             interpret=interpret,
         )
 
-    def run(interpret: bool, texts: Texts, *arrays: jax.Array) -> Any:
+    def run(interpret: bool, texts: Texts, sinks: jax.Array | None, *arrays: jax.Array) -> Any:
         if texts.seen_until is None:
             kernel = make(interpret, splash.MultiHeadMask([_mask(time, window, scores)] * heads))
-            ids = texts.segment_ids
-            return jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids))
+            ids = splash.SegmentIds(texts.segment_ids, texts.segment_ids)
+            return jax.vmap(functools.partial(kernel, sinks=sinks))(*arrays, ids)
 
         def attend(mask: jax.Array, *own: jax.Array) -> jax.Array:
             kernel = make(interpret, mask)
             # JAX makes an array of this flag, which it then wants to read.
             kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
-            return kernel(*own)
+            return kernel(*own, sinks=sinks)
 
         masks = texts.visible(scores.causal, window)[:, None]  # the same for all heads
         return jax.vmap(attend)(masks, *arrays)
 
     scaled = (queries * scores.scale).astype(queries.dtype).swapaxes(1, 2)
     mixed = jax.lax.platform_dependent(
-        *(texts, scaled, keys, values),
+        *(texts, sinks, scaled, keys, values),
         tpu=functools.partial(run, False),
         default=functools.partial(run, True),
     )
@@ -219,11 +234,12 @@ def _mask(time: int, window: int | None, scores: _Scores) -> Any:
     return splash.LocalMask((time, time), (window - 1, 0), 0)
 
 
-def _cudnn(queries, keys, values, texts, *, window: int | None, scores: _Scores):
+def _cudnn(operands: _Operands, texts: Texts, *, window: int | None, scores: _Scores):
     """Attention by cuDNN. Texts and window become a mask (b, 1, t, t) of one layer at a time;
     `is_causal` lets the kernel skip blocks above the diagonal.
     """
-    assert scores.softcap is None  # `choose` refuses it
+    queries, keys, values, sinks = operands
+    assert scores.softcap is None and sinks is None  # `choose` refuses them
     mask = texts.visible(causal=False, window=window)
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     settings = {"mask": mask[:, None], "scale": scores.scale, "is_causal": scores.causal}

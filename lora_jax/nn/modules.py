@@ -64,6 +64,13 @@ class RMSNorm(nnx.Module):
         return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
 
 
+class WideRMSNorm(RMSNorm):
+    """x / rms(x) * scale, all of it in float32: gpt-oss's."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (self._normed(x) * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+
+
 class OffsetRMSNorm(RMSNorm):
     """x / rms(x) * (1 + scale), all of it in float32: Gemma's."""
 

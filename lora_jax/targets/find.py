@@ -297,7 +297,8 @@ def _find_biases(params: Mapping, config: AdapterConfig, adapted: set[str]) -> l
         return []
 
     def trains(name: str, path: Path) -> bool:
-        return path[-1] == "bias" and (config.bias == "all" or name in adapted)
+        is_bias = path[-1] == "bias" and not has_experts(path)  # PEFT leaves those of experts alone
+        return is_bias and (config.bias == "all" or name in adapted)
 
     found = list(_whole(params, trains))
     if not found:

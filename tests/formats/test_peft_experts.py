@@ -102,6 +102,26 @@ OURS = {
         dict(target_modules=["v_proj"], modules_to_save=["1.mlp"]),
         None,
     ),
+    "biases, both stacks and the router": (
+        "gpt_oss",
+        dict(target_modules=["gate_up_proj", "down_proj", "router"], bias="all"),
+        ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.router.weight"],
+    ),
+    "biases, a stack of a layer, PiSSA": (
+        "gpt_oss",
+        dict(target_modules=["q_proj", "1.mlp.experts.gate_up_proj"], bias="all", init="pissa"),
+        ["model.layers.1.mlp.experts.gate_up_proj"],
+    ),
+    "biases of adapted modules": (
+        "gpt_oss",
+        dict(target_modules=["q_proj", "down_proj"], bias="lora_only"),
+        ["mlp.experts.down_proj"],
+    ),
+    "experts in and out, and sinks, whole": (
+        "gpt_oss",
+        dict(target_modules=["0.self_attn.q_proj"], modules_to_save=["experts", "1.self_attn"]),
+        None,
+    ),
 }
 # name -> (family, target_modules, target_parameters, other fields of PEFT's config)
 THEIRS = {
@@ -141,6 +161,19 @@ THEIRS = {
         None,
         dict(modules_to_save=["mlp.experts", "1.mlp.gate"]),
     ),
+    "biases, stack and router": (
+        "gpt_oss",
+        ["o_proj"],
+        ["mlp.experts.gate_up_proj", "mlp.router.weight"],
+        dict(bias="all"),
+    ),
+    "biases of adapted modules": (
+        "gpt_oss",
+        ["o_proj"],
+        ["mlp.experts.down_proj"],
+        dict(bias="lora_only"),
+    ),
+    "experts in and out whole": ("gpt_oss", ["q_proj"], None, dict(modules_to_save=["experts"])),
 }
 
 

@@ -193,6 +193,10 @@ PUBLISHED = {
         gradient_checkpointing=True, summary_first_dropout=0.1,
     ),
     "mixtral": dict(output_router_logits=False, router_aux_loss_coef=0.02, head_dim=8),
+    "gpt_oss": dict(
+        experts_per_token=4, initial_context_length=4096, output_router_logits=False,
+        router_aux_loss_coef=0.9, quantization_config=None,
+    ),
     "qwen3_moe": dict(
         decoder_sparse_step=1, mlp_only_layers=[], max_window_layers=48, use_qk_norm=True,
         qkv_bias=False, shared_expert_intermediate_size=0, layer_types=[FULL] * 3,
@@ -223,6 +227,11 @@ NOTES = [
     ("bert", dict(hidden_dropout_prob=0.1), "left out: hidden_dropout_prob=0.1; dropout of adapt"),
     ("mixtral", dict(router_jitter_noise=0.1), "left out: router_jitter_noise=0.1; dropout of ad"),
     ("mixtral", dict(output_router_logits=True), "here train.router_aux_loss_coef does"),
+    (
+        "gpt_oss",
+        dict(quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []}),
+        "quant_method='mxfp4': the experts are read as bfloat16, which is exact and takes almost",
+    ),
     ("llama", dict(layer_types=[FULL, SLIDING, FULL]), "the layers have full_attention"),
     ("mistral", dict(layer_types=[FULL, SLIDING, FULL]), "the layers have sliding_attention"),
 ]
@@ -295,6 +304,10 @@ REFUSALS = [
     ("qwen3_moe", dict(mlp_only_layers=[1]), "mlp_only_layers=[1] is not supported, only [] or"),
     ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported, only 1"),
     ("qwen3_moe", dict(num_experts_per_tok=11), "num_experts_per_tok=11 is above the number of ex"),
+    ("gpt_oss", dict(num_experts_per_tok=6), "num_experts_per_tok=6 is above the number of exp"),
+    ("gpt_oss", dict(swiglu_limit=0), "swiglu_limit=0 is not above 0"),
+    ("gpt_oss", dict(sliding_window=None), "sliding_window is null or not in use"),
+    ("gpt_oss", dict(quantization_config={"quant_method": "gptq"}), "'gptq': the weights are quan"),
     ("llama", dict(rope_scaling=3), "rope_scaling=3 is not a mapping"),
     ("llama", rope(rope_type="ntk"), "rope_type='ntk' is not supported; these are: default, lin"),
     ("phi3", rope(rope_type="linear", factor=2.0), "rope_type='linear' is not supported; these"),

@@ -63,6 +63,7 @@ ROWS = {name: Row(name) for name in (*FAMILIES, *ENCODERS)} | {
     "qwen2, prompt": Row("qwen2", {"method": "prompt", **VIRTUAL}),
     "gemma2, splash": Row("gemma2", kernel="splash"),
     "qwen3, splash": Row("qwen3", kernel="splash"),
+    "gpt_oss, splash": Row("gpt_oss", kernel="splash"),
     "phi3, longrope": Row(
         "phi3", model={"original_max_position_embeddings": 6, "rope_parameters": LONGROPE}
     ),

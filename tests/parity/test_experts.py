@@ -148,6 +148,12 @@ PARITY = {
         ["mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"],
         dict(use_rslora=True, rank_pattern={"gate_up_proj": 3}, alpha_pattern={"down_proj": 9}),
     ),
+    "gpt_oss, everything": (
+        "gpt_oss",
+        ["q_proj"],
+        ["mlp.router.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        {},
+    ),
 }
 
 

@@ -36,6 +36,7 @@ ON = {
     "exaone4": "1x1x8",
     "mixtral, router loss": "2x2x2",
     "qwen3_moe": "1x8x1",
+    "gpt_oss, splash": "2x2x2",
     "bert": "1x1x8",
     "roberta": "2x2x2",
 }
