@@ -200,7 +200,8 @@ def _read_labels(config: Config) -> tuple[str, ...]:
 def _with_heads(adapter: AdapterConfig, source: Path, model: Model) -> AdapterConfig:
     if adapter.trains_everything:
         return adapter
-    heads = [model.names.heads[0]]  # always trains, as in PEFT's SEQ_CLS
+    # These always train, as in PEFT's SEQ_CLS, where the name is the end of any path.
+    heads = [head for head in model.names.heads if head.endswith(model.names.heads[0])]
     if any(source.glob("*.safetensors")):
         heads += [head for head in formats.missing_heads(source, model) if head not in heads]
     given = adapter.modules_to_save or []

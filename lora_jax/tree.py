@@ -81,6 +81,27 @@ def stack_position(path: Path) -> int | None:
     return None
 
 
+def layer_number(path: Path) -> int | None:
+    """Return the number of a layer that is one of a list, not of a stack; None for other leaves."""
+    pairs = zip(path, path[1:], strict=False)
+    return next((int(below) for key, below in pairs if key in STACKS and below.isdigit()), None)
+
+
+def in_layers(path: Path) -> bool:
+    """Return True for a leaf of a layer, of a stack or a list."""
+    return stack_position(path) is not None or layer_number(path) is not None
+
+
+def one_layer(leaves: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Return the leaves of stacked layers, and of layers in a list those of the last."""
+    last = max((layer_number(path) or 0 for path in leaves), default=0)
+    return {
+        path: leaf
+        for path, leaf in leaves.items()
+        if in_layers(path) and layer_number(path) in (None, last)
+    }
+
+
 def is_conv1d(module: Path) -> bool:
     """Return True if Hugging Face files hold the kernel of a module as (in, out)."""
     return module[-1] in CONV1D and "layers" not in module

@@ -52,6 +52,11 @@ def theta(value: float, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": value, **more}
 
 
+# Of queries that are scaled from the seventh token on.
+SCALED = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, llama_4_scaling_beta=0.5)
+SCALED |= dict(original_max_position_embeddings=6, mscale=1.0, mscale_all_dim=1.0)
+
+
 @dataclass(frozen=True)
 class Family:
     """What a family is called in transformers, fields that give the size of a tiny model, and
@@ -374,6 +379,20 @@ FAMILIES = {
                 layer_types=[FULL] * 3,
                 head_dim=10,
                 rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+            ),
+        },
+    ),
+    "ministral3": Family(
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        GIVEN,
+        {
+            "window": dict(sliding_window=9, rope_parameters=SCALED, rms_norm_eps=0.05),
+            "tied": dict(
+                tie_word_embeddings=True,
+                hidden_act="gelu",
+                rope_parameters=SCALED
+                | dict(mscale=0.7, beta_fast=4.0, beta_slow=2.0, llama_4_scaling_beta=0.2),
             ),
         },
     ),

@@ -46,6 +46,14 @@ def encoder(vocabulary, width=768, layers=12, heads=12, **more):
 
 
 ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
+YARN = {
+    "head_dim": 128,
+    "rope_parameters": {
+        **{"rope_type": "yarn", "type": "yarn", "rope_theta": 1e6, "factor": 16.0},
+        **{"original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0},
+        **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    },
+}
 PUBLISHED = {
     "llama": {
         "Llama-3.2-1B": tied(128256, 2048, 8192, 16, 32, 8),
@@ -107,6 +115,15 @@ PUBLISHED = {
         "Mistral-Small-3.1-24B-Instruct-2503": with_images(
             decoder(131072, 5120, 32768, 40, 32, 8, head_dim=128)
         ),
+        "Ministral-3-3B-Base-2512": with_images(
+            tied(131072, 3072, 9216, 26, 32, 8, **YARN, model_type="ministral3")
+        ),
+        "Ministral-3-14B-Base-2512": with_images(
+            decoder(131072, 5120, 16384, 40, 32, 8, **YARN, model_type="ministral3")
+        ),
+    },
+    "ministral3": {
+        "Ministral-3-8B-Base-2512": decoder(131072, 4096, 14336, 34, 32, 8, **YARN),
     },
     "qwen2_5_vl": {
         "Qwen2.5-VL-3B-Instruct": with_images(tied(151936, 2048, 11008, 36, 16, 2)),
@@ -190,6 +207,22 @@ PUBLISHED = {
         "bert-base-uncased": encoder(30522),
         "bert-large-uncased": encoder(30522, 1024, 24, 16),
         "all-MiniLM-L6-v2": encoder(30522, 384, 6),
+    },
+    "distilbert": {
+        "distilbert-base-uncased": {"vocab_size": 30522},
+        "distilbert-base-multilingual-cased": {"vocab_size": 119547},
+    },
+    "electra": {
+        "electra-small-discriminator": encoder(30522, 256, 12, 4),
+        "electra-base-discriminator": encoder(30522, embedding_size=768),
+        "electra-large-discriminator": encoder(30522, 1024, 24, 16, embedding_size=1024),
+    },
+    "modernbert": {
+        "ModernBERT-base": {"vocab_size": 50368},
+        "ModernBERT-large": {
+            **{"vocab_size": 50368, "hidden_size": 1024, "intermediate_size": 2624},
+            **{"num_hidden_layers": 28, "num_attention_heads": 16},
+        },
     },
     "roberta": {"roberta-base": encoder(50265, **ROBERTA)},
     "xlm-roberta": {"xlm-roberta-base": encoder(250002, **ROBERTA)},

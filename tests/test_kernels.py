@@ -27,6 +27,7 @@ ROWS = {
     ),
     "first of two kinds": ("grouped", {"windows": (None, 7), "which": 0}),
     "encoder": ("even", {"causal": False}),
+    "encoder, window": ("even", {"causal": False, "windows": (9,)}),
     "sinks": ("grouped", {"sinks": True}),
     "sinks, second of two kinds": ("blocks", {"sinks": True, "windows": (None, 130), "which": 1}),
 }
@@ -52,7 +53,7 @@ def both(kernel, size, seed, *, windows=(None,), which=0, causal=True, dtype=jnp
         heads = SIZES[size][2]
         inputs.append(jnp.asarray(np.random.default_rng(seed).standard_normal(heads) + 1, dtype))
     texts = Texts(segments, segments)
-    masks = (texts.visible(causal=False),)
+    masks = (texts.visible(causal=False, window=windows[0]),)
     if causal:
         masks = mask_specs("xla", texts, None, windows)[which]
     spec = kernels.MaskSpec(texts, jnp.int32(which), kernel, windows, causal)

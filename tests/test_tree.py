@@ -20,7 +20,9 @@ from lora_jax.tree import (
     check_same_structure,
     count,
     flatten,
+    in_layers,
     nbytes,
+    one_layer,
     slice_names,
     unflatten,
 )
@@ -372,3 +374,13 @@ def test_impossible_values_are_refused_in_python_too(fields, message):
     model = describe(TINY)
     with pytest.raises(UserError, match=message):
         find_targets(model.params, AdapterConfig(**fields))
+
+
+def test_one_layer_of_a_stack_and_of_a_list():
+    stack = ("model", "layers", "mlp", "up_proj", "kernel")
+    layers = [("model", "layers", str(i), "mlp", "Wo", "kernel") for i in range(11)]
+    outside = ("model", "embed_tokens", "embedding")
+    assert one_layer(dict.fromkeys([stack, outside])).keys() == {stack}
+    assert one_layer(dict.fromkeys([*layers, outside])).keys() == {layers[10]}
+    assert all(map(in_layers, [stack, *layers])) and not in_layers(outside)
+    assert one_layer({}) == {}

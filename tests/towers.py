@@ -6,7 +6,7 @@ A new one is one more row of `TOWERS`.
 from dataclasses import dataclass, field
 from typing import Any
 
-from .families import FULL, GIVEN, IMPLIED, SLIDING, theta
+from .families import FULL, GIVEN, IMPLIED, SCALED, SLIDING, theta
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ TOWERS = {
         {
             "window": GIVEN | dict(model_type="mistral", sliding_window=5),
             "plain": GIVEN | dict(model_type="mistral", sliding_window=None),
+            "ministral3": GIVEN | dict(model_type="ministral3", rope_parameters=SCALED),
         },
         SMALL | dict(image_size=28, patch_size=14, head_dim=8),
         dict(image_token_index=96, tie_word_embeddings=False),

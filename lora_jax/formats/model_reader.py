@@ -120,9 +120,11 @@ def _refuse_broken(directory: Path, broken: Mapping[str, bool], cast: np.dtype |
 
 
 def _draw(path: tree.Path, leaf: Any) -> np.ndarray:
-    """Return a weight of a new head: normal with deviation 0.02, always the same; a bias is 0."""
-    if path[-1] == "bias":
-        return np.zeros(leaf.shape, np.float32)
+    """Return a weight of a new head: normal with deviation 0.02, always the same; a bias is 0, and
+    the scale of a norm is 1.
+    """
+    if path[-1] in ("bias", "scale"):
+        return np.full(leaf.shape, path[-1] == "scale", np.float32)
     seed = zlib.crc32(tree.dotted(path).encode())
     return np.random.default_rng(seed).normal(0, 0.02, leaf.shape).astype(np.float32)
 

@@ -101,7 +101,7 @@ def canonical(
     it is the same for all weights; otherwise names stay as they are.
     """
     weights = [name for name in stored if _is_read(name, names)]
-    heads = tuple(f"{head}." for head in tree.OUTPUT_HEADS)
+    heads = tuple(f"{head}." for head in (*tree.OUTPUT_HEADS, *names.heads))
     found = {}
     for name in weights:
         new = _today(name, names)

@@ -25,7 +25,7 @@ from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import digests, peft_vera, peft_virtual
 from lora_jax.formats.directories import new_directory
 from lora_jax.formats.names import unwrap
-from lora_jax.formats.peft_config import to_peft_config
+from lora_jax.formats.peft_config import saved_problems, to_peft_config
 from lora_jax.formats.peft_config_reader import from_peft_config
 from lora_jax.formats.peft_digest import FIELD, METADATA, WEIGHTS, checked
 from lora_jax.formats.peft_forms import (
@@ -97,7 +97,7 @@ def write_adapter(
     if profile is not None and profile not in _PROFILES:
         raise UserError(f"profile={profile!r} is not one of: {', '.join(_PROFILES)}")
     unserved = unservable(found, _model_type(source)) if profile else []
-    raise_all(peft_problems(found) + unserved)
+    raise_all(peft_problems(found) + saved_problems(config, params) + unserved)
     leaves: Any = tree.flatten(jax.device_get(adapters))
     if config.trains_virtual_tokens:
         tensors = peft_virtual.pack(tree.unflatten(leaves))
@@ -172,7 +172,9 @@ def peft_problems(found: Trainable, base: Model | None = None) -> list[str]:
                 f"{home}, which is saved in full; name that, or export with --format hf"
             )
             break
-    return problems + ([] if base is None else _token_problems(found, base))
+    if base is None:
+        return problems
+    return problems + saved_problems(config, base.params) + _token_problems(found, base)
 
 
 def _token_problems(found: Trainable, base: Model) -> list[str]:

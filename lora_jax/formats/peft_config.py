@@ -13,6 +13,7 @@ from lora_jax import tree
 from lora_jax.config import AdapterConfig
 from lora_jax.formats.peft_forms import adapted_modules, is_parameter, parameter_name
 from lora_jax.formats.peft_modules import (
+    is_inside,
     module_names,
     outermost,
     parameters,
@@ -100,6 +101,18 @@ def saved_modules(config: AdapterConfig, params: Mapping) -> list[str] | None:
     if config.ensure_weight_tying and embedding is not None:
         names = {embedding if name == HEAD[0] else name for name in names}
     return outermost(names)
+
+
+def saved_problems(config: AdapterConfig, params: Mapping) -> list[str]:
+    """List the modules that PEFT would train in full next to those of modules_to_save."""
+    saved = saved_modules(config, params) or []
+    more = {name for name in module_names(params) if name.endswith(tuple(saved))}
+    return [
+        f"modules_to_save={config.modules_to_save!r}: PEFT takes a name for the end of any other, "
+        f"and saves {name} too; name both, or export with --format hf (export.peft=false, "
+        "export.merged=true)"
+        for name in outermost({name for name in more if not is_inside(name, saved)})
+    ]
 
 
 def _integral(value: float) -> int | float:

@@ -14,6 +14,8 @@ from lora_jax.models import (
     bert,
     camembert,
     cohere,
+    distilbert,
+    electra,
     exaone4,
     gemma,
     gemma2,
@@ -25,9 +27,11 @@ from lora_jax.models import (
     granite,
     llama,
     ministral,
+    ministral3,
     mistral,
     mistral3,
     mixtral,
+    modernbert,
     nemotron,
     olmo2,
     olmo3,
@@ -49,10 +53,10 @@ from lora_jax.models.common import Model, Names
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
-    *(arcee, bert, camembert, cohere, exaone4, gemma, gemma2, gemma3, gemma3_text, glm4, gpt2),
-    *(gpt_oss, granite, llama, ministral, mistral, mistral3, mixtral, nemotron, olmo2, olmo3, phi),
-    *(phi3, qwen2, qwen2_5_vl, qwen3, qwen3_moe, qwen3_vl, roberta, seed_oss, smollm3, smolvlm),
-    *(starcoder2, xlm_roberta),
+    *(arcee, bert, camembert, cohere, distilbert, electra, exaone4, gemma, gemma2, gemma3),
+    *(gemma3_text, glm4, gpt2, gpt_oss, granite, llama, ministral, ministral3, mistral, mistral3),
+    *(mixtral, modernbert, nemotron, olmo2, olmo3, phi, phi3, qwen2, qwen2_5_vl, qwen3, qwen3_moe),
+    *(qwen3_vl, roberta, seed_oss, smollm3, smolvlm, starcoder2, xlm_roberta),
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}

@@ -10,6 +10,7 @@ classifier / {kernel,bias}                                                (d, la
 Dropout that configs ask for in training is left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,11 @@ RULES = (
     (r"\w+\.pooler\.dense\.(kernel|bias)|classifier\..*", P(None)),
 )
 ARCHITECTURE = "BertForSequenceClassification"
+OLD = ((".gamma", ".weight"), (".beta", ".bias"))  # norms in files made from TensorFlow's
 NAMES = Names(
     base="bert.",
     no_weights=r"cls\..*|.*embeddings\.position_ids",
-    old=((".gamma", ".weight"), (".beta", ".bias")),
+    old=OLD,
     heads=("classifier", "bert.pooler"),
 )
 
@@ -70,23 +72,45 @@ class Config:
         return self.max_position_embeddings
 
 
-def read_fields(reader: ConfigReader, vocab_size: int, pad_token_id: int) -> dict[str, Any]:
-    """Read the fields of a `Config`; defaults are those of transformers."""
-    reader.inert("tie_word_embeddings", "layer_types", "directionality", "embedding_size")
-    reader.inert("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers")
-    reader.inert("pooler_size_per_head", "pooler_type")
+def check_encoder(reader: ConfigReader) -> None:
+    """Refuse a config of another use of an encoder than the classification of whole texts."""
+    reader.inert("tie_word_embeddings")
     for name in ("is_decoder", "add_cross_attention"):
         reader.only(name, False, None)
     reader.only("is_causal", False, None, why="transformers then masks the tokens after each")
     reader.only("position_embedding_type", "absolute", None)
     reader.only("problem_type", "single_label_classification", None, why="one class for a text")
-    heads, hidden = reader.size("num_attention_heads", 12), reader.size("hidden_size", 768)
+
+
+def check_heads(reader: ConfigReader, **sizes: int) -> None:
+    """Refuse a hidden size that is not a multiple of the number of heads: in this order, by their
+    names in the family.
+    """
+    (width, hidden), (count, heads) = sizes.items()
     if hidden % heads:
-        reader.refuse(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+        reader.refuse(f"{width}={hidden} is not a multiple of {count}={heads}")
+
+
+def read_fields(
+    reader: ConfigReader,
+    vocab_size: int,
+    pad_token_id: int,
+    sizes: tuple[int, int, int] = (768, 3072, 12),
+) -> dict[str, Any]:
+    """Read the fields of a `Config`; defaults are those of transformers. `sizes` are those of
+    hidden_size, intermediate_size and num_attention_heads.
+    """
+    check_encoder(reader)
+    reader.inert("layer_types", "directionality", "embedding_size")
+    reader.inert("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers")
+    reader.inert("pooler_size_per_head", "pooler_type")
+    hidden = reader.size("hidden_size", sizes[0])
+    heads = reader.size("num_attention_heads", sizes[2])
+    check_heads(reader, hidden_size=hidden, num_attention_heads=heads)
     return {
         "vocab_size": reader.size("vocab_size", vocab_size),
         "hidden_size": hidden,
-        "intermediate_size": reader.size("intermediate_size", 3072),
+        "intermediate_size": reader.size("intermediate_size", sizes[1]),
         "num_hidden_layers": reader.size("num_hidden_layers", 12),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
@@ -105,8 +129,8 @@ def read_config(reader: ConfigReader) -> Config:
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        d = config.hidden_size
+    def __init__(self, config: Config, features: int, *, rngs: nnx.Rngs):
+        d = features
         self.word_embeddings = Embed(config.vocab_size, d, rngs=rngs)
         self.position_embeddings = Embed(config.max_position_embeddings, d, rngs=rngs)
         self.token_type_embeddings = Embed(config.type_vocab_size, d, rngs=rngs)
@@ -118,17 +142,23 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    """Attention without its output projection, with the family's names of the three linears."""
+
+    def __init__(
+        self,
+        config: Config,
+        names: tuple[str, str, str] = ("query", "key", "value"),
+        *,
+        rngs: nnx.Rngs,
+    ):
         d = config.hidden_size
-        self.query = Linear(d, d, use_bias=True, rngs=rngs)
-        self.key = Linear(d, d, use_bias=True, rngs=rngs)
-        self.value = Linear(d, d, use_bias=True, rngs=rngs)
-        self.head_dim = config.head_dim
+        for name in names:
+            setattr(self, name, Linear(d, d, use_bias=True, rngs=rngs))
+        self.names, self.head_dim = names, config.head_dim
 
     def __call__(self, x: jax.Array, masks: Any) -> jax.Array:
         q, k, v = (
-            part(x).reshape(*x.shape[:2], -1, self.head_dim)
-            for part in (self.query, self.key, self.value)
+            getattr(self, name)(x).reshape(*x.shape[:2], -1, self.head_dim) for name in self.names
         )
         blocks = [(k.swapaxes(1, 2), v.swapaxes(1, 2))]
         return attention(q, blocks, masks, self.head_dim**-0.5).reshape(x.shape)
@@ -174,43 +204,57 @@ class Block(nnx.Module):
         return self.output(ACTIVATIONS[self.act](self.intermediate(x)), x)
 
 
+def masks(texts: Texts, execution: Execution, window: int | None = None) -> Any:
+    """Return the masks argument of `attention`: every token sees those of its text on both sides,
+    with a `window` those fewer than `window` tokens away.
+    """
+    if execution.kernel == "xla":
+        return (texts.visible(causal=False, window=window),)
+    return MaskSpec(texts, jnp.int32(0), execution.kernel, (window,), causal=False)
+
+
 class Layers(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.layer = nnx.vmap(lambda own: Block(config, rngs=own))(
+    """Layers of which every token sees all tokens of its text."""
+
+    def __init__(self, config: Config, block: Callable = Block, *, rngs: nnx.Rngs):
+        self.layer = nnx.vmap(lambda own: block(config, rngs=own))(
             rngs.split(config.num_hidden_layers)
         )
 
+    def __call__(self, x: jax.Array, texts: Texts, execution: Execution) -> jax.Array:
+        """Return the output (b, t, d) of the last layer for embeddings (b, t, d)."""
+        seen = masks(texts, execution)
+
+        def run(x, layer, own, cached):
+            return layer(x, seen), None, cached
+
+        x = x.astype(execution.dtype)
+        return scan_layers(run, self.layer, x, None, execution.remat)[0]
+
 
 class Encoder(nnx.Module):
-    """Embeddings and layers; every token sees all tokens of its text."""
+    """Embeddings and layers."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.embeddings = Embeddings(config, rngs=rngs)
+        self.embeddings = Embeddings(config, config.hidden_size, rngs=rngs)
         self.encoder = Layers(config, rngs=rngs)
 
     def __call__(
         self,
         tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
+        texts: Texts,
         token_types: jax.Array | None,
         execution: Execution,
     ) -> jax.Array:
-        """Return hidden states (b, t, d) of tokens (b, t); `positions` are rows of the position
-        embeddings.
+        """Return hidden states (b, t, d) of tokens (b, t); positions of `texts` are rows of the
+        position embeddings.
         """
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        texts = Texts(positions, segment_ids)
-        if execution.kernel == "xla":
-            masks: Any = (texts.visible(causal=False),)
-        else:
-            masks = MaskSpec(texts, jnp.int32(0), execution.kernel, causal=False)
+        return self.encoder(self.embed(tokens, texts.positions, types), texts, execution)
 
-        def block(x, layer, own, cached):
-            return layer(x, masks), None, cached
-
-        x = self.embeddings(tokens, positions, types).astype(execution.dtype)
-        return scan_layers(block, self.encoder.layer, x, None, execution.remat)[0]
+    def embed(self, tokens: jax.Array, positions: jax.Array, types: jax.Array) -> jax.Array:
+        """Return the input (b, t, d) of the first layer."""
+        return self.embeddings(tokens, positions, types)
 
 
 def first_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -219,16 +263,22 @@ def first_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, starts[:, :, None], axis=1)
 
 
-class PooledEncoder(Encoder):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
-        self.pooler = Dense(config.hidden_size, config.hidden_size, rngs=rngs)
+class Classifier(nnx.Module):
+    """Model that gives every text one of the labels. A family defines `encode` and `classifier`,
+    and `pool` where something comes between them.
+    """
 
+    classifier: Any
 
-class Model(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.bert = PooledEncoder(config, rngs=rngs)
-        self.classifier = Linear(config.hidden_size, len(config.labels), use_bias=True, rngs=rngs)
+    def encode(
+        self, tokens: jax.Array, texts: Texts, types: jax.Array | None, execution: Execution
+    ) -> jax.Array:
+        """Return the output (b, t, d) of the last layer."""
+        raise NotImplementedError
+
+    def pool(self, x: jax.Array, texts: Texts) -> jax.Array:
+        """Return the input (b, t, d) of the classifier, the same at all tokens of a text."""
+        return first_tokens(x, texts.positions)
 
     def hidden(
         self,
@@ -240,10 +290,29 @@ class Model(nnx.Module):
         execution: Execution = PLAIN,
     ) -> tuple[jax.Array, None]:
         """Return the input (b, t, d) of the classifier, the same at all tokens of a text."""
-        x = self.bert(tokens, positions, segment_ids, token_types, execution)
-        x = first_tokens(x, positions)
-        return jnp.tanh(self.bert.pooler(x)), None
+        texts = Texts(positions, segment_ids)
+        return self.pool(self.encode(tokens, texts, token_types, execution), texts), None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return logits (..., labels) of hidden states (..., d), in their dtype."""
         return self.classifier(hidden)
+
+
+class PooledEncoder(Encoder):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.pooler = Dense(config.hidden_size, config.hidden_size, rngs=rngs)
+
+
+class Model(Classifier):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.bert = PooledEncoder(config, rngs=rngs)
+        self.classifier = Linear(config.hidden_size, len(config.labels), use_bias=True, rngs=rngs)
+
+    def encode(
+        self, tokens: jax.Array, texts: Texts, types: jax.Array | None, execution: Execution
+    ) -> jax.Array:
+        return self.bert(tokens, texts, types, execution)
+
+    def pool(self, x: jax.Array, texts: Texts) -> jax.Array:
+        return jnp.tanh(self.bert.pooler(super().pool(x, texts)))

@@ -1,7 +1,7 @@
 """Parts that every family shares: the `Model` value, names of tensors in files, the layer scan."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,34 @@ def scan_layers(
     return x, out, kept
 
 
-def _remat(body: Callable, remat: str) -> Callable:
-    """Return the body of a scan with the activations of `remat` kept."""
+def run_layers(
+    block: Callable, layers: Sequence[nnx.Module], x: jax.Array, remat: str
+) -> jax.Array:
+    """Run `block(x, layer, index) -> x` over layers of several shapes, each compiled by itself;
+    `remat` as in `scan_layers`. Return the output (b, t, d) of the last layer.
+    """
+    for index, layer in enumerate(layers):
+        graphdef, state = nnx.split(layer)
+
+        def body(x: jax.Array, state: Any, graphdef: Any = graphdef, index: int = index):
+            x = checkpoint_name(constrain_stream(x), "stream")
+            return block(x, nnx.merge(graphdef, state), index)
+
+        x = _remat(body, remat, prevent_cse=True)(x, state)
+    return x
+
+
+def _remat(body: Callable, remat: str, prevent_cse: bool = False) -> Callable:
+    """Return a layer with the activations of `remat` kept; the body of a scan needs no
+    `prevent_cse`.
+    """
     policies = jax.checkpoint_policies
     match remat:
         case "full":
-            return jax.checkpoint(body, prevent_cse=False)
+            return jax.checkpoint(body, prevent_cse=prevent_cse)
         case "dots":
             policy = policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(body, prevent_cse=False, policy=policy)
+            return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
         case "offload":
             keep = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
@@ -85,7 +104,7 @@ def _remat(body: Callable, remat: str) -> Callable:
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-            return jax.checkpoint(body, prevent_cse=False, policy=keep)
+            return jax.checkpoint(body, prevent_cse=prevent_cse, policy=keep)
     return body
 
 

@@ -138,12 +138,14 @@ class AttentionInputs:
     cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
     masks: Any  # (b, t, s) for each block of keys, or the `MaskSpec` of a fused kernel
     real: jax.Array  # (b, t) bool; False for padding
+    positions: jax.Array  # (b, t)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions. A family that computes queries, keys and
     values otherwise overrides `project`; one with other rotations or another name of the output
-    projection `rotate` or `output`; one with a sink in the softmax of each head `sink_logits`.
+    projection `rotate` or `output`; one that scales queries `queries`; one with a sink in the softmax
+    of each head `sink_logits`.
     """
 
     def __init__(
@@ -177,6 +179,10 @@ class Attention(nnx.Module):
         """Rotate queries or keys (b, t, heads, h) by their positions."""
         return rotate(x, inputs.cos_sin)
 
+    def queries(self, q: jax.Array, inputs: AttentionInputs) -> jax.Array:
+        """Return the queries (b, t, n, h) that are compared with keys."""
+        return self.rotate(q, inputs)
+
     def sink_logits(self) -> jax.Array | None:
         """Return the score of each head's sink (n,), or None."""
         return None
@@ -190,7 +196,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Return the output (b, t, d) for x (b, t, d), and the cache with the new tokens."""
         q, k, v = self.project(x)
-        q, k = self.rotate(q, inputs), self.rotate(k, inputs)
+        q, k = self.queries(q, inputs), self.rotate(k, inputs)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         scores = (self.scale, self.softcap, self.sink_logits())
         mixed, cached = attend(q, new, kv, inputs.masks, *scores)
@@ -353,6 +359,7 @@ class CausalLM(nnx.Module):
                 rope(positions, config.head_dim, config.rope_parameters[kind], lengths),
                 masks,
                 segment_ids != 0,
+                positions,
             )
             for kind, masks in zip(kinds, seen, strict=True)
         ]

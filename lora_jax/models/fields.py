@@ -65,7 +65,7 @@ TRAINING = frozenset(
     """
     activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop
     classifier_dropout dropout embd_pdrop embedding_dropout hidden_dropout hidden_dropout_prob
-    layerdrop mlp_dropout resid_pdrop residual_dropout router_jitter_noise
+    layerdrop mlp_dropout resid_pdrop residual_dropout router_jitter_noise seq_classif_dropout
     """.split()
 )
 

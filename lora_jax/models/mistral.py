@@ -33,5 +33,5 @@ class Block(decoder.Block):
 
 
 class Model(decoder.CausalLM):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, Block, rngs=rngs)
+    def __init__(self, config: Any, block: Callable = Block, *, rngs: nnx.Rngs):
+        super().__init__(config, block, rngs=rngs)

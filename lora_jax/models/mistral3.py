@@ -1,9 +1,15 @@
-"""Mistral Small 3.1 and 3.2: the text of a model that reads images, `model_type` mistral3.
+"""Mistral Small 3.1 and 3.2 and Ministral 3: the text of a model that reads images, `model_type`
+mistral3.
 
-model / language_model / ...    as `mistral`
+model / language_model / ...    as `mistral` or `ministral3`
 """
 
-from lora_jax.models import mistral
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from lora_jax.models import ministral3, mistral
 from lora_jax.models.decoder import RULES as TEXT_RULES
 from lora_jax.models.decoder import DecoderConfig
 from lora_jax.models.reader import ConfigReader
@@ -32,8 +38,17 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
     """Read the config of the text from config.json; defaults are those of transformers."""
     reader.inert("projector_hidden_act", "vision_feature_layer", "multimodal_projector_bias")
     reader.inert("spatial_merge_size")
+    given = reader.content.get("text_config")
+    if isinstance(given, Mapping) and given.get("model_type") == "ministral3":
+        return ministral3.read_config(read_text(reader, "ministral3", ties=True))
     return mistral.read_config(read_text(reader, "mistral", ties=True, usual=_USUAL))
 
 
-class Model(Tower, mistral.Model):
+class Text(mistral.Model):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        scales = isinstance(config, ministral3.Config)
+        super().__init__(config, ministral3.Block if scales else mistral.Block, rngs=rngs)
+
+
+class Model(Tower, Text):
     pass

@@ -42,15 +42,27 @@ class Attention(decoder.Attention):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    """down(act(a) * b), where a and b are the halves of gate_up(x), with the family's names of the
+    two linears.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        names: tuple[str, str] = ("gate_up_proj", "down_proj"),
+        *,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = Linear(d, 2 * f, rngs=rngs)
-        self.down_proj = Linear(f, d, rngs=rngs)
-        self.act = config.hidden_act
+        setattr(self, names[0], Linear(d, 2 * f, use_bias=use_bias, rngs=rngs))
+        setattr(self, names[1], Linear(f, d, use_bias=use_bias, rngs=rngs))
+        self.names, self.act = names, config.hidden_act
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(ACTIVATIONS[self.act](gate) * up)
+        gate_up, down = (getattr(self, name) for name in self.names)
+        gate, up = jnp.split(gate_up(x), 2, axis=-1)
+        return down(ACTIVATIONS[self.act](gate) * up)
 
 
 class Block(decoder.Block):

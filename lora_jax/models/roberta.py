@@ -10,15 +10,16 @@ from flax import nnx
 
 from lora_jax.models import bert
 from lora_jax.models.bert import RULES as RULES
-from lora_jax.models.common import PLAIN, Execution, Names
+from lora_jax.models.common import Execution, Names
 from lora_jax.models.reader import ConfigReader
 from lora_jax.nn.modules import Linear
+from lora_jax.nn.texts import Texts
 
 ARCHITECTURE = "RobertaForSequenceClassification"
 NAMES = Names(
     base="roberta.",
     no_weights=r"(roberta\.)?pooler\..*|lm_head\..*|.*embeddings\.position_ids",
-    old=((".gamma", ".weight"), (".beta", ".bias")),
+    old=bert.OLD,
     heads=("classifier",),
 )
 
@@ -36,36 +37,29 @@ def read_config(reader: ConfigReader, vocab_size: int = 50265) -> Config:
 
 
 class Head(nnx.Module):
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    """out_proj(act(dense(x)))."""
+
+    def __init__(self, config: bert.Config, *, rngs: nnx.Rngs):
         d = config.hidden_size
         self.dense = Linear(d, d, use_bias=True, rngs=rngs)
         self.out_proj = Linear(d, len(config.labels), use_bias=True, rngs=rngs)
 
+    def act(self, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out_proj(jnp.tanh(self.dense(x)))
+        return self.out_proj(self.act(self.dense(x)))
 
 
-class Model(nnx.Module):
+class Model(bert.Classifier):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
         self.roberta = bert.Encoder(config, rngs=rngs)
         self.classifier = Head(config, rngs=rngs)
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        token_types: jax.Array | None = None,
-        execution: Execution = PLAIN,
-    ) -> tuple[jax.Array, None]:
-        """Return the input (b, t, d) of the classifier, the same at all tokens of a text."""
-        rows = positions + self.config.pad_token_id + 1
+    def encode(
+        self, tokens: jax.Array, texts: Texts, types: jax.Array | None, execution: Execution
+    ) -> jax.Array:
+        rows = texts.positions + self.config.pad_token_id + 1
         # There is one token type; the tokenizer does not mark the texts of a pair by it.
-        x = self.roberta(tokens, rows, segment_ids, None, execution)
-        return bert.first_tokens(x, positions), None
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return logits (..., labels) of hidden states (..., d), in their dtype."""
-        return self.classifier(hidden)
+        return self.roberta(tokens, Texts(rows, texts.segment_ids), None, execution)

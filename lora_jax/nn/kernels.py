@@ -35,8 +35,7 @@ _dot_product = functools.partial(jax.nn.dot_product_attention, implementation="c
 class MaskSpec:
     """Description of a mask (b, t, t) for a fused kernel.
 
-    A query sees what `Texts.visible` says; of the last `windows[which]` tokens, if that is a
-    number.
+    A query sees what `Texts.visible` says, with the window `windows[which]`.
     """
 
     texts: Texts
@@ -227,11 +226,9 @@ def _splash(operands: _Operands, texts: Texts, *, window: int | None, scores: _S
 
 def _mask(time: int, window: int | None, scores: _Scores) -> Any:
     """Return the mask of splash for texts that share nothing."""
-    if not scores.causal:
-        return splash.FullMask((time, time))
-    if window is None:
-        return splash.CausalMask((time, time))
-    return splash.LocalMask((time, time), (window - 1, 0), 0)
+    if window is not None:
+        return splash.LocalMask((time, time), (window - 1, 0 if scores.causal else window - 1), 0)
+    return (splash.CausalMask if scores.causal else splash.FullMask)((time, time))
 
 
 def _cudnn(operands: _Operands, texts: Texts, *, window: int | None, scores: _Scores):

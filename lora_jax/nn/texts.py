@@ -29,8 +29,8 @@ class Texts:
 
     def visible(self, causal: bool = True, window: int | None = None) -> jax.Array:
         """Return the mask (b, t, t) of the tokens of a text among each other: a query sees the keys
-        of its own text; with `causal` those up to itself; with a `window` only the last `window`
-        tokens, itself included.
+        of its own text; with `causal` those up to itself; with a `window` those fewer than `window`
+        tokens away.
         """
         time = jnp.arange(self.segment_ids.shape[1])
         before = (time[:, None] - time[None, :])[None]
@@ -42,4 +42,4 @@ class Texts:
             distance = self.positions[:, :, None] - self.positions[:, None, :]
         if causal:
             seen &= before >= 0
-        return seen if window is None else seen & (distance < window)
+        return seen if window is None else seen & (jnp.abs(distance) < window)

@@ -114,9 +114,9 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
     chosen = getattr(c, "num_experts_per_tok", 1)
     ffn = getattr(c, "moe_intermediate_size", c.intermediate_size)
     heads = split(c.num_attention_heads)
-    adapted = [
-        (target.shape[0], target.rank) for target in program.trainable.targets if target.stacked
-    ]
+    targets = program.trainable.targets
+    inside = tree.one_layer({target.weight: None for target in targets})
+    adapted = [(one.shape[0], one.rank) for one in targets if one.weight in inside]
     return Sizes(
         number=number,
         stream=tokens * c.hidden_size * number,
@@ -210,12 +210,16 @@ _PARTS = {"gelu": 4, "gelu_new": 5, "gelu_pytorch_tanh": 5}  # by erf; by tanh o
 
 def _block(model: Model) -> _Block:
     c = model.config
-    inside = [path for path in tree.flatten(model.params) if tree.stack_position(path) is not None]
+    inside = tree.one_layer(tree.flatten(model.params))
     heads = [path for path in inside if path[-2] in _HEAD_NORMS]
     norms = [path for path in inside if path[-1] == "scale" and path not in heads]
     return _Block(
         act=_PARTS.get(getattr(c, "hidden_act", "gelu_new"), 3),
-        gated=any("gate" in part for path in inside for part in path),
+        gated=any(
+            "gate" in path[-2] or leaf.shape[-1] == 2 * c.intermediate_size  # fused, of any name
+            for path, leaf in inside.items()
+            if path[-1] == "kernel"
+        ),
         norms=len(norms) - 2,
         head_norms=bool(heads),
         softcap=getattr(c, "attn_logit_softcapping", None) is not None,
@@ -323,17 +327,17 @@ def _size(mesh: Mapping[str, int], axes: str | tuple[str, ...]) -> int:
 
 def _matrices(program: Program) -> Iterable[int]:
     """Yield the number of elements of each matrix of a layer."""
-    for path, leaf in tree.flatten(program.model.params).items():
-        if path[-1] == "kernel" and tree.stack_position(path) is not None:
+    for path, leaf in tree.one_layer(tree.flatten(program.model.params)).items():
+        if path[-1] == "kernel":
             yield math.prod(leaf.shape[tree.lead_axes(path) :])
 
 
 def layer_weights(program: Program) -> int:
     """Return the number of elements of a layer's matrices on a device, once gathered."""
     total = 0
-    for path, leaf in tree.flatten(program.model.params).items():
-        if path[-1] == "kernel" and tree.stack_position(path) is not None:
-            total += math.prod(leaf.shape[1:])
+    for path, leaf in tree.one_layer(tree.flatten(program.model.params)).items():
+        if path[-1] == "kernel":
+            total += math.prod(leaf.shape[tree.stack_position(path) is not None :])
     return total // program.mesh.shape["tensor"]
 
 
@@ -346,7 +350,7 @@ def _converted(program: Program) -> int:
         for path, leaf in tree.flatten(program.base).items()
         if isinstance(leaf, jax.ShapeDtypeStruct)
         and leaf.dtype.itemsize == 2
-        and (path[-1] == "kernel" and tree.stack_position(path) is not None)
+        and (path[-1] == "kernel" and tree.in_layers(path))
         | (path[-1] in ("kernel", "embedding") and pieces > 1)
     )
 

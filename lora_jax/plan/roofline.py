@@ -88,10 +88,10 @@ def _products(program: Program) -> tuple[int, int]:
         if tree.has_experts(path):
             chosen = program.model.config.num_experts_per_tok
             size = size * chosen // leaf.shape[tree.lead_axes(path) - 1]
-        if tree.stack_position(path) is None:
-            head += size
-        else:
+        if tree.in_layers(path):
             layers += size
+        else:
+            head += size
     return layers, head
 
 

@@ -8,6 +8,7 @@ import transformers
 from lora_jax import AdapterConfig, UserError, models
 from lora_jax.targets import find_trainable
 
+from ..encoders import ENCODERS
 from ..families import ALIASES, FAMILIES, FULL, SLIDING
 from ..towers import TOWERS
 
@@ -20,12 +21,11 @@ ALL = FAMILIES | ALIASES
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 SIZES += ("num_attention_heads",)
 SIZES_OF_GPT2 = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
-BERT = dict(vocab_size=97, hidden_size=36, intermediate_size=40, num_hidden_layers=3)
-BERT |= dict(num_attention_heads=6, max_position_embeddings=40)
+SIZES_OF_DISTILBERT = ("vocab_size", "dim", "hidden_dim", "n_layers", "n_heads")
 
 
 def describe(family, **fields):
-    size = ALL[family].size if family in ALL else BERT
+    size = ALL[family].size if family in ALL else ENCODERS[family].fields
     return models.describe({"model_type": family, **size, **fields})
 
 
@@ -35,7 +35,7 @@ def test_a_config_with_nothing_in_it_is_that_of_transformers(family):
     filled = transformers.AutoConfig.for_model(family).to_dict()
     found, expected = models.describe({"model_type": family}), models.describe(filled)
     assert found.config == expected.config
-    names = SIZES_OF_GPT2 if family == "gpt2" else SIZES
+    names = {"gpt2": SIZES_OF_GPT2, "distilbert": SIZES_OF_DISTILBERT}.get(family, SIZES)
     if family == "mistral3":  # its class has sizes of its own for the text
         names = ()
     start = "text_config." if family in TOWERS and family != "qwen2_5_vl" else ""
@@ -206,6 +206,25 @@ PUBLISHED = {
         pooler_num_fc_layers=3, pooler_size_per_head=128, pooler_type="first_token_transform",
         position_embedding_type="absolute", is_causal=False, chunk_size_feed_forward=4,
     ),
+    "distilbert": dict(
+        sinusoidal_pos_embds=True, tie_weights_=True, qa_dropout=0.1, output_past=True,
+        finetuning_task="sst-2", hidden_size=36, num_attention_heads=6, num_hidden_layers=3,
+    ),
+    "electra": dict(
+        summary_type="last", summary_use_proj=False, summary_activation="tanh",
+        summary_last_dropout=0.1, position_embedding_type="absolute",
+    ),
+    "modernbert": dict(
+        global_rope_theta=160000.0, local_rope_theta=10000.0, global_attn_every_n_layers=3,
+        layer_norm_eps=1e-12, reference_compile=True, position_embedding_type="absolute",
+        decoder_bias=False, sparse_prediction=True, deterministic_flash_attn=True,
+        initializer_cutoff_factor=3.0, sparse_pred_ignore_index=-1,
+    ),
+    "ministral3": dict(rope_parameters=dict(
+        type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16384,
+        beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
+        max_position_embeddings=262144,
+    )),
     "roberta": dict(finetuning_task="mrpc", problem_type="single_label_classification"),
     "xlm-roberta": dict(language="english", name="XLMRoberta", output_past=True),
 }  # fmt: skip
@@ -225,6 +244,7 @@ NOTES = [
     ("phi3", dict(resid_pdrop=0.1, embd_pdrop=0.2), "resid_pdrop=0.1, embd_pdrop=0.2; dropout of"),
     ("gpt2", dict(attn_pdrop=0.1), "left out: attn_pdrop=0.1; dropout of adapters is adapter.drop"),
     ("bert", dict(hidden_dropout_prob=0.1), "left out: hidden_dropout_prob=0.1; dropout of adapt"),
+    ("distilbert", dict(seq_classif_dropout=0.2), "left out: seq_classif_dropout=0.2; dropout of"),
     ("mixtral", dict(router_jitter_noise=0.1), "left out: router_jitter_noise=0.1; dropout of ad"),
     ("mixtral", dict(output_router_logits=True), "here train.router_aux_loss_coef does"),
     (
@@ -267,6 +287,26 @@ REFUSALS = [
     ("bert", dict(problem_type="regression"), "problem_type='regression' is not supported, only"),
     ("bert", dict(num_labels=3, id2label={"0": "a", "1": "b"}), "num_labels=3 and id2label with 2"),
     ("bert", dict(num_attention_heads=5), "hidden_size=36 is not a multiple of num_attention_he"),
+    ("distilbert", dict(n_heads=5), "dim=36 is not a multiple of n_heads=5"),
+    ("distilbert", dict(hidden_size=48), "hidden_size=48 and dim=36 are two values of one field"),
+    ("distilbert", dict(activation="tanhexp"), "activation='tanhexp' is not supported; these are"),
+    ("distilbert", dict(is_decoder=True), "is_decoder=True is not supported, only False or null"),
+    ("electra", dict(is_decoder=True), "is_decoder=True is not supported, only False or null"),
+    ("electra", dict(embedding_size=0), "embedding_size=0 is below 1"),
+    ("modernbert", dict(num_attention_heads=5), "hidden_size=36 is not a multiple of num"),
+    ("modernbert", dict(sliding_window=9), "sliding_window=9 is not supported, only null"),
+    ("modernbert", dict(rope_theta=9.0), "rope_theta=9.0 is not supported, only null (it"),
+    ("modernbert", dict(head_dim=8), "head_dim=8 is not supported, only null (it is not"),
+    ("modernbert", dict(classifier_pooling="max"), "classifier_pooling='max' is not support"),
+    ("modernbert", dict(rope_parameters={FULL: dict(rope_type="dynamic", factor=2.0)}),
+     "rope_type='dynamic' is not supported; these are: default, linear, llama3, yarn"),
+    ("ministral3", rope(rope_type="linear", factor=2.0, llama_4_scaling_beta=0.1),
+     "rope_type='linear' is not supported; these are: yarn"),
+    ("ministral3", rope(rope_type="yarn", factor=2.0),
+     "rope_parameters.llama_4_scaling_beta=None is not a number of at least 0"),
+    ("ministral3", dict(rope_scaling=dict(rope_type="yarn", factor=2.0)),
+     "rope_scaling={'rope_type': 'yarn', 'factor': 2.0} is not supported, only null (rope_param"),
+    ("ministral3", dict(rope_parameters=3), "rope_parameters=3 is not a mapping"),
     ("roberta", dict(pad_token_id=None), "pad_token_id=None is not an integer; absent means 1"),
     ("qwen3", dict(head_dim=None), "head_dim=None is not an integer; absent means 128"),
     ("qwen3", dict(use_qk_norm=False), "use_qk_norm=False is not supported, only True"),

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from encoders import ENCODERS  # the tables of tests
 from families import FAMILIES, random_model
-from methods import stirred  # the table of tests
+from methods import stirred
 
 from lora_jax import AdapterConfig, Config, quantize, sharding
 from lora_jax import adapters as methods
@@ -30,10 +31,8 @@ from lora_jax.train.step import make_train_step
 EVEN = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
 EVEN |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 6}
 EVEN_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_head": 4, "n_inner": 40, "n_layer": 2}
-EVEN_BERT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40}
-EVEN_BERT |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
-EVEN_BERT |= {"type_vocab_size": 2, "id2label": {"0": "a", "1": "b", "2": "c"}}
-ENCODERS = ("bert", "roberta")
+EVEN_ENCODER = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40}
+EVEN_ENCODER |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
 MESHES = ("8x1x1", "1x8x1", "1x1x8", "2x2x2")
 ROWS_OF_BATCH, TIME = 8, 16
 VIRTUAL = {"num_virtual_tokens": 8, "prompt_init": "random"}
@@ -55,7 +54,10 @@ class Row:
 LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0}
 LONGROPE |= {"short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 7.0]}
 
-ROWS = {name: Row(name) for name in (*FAMILIES, *ENCODERS)} | {
+ROWS = {
+    name: Row(name)
+    for name in (*FAMILIES, "bert", "roberta", "distilbert", "electra", "modernbert")
+} | {
     "llama, DoRA, NF4": Row("llama", {"use_dora": True}, scheme="nf4"),
     "mixtral, router loss": Row("mixtral", train={"router_aux_loss_coef": 0.02}),
     "gpt2, DoRA, all biases": Row("gpt2", {"use_dora": True, "bias": "all"}),
@@ -72,8 +74,9 @@ ROWS = {name: Row(name) for name in (*FAMILIES, *ENCODERS)} | {
 
 def make_model(family, more):
     if family in ENCODERS:
-        model = random_model(family, **EVEN_BERT)
-        return model, AdapterConfig(rank=4, modules_to_save=["classifier"])
+        row = ENCODERS[family]
+        model = random_model(family, **row.named(EVEN_ENCODER), num_labels=3)
+        return model, AdapterConfig(rank=4, modules_to_save=[*row.saved])
     fields = FAMILIES[family].fields | more
     kinds = {"layer_types": fields["layer_types"][:2]} if "layer_types" in fields else {}
     fields = fields | (EVEN_GPT2 if family == "gpt2" else EVEN | kinds)

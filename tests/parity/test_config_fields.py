@@ -9,8 +9,9 @@ import transformers
 
 from lora_jax import UserError, formats, models
 
+from ..encoders import ENCODERS
 from ..families import ALIASES, FAMILIES, FULL, SLIDING, torch_model
-from ..models.test_reader import BERT, PUBLISHED
+from ..models.test_reader import PUBLISHED
 
 ALL = FAMILIES | ALIASES
 TOKENS = np.random.default_rng(0).integers(1, 97, (2, 24))
@@ -20,7 +21,7 @@ def make(family, **fields):
     """A torch model whose weights do not depend on `fields`."""
     if family in ALL:
         return torch_model(family, 0, ALL[family].size | fields)
-    config = transformers.AutoConfig.for_model(family, **BERT | fields)
+    config = transformers.AutoConfig.for_model(family, **ENCODERS[family].fields | fields)
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -50,7 +51,7 @@ REFUSED = [
 def test_values_that_are_refused_change_the_numbers(error, family, fields):
     found, plain = logits(make(family, **fields)), logits(make(family))
     assert error(found, plain) > 1e-3
-    size = ALL[family].size if family in ALL else BERT
+    size = ALL[family].size if family in ALL else ENCODERS[family].fields
     (name,) = fields
     with pytest.raises(UserError, match=f"{name}="):
         models.describe({"model_type": family, **size, **fields})

@@ -34,11 +34,15 @@ ON = {
     "cohere": "2x2x2",
     "glm4": "1x8x1",
     "exaone4": "1x1x8",
+    "ministral3": "1x8x1",
     "mixtral, router loss": "2x2x2",
     "qwen3_moe": "1x8x1",
     "gpt_oss, splash": "2x2x2",
     "bert": "1x1x8",
     "roberta": "2x2x2",
+    "distilbert": "1x8x1",
+    "electra": "2x2x2",
+    "modernbert": "1x1x8",
 }
 
 

@@ -293,7 +293,7 @@ def test_copies_of_fields_outside_of_the_text():
 
 
 REFUSED = [
-    ("mistral3", {"model_type": "ministral3"}, "text_config: model_type='ministral3' is not supp"),
+    ("mistral3", {"model_type": "qwen2"}, "text_config: model_type='qwen2' is not supported, only"),
     ("gemma3", {"final_logit_softcapping": 3.0}, "text_config: final_logit_softcapping=3.0 is not"),
     ("smolvlm", {"qk_layer_norms": True}, "text_config: qk_layer_norms=True is not supported"),
     ("qwen3_vl", {"unheard_of": 2}, "text_config: unheard_of=2 is not understood"),

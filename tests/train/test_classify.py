@@ -22,9 +22,13 @@ def write_encoder(directory, family="bert", **fields):
     classes = {
         "bert": (transformers.BertConfig, transformers.BertModel),
         "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
+        "distilbert": (transformers.DistilBertConfig, transformers.DistilBertModel),
+        "modernbert": (transformers.ModernBertConfig, transformers.ModernBertModel),
     }
     config_class, model_class = classes[family]
     sizes = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    if family == "distilbert":
+        sizes = dict(dim=24, hidden_dim=32, n_layers=2, n_heads=4)
     torch.manual_seed(0)
     config = config_class(**dict(vocab_size=20, max_position_embeddings=32, **sizes) | fields)
     model_class(config).save_pretrained(directory)
@@ -118,7 +122,10 @@ def texts(directory, path):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     rows = [json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines()]
     with torch.no_grad():
-        found = [model(**tokenizer(row["text"], return_tensors="pt")).logits[0] for row in rows]
+        inputs = [
+            tokenizer(row["text"], return_tensors="pt", return_token_type_ids=False) for row in rows
+        ]
+        found = [model(**one).logits[0] for one in inputs]
     return model, torch.stack(found), [row["label"] for row in rows]
 
 
@@ -181,6 +188,42 @@ def test_roberta_quantised_and_whole(files, tmp_path):
         more = (f"model={tmp_path / 'encoder'}", f"output_dir={output}", *options)
         assert train_main(settings(files, *more)) == 0
         assert summary(output)["task"]["accuracy_after"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "saved"),
+    [
+        ("distilbert", ["classifier", "pre_classifier"]),
+        ("modernbert", ["classifier", "head"]),  # its layers are a list
+    ],
+)
+def test_runs_of_other_families(files, tmp_path, family, saved):
+    """The whole head trains, the run goes on bit for bit, and PEFT reads what it wrote."""
+    import peft
+
+    ids = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3)
+    encoder = write_encoder(tmp_path / "encoder", family, **ids if family == "modernbert" else {})
+    base = [*settings(files, f"model={encoder}"), "train.schedule=constant", "export.merged=true"]
+    output = tmp_path / "out"
+    assert train_main([*base, f"output_dir={output}", "train.steps=10"]) == 0
+    more = (f"output_dir={output}", "resume=true", "allow_change=[train.steps]")
+    assert train_main([*base, *more]) == 0
+    assert train_main([*base, f"output_dir={tmp_path / 'whole'}"]) == 0
+    assert losses(output) == losses(tmp_path / "whole")
+    assert summary(output)["task"]["accuracy_after"] == 1.0
+    assert configs.load(output / "config.yaml").adapter.modules_to_save == saved
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    tuned = peft.PeftModel.from_pretrained(model, str(output / "adapter")).eval()
+    _, merged, _ = texts(files, output / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output / "adapter")
+    rows = [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        own = [
+            tuned(**tokenizer(row["text"], return_tensors="pt", return_token_type_ids=False))
+            for row in rows
+        ]
+    np.testing.assert_allclose(torch.stack([one.logits[0] for one in own]), merged, atol=1e-5)
 
 
 def test_inspect_shows_labels(files, capsys):
