@@ -25,6 +25,7 @@ LAYERS = (
     ("report",),
     ("objectives",),
     (
+        "train.bits",
         "train.optimizer",
         "train.step",
         "train.checksums",

@@ -1,4 +1,4 @@
-"""The command line: `lora-jax train|sweep|eval|inspect|plan|export|combine|generate|serve`,
+"""The command line: `lora-jax train|sweep|eval|report|inspect|plan|export|combine|generate|serve`,
 and `train.py`, which is `lora-jax train`.
 
 A user error ends with its message and status 2; `--verbose` adds the traceback.
@@ -15,7 +15,18 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from lora_jax.cli import combine, evaluate, export, generate, inspect, plan, serve, sweep, train
+from lora_jax.cli import (
+    combine,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    report,
+    serve,
+    sweep,
+    train,
+)
 from lora_jax.config import shown
 from lora_jax.errors import UserError
 from lora_jax.train import interrupt
@@ -26,6 +37,7 @@ COMMANDS = {
     "train": train,
     "sweep": sweep,
     "eval": evaluate,
+    "report": report,
     "inspect": inspect,
     "plan": plan,
     "export": export,

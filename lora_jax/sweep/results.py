@@ -153,6 +153,7 @@ class Book:
         self.write()
         found = rank(self.ordered, self.subjects)
         print_table(console, [*found, *(one for one in self.ordered if one not in found)])
+        console.print(f"as one page: lora-jax report {self.output}")
         if not found:
             console.print("no trial is complete: there is no best.yaml")
             return

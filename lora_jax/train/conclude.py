@@ -9,6 +9,7 @@ from lora_jax.report.console import print_notes, print_samples
 from lora_jax.report.trackers import Tracker
 from lora_jax.report.usage import device_memory, peak_rss_bytes
 from lora_jax.train import checkpoint, export, norms, outputs, predictions
+from lora_jax.train.bits import bits_per_nat, with_bits
 from lora_jax.train.evaluate import Evaluator
 from lora_jax.train.facts import Facts
 from lora_jax.train.merged import export_merged
@@ -32,7 +33,10 @@ def conclude(
     predictions.put(run.output / "predictions.jsonl", step, after.answers, config.eval.metrics)
     journal.send(trackers, state.step, after.metrics)
     sizes = norms.measure(evaluator.model.params, adapters, start.session.trainable)
-    results = {name: score_pair(name, start.before, after) for name in ("task", "regression")}
+    results = {
+        name: with_bits(score_pair(name, start.before, after), _bits_per_nat(start, name))
+        for name in ("task", "regression")
+    }
     facts = Facts(evaluator.reader.stop_tokens, results)
     run.remove_exports()
     wanted = outputs.wanted(config)
@@ -56,6 +60,19 @@ def conclude(
         **merged,
         "outputs": hosts.from_main(run.digests),
     }
+
+
+def _bits_per_nat(start: Start, name: str) -> float | None:
+    """Return the factor from the loss of a held-out set to bits per byte; None if the loss is not
+    per token.
+    """
+    evaluator = start.evaluator
+    pairs = name == "task" and evaluator.config.train.compares_answers
+    if name not in evaluator.held_out or evaluator.model.labels or pairs:
+        return None
+    limit = evaluator.config.eval.loss_examples
+    measured = scores.spread(evaluator.held_out[name].examples, limit)
+    return bits_per_nat(measured, start.session.tokenizer)
 
 
 def _choose(run: Run, start: Start) -> tuple[int, Any]:

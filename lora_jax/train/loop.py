@@ -82,7 +82,8 @@ def _run(
     if record is not None and done is not None:
         return finished.repair(run, done, record, ready, console)
     hosts.from_main(lambda: run.check_exports(outputs.wanted(ready.session.config)))
-    warnings = _warn(ready, console)
+    measured = _measure(ready)
+    warnings = _warn(ready, measured, console)
 
     console.print(f"loading {config.model}")
     if record is None:
@@ -114,18 +115,22 @@ def _run(
             speed = train(training=training, state=start.state, pending=start.pending)
         summary = conclude(run, start, ready.fingerprint, trackers)
     summary |= {"tokens_per_second": speed, **_count(start.session)}
+    summary["data"] = {name: one.describe() for name, one in measured.items()}
     summary |= {"seconds": seconds(), "session_seconds": time.monotonic() - began}
     summary["warnings"] = [*warnings, *warn.of_forgetting(summary["regression"])]
     _report(summary, run.output, console, len(warnings))
     return summary
 
 
-def _warn(ready: Ready, console: Console) -> list[str]:
+def _measure(ready: Ready) -> dict[str, warn.Measured]:
+    """Measure the sets of a run, by the names of their settings."""
+    named = warn.name_held_out(ready.session.config, ready.held_out)
+    return warn.measure(warn.name_training(ready.train_data) | named, ready.encoder.counts)
+
+
+def _warn(ready: Ready, measured: Mapping[str, warn.Measured], console: Console) -> list[str]:
     """Print the warnings about a run, and return them."""
-    session, train_data, held_out = ready.session, ready.train_data, ready.held_out
-    known = warn.name_training(train_data) | warn.name_held_out(session.config, held_out)
-    measured = warn.measure(known, ready.encoder.counts)
-    warnings = warn.find(session, train_data, held_out, measured)
+    warnings = warn.find(ready.session, ready.train_data, ready.held_out, measured)
     for warning in warnings:
         console.print(f"warning: {warning}")
     return warnings
@@ -200,3 +205,4 @@ def _report(summary: Mapping[str, Any], output: Path, console: Console, printed:
         names = (path.name for path in output.iterdir())
         written = ", ".join(sorted(name for name in names if not name.startswith(".")))
         console.print(f"written to {output}: {written}")
+        console.print(f"as one page: lora-jax report {output}")

@@ -37,6 +37,20 @@ class Measured:
         """Share of the tokens that are supervised."""
         return float(self.supervised.sum() / self.lengths.sum())
 
+    def describe(self) -> dict[str, int]:
+        """Return the counts of the set for the summary; what was cut and dropped only for a set
+        with a source of its own.
+        """
+        own = self.counts
+        cut = {} if own is None else {"truncated": own.truncated, "dropped": own.dropped}
+        return {
+            "examples": len(self.lengths),
+            "supervised_tokens": int(self.supervised.sum()),
+            "tokens": int(self.lengths.sum()),
+            "longest": int(self.lengths.max(initial=0)),
+            **cut,
+        }
+
     @property
     def left_out(self) -> int:
         """Examples of the source that are not in the set."""

@@ -65,7 +65,11 @@ def test_it_learns_the_rows_by_heart(run):
     assert run.losses[-1] < 0.1 < 5 < run.losses[0]
     assert (task["exact_match_before"], task["exact_match_after"], task["examples"]) == (0, 1, 4)
     assert task["loss_after"] < 0.1 < 5 < task["loss_before"]
-    assert regression == {name: task[name] for name in ("loss_before", "loss_after")}
+    names = [f"{name}_{when}" for name in ("loss", "bits_per_byte") for when in ("before", "after")]
+    assert regression == {name: task[name] for name in names}
+    counts = run.summary["data"]
+    assert [one["examples"] for one in counts.values()] == [4, 4, 4]
+    assert {one["supervised_tokens"] for one in counts.values()} == {20}
     assert abs(task["loss_before"] - run.losses[0]) < 1  # dropout apart, the same rows
 
 
@@ -86,7 +90,7 @@ def test_what_a_run_writes(run):
     assert set(summary) == {
         *("steps", "supervised_tokens", "tokens_per_second", "seconds", "peak_rss_bytes"),
         *("total_parameters", "trainable_parameters", "adapter_bytes", "checkpoint_bytes"),
-        *("trainable_share", "session_seconds"),
+        *("trainable_share", "session_seconds", "data"),
         *("task", "regression", "exported_step", "merge", "warnings", "outputs", *norms),
     }
     assert summary["steps"] == summary["exported_step"] == 50
