@@ -3,9 +3,11 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +193,28 @@ def test_every_page_is_in_a_table_of_contents_of_the_site():
     pages = {file.stem for file in (ROOT / "docs").glob("*.md")} - {"index"}
     books = {f"notebooks/{file.stem}" for file in (ROOT / "notebooks").glob("*.ipynb")}
     assert listed == pages | books | {"api/index"}
+
+
+def test_tables_of_runs_are_those_of_their_summaries(monkeypatch, tmp_path):
+    """`python docs/tables.py --write` changes nothing, and stores the summary of a run."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tables", tables)
+    spec.loader.exec_module(tables)
+    for table in tables.TABLES:
+        text = (ROOT / table.page).read_text(encoding="utf-8")
+        assert tables.replaced(text, table) == text, "run python docs/tables.py --write"
+    run = tmp_path / "quickstart"
+    run.mkdir()
+    summary = dict(tables.load("quickstart"))
+    lines = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(summary.pop("loss"))]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    summary["task"]["loss_after"], summary["checkpoint_bytes"] = 0.5, 53_900_000
+    (run / "summary.json").write_text(json.dumps(summary | {"seconds": 3.0}))
+    monkeypatch.setattr(tables, "STORED", tmp_path)
+    tables.store(run)
+    stored = tables.load("quickstart")
+    assert stored == summary | {"loss": [json.loads(line)["loss"] for line in lines]}
+    shown = tables.console_lines(stored)
+    assert "2.0302 │ 0.5000" in shown[1] and shown[-1].endswith("checkpoint 53.90 MB")

@@ -1,4 +1,4 @@
-"""The command line: `lora-jax train|sweep|eval|report|inspect|plan|export|combine|generate|serve`,
+"""The command line: `lora-jax COMMAND`, where a command is one of `COMMANDS`,
 and `train.py`, which is `lora-jax train`.
 
 A user error ends with its message and status 2; `--verbose` adds the traceback.
@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from lora_jax.cli import (
+    advise,
     combine,
     evaluate,
     export,
@@ -39,6 +40,7 @@ COMMANDS = {
     "eval": evaluate,
     "report": report,
     "inspect": inspect,
+    "advise": advise,
     "plan": plan,
     "export": export,
     "combine": combine,
