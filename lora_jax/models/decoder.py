@@ -144,8 +144,8 @@ class AttentionInputs:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions. A family that computes queries, keys and
     values otherwise overrides `project`; one with other rotations or another name of the output
-    projection `rotate` or `output`; one that scales queries `queries`; one with a sink in the softmax
-    of each head `sink_logits`.
+    projection `rotate` or `output`; one that scales queries `queries`; one with a sink in the
+    softmax of each head `sink_logits`.
     """
 
     def __init__(
