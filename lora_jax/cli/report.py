@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else default
     if output.is_dir():
         raise UserError(f"--output {output} is a directory; give a file in it")
-    if output.exists() and output.samefile(path) if path.exists() else False:
+    if path.exists() and output.exists() and output.samefile(path):
         raise UserError(f"{path} is the page itself; give the JSON file, or another --output")
     if path.exists() and not os.access(output.absolute().parent, os.W_OK):
         raise UserError(f"--output {output}: its directory is missing or not writable")

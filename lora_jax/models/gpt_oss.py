@@ -28,11 +28,9 @@ RULES = (
     (r"model\.layers\.self_attn\.sinks", P("tensor")),
     (r"model\.layers\.mlp\.router\.kernel", P(None, None)),
     (r"model\.layers\.mlp\.router\.bias", P(None)),
-    (r"model\.layers\.mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
     (r"model\.layers\.mlp\.experts\.gate_up_proj\.bias", P(None, "tensor")),
-    (r"model\.layers\.mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
     (r"model\.layers\.mlp\.experts\.down_proj\.bias", P(None, None)),
-    *decoder.RULES,
+    *sparse.RULES,
 )
 _YARN = {
     "rope_type": "yarn",

@@ -22,11 +22,11 @@ from lora_jax.nn.attention import KVContext
 from lora_jax.nn.modules import ACTIVATIONS, Linear, RMSNorm
 from lora_jax.sharding import whole_unless_split
 
-RULES = (
-    *decoder.RULES,
+RULES = (  # the first that matches counts, so those of experts stand before the dense ones
     (r"model\.layers\.mlp\.gate\.kernel", P(None, None)),
     (r"model\.layers\.mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
     (r"model\.layers\.mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
+    *decoder.RULES,
 )
 
 

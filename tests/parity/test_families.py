@@ -337,3 +337,5 @@ def test_rules_say_where_every_parameter_lies(family):
     kernels = [path for path in specs if path[-1] in ("kernel", "embedding")]
     for path in (p for p in kernels if not {"gate", "router"} & {*p}):  # a router is small
         assert any(specs[path]), path
+    for path in kernels:  # no axis of layers or experts is split
+        assert not any(specs[path][: len(tree.flatten(shapes.params)[path].shape) - 2]), path

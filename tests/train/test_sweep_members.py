@@ -109,7 +109,7 @@ def check_equal(model, settings, most=1e-5):
 
 
 PLAIN = [
-    ["adapter.rank=4", "train.learning_rate=1e-2", "seed=1"],
+    ["adapter.rank=4", "train.learning_rate=5e-3", "seed=1"],  # more grows rounding
     ["adapter.rank=2", "adapter.alpha=3", "adapter.target_modules=[q_proj,down_proj]", "seed=2"]
     + ["adapter.dropout=0.2", "train.weight_decay=0.1", "train.beta1=0.8", "train.beta2=0.99"],
     ["adapter.rank=1", "adapter.use_rslora=true", "adapter.lora_plus_ratio=4", "seed=3"]
@@ -133,7 +133,7 @@ def test_members_over_a_small_base(base):
         if base == "nf4"
         else jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     )
-    calm = [*PLAIN[0], "train.learning_rate=1e-3"]  # at 1e-2, 50 steps multiply each rounding
+    calm = [*PLAIN[0], "train.learning_rate=1e-3"]  # at more, 50 steps multiply each rounding
     check_equal(model.replace(params=params), [calm, PLAIN[1]])
 
 
