@@ -31,7 +31,7 @@ from lora_jax.targets import HEAD, FullWeight, Leaf, Target, Trainable, Trainabl
 from lora_jax.tree import Path, dotted, has_experts, is_conv1d, stack_position, summarize
 
 PREFIX = "base_model.model."
-_WEIGHTS = dict.fromkeys(("kernel", "embedding", "scale"), "weight")
+_WEIGHTS: dict[str, str] = dict.fromkeys(("kernel", "embedding", "scale"), "weight")
 
 
 @dataclass(frozen=True)

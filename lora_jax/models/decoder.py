@@ -222,7 +222,7 @@ class PlainMLP(nnx.Module):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: Any,
         names: tuple[str, str] = ("up_proj", "down_proj"),
         *,
         use_bias: bool = False,

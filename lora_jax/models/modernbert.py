@@ -10,6 +10,7 @@ Layers of two shapes are a list, not a stack.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +76,10 @@ def read_config(reader: ConfigReader) -> Config:
     sizes = {name: fields[name] for name in ("hidden_size", "num_attention_heads")}
     bert.check_heads(reader, **sizes)
     biases = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
+    flags: dict[str, Any] = {name: reader.boolean(name, False) for name in biases}
     return Config(
         **fields | {"tie_word_embeddings": False},
-        **{name: reader.boolean(name, False) for name in biases},
+        **flags,
         classifier_activation=reader.choice("classifier_activation", "gelu", ACTIVATIONS),
         classifier_pooling=reader.choice("classifier_pooling", "cls", {"cls": 0, "mean": 1}),
         labels=reader.labels(),

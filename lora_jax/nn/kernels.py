@@ -134,10 +134,10 @@ def attend(
         if len(queries) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
             rows = ("data", "fsdp")
         wide, narrow = P(rows, None, heads, None), P(rows, heads, None, None)
-        own = _Operands(wide, narrow, narrow, None if sinks is None else P(heads))
+        own: Any = (wide, narrow, narrow, None if sinks is None else P(heads))
         compute = jax.shard_map(
             compute,
-            in_specs=(own, P(rows, None), P()),
+            in_specs=(_Operands(*own), P(rows, None), P()),
             out_specs=wide,
             check_vma=False,  # Pallas calls do not say along which axes their outputs vary
         )

@@ -126,5 +126,6 @@ def vega() -> str:
 
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     known = vl_convert.get_vegalite_versions()
-    script = vl_convert.javascript_bundle(vl_version=version if version in known else None)
+    bundle: Any = vl_convert.javascript_bundle  # its types know no default of the first parameter
+    script = bundle(vl_version=version if version in known else None)
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")

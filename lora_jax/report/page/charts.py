@@ -30,8 +30,10 @@ def _axis(rows: Rows, name: str, title: str, log: bool = False) -> dict[str, Any
     """Return axis and scale of a number. A linear axis need not begin at zero."""
     scale = alt.Scale(type="log", nice=False, padding=12) if log else alt.Scale(zero=False)
     values = sorted({row[name] for row in rows})
-    few = {"values": values} if log and len(values) <= 12 else {}
-    return {"title": title, "scale": scale, "axis": alt.Axis(**few, labelOverlap=True)}
+    axis = alt.Axis(labelOverlap=True)
+    if log and len(values) <= 12:
+        axis = alt.Axis(labelOverlap=True, values=values)
+    return {"title": title, "scale": scale, "axis": axis}
 
 
 def curves(

@@ -7,7 +7,7 @@ each kind of part; everything in a part is text or a number, never HTML.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_jax.report.progress import format_seconds
 
@@ -136,7 +136,7 @@ class Page:
     sections: Sequence[Section] = field(default_factory=list)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Return True for a finite number."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value)

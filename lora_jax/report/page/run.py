@@ -271,10 +271,12 @@ def _memory(summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[Part]:
     if not summary:
         return []
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
-    known = is_number(trained) and is_number(total) and total
+    share = None
+    if is_number(trained) and is_number(total) and total:
+        share = describe_share(int(trained), int(total - trained))
     speed = counted_text(summary.get("tokens_per_second"))
     facts = {
-        "parameters that train": describe_share(trained, total - trained) if known else None,
+        "parameters that train": share,
         "peak memory of the host": size(summary.get("peak_rss_bytes")),
         "peak memory of the device": size(summary.get("device_bytes")),
         "adapter": size(summary.get("adapter_bytes")),
