@@ -57,7 +57,7 @@ ENCODERS = {
         "Roberta",
         {
             "one type": dict(type_vocab_size=1),
-            "others": dict(hidden_act="gelu_new", pad_token_id=3),
+            "others": dict(hidden_act="relu", pad_token_id=3),
         },
     ),
     "xlm-roberta": Encoder("XLMRoberta", {"one type": dict(type_vocab_size=1)}),

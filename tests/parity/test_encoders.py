@@ -58,7 +58,7 @@ def tiny(tmp_path):
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 matrix = parameter.ndim > 1
-                scale = parameter.shape[-1] ** -0.5 if matrix and "embeddings" not in name else 0.5
+                scale = parameter.shape[-1] ** -0.5 if matrix and "embeddings." not in name else 0.5
                 parameter.copy_(noise * scale + is_norm(name))
         directory = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
         model.save_pretrained(directory)
@@ -157,7 +157,7 @@ def test_types_and_texts_side_by_side_matter(tiny):
 def stirred(model, config, seed):
     _, adapters = methods.init(jax.random.key(seed), model.params, config)
     keys = iter(jax.random.split(jax.random.key(seed + 5), 99))
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), adapters)
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), adapters)
 
 
 @EACH
