@@ -137,7 +137,8 @@ def _curves(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> l
             "Norm of the update relative to the weight, root mean square.",
         ),
     ):
-        if found := series.points(lines, field):
+        found = series.points(lines, field)
+        if len(found) > 1:
             rows = series.named(title, found)
             parts.append(Chart(charts.curves(rows, title, [title], _SMALL), caption, small=True))
     return parts
@@ -274,7 +275,7 @@ def _memory(summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[Part]:
     share = None
     if is_number(trained) and is_number(total) and total:
         share = describe_share(int(trained), int(total - trained))
-    speed = counted_text(summary.get("tokens_per_second"))
+    speed = summary.get("tokens_per_second")
     facts = {
         "parameters that train": share,
         "peak memory of the host": size(summary.get("peak_rss_bytes")),
@@ -284,7 +285,7 @@ def _memory(summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[Part]:
         "steps": counted_text(summary.get("steps")),
         "exported step": counted_text(summary.get("exported_step")),
         "supervised tokens": counted_text(summary.get("supervised_tokens")),
-        "speed": f"{speed} tokens/s" if speed else None,
+        "speed": f"{speed:,.0f} tokens/s" if is_number(speed) and speed > 0 else None,
         "time": duration(summary.get("seconds")),
         "started": about.get("started"),
         "lora_jax": about.get("lora_jax"),
