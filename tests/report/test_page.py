@@ -7,7 +7,7 @@ import pytest
 from selenium.webdriver.support.ui import WebDriverWait
 
 from lora_jax.cli import main
-from lora_jax.report.page import series, write_page
+from lora_jax.report.page import make_page, series, write_page
 
 from ..serve.browser import Page, chromium
 from . import made
@@ -148,6 +148,18 @@ def test_a_run_that_is_not_over(driver, tmp_path):
     page = show(driver, tmp_path / "page.html")
     assert page.texts(".warning") == ["The run is not over: step 30 of 30."]
     assert page.severe() == []
+
+
+def test_a_run_resumed_after_its_last_step(tmp_path):
+    """A single logged step makes no small chart, and no step no speed."""
+    run = made.write_run(tmp_path / "run", steps=1)
+    summary = json.loads((run / "summary.json").read_text()) | {"tokens_per_second": 0.0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    parts = {section.title: section.parts for section in make_page(run).sections}
+    assert not [
+        part for part in parts["Curves"] if part.small and "metric" not in part.caption.lower()
+    ]
+    assert "speed" not in dict(parts["Memory and time"][0].shown)
 
 
 MISTAKES = [

@@ -88,8 +88,8 @@ def render(page: Page) -> str:
     charts: list[Mapping[str, Any]] = []
     for section in page.sections:
         charts += [part.spec for part in section.parts if isinstance(part, Chart)]
-    scripts = [vega(), (_HERE / "page.js").read_text(encoding="utf-8")] if charts else []
-    scripts = scripts or [(_HERE / "page.js").read_text(encoding="utf-8")]
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    scripts = [vega(), script] if charts else [script]
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(_HERE),
