@@ -358,6 +358,12 @@ def constrain_stream(x: jax.Array) -> jax.Array:
     return constrain(x, *BATCH, "tensor", None)
 
 
+def tensor_devices() -> int:
+    """Return the number of devices of the tensor axis of the mesh of `jax.set_mesh`; 1 without."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["tensor"]
+
+
 def whole_unless_split(x: jax.Array) -> jax.Array:
     """Return x (b, t, d), whole on each device where the tensor axis does not divide the tokens, as
     in a decode step. XLA gathers wrong rows of an array that only some axes of a mesh split.

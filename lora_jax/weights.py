@@ -27,6 +27,7 @@ from lora_jax.errors import UserError, counted
 from lora_jax.experts import grouped_matmul
 from lora_jax.moments import count
 from lora_jax.quantize import Int8Weight, NF4Weight, QuantizedWeight, dequantize
+from lora_jax.shared_input import SharedInput, as_rows, plain
 
 
 class _OverBase:
@@ -222,11 +223,11 @@ def layer_of(tree: Any, index: int) -> Any:
     return jax.tree.map(take, tree, is_leaf=is_layered)
 
 
-def linear(x: jax.Array, w: Weight) -> jax.Array:
+def linear(x: jax.Array | SharedInput, w: Weight) -> jax.Array:
     """Return x @ W for any weight leaf, in the dtype of `x`: (..., in) -> (..., out).
 
     Leading axes are flattened first: one contraction over one row axis is what every backend does
-    best.
+    best. Where a mesh has a tensor axis they are not, as it may split the tokens.
 
     Example:
         >>> from lora_jax.weights import LoraWeight, linear
@@ -235,9 +236,8 @@ def linear(x: jax.Array, w: Weight) -> jax.Array:
         [[2.5, 3.5]]
     """
     if isinstance(w, LoraBank):
-        return _banked(x, linear(x, w.base), w)
-    rows = x.reshape(-1, x.shape[-1])
-    return _matmul(rows, w).reshape(*x.shape[:-1], w.shape[-1])
+        return _banked(plain(x), linear(x, w.base), w)
+    return _matmul(as_rows(x), w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _banked(x: jax.Array, y: jax.Array, w: LoraBank) -> jax.Array:
@@ -247,21 +247,23 @@ def _banked(x: jax.Array, y: jax.Array, w: LoraBank) -> jax.Array:
     return slots.apply(wide_y, wide_x, w.factors, w.choice).reshape(y.shape)
 
 
-def _matmul(x: jax.Array, w: Weight) -> jax.Array:
+def _matmul(x: jax.Array | SharedInput, w: Weight) -> jax.Array:
     if isinstance(w, LoraWeight):
-        y = _matmul(x, w.base) + _low_rank(_drop(x, w), w.a, w.b)
+        y = _matmul(x, w.base) + _low_rank(_drop(plain(x), w), w.a, w.b)
         return y if w.gain is None else y * w.gain.astype(x.dtype)
     if isinstance(w, NF4Weight | Int8Weight):
         return _quantized_matmul(x, w)
     if isinstance(w, Probe):
-        return _matmul(count(x, w.basis, w.moments, w.counted), w.base)
+        rows = plain(x).reshape(-1, x.shape[-1])
+        rows = count(rows, w.basis, w.moments, w.counted)
+        return _matmul(rows, w.base).reshape(*x.shape[:-1], w.shape[-1])
     if isinstance(w, Transposed):
-        return jax.lax.dot_general(x, w.value.astype(x.dtype), (((1,), (1,)), ((), ())))
+        return jnp.einsum("...i,oi->...o", plain(x), w.value.astype(x.dtype))
     return x @ materialize(w).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _quantized_matmul(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+def _quantized_matmul(x: jax.Array | SharedInput, w: QuantizedWeight) -> jax.Array:
     """Multiply by a dequantised matrix, which the backward pass dequantises again."""
     return x @ dequantize(w, x.dtype)
 

@@ -16,7 +16,7 @@ LAYERS = (
     ("programs",),
     ("patterns", "quantize", "experts", "moments", "slots"),
     ("targets",),
-    ("weights", "sharding", "hosts"),
+    ("weights", "shared_input", "sharding", "hosts"),
     ("nn",),
     ("models", "adapters", "data", "bank", "bank_updates"),
     ("formats",),

@@ -25,6 +25,7 @@ from lora_jax.nn.attention import attention
 from lora_jax.nn.kernels import MaskSpec
 from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
 from lora_jax.nn.texts import Texts
+from lora_jax.shared_input import share
 
 RULES = (
     (r"\w+\.embeddings\.word_embeddings\.embedding", P("tensor", "fsdp")),
@@ -157,8 +158,10 @@ class SelfAttention(nnx.Module):
         self.names, self.head_dim = names, config.head_dim
 
     def __call__(self, x: jax.Array, masks: Any) -> jax.Array:
+        shared = share(x)
         q, k, v = (
-            getattr(self, name)(x).reshape(*x.shape[:2], -1, self.head_dim) for name in self.names
+            getattr(self, name)(shared).reshape(*x.shape[:2], -1, self.head_dim)
+            for name in self.names
         )
         blocks = [(k.swapaxes(1, 2), v.swapaxes(1, 2))]
         return attention(q, blocks, masks, self.head_dim**-0.5).reshape(x.shape)
@@ -201,7 +204,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, masks: Any) -> jax.Array:
         x = self.attention(x, masks)
-        return self.output(ACTIVATIONS[self.act](self.intermediate(x)), x)
+        return self.output(ACTIVATIONS[self.act](self.intermediate(share(x))), x)
 
 
 def masks(texts: Texts, execution: Execution, window: int | None = None) -> Any:

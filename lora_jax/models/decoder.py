@@ -27,6 +27,7 @@ from lora_jax.nn.modules import ACTIVATIONS, Embed, Linear, RMSNorm
 from lora_jax.nn.rope import by_length, rope, rotate, text_lengths
 from lora_jax.nn.texts import Texts
 from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
+from lora_jax.shared_input import share
 
 RULES = (
     (r"model\.embed_tokens\.embedding", P("tensor", "fsdp")),
@@ -195,7 +196,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any]:
         """Return the output (b, t, d) for x (b, t, d), and the cache with the new tokens."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(share(x))
         q, k = self.queries(q, inputs), self.rotate(k, inputs)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         scores = (self.scale, self.softcap, self.sink_logits())
@@ -214,6 +215,7 @@ class MLP(nnx.Module):
         self.act = config.hidden_act
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = share(x)
         return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -235,7 +237,7 @@ class PlainMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         up, down = (getattr(self, name) for name in self.names)
-        return down(ACTIVATIONS[self.act](up(x)))
+        return down(ACTIVATIONS[self.act](up(share(x))))
 
 
 class Block(nnx.Module):
@@ -276,7 +278,7 @@ class ParallelBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any, Any]:
-        normed = self.input_layernorm(x)
+        normed = share(self.input_layernorm(x))
         y, cached = self.self_attn(normed, inputs, kv)
         return x + y + self.mlp(normed), cached, None
 

@@ -24,6 +24,7 @@ from lora_jax.nn.cache import Cache
 from lora_jax.nn.modules import ACTIVATIONS, Embed, LayerNorm, Linear
 from lora_jax.nn.texts import Texts
 from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
+from lora_jax.shared_input import share
 
 RULES = (
     (r"transformer\.wte\.embedding", P("tensor", "fsdp")),
@@ -113,7 +114,7 @@ class Attention(nnx.Module):
         """Return the output (b, t, d) for x (b, t, d), with scores divided by `divisor`, and the
         cache with the new tokens.
         """
-        parts = jnp.split(self.c_attn(x), 3, axis=-1)
+        parts = jnp.split(self.c_attn(share(x)), 3, axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         mixed, cached = attend(q / divisor.astype(q.dtype), new, kv, masks, self.scale)
@@ -128,7 +129,7 @@ class MLP(nnx.Module):
         self.act = config.activation_function
 
     def __call__(self, x):
-        return self.c_proj(ACTIVATIONS[self.act](self.c_fc(x)))
+        return self.c_proj(ACTIVATIONS[self.act](self.c_fc(share(x))))
 
 
 class Block(nnx.Module):

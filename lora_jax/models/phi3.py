@@ -14,6 +14,7 @@ from lora_jax.models.decoder import DecoderConfig, Defaults, read_decoder
 from lora_jax.models.reader import ConfigReader
 from lora_jax.models.rotary import RopeRules
 from lora_jax.nn.modules import ACTIVATIONS, Linear
+from lora_jax.shared_input import share
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
@@ -61,7 +62,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate_up, down = (getattr(self, name) for name in self.names)
-        gate, up = jnp.split(gate_up(x), 2, axis=-1)
+        gate, up = jnp.split(gate_up(share(x)), 2, axis=-1)
         return down(ACTIVATIONS[self.act](gate) * up)
 
 

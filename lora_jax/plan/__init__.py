@@ -125,11 +125,12 @@ def plan(
     """
     target = find_target(options.topology, options.devices)
     settled, model = open_shapes(config)
+    config, settled, changed = _fitting(config, settled, model, target, options)
     mesh = sharding.abstract_mesh(config.mesh, target.devices)
     program, hbm = build(settled, model, mesh), target.hbm
     found = estimate(program, target.platform)
     full = full_fine_tuning(settled, model, mesh, target.platform)
-    notes = [*find_notes(program), *model.notes, *warn.of_config(config)]
+    notes = [*changed, *find_notes(program), *model.notes, *warn.of_config(config)]
     result: dict[str, Any] = {
         "model": config.model,
         "topology": target.topology.name if target.topology else None,
@@ -163,6 +164,29 @@ def plan(
         result["search"] = best
         say(report.search_text(best, hbm))
     return result
+
+
+def _fitting(
+    config: Config, settled: Config, model: Model, target: Target, options: PlanOptions
+) -> tuple[Config, Config, list[str]]:
+    """Return the config and the settled config, and no note; in a search, where mesh and batch do
+    not fit the devices, those of the best candidate, with a note that says so.
+    """
+    try:
+        build(settled, model, sharding.abstract_mesh(config.mesh, target.devices))
+        return config, settled, []
+    except UserError as problem:
+        best = _find_best(settled, model, target) if options.searches else []
+        if not best:
+            raise
+        given = " ".join(best[0].overrides)
+        note = f"{problem} The plan is that of the best settings instead: {given}"
+        return _override(config, best[0]), _override(settled, best[0]), [note]
+
+
+def _find_best(settled: Config, model: Model, target: Target) -> list[Candidate]:
+    chip = target.topology.chip if target.topology else None
+    return find_best(settled, model, target.devices, target.platform, chip, target.hbm)
 
 
 def _members(
@@ -205,8 +229,7 @@ def _search(
     working: Callable[[str], AbstractContextManager],
 ) -> list[dict[str, Any]]:
     """Return the best settings; for a topology, the first few compiled."""
-    chip = target.topology.chip if target.topology else None
-    found = find_best(settled, model, target.devices, target.platform, chip, target.hbm)[:_SHOWN]
+    found = _find_best(settled, model, target)[:_SHOWN]
     rows = [report.as_json(one) for one in found]
     if target.topology is not None and options.compiles:
         for row, one in list(zip(rows, found, strict=True))[:_COMPILED]:

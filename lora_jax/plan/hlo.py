@@ -139,7 +139,7 @@ def _bytes(kind: str, sides: str) -> int:
 
 
 def _group_size(line: str, devices: int) -> int:
-    if (mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)) is not None:
+    if (mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line)) is not None:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
     if (grid := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)) is not None:

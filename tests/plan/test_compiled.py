@@ -70,6 +70,19 @@ def test_the_base_is_gathered_one_matrix_at_a_time(measured, name):
     assert max(entry["largest"] for entry in gathers) <= max(head, one["layer"])
 
 
+def test_the_tensor_axis_sums_once_for_linears_of_one_input(measured):
+    """The layer's five sums: both outputs, one of them again in the recomputation, and the
+    gradients of both inputs. A sum for each of the seven linears would be eight.
+    """
+    (sums,) = [
+        entry
+        for entry in measured["steps"]["lora mesh"]["collectives"]
+        if entry["kind"] == "all-reduce"
+    ]
+    activation = 16 // 4 * 512 * LLAMA["hidden_size"] * 4
+    assert sums["bytes"] < 7 * LLAMA["num_hidden_layers"] * activation
+
+
 def test_collectives_in_loops_count_as_often_as_they_run(measured):
     found = {entry["kind"]: entry for entry in measured["known"]}
     size = 16 * 128 * 4

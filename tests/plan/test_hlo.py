@@ -67,6 +67,14 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
+PERMUTED = """HloModule jit_step
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=1], device_ids=([4,2]T(1,0)) {'axis_0'}, use_global_device_ids=true, to_apply=%add
+}
+"""
+
+
 def sent(text, devices):
     return {one.kind: (one.count, one.bytes, one.largest) for one in collectives(text, devices)}
 
@@ -86,3 +94,7 @@ def test_cpu_text_known_trip_counts_branches_and_asynchronous_starts():
         "all-gather": (1, 64 * 3 // 4, 64),
         "reduce-scatter": (7, 7 * 64 * 3, 64),
     }
+
+
+def test_groups_over_an_axis_of_permuted_devices():
+    assert sent(PERMUTED, 8) == {"all-reduce": (1, 2 * 32 // 2, 32)}

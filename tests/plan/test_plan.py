@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -221,6 +222,25 @@ def test_search_is_the_best_of_all(capsys, llama):
     assert total_of(llama(), [*given, *rows[0]["overrides"]], 4) == rows[0]["total"]
     _, text, _ = run(capsys, *arguments)
     assert " ".join(rows[0]["overrides"]) in text
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["mesh.data=1", "mesh.fsdp=8"], "does not fit 4 devices"),
+        (["train.batch_size=2", "mesh.data=1", "mesh.fsdp=4"], "2 rows cannot be split over 4"),
+    ],
+    ids=["mesh", "batch"],
+)
+def test_a_search_of_a_mesh_that_does_not_fit(capsys, llama, given, problem):
+    arguments = ["--config", llama(), "--topology", "v5e:2x2", "--no-compile", *given]
+    status, _, errors = run(capsys, *arguments)
+    assert status == 2 and problem in errors
+    found = plan_json(capsys, *arguments, "--search")
+    note, best = found["notes"][0], found["search"][0]
+    assert problem in note and "best settings instead: mesh.data=" in note
+    assert math.prod(found["mesh"].values()) == 4
+    assert best["overrides"] == [] and found["estimate"]["total"] == best["total"]
 
 
 def test_operations_against_the_compiler(llama):

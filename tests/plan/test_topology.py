@@ -69,6 +69,23 @@ def test_smollm2_on_four_v5e_chips(tmp_path):
     assert any((tmp_path / "cache" / "compiled").iterdir())
 
 
+def test_activations_are_scattered_where_they_are_summed(tmp_path):
+    """A layer gathers and scatters its activations; no device gets all of a sum."""
+    layers, hidden, rows, tokens = 4, 1024, 8, 512
+    fields = dict(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=2816)
+    heads = dict(num_attention_heads=16, num_key_value_heads=8, head_dim=64)
+    mesh = ("mesh.fsdp=2", "mesh.tensor=2", "train.compute_dtype=bfloat16")
+    size = (f"train.batch_size={rows}", f"data.max_length={tokens}")
+    text = plan(tmp_path, "--topology", "v5e:2x2", "--json", *mesh, *size, **fields, **heads)
+    sent = {one["kind"]: one for one in json.loads(text)["compiled"]["collectives"]}
+    activation = rows // 2 * tokens * hidden * 2
+    assert sent["all-reduce"]["largest"] < activation
+    # What is summed whole: low-rank products, a part of the head, gradients of the adapters.
+    assert sent["all-reduce"]["bytes"] < layers * activation
+    # Five sums of a layer (tests/plan/test_compiled.py), and those of the head.
+    assert 5 <= sent["reduce-scatter"]["bytes"] / (layers * activation // 2) < 7
+
+
 def test_a_step_that_does_not_fit_one_chip(tmp_path):
     """Its weights alone nearly do: what is missing is little, and not as much as they are."""
     large = dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336)
