@@ -210,7 +210,7 @@ def retype_tensor(tensors):
         (drop_tensor, "missing model.norm.weight (32,)"),
         (add_tensor, "unexpected model.extra.weight (3,)"),
         (turn_tensor, "k_proj.weight has shape (32, 16), config.json asks for (16, 32)"),
-        (retype_tensor, "model.norm.weight has dtype I8"),
+        (retype_tensor, "model.norm.weight has dtype int8"),
     ],
 )
 def test_model_tensors(train_refused, model, damage, expected):

@@ -23,7 +23,7 @@ import numpy as np
 from lora_jax import hosts
 from lora_jax.cache import cache_directory, write_entry
 from lora_jax.errors import UserError
-from lora_jax.formats.tensors import Tensor
+from lora_jax.formats.tensors import Tensor, byte_ranges
 
 _THREADS = min(16, os.cpu_count() or 1)
 _PIECE = 1 << 20  # bytes that a thread reads at once
@@ -157,13 +157,8 @@ def _read_span(span: _Span, buffer: memoryview, stop: threading.Event) -> str:
 
 def _spans(file: Path) -> list[_Span]:
     """Return the tensors of a safetensors file in their order, from its header."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    offsets = {n: entry["data_offsets"] for n, entry in header.items() if n != "__metadata__"}
-    spans = [
-        _Span(file, name, 8 + length + start, end - start) for name, (start, end) in offsets.items()
-    ]
+    ranges = byte_ranges(file)
+    spans = [_Span(file, name, start, end - start) for name, (start, end) in ranges.items()]
     return sorted(spans, key=lambda span: span.start)
 
 

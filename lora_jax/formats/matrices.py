@@ -10,9 +10,8 @@ from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError
 from lora_jax.formats.model_tensors import find_contents
-from lora_jax.formats.mxfp4 import open_source
 from lora_jax.formats.names import Piece, pieces
-from lora_jax.formats.tensors import all_finite, open_tensors
+from lora_jax.formats.tensors import all_finite, open_all, open_source
 from lora_jax.models import Model
 
 
@@ -34,9 +33,7 @@ def open_matrices(
     for path, leaf in contents.stored.items():
         for piece in pieces(path, leaf.shape, model.names):
             places.setdefault((path, piece.lead), []).append(piece)
-    with contextlib.ExitStack() as stack:
-        files = sorted({file for tensor in tensors.values() for file in tensor.files})
-        handles = {file: stack.enter_context(open_tensors(file)) for file in files}
+    with open_all(tensors.values()) as handles:
 
         def read(path: tree.Path, index: tuple[int, ...]) -> np.ndarray:
             if path in contents.new:

@@ -3,7 +3,6 @@
 `names` says which tensors make up a leaf.
 """
 
-import contextlib
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,8 @@ from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError, nearest
 from lora_jax.formats.model_tensors import find_contents
-from lora_jax.formats.mxfp4 import open_source
 from lora_jax.formats.names import Piece, pieces
-from lora_jax.formats.tensors import FLOATS, Tensor, all_finite, open_tensors
+from lora_jax.formats.tensors import FLOATS, Tensor, all_finite, open_all, open_source
 from lora_jax.models import Model
 from lora_jax.quantize import SCHEMES, QuantizedWeight, quantize, quantizes
 from lora_jax.sharding import _fit, param_specs
@@ -59,10 +57,7 @@ def read_params(
     specs = tree.flatten(param_specs(model.params, model.rules, mesh)) if mesh else {}
     broken: dict[str, bool] = {}
     params = {}
-    with contextlib.ExitStack() as stack:
-        handles: dict[Path, Any] = {}
-        for file in sorted({f for tensor in contents.tensors.values() for f in tensor.files}):
-            handles[file] = stack.enter_context(open_tensors(file))
+    with open_all(contents.tensors.values()) as handles:
         for path, leaf in leaves.items():
             spec = specs.get(path)
             if path in contents.new:

@@ -8,9 +8,10 @@ from typing import Any
 from lora_jax import tree
 from lora_jax.config import expand
 from lora_jax.errors import UserError
-from lora_jax.formats.mxfp4 import joined
 from lora_jax.formats.names import canonical, is_carried, pieces
+from lora_jax.formats.packed import joined
 from lora_jax.formats.tensors import (
+    FLOAT8,
     FLOATS,
     Tensor,
     are_equal,
@@ -72,9 +73,7 @@ def _model_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
     """Return the tensors of a directory by their names in the whole model, without those of heads
     that start at random.
     """
-    tensors = list_tensors(directory)
-    if () in model.names.experts.values():  # stacks, which may be quantised
-        tensors = joined(tensors)
+    tensors = joined(list_tensors(directory), model)
     expected = {
         piece.name
         for path, leaf in tree.flatten(model.params).items()
@@ -105,8 +104,12 @@ def carried_tensors(directory: Path, model: Model) -> dict[str, Tensor]:
     """Return the tensors of a directory that an export copies, by their names in the files."""
     if not model.names.carried:
         return {}
-    tensors = list_tensors(directory)
-    return {name: tensors[name] for name in tensors if is_carried(name, model.names)}
+    tensors = joined(list_tensors(directory), model)
+    carried = {name: tensors[name] for name in tensors if is_carried(name, model.names)}
+    for one in carried.values():
+        if one.dtype in FLOAT8.values():
+            raise unreadable(one.file, one.stored, one.dtype)
+    return carried
 
 
 def _tied_name(model: Model) -> str | None:

@@ -16,7 +16,7 @@ from lora_jax.formats.directories import new_directory_on_main
 from lora_jax.formats.model_tensors import carried_tensors, stored_names
 from lora_jax.formats.names import Piece, pieces
 from lora_jax.formats.side_files import copy_side_files, write_generation_config, write_json
-from lora_jax.formats.tensors import Tensor, open_tensors
+from lora_jax.formats.tensors import Tensor, read_whole
 from lora_jax.models import Model
 from lora_jax.sharding import gather_to_host
 from lora_jax.targets import HEAD
@@ -86,7 +86,7 @@ def write_model_files(
 
     These are the weights in safetensors (several shards with an index above `max_shard_size`),
     config.json, and the side files of `source`; of a model that reads images also its other
-    tensors, bit for bit. One shard at a time is gathered to the host. All
+    tensors, bit for bit, or dequantised. One shard at a time is gathered to the host. All
     hosts must call; those whose `directory` is None write nothing.
 
     Args:
@@ -101,8 +101,7 @@ def write_model_files(
     """
     source, limit = expand(source), parse_size(max_shard_size)
     leaves, config = tree.flatten(params), dict(model.hf_config)
-    if config.get("quantization_config"):  # of weights that were read as bfloat16
-        del config["quantization_config"]
+    config.pop("quantization_config", None)  # weights are floats once they are read
     for path, leaf in list(leaves.items()):
         if isinstance(leaf, Untied):
             leaves |= {path: leaf.embed, HEAD: jnp.swapaxes(leaf.head, 0, 1)}
@@ -155,8 +154,7 @@ def _write_weights(
             weight_map[name] = file
             if name in carried:
                 if directory is not None:
-                    with open_tensors(carried[name].file) as handle:
-                        content[name] = handle.get_tensor(name)
+                    content[name] = read_whole(carried[name])
                 continue
             path, piece = places[name]
             array = gather_to_host(leaves[path][piece.place()])

@@ -6,30 +6,27 @@ two (Microscaling Formats 1.0).
     NAME           bfloat16 (experts, in, out)          the numbers, all of them exact
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from lora_jax.errors import UserError
-from lora_jax.formats.tensors import Tensor
+from lora_jax.formats.tensors import Tensor, bounds
 
 _BLOCK = 32
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _POSITIVE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 _VALUES = np.array([*_POSITIVE, *(-value for value in _POSITIVE)], np.float32)
 _PAIRS = np.stack([np.tile(_VALUES, 16), np.repeat(_VALUES, 16)], axis=-1)  # by byte
-_FACTORS = np.array([*(np.ldexp(1.0, i - 127) for i in range(255)), np.nan], np.float32)  # by scale
+POWERS = np.array([*(np.ldexp(1.0, i - 127) for i in range(255)), np.nan], np.float32)  # by scale
 
 
-def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a model directory with each pair of blocks and scales as one tensor.
-
-    Raises:
-        UserError: one of a pair is missing, or its shape or dtype is not that of a pair.
+def joined(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a model directory with each pair of blocks and scales as one tensor,
+    and problems: one of a pair is missing, or its shape or dtype is not that of a pair.
     """
     found, problems = {}, []
     for name, tensor in tensors.items():
@@ -51,26 +48,17 @@ def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             experts, columns, count, _ = blocks.shape
             shape, dtype = (experts, count * _BLOCK, columns), np.dtype(ml_dtypes.bfloat16)
-            found[stem] = Tensor(blocks.file, blocks.stored, shape, dtype, scales)
-    if problems:
-        files = {tensor.file.parent for tensor in tensors.values()}
-        raise UserError(f"{min(files)}: weights in MXFP4 are damaged:\n  " + "\n  ".join(problems))
-    return found
+            unpack = functools.partial(_Packed, shape=shape)
+            found[stem] = Tensor(
+                blocks.file, blocks.stored, shape, dtype, parts=(blocks, scales), unpack=unpack
+            )
+    return found, problems
 
 
 def _fit(blocks: Tensor, scales: Tensor) -> bool:
     both = blocks.dtype == scales.dtype == np.dtype(np.uint8)
     shape = blocks.shape
     return both and len(shape) == 4 and shape[-1] * 2 == _BLOCK and scales.shape == shape[:-1]
-
-
-def open_source(tensor: Tensor, handles: Mapping[Path, Any]) -> Any:
-    """Return the slice of a tensor in open files, dequantised as it is read if it is in MXFP4."""
-    source = handles[tensor.file].get_slice(tensor.stored)
-    if tensor.scales is None:
-        return source
-    scales = handles[tensor.scales.file].get_slice(tensor.scales.stored)
-    return _Packed(source, scales, tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -82,11 +70,10 @@ class _Packed:
     shape: tuple[int, ...]
 
     def __getitem__(self, ranges: Sequence[slice]) -> np.ndarray:
-        bounds = [part.indices(n)[:2] for part, n in zip(ranges, self.shape, strict=True)]
-        experts, rows, columns = (slice(*pair) for pair in bounds)
+        experts, rows, columns = own = bounds(ranges, self.shape)
         first, last = rows.start // _BLOCK, -(-rows.stop // _BLOCK)
         inside = slice(rows.start - first * _BLOCK, rows.stop - first * _BLOCK)
-        out = np.empty([stop - start for start, stop in bounds], ml_dtypes.bfloat16)
+        out = np.empty([part.stop - part.start for part in own], ml_dtypes.bfloat16)
         for place, expert in enumerate(range(experts.start, experts.stop)):  # one at a time: memory
             index = (slice(expert, expert + 1), columns, slice(first, last))
             matrix = dequantize(self.blocks[index], self.scales[index])[0]
@@ -102,7 +89,7 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
         >>> dequantize(blocks, np.array([128], np.uint8))[:4].astype(float).tolist()
         [-12.0, -1.0, -12.0, -1.0]
     """
-    factors = _FACTORS[scales]
+    factors = POWERS[scales]
     values = _PAIRS[blocks].reshape(*scales.shape, _BLOCK) * factors[..., None]
     with np.errstate(over="ignore"):
         return values.astype(ml_dtypes.bfloat16).reshape(*scales.shape[:-1], -1)

@@ -8,7 +8,8 @@ in the directory are not read, as in transformers.
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +35,12 @@ _NO_WEIGHTS = {  # dtypes of buffers, such as position_ids in old BERT files
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+FLOAT8 = {  # which safetensors does not return as NumPy arrays
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_QUANTIZED = {"I8": np.dtype(np.int8)} | FLOAT8
+_KNOWN = FLOATS | _NO_WEIGHTS | _QUANTIZED
 _ADAPTER_FLOATS = (*FLOATS, "F64")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
@@ -44,18 +51,24 @@ _PART = 1 << 22  # values that are compared at once
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file, described by the header of the file."""
+    """A tensor of a file, described by the header of the file, or a quantised one, which several
+    tensors of files make up.
+    """
 
     file: Path
     stored: str  # name in the file
     shape: tuple[int, ...]
     dtype: np.dtype
-    scales: "Tensor | None" = None  # of a tensor that is quantised in the file: see `mxfp4`
+    start: int = 0  # of its bytes in the file, if the dtype is float8
+    # Of a quantised tensor (`packed`): its tensors in the files, and a function from their slices
+    # to the slice of it, which is dequantised as it is read.
+    parts: tuple["Tensor", ...] = ()
+    unpack: Callable[..., Any] | None = None
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the tensor and its scales."""
-        return [self.file] if self.scales is None else [self.file, self.scales.file]
+        """The files that hold the tensor."""
+        return [part.file for part in self.parts] or [self.file]
 
 
 def list_tensors(directory: Path) -> dict[str, Tensor]:
@@ -74,19 +87,34 @@ def list_tensors(directory: Path) -> dict[str, Tensor]:
         )
     for file in files:
         with open_tensors(file) as handle:
+            starts: dict[str, tuple[int, int]] = {}
             for name in handle.keys():
                 part = handle.get_slice(name)
                 stored = part.get_dtype()
-                if stored not in FLOATS | _NO_WEIGHTS:
+                if stored not in _KNOWN:
                     raise unreadable(file, name, stored)
+                if stored in FLOAT8 and not starts:
+                    starts = byte_ranges(file)
                 if name in tensors:
                     raise UserError(
                         f"{tensors[name].file} and {file} both have a tensor {name}; remove the "
                         "file that does not belong to the model, and its lines of the index"
                     )
-                shape, dtype = tuple(part.get_shape()), (FLOATS | _NO_WEIGHTS)[stored]
-                tensors[name] = Tensor(file, name, shape, dtype)
+                start, _ = starts.get(name, (0, 0))
+                shape = tuple(part.get_shape())
+                tensors[name] = Tensor(file, name, shape, _KNOWN[stored], start)
     return tensors
+
+
+def byte_ranges(file: Path) -> dict[str, tuple[int, int]]:
+    """Return the first byte of each tensor of a safetensors file and the one after its last, from
+    the header.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    offsets = {n: entry["data_offsets"] for n, entry in header.items() if n != "__metadata__"}
+    return {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()}
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -197,6 +225,43 @@ def open_tensors(file: Path) -> Iterator[Any]:
         ) from error
 
 
+@contextlib.contextmanager
+def open_all(tensors: Iterable[Tensor]) -> Iterator[dict[Path, Any]]:
+    """Open the files of tensors, for `open_source`.
+
+    Raises:
+        UserError: as `open_tensors`.
+    """
+    with contextlib.ExitStack() as stack:
+        files = sorted({file for tensor in tensors for file in tensor.files})
+        yield {file: stack.enter_context(open_tensors(file)) for file in files}
+
+
+def open_source(tensor: Tensor, handles: Mapping[Path, Any]) -> Any:
+    """Return the slice of a tensor in open files: `source[ranges]` reads a part of it."""
+    if tensor.unpack is not None:
+        return tensor.unpack(*(open_source(part, handles) for part in tensor.parts))
+    if tensor.dtype not in FLOAT8.values():
+        return handles[tensor.file].get_slice(tensor.stored)
+    if not math.prod(tensor.shape):
+        return np.empty(tensor.shape, tensor.dtype)
+    return np.memmap(tensor.file, tensor.dtype, "r", tensor.start, tensor.shape)
+
+
+def read_whole(tensor: Tensor) -> np.ndarray:
+    """Read a tensor; a quantised one is dequantised to its dtype."""
+    with open_all([tensor]) as handles:
+        if tensor.unpack is None and tensor.dtype not in FLOAT8.values():
+            return handles[tensor.file].get_tensor(tensor.stored)
+        values = open_source(tensor, handles)[tuple(map(slice, tensor.shape))]
+        return np.array(values, tensor.dtype)
+
+
+def bounds(ranges: Sequence[slice], shape: Sequence[int]) -> list[slice]:
+    """Return slices of a tensor of this shape with their first and last index."""
+    return [slice(*part.indices(n)[:2]) for part, n in zip(ranges, shape, strict=True)]
+
+
 def read_floats(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read all tensors of a small file, such as an adapter's, and the metadata of the file.
 
@@ -253,10 +318,10 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=8)  # one command asks several times
 def _compare(one: Tensor, other: Tensor, *states: tuple[int, int]) -> bool:
-    if one.shape != other.shape:
+    if one.shape != other.shape or not one.shape:
         return False
-    with open_tensors(one.file) as first, open_tensors(other.file) as second:
-        a, b = first.get_slice(one.stored), second.get_slice(other.stored)
+    with open_all([one, other]) as handles:
+        a, b = (open_source(tensor, handles) for tensor in (one, other))
         return all(
             np.array_equal(x.astype(np.float32), y.astype(np.float32))
             for x, y in zip(_parts(a, one.shape), _parts(b, other.shape), strict=True)
@@ -266,4 +331,4 @@ def _compare(one: Tensor, other: Tensor, *states: tuple[int, int]) -> bool:
 def _parts(source: Any, shape: tuple[int, ...]) -> Iterable[np.ndarray]:
     rows = max(1, _PART // max(1, int(np.prod(shape[1:]))))
     for start in range(0, shape[0], rows):
-        yield source[start : min(start + rows, shape[0])]
+        yield source[(slice(start, min(start + rows, shape[0])), *map(slice, shape[1:]))]

@@ -50,6 +50,7 @@ from lora_jax.models import (
     xlm_roberta,
 )
 from lora_jax.models.common import Model, Names
+from lora_jax.models.quantization import check_quantization
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
@@ -92,6 +93,7 @@ def describe(
         hf_config = _with_labels(hf_config, labels, family.ARCHITECTURE)
         reader = ConfigReader(hf_config, ignore)
     config, names = family.read_config(reader), getattr(family, "NAMES", Names())
+    check_quantization(reader, names)
     reader.finish()
     if names.carried:
         reader.notes.append(

@@ -61,11 +61,6 @@ def read_config(reader: ConfigReader) -> Config:
     reader.alias("num_experts", "num_local_experts")
     # In the files of the authors; transformers reads neither.
     reader.inert("experts_per_token", "initial_context_length")
-    reader.quantized(
-        "mxfp4",
-        "the experts are read as bfloat16, which is exact and takes almost four times their "
-        "memory; base_dtype=nf4 quantises them again, which rounds",
-    )
     sparse.note_router_loss(reader)
     experts = reader.integer("num_local_experts", 128)
     given = reader.content.get("rope_parameters")

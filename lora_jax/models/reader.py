@@ -189,13 +189,6 @@ class ConfigReader:
         """Accept fields that have no effect in this family."""
         self._seen |= {*names}
 
-    def quantized(self, method: str, note: str) -> None:
-        """Accept weights quantised by `method`, which `formats` can read, with a note."""
-        given = self.content.get("quantization_config")
-        if isinstance(given, Mapping) and given.get("quant_method") == method:
-            self._seen.add("quantization_config")
-            self.notes.append(f"config.json: quant_method={method!r}: {note}")
-
     def alias(self, other: str, name: str) -> None:
         """Accept `other` as another name of the field `name`."""
         self._seen.add(other)
@@ -294,6 +287,7 @@ class ConfigReader:
             return
         method = value.get("quant_method") if isinstance(value, Mapping) else None
         self.refuse(
-            f"{name}={quoted(method or value)}: the weights are quantised; use the 16-bit model "
-            "that they were made from, and base_dtype=nf4 (or int8) to quantise it here"
+            f"{name}={quoted(method or value)}: the weights are quantised in a way that is not "
+            f"read for model_type={self.model_type!r}; give the model that they were made from "
+            "(base_dtype=nf4 or int8 quantises it here), or one in FP8, bitsandbytes or GGUF"
         )

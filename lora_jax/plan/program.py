@@ -21,6 +21,7 @@ from lora_jax import objectives, sharding, tree
 from lora_jax.config import Config
 from lora_jax.errors import UserError
 from lora_jax.models.common import Model
+from lora_jax.models.quantization import config_dtype
 from lora_jax.quantize import SCHEMES, quantize_tree
 from lora_jax.session import continue_adapter, open_session
 from lora_jax.targets import Trainable, find_trainable
@@ -98,14 +99,10 @@ def stored_dtype(config: Config, model: Model) -> str:
     """
     if config.base_dtype in _FLOATS:
         return str(config.base_dtype)
-    text = model.hf_config.get("text_config")
-    places = (model.hf_config, text if isinstance(text, Mapping) else {})
-    named = (place.get(name) for place in places for name in ("dtype", "torch_dtype"))
-    said = next(filter(None, named), "float32")
-    name = str(said).removeprefix("torch.")
+    name = config_dtype(model.hf_config)
     if name not in _FLOATS:
         raise UserError(
-            f"{model.directory / 'config.json'}: dtype={said!r} is none of {', '.join(_FLOATS)}; "
+            f"{model.directory / 'config.json'}: dtype={name!r} is none of {', '.join(_FLOATS)}; "
             "set base_dtype"
         )
     return name

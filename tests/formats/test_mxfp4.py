@@ -224,7 +224,7 @@ def test_damaged_files_are_refused(packed, damage, expected):
 
 @pytest.mark.parametrize("family", ["gpt_oss", "llama"])
 def test_other_quantised_weights_are_refused(family):
-    method = "bitsandbytes" if family == "gpt_oss" else "mxfp4"
+    method = "gptq" if family == "gpt_oss" else "mxfp4"
     content = FAMILIES[family].fields | {"model_type": family}
     content["quantization_config"] = {"quant_method": method}
     with pytest.raises(UserError, match=f"quantization_config='{method}': the weights are quant"):

@@ -17,6 +17,7 @@ from lora_jax.formats import fingerprint
 from lora_jax.models.common import Model
 from lora_jax.targets import find_trainable
 
+from ..packed import pack
 from ..train.tiny import write_model
 from . import watch
 from .damage import HOSTILE, damage_bytes, damage_json, damage_kind, damage_tensors
@@ -38,6 +39,7 @@ BASES: dict[str, dict[str, Any]] = {
     "mixtral": dict(model_type="mixtral", num_local_experts=2, num_experts_per_tok=1),
     "gemma": dict(model_type="gemma3_text", head_dim=8, sliding_window=8),
 }
+QUANTIZED = ("fp8 blocks", "nf4 nested", "int8")
 # Fields that files do not have here and could have.
 MORE = {
     "config.json": (
@@ -89,6 +91,9 @@ def open_cases(sandbox: Path) -> watch.Make:
         (directory / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
         bases[name] = directory
     _shard(bases["qwen3"])
+    for kind in QUANTIZED:
+        plain = write_model(sandbox / "plain" / kind, tie_word_embeddings=False)
+        bases[kind] = pack(plain, sandbox / "bases" / kind, kind)
     base = bases["llama"]
     model = formats.describe(base)
     _check_base(base)

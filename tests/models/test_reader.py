@@ -252,6 +252,25 @@ NOTES = [
         dict(quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []}),
         "quant_method='mxfp4': the experts are read as bfloat16, which is exact and takes almost",
     ),
+    (
+        "llama",
+        dict(quantization_config={"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}),
+        "quant_method='bitsandbytes': weights are stored in int8; they are dequantised as they",
+    ),
+    (
+        "llama",
+        dict(
+            quantization_config=dict(
+                quant_method="fp8",
+                activation_scheme="static",
+                modules_to_not_convert=["lm_head"],
+                weight_block_size=None,
+                dequantize=False,
+                other=None,
+            )
+        ),
+        "quant_method='fp8': weights are stored in FP8; they are dequantised as they are read, to",
+    ),
     ("llama", dict(layer_types=[FULL, SLIDING, FULL]), "the layers have full_attention"),
     ("mistral", dict(layer_types=[FULL, SLIDING, FULL]), "the layers have sliding_attention"),
 ]
@@ -266,6 +285,10 @@ def test_what_is_read_in_another_way_is_noted(family, fields, text):
 
 def rope(**fields):
     return dict(rope_parameters=dict(rope_theta=10000.0) | fields)
+
+
+def quantized(method, **fields):
+    return dict(quantization_config=dict(quant_method=method) | fields)
 
 
 REFUSALS = [
@@ -318,7 +341,22 @@ REFUSALS = [
     ("llama", dict(layer_types=[FULL]), "layer_types=['full_attention'] must name full_attentio"),
     ("llama", dict(some_field="x" * 99), "some_field='" + "x" * 76 + "... is not understood"),
     ("llama", dict(quantization_config={"quant_method": "awq", "bits": 4}), "quantization_config="
-     "'awq': the weights are quantised; use the 16-bit model that they were made from, and b"),
+     "'awq': the weights are quantised in a way that is not read for model_type='llama'; give "
+     "the model that they were made from (base_dtype=nf4 or int8 quantises it here), or one in FP"),
+    *(("llama", quantized(method), f"quantization_config='{method}': the weights are quantised in")
+      for method in ("gptq", "aqlm", "hqq", "eetq", "quanto", "compressed-tensors", "torchao")),
+    ("llama", quantized("fp8", weight_block_size=[128, 0]), "quantization_config.weight_block_siz"
+     "e=[128, 0] is not supported, only two numbers from 1 to 1048576"),
+    ("llama", quantized("fp8", weight_block_size=[1, 2**40]), "weight_block_size=[1, 10995116277"),
+    ("llama", quantized("fp8", fmt="e5m2"), "quantization_config.fmt='e5m2' is not supported, onl"),
+    ("llama", quantized("fp8", expert_dtype="fp4"), "expert_dtype='fp4' is not supported, only fp"),
+    ("llama", quantized("fp8", rotation="x"), "quantization_config.rotation='x' is not understood "
+     "for quant_method='fp8' and may change the weights; if it does not, set ignore_config_fiel"),
+    ("llama", quantized("fp8", modules_to_not_convert="lm_head"), "='lm_head' is not supported, o"),
+    ("llama", quantized("bitsandbytes"), "one of load_in_4bit and load_in_8bit must be true"),
+    ("llama", quantized("bitsandbytes", load_in_4bit=True, load_in_8bit=True), "one of load_in_4"),
+    ("llama", quantized("bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="af4"), "'af4' is"),
+    ("llama", quantized(["fp8"]), "quantization_config=['fp8']: the weights are quantised in a w"),
     ("llama", dict(quantization={"bits": 4}), "quantization={'bits': 4}: the weights are quantis"),
     ("gemma2", dict(sliding_window_size=8), "sliding_window_size=8 is not supported, only 4096 or"),
     ("gemma2", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar=0 is not above 0"),
@@ -377,6 +415,12 @@ def test_what_is_not_supported_is_named(family, fields, text):
     with pytest.raises(UserError) as caught:
         describe(family, **fields)
     assert text in str(caught.value)
+
+
+def test_a_quantised_tower_is_named_outside_of_its_config():
+    content = {"model_type": "mistral3", "text_config": dict(vocab_size=9) | quantized("fp8")}
+    with pytest.raises(UserError, match="text_config: quantization_config='fp8': the weights are"):
+        models.describe(content)
 
 
 def test_an_unknown_family_is_told_which_there_are():
