@@ -20,14 +20,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-from safetensors.numpy import save_file
+import random_llama
 
-SHARD_BYTES = 500_000_000
 SHAPE = {
     "model_type": "llama",
     "vocab_size": 32_000,
@@ -37,50 +33,6 @@ SHAPE = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
-
-
-def tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Return names and shapes, in the order of the files."""
-    d, f, v = (SHAPE[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
-    kv = d * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
-    yield "model.embed_tokens.weight", (v, d)
-    for i in range(layers):
-        for name, shape in {
-            "input_layernorm": (d,),
-            "self_attn.q_proj": (d, d),
-            "self_attn.k_proj": (kv, d),
-            "self_attn.v_proj": (kv, d),
-            "self_attn.o_proj": (d, d),
-            "post_attention_layernorm": (d,),
-            "mlp.gate_proj": (f, d),
-            "mlp.up_proj": (f, d),
-            "mlp.down_proj": (d, f),
-        }.items():
-            yield f"model.layers.{i}.{name}.weight", shape
-    yield "model.norm.weight", (d,)
-    yield "lm_head.weight", (v, d)
-
-
-def write(directory: Path, layers: int) -> None:
-    """Write a Hugging Face directory with random weights."""
-    rng, shard, shards, weight_map = np.random.default_rng(0), {}, 0, {}
-
-    def flush() -> None:
-        nonlocal shards
-        shards += 1
-        file = f"model-{shards:05d}.safetensors"
-        save_file(shard, directory / file)
-        weight_map.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, shape in tensors(layers):
-        shard[name] = rng.random(shape, np.float32).astype(ml_dtypes.bfloat16)
-        if sum(array.nbytes for array in shard.values()) > SHARD_BYTES:
-            flush()
-    flush()
-    (directory / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def anonymous() -> int:
@@ -155,7 +107,7 @@ def main() -> None:
         return
     flags = f"--xla_force_host_platform_device_count={options.devices}"
     with tempfile.TemporaryDirectory(prefix="load_memory-") as directory:
-        write(Path(directory), options.layers)
+        random_llama.write(Path(directory), SHAPE | {"num_hidden_layers": options.layers})
         children = [
             subprocess.Popen(
                 [sys.executable, __file__, "--load", directory],

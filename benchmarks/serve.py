@@ -35,9 +35,7 @@ from typing import Any, NamedTuple
 import decode
 import httpx
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from tables import print_table
 
 from lora_jax.start import use_huge_pages
 
@@ -235,16 +233,6 @@ def latencies(url: str, options: argparse.Namespace) -> dict[int, dict[str, floa
         }
         decode.say(f"{clients} clients measured")
     return report
-
-
-def print_table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-    """Print a table in Markdown."""
-    table = Table(box=box.MARKDOWN)
-    for name in header:
-        table.add_column(name, justify="right")
-    for line in lines:
-        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in line))
-    Console(width=120).print(table)
 
 
 def main() -> None:

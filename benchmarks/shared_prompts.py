@@ -24,7 +24,7 @@ from typing import Any
 
 import decode
 import numpy as np
-from serve import print_table
+from tables import print_table
 
 from lora_jax.start import use_huge_pages
 

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import decode
 import httpx
-from serve import Server, print_table, write_adapters
+from serve import Server, write_adapters
+from tables import print_table
 
 FORMS = ("plain", "stream", "hang up", "grammar", "sum", "log-probabilities")
 
