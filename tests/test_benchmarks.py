@@ -213,7 +213,8 @@ def test_rows_hold_as_many_examples_as_a_batch(load):
     def make(prompt):
         start = np.arange(prompt)
         texts = [np.concatenate([start, rng.integers(5, 99, n)]) for n in rng.integers(20, 60, 96)]
-        return [Example(t.astype(np.int32), np.ones(len(t), np.float32), "row") for t in texts]
+        weights = [(np.arange(len(text)) >= prompt).astype(np.float32) for text in texts]
+        return [Example(t.astype(np.int32), w, "row") for t, w in zip(texts, weights, strict=True)]
 
     length, steps = vs_peft.fit_rows(make(0), 2, 8, shares=False)
     assert 150 < length < 200 and 11 <= steps <= 13
