@@ -11,7 +11,7 @@ from lora_jax import data, formats
 from lora_jax.config import AdapterConfig, Config, EvalConfig, virtual_tokens
 from lora_jax.errors import UserError, raise_all
 from lora_jax.models import CLASSIFIERS
-from lora_jax.models.common import Model
+from lora_jax.models.common import Model, has_states
 
 # Settings of `data` that a classifier has no use for.
 _OF_TEXT = (
@@ -93,6 +93,8 @@ def _sharing_problem(config: Config, model: Model) -> str | None:
         return f"{config.model} classifies, and its texts have no prompt"
     if getattr(model.config, "ropes_by_length", ()):
         return f"the rotary frequencies of {config.model} depend on the length of the whole text"
+    if has_states(model.config):
+        return f"layers of {config.model} pass a state from token to token, in one order"
     if config.train.router_aux_loss_coef:
         return "train.router_aux_loss_coef counts every token, and a shared one would count once"
     if not config.data.packing and not config.train.compares_answers:

@@ -6,10 +6,16 @@ layers of a model may be stacked along a leading axis, in which case the layer i
     tree path      model / layers / self_attn / q_proj / kernel      (layers, in, out)
     module paths   model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj, ...
 
+Layers of several shapes are several stacks, whose keys name their layers:
+
+    tree path      model / layers / 2,5 / self_attn / q_proj / kernel      (2, in, out)
+    module paths   model.layers.2.self_attn.q_proj, model.layers.5.self_attn.q_proj
+
 Users name modules by the second form.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +33,10 @@ STACKS = (
     "layer",
     "blocks",
 )  # containers whose children share a leading `layers` axis
-LEAVES = ("kernel", "embedding", "scale", "bias", "sinks")  # names of a module's own arrays
+# Names of a module's own arrays: those that are its weight in files, and those with names of their
+# own there.
+WEIGHTS = ("kernel", "embedding", "scale", "taps")
+LEAVES = (*WEIGHTS, "bias", "sinks")
 # Fused projections, and the names of their parts.
 FUSED = {
     "c_attn": ("q", "k", "v"),
@@ -37,6 +46,7 @@ FUSED = {
 OUTPUT_HEADS = ("lm_head", "score", "classifier")  # linears that `all-linear` leaves out
 CONV1D = ("c_attn", "c_fc", "c_proj")  # GPT-2's linears, in `h`: in files as here, (in, out)
 TOWERS = ("language_model", "text_model")  # decoders inside a model that reads images
+_STACK = re.compile(r"(\d+)(-\d+)?(,\d+(-\d+)?)*")  # the key of one of several stacks
 TIED_EMBEDDINGS = ("embed_tokens", "wte")  # in a tree without `lm_head` they are the head too
 
 
@@ -81,6 +91,44 @@ def stack_position(path: Path) -> int | None:
     return None
 
 
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return first and last of each run of consecutive numbers, in their order.
+
+    >>> runs([0, 1, 3, 4, 7])
+    [(0, 1), (3, 4), (7, 7)]
+    """
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return increasing numbers as text, `0-1,3`."""
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs(numbers))
+
+
+def stack_key(layers: Iterable[int]) -> str:
+    """Return the key of the stack of `layers`, one of several in a model: `0-1,3`; of a single
+    layer `2-2`, as `2` is a layer in a list.
+    """
+    text = ranges(layers)
+    return f"{text}-{text}" if text.isdigit() else text
+
+
+def stack_layers(path: Path) -> tuple[int, ...] | None:
+    """Return the numbers of the layers of one of several stacks; None for other leaves."""
+    position = stack_position(path)
+    key = "" if position is None else path[position]
+    if not _STACK.fullmatch(key) or key.isdigit():
+        return None
+    ends = [part.split("-") for part in key.split(",")]
+    return tuple(i for own in ends for i in range(int(own[0]), int(own[-1]) + 1))
+
+
 def layer_number(path: Path) -> int | None:
     """Return the number of a layer that is one of a list, not of a stack; None for other leaves."""
     pairs = zip(path, path[1:], strict=False)
@@ -93,12 +141,16 @@ def in_layers(path: Path) -> bool:
 
 
 def one_layer(leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-    """Return the leaves of stacked layers, and of layers in a list those of the last."""
+    """Return the leaves of stacked layers: of several stacks those of the one with most layers, and
+    of layers in a list those of the last.
+    """
     last = max((layer_number(path) or 0 for path in leaves), default=0)
+    stacks = {stack_layers(path): None for path in leaves}
+    most = max(stacks, key=lambda own: len(own or ()), default=None)
     return {
         path: leaf
         for path, leaf in leaves.items()
-        if in_layers(path) and layer_number(path) in (None, last)
+        if in_layers(path) and layer_number(path) in (None, last) and stack_layers(path) == most
     }
 
 
@@ -159,9 +211,11 @@ def fused_columns(path: Path, leaves: Mapping[Path, Any]) -> dict[str, tuple[int
 
 def slice_names(path: Path, shape: Sequence[int]) -> tuple[str, ...]:
     """Return the name of every slice of a leaf or module: its dotted path with the layer index."""
-    position = stack_position(path)
+    position, own = stack_position(path), stack_layers(path)
     if position is None:
         return (dotted(path),)
+    if own is not None:
+        return tuple(dotted((*path[:position], i, *path[position + 1 :])) for i in own)
     return tuple(dotted((*path[:position], i, *path[position:])) for i in range(shape[0]))
 
 

@@ -463,7 +463,30 @@ FAMILIES = {
         },
         targets=ATTENTION,
     ),
+    "lfm2": Family(
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        IMPLIED | dict(num_hidden_layers=5, block_multiple_of=8),
+        {
+            "convolutions, biases, untied": dict(
+                layer_types=["conv", FULL, "conv", "conv", FULL],
+                conv_bias=True,
+                conv_L_cache=4,
+                norm_eps=0.05,
+                tie_word_embeddings=False,
+            ),
+            "attention by index, width scaled": dict(
+                full_attn_idxs=[1, 3],
+                block_ffn_dim_multiplier=1.3,
+                block_multiple_of=5,
+                rope_parameters=theta(300.0),
+            ),
+            "attention alone, width as it is": dict(block_auto_adjust_ff_dim=False),
+        },
+    ),
 }
+# Families with layers that keep a state in place of keys and values.
+STATEFUL = ("lfm2",)
 
 # Families whose modules are those of another one here, with a class of their own in transformers.
 ALIASES = {

@@ -203,6 +203,11 @@ PUBLISHED = {
         "gpt-oss-20b": decoder(201088, 2880, 2880, 24, 64, 8, num_local_experts=32),
         "gpt-oss-120b": decoder(201088, 2880, 2880, 36, 64, 8, num_local_experts=128),
     },
+    "lfm2": {
+        "LFM2-350M": tied(65536, 1024, 6656, 16, 16, 8, full_attn_idxs=[2, 5, 8, 10, 12, 14]),
+        "LFM2-700M": tied(65536, 1536, 10240, 16, 24, 8, full_attn_idxs=[2, 5, 8, 10, 12, 14]),
+        "LFM2-1.2B": tied(65536, 2048, 12288, 16, 32, 8, full_attn_idxs=[2, 5, 8, 10, 12, 14]),
+    },
     "bert": {
         "bert-base-uncased": encoder(30522),
         "bert-large-uncased": encoder(30522, 1024, 24, 16),

@@ -111,18 +111,10 @@ def layer_range(target: Target, layers: Sequence[int]) -> str:
     """
     if not target.stacked:
         return target.names[0]
-    runs: list[list[int]] = []
-    for i in layers:
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    position = tree.stack_position((*target.path, target.leaf))
-    return tree.dotted(
-        (
-            *target.path[:position],
-            f"{{{text}}}" if len(layers) > 1 else text,
-            *target.path[position:],
-        )
-    )
+    path = (*target.path, target.leaf)
+    position, own = tree.stack_position(path), tree.stack_layers(path)
+    numbers = layers if own is None else [own[i] for i in layers]
+    text = tree.ranges(numbers)
+    text = f"{{{text}}}" if len(layers) > 1 else text
+    rest = target.path[position:] if own is None else target.path[position:][1:]
+    return tree.dotted((*target.path[:position], text, *rest))

@@ -26,6 +26,7 @@ _LEAVES = {
     "embedding": ("weight", False),
     "scale": ("weight", False),
     "bias": ("bias", False),
+    "taps": ("weight", False),
     "sinks": ("sinks", False),
 }
 

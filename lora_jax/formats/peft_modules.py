@@ -19,7 +19,7 @@ def parameters(params: Mapping) -> dict[str, tuple[str, tree.Path]]:
     """Return module path and leaf of every parameter, by its name in transformers."""
     found = {}
     for path, leaf in tree.flatten(params).items():
-        ending = f".{path[-1]}" if path[-1] in ("bias", "sinks") else ".weight"
+        ending = ".weight" if path[-1] in tree.WEIGHTS else f".{path[-1]}"
         if tree.has_experts(path):
             ending = "_bias" if path[-1] == "bias" else ""
         for name in tree.slice_names(path[:-1], leaf.shape):

@@ -28,10 +28,10 @@ from lora_jax.errors import UserError
 from lora_jax.formats.peft_forms import EXPERTS, Leaves, adapted_modules
 from lora_jax.leaves import known_kind
 from lora_jax.targets import HEAD, FullWeight, Leaf, Target, Trainable, TrainableTokens
-from lora_jax.tree import Path, dotted, has_experts, is_conv1d, stack_position, summarize
+from lora_jax.tree import WEIGHTS, Path, dotted, has_experts, is_conv1d, stack_position, summarize
 
 PREFIX = "base_model.model."
-_WEIGHTS: dict[str, str] = dict.fromkeys(("kernel", "embedding", "scale"), "weight")
+_WEIGHTS: dict[str, str] = dict.fromkeys(WEIGHTS, "weight")
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def _begin(
             prefix=virtual,
             execution=Execution(dtype),
         )
-        return dataclasses.replace(cache, keys=own.keys, values=own.values)
+        return cache.with_content(own)
     layers, most, _ = virtual.keys.shape
     places = own.places(jnp.arange(most)[None], (jnp.arange(most) < count)[None])
     for index in range(layers):
@@ -267,7 +267,7 @@ def _prefill(
         segment_ids=real.astype(jnp.int32),
         cache=own,
     )
-    cache = dataclasses.replace(cache, keys=seen.keys, values=seen.values)
+    cache = cache.with_content(seen)
     ends = jnp.maximum(chunk.count - 1, 0)[:, None, None]
     return cache, hidden, jnp.take_along_axis(hidden, ends, axis=1)[:, 0]
 
@@ -336,7 +336,7 @@ def _decode(
 
     seen = dataclasses.replace(cache, rows=chosen, view=view)
     _, seen, own, made = jax.lax.while_loop(goes_on, next_tokens, (jnp.int32(0), seen, own, made))
-    cache = dataclasses.replace(cache, keys=seen.keys, values=seen.values)
+    cache = cache.with_content(seen)
     if chosen is not None:
         own = jax.tree.map(lambda all_, x: all_.at[chosen].set(x), rows, own)
     return cache, own, made

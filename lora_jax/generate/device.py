@@ -193,19 +193,23 @@ def _is_separate(params: Mapping) -> bool:
 
 def _place(tree: Any) -> Any:
     """Constrain the sharding of a cache, rows or results on the mesh: rows of the cache over data
-    and fsdp, its heads over tensor; other arrays whole on each device.
+    and fsdp, heads over tensor; other arrays whole on each device.
     """
 
     def of_cache(cache: Cache) -> Cache:
-        spec = (BATCH[0], "tensor", None, None)
+
+        def of_layer(x: jax.Array, *stack: None) -> jax.Array:
+            heads = ("tensor",) if x.ndim - len(stack) == 4 else ()
+            spec = (*stack, BATCH[0], *heads)
+            return constrain(x, *spec, *(None,) * (x.ndim - len(spec)))
 
         def of_layers(x: Any) -> Any:
             if isinstance(x, Layered):
-                return Layered(tuple(constrain(layer, *spec) for layer in x.layers))
-            return constrain(x, None, *spec)
+                return Layered(tuple(map(of_layer, x.layers)))
+            return of_layer(x, None)
 
-        keys, values = of_layers(cache.keys), of_layers(cache.values)
-        return dataclasses.replace(cache, keys=keys, values=values)
+        keys, values, *states = map(of_layers, (cache.keys, cache.values, *cache.states))
+        return dataclasses.replace(cache, keys=keys, values=values, states=tuple(states))
 
     def is_cache(x: Any) -> bool:
         return isinstance(x, Cache)

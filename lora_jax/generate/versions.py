@@ -115,13 +115,14 @@ class Versions:
     def kinds(self) -> list[Virtual]:
         """Return virtual tokens of zeros of each kind that can be published."""
         c = self._model.config
-        sizes = (c.num_hidden_layers, self.most, c.num_key_value_heads * c.head_dim)
+        shape = self._model.cache_shape
+        sizes = (shape.layers, self.most, shape.kv_heads * shape.head_dim)
         keys, values = (np.zeros(sizes, np.float32) for _ in range(2))
         prompt = Prompt(np.zeros((self.most, c.hidden_size), np.float32))
         least = AdapterConfig(method="prompt", num_virtual_tokens=1)
         if _virtual_problem(self._model, least, self.most) is not None:
             return []
-        return [prompt, Prefix(keys, values)]
+        return [prompt] if shape.states else [prompt, Prefix(keys, values)]
 
     def withdraw(self, name: str) -> None:
         """Forget a name; its running requests go on.

@@ -15,10 +15,12 @@ from jax.core import Tracer
 
 from lora_jax import weights
 from lora_jax.errors import UserError
-from lora_jax.nn.cache import Cache, empty_cache, empty_layers
+from lora_jax.nn.cache import Cache, CacheShape
 from lora_jax.nn.virtual import Virtual, placeholders
 from lora_jax.sharding import Rules, constrain_stream
 from lora_jax.tree import check_parameters, dotted, flatten, summarize
+
+ATTENTION = "attention"  # what mixes the tokens in most layers
 
 
 def scan_layers(
@@ -27,8 +29,9 @@ def scan_layers(
     x: jax.Array,
     per_layer: Any,
     remat: str,
-    cache: tuple[Cache, jax.Array] | None = None,
-) -> tuple[jax.Array, Any, Cache | None]:
+    cache: tuple[Any, jax.Array] | None = None,
+    first: int = 0,
+) -> tuple[jax.Array, Any, Any]:
     """Run `block(x, layer, own, cached) -> (x, out, cached)` over layers: by a scan over stacked
     parameters, unrolled over `Layered` ones.
 
@@ -39,7 +42,8 @@ def scan_layers(
         per_layer: a tree of arrays with a leading layer axis.
         remat: activations kept for the backward pass. none: all of them; dots: results of matrix
             products; full: the input of each layer; offload: the same, in host memory.
-        cache: the cache and the slots (b, t) of the new tokens.
+        cache: the cache, or its `States`, and the slots (b, t) of the new tokens.
+        first: index of the first layer in the cache.
 
     Returns:
         The output of the last layer, the stacked `out` of all layers, and the cache with the new
@@ -60,11 +64,11 @@ def scan_layers(
         carry, outs = (x, kept), []
         for index in range(leaves[0].shape[0]):
             own = weights.layer_of((state, per_layer), index)
-            carry, out = body(carry, (*own, index))
+            carry, out = body(carry, (*own, first + index))
             outs.append(out)
         return carry[0], jax.tree.map(lambda *each: jnp.stack(each), *outs), carry[1]
     body = _remat(body, remat)
-    indices = jnp.arange(leaves[0].shape[0])
+    indices = jnp.arange(first, first + leaves[0].shape[0])
     (x, kept), out = jax.lax.scan(body, (x, kept), (state, per_layer, indices))
     return x, out, kept
 
@@ -261,17 +265,38 @@ class Model:
         logits = module.logits(hidden)
         return (logits, hidden) if return_hidden else logits
 
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Return the sizes of a cache."""
+        c = self.config
+        attention = attention_layers(c)
+        others = c.num_hidden_layers - attention
+        states = c.state_shapes if others else ()
+        return CacheShape(attention, c.num_key_value_heads, c.head_dim, others, states)
+
     def empty_cache(self, rows: int, slots: int, dtype: Any) -> Cache:
         """Return an empty cache for `rows` texts of up to `slots` tokens: one array per layer if
         the parameters are `Layered`.
         """
-        c, leaves = self.config, jax.tree.leaves(self.params, is_leaf=weights.is_layered)
-        make = empty_layers if any(map(weights.is_layered, leaves)) else empty_cache
-        return make(c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim, dtype)
+        leaves = jax.tree.leaves(self.params, is_leaf=weights.is_layered)
+        shape = self.cache_shape
+        make = shape.empty_layers if any(map(weights.is_layered, leaves)) else shape.empty
+        return make(rows, slots, dtype)
 
     def replace(self, **changes: Any) -> "Model":
         """Return the model with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def attention_layers(config: Any) -> int:
+    """Return the number of layers with attention; the others keep a state."""
+    mixers = getattr(config, "mixers", None)  # of families over `DecoderConfig`
+    return config.num_hidden_layers if mixers is None else mixers.count(ATTENTION)
+
+
+def has_states(config: Any) -> bool:
+    """Return True if some layers pass a state from token to token."""
+    return attention_layers(config) < config.num_hidden_layers
 
 
 def foreign_token(tokens: np.ndarray, vocab_size: int) -> int | None:

@@ -11,6 +11,7 @@ lm_head / kernel                                        (d, vocab), unless tied
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +19,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.common import PLAIN, Execution, Routing, scan_layers
+from lora_jax.errors import UserError
+from lora_jax.models.common import (
+    ATTENTION,
+    PLAIN,
+    Execution,
+    Routing,
+    has_states,
+    scan_layers,
+)
 from lora_jax.models.reader import SLIDING, ConfigReader
 from lora_jax.models.rotary import PLAIN_ROPE, RopeRules, read_rope
+from lora_jax.models.stacks import Blocks, make_layers, run_stacks
 from lora_jax.nn.attention import KVContext, attend, mask_specs
 from lora_jax.nn.cache import Cache
+from lora_jax.nn.mlp import MLP as MLP
+from lora_jax.nn.mlp import PlainMLP as PlainMLP
 from lora_jax.nn.modules import ACTIVATIONS, Embed, Linear, RMSNorm
 from lora_jax.nn.rope import by_length, rope, rotate, text_lengths
 from lora_jax.nn.texts import Texts
@@ -37,6 +49,9 @@ RULES = (
     (r"model\.layers\..*\.(o|down)_proj\.bias", P(None)),
     (r"model\.(layers\..*)?norm\.(scale|bias)", P(None)),
     (r"lm_head\.kernel", P("fsdp", "tensor")),
+)
+STATEFUL = (
+    "texts of this model cannot share their starts: some layers pass a state from token to token"
 )
 
 
@@ -58,6 +73,21 @@ class DecoderConfig:
     rope_parameters: dict[str, dict[str, Any]]  # by layer type
     sliding_window: int | None
     layer_types: tuple[str, ...]  # a name that begins with `SLIDING` has the window
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """What mixes the tokens in each layer: `ATTENTION`, or what keeps a state instead."""
+        return (ATTENTION,) * self.num_hidden_layers
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The kind of each layer; layers of one kind have the same modules and sizes."""
+        return self.mixers
+
+    @property
+    def state_shapes(self) -> tuple[tuple[tuple[int, ...], Any], ...]:
+        """Shapes and dtypes of what a layer without attention keeps of a text: see `CacheShape`."""
+        return ()
 
     @property
     def ropes_by_length(self) -> list[dict[str, Any]]:
@@ -139,7 +169,8 @@ class AttentionInputs:
     cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
     masks: Any  # (b, t, s) for each block of keys, or the `MaskSpec` of a fused kernel
     real: jax.Array  # (b, t) bool; False for padding
-    positions: jax.Array  # (b, t)
+    positions: jax.Array  # (b, t), virtual tokens included
+    texts: Texts
 
 
 class Attention(nnx.Module):
@@ -204,42 +235,6 @@ class Attention(nnx.Module):
         return self.output(mixed.reshape(*x.shape[:2], -1)), cached
 
 
-class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)) (arXiv 2002.05202)."""
-
-    def __init__(self, config: DecoderConfig, *, use_bias: bool = False, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(d, f, use_bias=use_bias, rngs=rngs)
-        self.up_proj = Linear(d, f, use_bias=use_bias, rngs=rngs)
-        self.down_proj = Linear(f, d, use_bias=use_bias, rngs=rngs)
-        self.act = config.hidden_act
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = share(x)
-        return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
-
-
-class PlainMLP(nnx.Module):
-    """down(act(up(x))), with the family's names of the two linears."""
-
-    def __init__(
-        self,
-        config: Any,
-        names: tuple[str, str] = ("up_proj", "down_proj"),
-        *,
-        use_bias: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        d, f = config.hidden_size, config.intermediate_size
-        setattr(self, names[0], Linear(d, f, use_bias=use_bias, rngs=rngs))
-        setattr(self, names[1], Linear(f, d, use_bias=use_bias, rngs=rngs))
-        self.names, self.act = names, config.hidden_act
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        up, down = (getattr(self, name) for name in self.names)
-        return down(ACTIVATIONS[self.act](up(share(x))))
-
-
 class Block(nnx.Module):
     """A layer with norms before attention and MLP, all given by the family."""
 
@@ -284,26 +279,25 @@ class ParallelBlock(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: Any, block: Callable, norm: Callable, *, rngs: nnx.Rngs):
+    def __init__(self, config: Any, blocks: Blocks, norm: Callable, *, rngs: nnx.Rngs):
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.vmap(lambda own: block(config, rngs=own))(
-            rngs.split(config.num_hidden_layers)
-        )
+        self.layers = make_layers(config, blocks, rngs)
         self.norm = norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
 
 
 class CausalLM(nnx.Module):
     """Embedding, layers, norm and output head.
 
-    `block(config, rngs=...)` makes one layer. Its call returns its output, its cache with the new
+    `blocks(config, rngs=...)` makes one layer; for layers of several kinds there is a function for
+    each (`shapes` of the config). The call of a layer returns its output, its cache with the new
     tokens, and its `Routing` (None without experts).
     """
 
     def __init__(
-        self, config: DecoderConfig, block: Callable, norm: Callable = RMSNorm, *, rngs: nnx.Rngs
+        self, config: DecoderConfig, blocks: Blocks, norm: Callable = RMSNorm, *, rngs: nnx.Rngs
     ):
         self.config: Any = config  # the family's
-        self.model = Decoder(config, block, norm, rngs=rngs)
+        self.model = Decoder(config, blocks, norm, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
@@ -342,6 +336,8 @@ class CausalLM(nnx.Module):
         share their start are described by `seen_until` (b, t): see `lora_jax.nn.texts`.
         """
         config = self.config
+        if seen_until is not None and has_states(config):
+            raise UserError(STATEFUL)
         lengths = None if cache is None else cache.lengths
         if lengths is None and config.ropes_by_length:
             lengths = text_lengths(positions, segment_ids)
@@ -357,14 +353,10 @@ class CausalLM(nnx.Module):
         texts = Texts(in_text, segment_ids, seen_until)
         seen = mask_specs(execution.kernel, texts, cache, own_windows, prefix_masks)
         inputs_by_kind = [
-            AttentionInputs(
-                rope(positions, config.head_dim, config.rope_parameters[kind], lengths),
-                masks,
-                segment_ids != 0,
-                positions,
-            )
+            (rope(positions, config.head_dim, config.rope_parameters[kind], lengths), masks)
             for kind, masks in zip(kinds, seen, strict=True)
         ]
+        rest = (segment_ids != 0, positions, texts)
         kind_of_layer = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
         placed = None if cache is None else (cache, cache.places(in_text, segment_ids))
 
@@ -373,11 +365,14 @@ class CausalLM(nnx.Module):
             inputs = inputs_by_kind[0]
             if len(inputs_by_kind) > 1:
                 inputs = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *inputs_by_kind)
-            x, cached, routing = layer(x, inputs, KVContext(cached, prefix))
+            x, cached, routing = layer(
+                x, AttentionInputs(*inputs, *rest), KVContext(cached, prefix)
+            )
             return x, routing, cached
 
-        x, routing, cache = scan_layers(
-            block, self.decoder.layers, x, (own, kind_of_layer), execution.remat, placed
+        run = partial(scan_layers, block, remat=execution.remat)
+        x, cache, routing = run_stacks(
+            run, self.decoder.layers, config, x, (own, kind_of_layer), placed
         )
         return self.final_norm(x), cache, routing
 

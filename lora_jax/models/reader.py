@@ -1,6 +1,6 @@
 """A strict reader of config.json: each field is read, known to be harmless, or refused."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import is_finite, quoted, shown
@@ -227,6 +227,35 @@ class ConfigReader:
                 f"transformers; the layers have {' and '.join(sorted({*found}))}"
             )
         return found
+
+    def take_kinds(self, usual: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+        """Read the kind of each layer from `layer_types`, `usual` if it is absent, for a family
+        whose layers differ in more than their attention. `layer_types` of this reader then reads
+        nothing: all layers with attention are alike.
+        """
+        self._seen.add("layer_types")
+        given = self.content.get("layer_types")
+        self.content = {name: x for name, x in self.content.items() if name != "layer_types"}
+        if given is None:
+            return tuple(usual)
+        valid = isinstance(given, list) and len(given) == len(usual)
+        if not valid or not all(kind in known for kind in given):
+            self.refuse(
+                f"layer_types={quoted(given)} must name {' or '.join(known)} for each of "
+                f"{len(usual)} layers"
+            )
+            return tuple(usual)
+        return tuple(given)
+
+    def indices(self, name: str, usual: Collection[int]) -> Collection[int]:
+        """Read a list of numbers of layers; null or absent means `usual`."""
+        value = self._get(name, None, list, "a list of layers or null", nullable=True)
+        if value is None:
+            return usual
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+            self.refuse(f"{name}={quoted(value)} is not a list of layers")
+            return usual
+        return value
 
     def finish(self) -> None:
         """Raise a `UserError` with all fields that are mistyped, unsupported or unknown."""

@@ -1,8 +1,12 @@
-"""The key-value cache of a decoder: one text per row, each of its own length.
+"""The cache of a decoder: one text per row, each of its own length.
 
 The slot of a token is its position in the text of its row. A forward writes the keys and values of
 the new tokens and then attends to the slots up to each token, so that slots beyond the text of a
 row are never read, whatever they hold.
+
+Layers without attention, such as convolutions, keep a state in place of keys and values: what they
+need of all tokens read so far. A token at position 0 begins a text and does not read it, so that
+rows need no clearing, and padding leaves it as it is.
 
 Shape letters: b batch, t time (new tokens), s slots of a row, k kv heads, h head size.
 """
@@ -19,7 +23,8 @@ from lora_jax.weights import Layered
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of all rows and layers, as one array or as a `Layered` of one per layer.
+    """Keys and values of all rows and layers with attention, as one array or as a `Layered` of one
+    per layer; and `states` of the other layers.
 
     The texts of a batch are all rows in their order, or those that `rows` names. With `view`,
     attention reads the first `view` slots only: no token of the batch may be at a later one.
@@ -33,12 +38,17 @@ class Cache:
     values: Any  # (layers, rows, k, s, h)
     rows: jax.Array | None = None  # (b,)
     lengths: jax.Array | None = None  # (b, t), of the text of each token
+    states: tuple[Any, ...] = ()  # each (layers, rows, ..)
     view: int | None = field(default=None, metadata={"static": True})
 
     @property
     def slots(self) -> int:
         """Number of slots that attention reads."""
         return self.keys.shape[3] if self.view is None else self.view
+
+    def with_content(self, other: "Cache") -> "Cache":
+        """Return the cache with keys, values and states of `other`."""
+        return replace(self, keys=other.keys, values=other.values, states=other.states)
 
     def places(self, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Return the slot (b, t) of each token; of padding one that no row has."""
@@ -56,10 +66,12 @@ class Cache:
         if not isinstance(self.keys, Layered):
             return replace(self, keys=layer.keys, values=layer.values)
 
-        def put(own: Layered, new: jax.Array) -> Layered:
-            return Layered((*own.layers[:index], new, *own.layers[index + 1 :]))
+        keys = _with_layer(self.keys, index, layer.keys)
+        return replace(self, keys=keys, values=_with_layer(self.values, index, layer.values))
 
-        return replace(self, keys=put(self.keys, layer.keys), values=put(self.values, layer.values))
+
+def _with_layer(own: Layered, index: int, new: jax.Array) -> Layered:
+    return Layered((*own.layers[:index], new, *own.layers[index + 1 :]))
 
 
 @jax.tree_util.register_dataclass
@@ -100,17 +112,83 @@ class LayerCache:
         return take(self.keys), take(self.values)
 
 
-def empty_cache(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype) -> Cache:
-    """Return a cache of zeros, as one array, for `rows` texts of up to `slots` tokens."""
-    shape = (layers, rows, kv_heads, slots, head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class States:
+    """The states of a cache, layer by layer as its keys and values."""
+
+    arrays: tuple[Any, ...]  # each (layers, rows, ..), or a `Layered`
+    rows: jax.Array | None
+
+    def layer(self, index: Any, places: jax.Array) -> "LayerState":
+        """Return one layer; `index` is an int for a `Layered`. States have no `places`."""
+        if any(isinstance(own, Layered) for own in self.arrays):
+            return LayerState(tuple(own.layers[index] for own in self.arrays), self.rows, None)
+        return LayerState(self.arrays, self.rows, index)
+
+    def with_layer(self, index: Any, layer: "LayerState") -> "States":
+        """Return the states with a layer replaced."""
+        if layer.index is not None:
+            return replace(self, arrays=layer.arrays)
+        pairs = zip(self.arrays, layer.arrays, strict=True)
+        return replace(self, arrays=tuple(_with_layer(own, index, new) for own, new in pairs))
 
 
-def empty_layers(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype) -> Cache:
-    """Return a cache of zeros, as one array per layer."""
-    shape = (rows, kv_heads, slots, head_dim)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerState:
+    """States (rows, ..) of one layer, or those of all layers and the index of one."""
 
-    def zeros() -> Layered:
-        return Layered(tuple(jnp.zeros(shape, dtype) for _ in range(layers)))
+    arrays: tuple[jax.Array, ...]
+    rows: jax.Array | None
+    index: Any
 
-    return Cache(zeros(), zeros())
+    def read(self) -> tuple[jax.Array, ...]:
+        """Return the states (b, ..) of the rows of the batch."""
+
+        def take(own: jax.Array) -> jax.Array:
+            own = own if self.index is None else own[self.index]
+            return own if self.rows is None else own[self.rows]
+
+        return tuple(map(take, self.arrays))
+
+    def write(self, *new: jax.Array) -> "LayerState":
+        """Return the layer with the states (b, ..) of the rows of the batch replaced."""
+
+        def put(own: jax.Array, new: jax.Array) -> jax.Array:
+            rows = slice(None) if self.rows is None else self.rows
+            where = rows if self.index is None else (self.index, rows)
+            return own.at[where].set(new.astype(own.dtype))
+
+        return replace(self, arrays=tuple(map(put, self.arrays, new)))
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of a cache."""
+
+    layers: int  # with attention
+    kv_heads: int
+    head_dim: int
+    state_layers: int = 0
+    # Of one row in one layer, with their dtype; None: that of the cache.
+    states: tuple[tuple[tuple[int, ...], Any], ...] = ()
+
+    def empty(self, rows: int, slots: int, dtype: Any) -> Cache:
+        """Return a cache of zeros, as one array, for `rows` texts of up to `slots` tokens."""
+        shape = (self.layers, rows, self.kv_heads, slots, self.head_dim)
+        states = tuple(
+            jnp.zeros((self.state_layers, rows, *own), kind or dtype) for own, kind in self.states
+        )
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), states=states)
+
+    def empty_layers(self, rows: int, slots: int, dtype: Any) -> Cache:
+        """Return a cache of zeros, as one array per layer."""
+
+        def zeros(layers: int, shape: tuple[int, ...], dtype: Any) -> Layered:
+            return Layered(tuple(jnp.zeros((rows, *shape), dtype) for _ in range(layers)))
+
+        shape = (self.kv_heads, slots, self.head_dim)
+        keys, values = (zeros(self.layers, shape, dtype) for _ in range(2))
+        states = tuple(zeros(self.state_layers, own, kind or dtype) for own, kind in self.states)
+        return Cache(keys, values, states=states)

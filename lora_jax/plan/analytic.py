@@ -216,7 +216,8 @@ def _block(model: Model) -> _Block:
     return _Block(
         act=_PARTS.get(getattr(c, "hidden_act", "gelu_new"), 3),
         gated=any(
-            "gate" in path[-2] or leaf.shape[-1] == 2 * c.intermediate_size  # fused, of any name
+            # By its name in most families and in LFM 2, or fused under any name.
+            "gate" in path[-2] or path[-2] == "w3" or leaf.shape[-1] == 2 * c.intermediate_size
             for path, leaf in inside.items()
             if path[-1] == "kernel"
         ),
@@ -291,7 +292,7 @@ def _experts(program: Program) -> int:
     """Bytes of the matrices of all experts of a layer, sliced from the stack."""
     numbers = sum(
         math.prod(leaf.shape[1:])
-        for path, leaf in tree.flatten(program.model.params).items()
+        for path, leaf in tree.one_layer(tree.flatten(program.model.params)).items()
         if path[-1] == "kernel" and tree.has_experts(path)
     )
     return numbers // program.mesh.shape["tensor"] * sizes(program).number

@@ -30,6 +30,7 @@ from lora_jax.tree import (
     is_router,
     lead_axes,
     slice_names,
+    stack_layers,
     stack_position,
     summarize,
     tied_embedding,
@@ -89,6 +90,11 @@ def _find_virtual(params: Mapping, config: AdapterConfig) -> dict[str, tuple[int
         raise UserError(f"method={config.method}: the model has no token embedding")
     if config.trains_prompt:
         return {"prompt_embeddings": (count, leaves[embedding].shape[1])}
+    if any(stack_layers(path) is not None for path in leaves):
+        raise UserError(
+            "method=prefix: layers of the model differ, and some may have no keys and values; "
+            "method=prompt works for every model"
+        )
     for path, leaf in leaves.items():
         start, stop = fused_columns(path, leaves).get("k", (0, leaf.shape[-1]))
         if path[-1] == "kernel" and (path[-2] == "k_proj" or stop - start < leaf.shape[-1]):

@@ -147,6 +147,34 @@ TIED = {
 }
 
 
+def test_a_model_of_several_stacks_is_resumed_and_exported(files, tmp_path):
+    """In 4 bits, with filters of convolutions that train in full."""
+    kinds = ["conv", "full_attention", "conv", "conv"]
+    model = write_model(
+        tmp_path / "model",
+        **{"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "rms_norm_eps": None},
+        **{"num_hidden_layers": 4, "layer_types": kinds, "block_multiple_of": 8},
+    )
+    settings = [f"model={model}", "base_dtype=nf4", "export.quantized_base=dequantized"]
+    settings += ["adapter.modules_to_save=[conv.conv]"]
+    losses = train(files, tmp_path / "whole", *settings)
+    assert losses[-1] < losses[0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/6")
+    (tmp_path / "cut/summary.json").unlink()
+    assert train(files, tmp_path / "cut", *settings, "resume=true") == losses
+    ends = [checkpoint.read_record(tmp_path / run / "checkpoints") for run in ("whole", "cut")]
+    assert ends[0]["leaves"] == ends[1]["leaves"]
+    config, model, adapters = reload(tmp_path / "whole")
+    tokens = np.random.default_rng(0).integers(0, 272, (2, 9))
+    live = model.apply(lora.bind(model.params, adapters, config.adapter), tokens)
+    merged = formats.load(tmp_path / "whole/merged")
+    assert distance(merged.apply(merged.params, tokens), live) < 1e-5
+    names = load_file(tmp_path / "whole/adapter/adapter_model.safetensors").keys()
+    assert "base_model.model.model.layers.3.conv.conv.weight" in names
+    assert "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight" in names
+
+
 @pytest.mark.parametrize("fields", TIED.values(), ids=TIED)
 def test_tied_embeddings_live_merged_and_in_transformers(tmp_path, fields):
     import torch
