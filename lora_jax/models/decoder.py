@@ -76,7 +76,7 @@ class DecoderConfig:
 
     @property
     def mixers(self) -> tuple[str, ...]:
-        """What mixes the tokens in each layer: `ATTENTION`, or what keeps a state instead."""
+        """Mixers of the tokens, by layer: `ATTENTION`, or one that keeps a state instead."""
         return (ATTENTION,) * self.num_hidden_layers
 
     @property
