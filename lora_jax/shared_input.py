@@ -9,6 +9,7 @@ linears are added on each device, and their sum over that axis is the only excha
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +69,10 @@ def as_rows(x: jax.Array | SharedInput) -> jax.Array | SharedInput:
     return x.reshape(-1, x.shape[-1])
 
 
-def share(x: jax.Array | SharedInput) -> jax.Array | SharedInput:
-    """Return x (b, t, in) as the input of several linears: itself without a tensor axis."""
+def share(x: jax.Array | SharedInput) -> Any:
+    """Return x (b, t, in) as the input of several linears, a `SharedInput`; without a tensor axis
+    x itself. It is for linears alone, and has a shape and a dtype.
+    """
     devices = tensor_devices()
     if devices == 1 or isinstance(x, SharedInput):
         return x

@@ -365,9 +365,9 @@ class CausalLM(nnx.Module):
             inputs = inputs_by_kind[0]
             if len(inputs_by_kind) > 1:
                 inputs = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *inputs_by_kind)
-            x, cached, routing = layer(
-                x, AttentionInputs(*inputs, *rest), KVContext(cached, prefix)
-            )
+            cos_sin, masks = inputs
+            inputs = AttentionInputs(cos_sin, masks, *rest)
+            x, cached, routing = layer(x, inputs, KVContext(cached, prefix))
             return x, routing, cached
 
         run = partial(scan_layers, block, remat=execution.remat)

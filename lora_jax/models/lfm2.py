@@ -82,8 +82,9 @@ def read_config(reader: ConfigReader) -> Config:
         ),
         rope_rules=RopeRules(theta=1_000_000.0),
     )
+    fields["intermediate_size"] = _inner_size(reader, fields["intermediate_size"])
     return Config(
-        **fields | {"intermediate_size": _inner_size(reader, fields["intermediate_size"])},
+        **fields,
         kinds=tuple(ATTENTION if kind == FULL else CONV for kind in kinds),
         conv_taps=reader.integer("conv_L_cache", 3),
         conv_bias=reader.boolean("conv_bias", False),

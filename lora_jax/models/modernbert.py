@@ -165,6 +165,7 @@ class Model(bert.Classifier):
                 bert.masks(texts, execution, config.sliding_window if kind == SLIDING else None),
                 texts.segment_ids != 0,
                 texts.positions,
+                texts,
             )
             for kind in {*config.layer_types}
         }

@@ -24,7 +24,7 @@ from lora_jax.nn.virtual import Prefix
 class KVContext:
     """Keys and values that a layer attends to in addition to those of the new tokens."""
 
-    cached: LayerCache | None = None
+    cached: Any = None  # a `LayerCache`; of a layer with a state in its place, a `LayerState`
     prefix: Prefix | None = None  # the slice of this layer
 
 
