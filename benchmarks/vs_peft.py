@@ -18,7 +18,8 @@ Ratios are ours over PEFT's, medians over rounds. Every round runs all parts in 
 a process of its own that has all cores, on a machine that should do nothing else. Both sides begin
 with the same rows of tokens; nothing is compiled before. The losses of the first step must agree to
 1e-3 in `step` and `dora`. The first two steps of a process do not count towards times of steps.
-PEFT keeps all activations; ours are recomputed as `--remat` says.
+PEFT keeps all activations; ours are recomputed as `--remat` says. Both sides get huge pages from
+glibc, as `train.py` does.
 """
 
 import argparse

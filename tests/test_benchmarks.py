@@ -19,9 +19,13 @@ ONE_PART = ["--rows", "2", "--length", "16", "--steps", "4", "--rank", "4", "--r
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Options that name a tiny model and rows."""
+    """Options that name a tiny model and rows. Where 64 divides the inputs of a weight, its NF4 is
+    that of bitsandbytes.
+    """
     home = tmp_path_factory.mktemp("vs_peft")
-    model = write_model(home / "model", max_position_embeddings=1024)
+    model = write_model(
+        home / "model", max_position_embeddings=1024, hidden_size=64, intermediate_size=128
+    )
     rows = write_rows(home / "rows.jsonl", SUMS)
     return ["--model", str(model), "--data", str(rows)]
 
@@ -103,7 +107,8 @@ def test_all_parts_beside_peft(files):
         assert found[key] == pytest.approx(ratio(found, part, name)), key
     for part, count in (("task", 23), ("long", 12)):
         (ours,), (peft,) = found["raw"][part]["ours"], found["raw"][part]["peft"]
-        assert sum(peft["examples"]) == count <= sum(ours["examples"]) <= count + 4
+        assert sum(peft["examples"]) == sum(ours["examples"]) == count
+        assert sum(peft["supervised"]) == sum(ours["supervised"])
         assert 2 < statistics.mean(ours["examples"]) < 6
     jobs = found["jobs"]
     assert jobs["long"]["ours"]["share_prompts"] is True
@@ -136,7 +141,7 @@ def test_ratios_are_medians_over_rounds(load):
     vs_peft = load("vs_peft")
 
     def run(step):
-        times = {"step_seconds": [99.0, 99.0, step, step], "supervised": [10] * 4}
+        times = {"step_seconds": [99.0, 99.0, step], "supervised": [10] * 3}
         return times | {"peak_rss": 1, "job_seconds": 1.0, "first_step": 1.0}
 
     rounds = {"ours": [run(1.0), run(2.0), run(9.0)], "peft": [run(2.0), run(1.0), run(10.0)]}
