@@ -22,9 +22,11 @@ from lora_jax.nn.virtual import Prefix
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVContext:
-    """Keys and values that a layer attends to in addition to those of the new tokens."""
+    """Keys and values that a layer attends to in addition to those of the new tokens; of a layer
+    without attention its state.
+    """
 
-    cached: Any = None  # a `LayerCache`; of a layer with a state in its place, a `LayerState`
+    cached: Any = None  # a `LayerCache`, or a `LayerState`
     prefix: Prefix | None = None  # the slice of this layer
 
 
