@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig  # noqa: F401
 from lora_jax import data
 from lora_jax.cli import train_main
 from lora_jax.errors import UserError
-from lora_jax.formats import model_reader
+from lora_jax.formats import tensors
 from lora_jax.train import loop, setup, trainer
 
 COUNTS = {"weights": 0, "rows": 0}
@@ -60,7 +60,7 @@ class File:
 
 def count():
     """Count bytes of weights and rows of training data that this process reads."""
-    opened, row = model_reader.open_tensors, data.Loader.row
+    opened, row = tensors.open_tensors, data.Loader.row
 
     @contextlib.contextmanager
     def open_tensors(file):
@@ -71,7 +71,7 @@ def count():
         COUNTS["rows"] += 1
         return row(self, number)
 
-    model_reader.open_tensors, data.Loader.row = open_tensors, counted
+    tensors.open_tensors, data.Loader.row = open_tensors, counted
 
 
 def harm(_, what, number=None):
