@@ -160,8 +160,7 @@ def plan(
         result["remedies"] = report.as_json(changes)
         say(report.remedies_text(changes, hbm or 0))
     if options.searches:
-        best = _search(config, settled, model, target, options, working)
-        result["search"] = best
+        result["search"] = best = _search(config, settled, model, target, options, working)
         say(report.search_text(best, hbm))
     return result
 
