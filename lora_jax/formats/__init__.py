@@ -29,7 +29,7 @@ from lora_jax.formats.model_tensors import missing_heads as missing_heads
 from lora_jax.formats.model_writer import parse_size as parse_size
 from lora_jax.formats.model_writer import write_model as write_model
 from lora_jax.formats.model_writer import write_model_files as write_model_files
-from lora_jax.formats.packed import find_notes
+from lora_jax.formats.packed import find_notes as _packed_notes
 from lora_jax.formats.peft import peft_problems as peft_problems
 from lora_jax.formats.peft import read_adapter as read_adapter
 from lora_jax.formats.peft import read_fingerprint as read_fingerprint
@@ -82,7 +82,7 @@ def describe(
         )
         content = {**content, "tie_word_embeddings": False}
         model = models.describe(content, ignore, labels)
-    notes = (*model.notes, *find_notes(directory, model))
+    notes = (*model.notes, *_packed_notes(directory, model))
     return model.replace(directory=directory, notes=notes)
 
 
