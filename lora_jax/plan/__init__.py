@@ -171,11 +171,13 @@ def _fitting(
     """Return the config and the settled config, and no note; in a search, where mesh and batch do
     not fit the devices, those of the best candidate, with a note that says so.
     """
+    if not options.searches:
+        return config, settled, []
     try:
         build(settled, model, sharding.abstract_mesh(config.mesh, target.devices))
         return config, settled, []
     except UserError as problem:
-        best = _find_best(settled, model, target) if options.searches else []
+        best = _find_best(settled, model, target)
         if not best:
             raise
         given = " ".join(best[0].overrides)
