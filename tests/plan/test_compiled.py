@@ -70,9 +70,9 @@ def test_the_base_is_gathered_one_matrix_at_a_time(measured, name):
     assert max(entry["largest"] for entry in gathers) <= max(head, one["layer"])
 
 
-def test_the_tensor_axis_sums_once_for_linears_of_one_input(measured):
-    """The layer's five sums: both outputs, one of them again in the recomputation, and the
-    gradients of both inputs. A sum for each of the seven linears would be eight.
+def test_the_tensor_axis_sums_less_than_every_linear_alone(measured):
+    """Separate sums of outputs and of gradients would be eight activations in a layer. Sums that
+    linears share are in tests/plan/test_topology.py.
     """
     (sums,) = [
         entry
