@@ -67,15 +67,17 @@ def _split_vocabulary(state: Any, module: Any, hidden: jax.Array) -> Any:
     vocab = jax.eval_shape(module.logits, hidden[:1, :1]).shape[-1]
     axes = logits_axes(vocab)[1]
     paths = [tuple(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-    heads = tree.OUTPUT_HEADS
-    if not any(set(path) & set(heads) for path in paths):
-        heads = tree.TIED_EMBEDDINGS
+    tied = not any(set(path) & set(tree.OUTPUT_HEADS) for path in paths)
+    heads = tree.TIED_EMBEDDINGS if tied else tree.OUTPUT_HEADS
 
     def split(path: Any, leaf: jax.Array) -> jax.Array:
         names = {str(getattr(key, "key", key)) for key in path}
         if not names & set(heads):
             return leaf
-        return constrain(leaf, *(axes if size == vocab else None for size in leaf.shape))
+        found = [axis for axis, size in enumerate(leaf.shape) if size == vocab]
+        # An embedding is (vocab, d) and a head (d, vocab), where d can equal vocab.
+        own = found[:1] if tied else found[-1:]
+        return constrain(leaf, *(axes if axis in own else None for axis in range(leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(split, state)
 

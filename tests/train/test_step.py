@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax import adapters as methods
-from lora_jax import data, tree
+from lora_jax import data, sharding, tree
 from lora_jax.objectives import Outputs, cross_entropy
 from lora_jax.train import optimizer as optimizers
 from lora_jax.train.step import batch_sums, make_eval_step, make_train_step
@@ -414,6 +414,16 @@ def test_chunked_cross_entropy_is_the_dense_one(untied, dense, chunk):
     if chunk == 20:  # without a gradient it is another program
         assert distance(jax.jit(chunked)(untied[2]), dense[0]) <= 1e-5
     assert all(float(jnp.abs(leaf).max()) > 1e-2 for leaf in dense[1]["lm_head"].values())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "head"])
+def test_a_vocabulary_as_wide_as_the_hidden_states_trains_on_a_mesh(tied):
+    config = make_config("adapter.rank=4", "adapter.target_modules=all-linear")
+    model, adapters = start(config, vocab_size=32, hidden_size=32, tie_word_embeddings=tied)
+    batch = random_batch(4, 13, vocab=32)
+    alone = sums_and_gradients(model, config, adapters, batch)
+    with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
+        assert distance(sums_and_gradients(model, config, adapters, batch), alone) <= 1e-5
 
 
 def test_remat_changes_neither_loss_nor_gradients():
