@@ -1,11 +1,13 @@
-"""Fetch the data of two recipes from their public sources, as rows that the configs read.
+"""Fetch the data of three recipes from their public sources, as rows that the configs read.
 
     python configs/fetch.py e2e             # data/e2e_valid.jsonl, data/e2e_test.jsonl
     python configs/fetch.py restaurant8k    # data/restaurant8k_train.jsonl, .._test.jsonl
+    python configs/fetch.py usaddress-kl    # data/general_replay.jsonl, data/general_test.jsonl
 
 E2E NLG is the copy in the repository of the LoRA paper (CC BY-SA 4.0): a meaning representation
 and a sentence in each line, as separate words, which are joined again. restaurant8k is PolyAI's
-(CC BY 4.0): messages with the spans of their slots, which become JSON.
+(CC BY 4.0): messages with the spans of their slots, which become JSON. General questions are the
+seed tasks of Self-Instruct (Apache-2.0), of which 64 are for tests.
 """
 
 import json
@@ -18,6 +20,7 @@ from pathlib import Path
 GITHUB = "https://raw.githubusercontent.com/"
 E2E = "microsoft/LoRA/main/examples/NLG/data/e2e/"
 RESTAURANT = "PolyAI-LDN/task-specific-datasets/master/span_extraction/restaurant8k/"
+SEED_TASKS = "yizhongw/self-instruct/main/data/seed_tasks.jsonl"
 # By recipe: the file to write, the file to fetch, and how many rows it must have.
 FILES = {
     "e2e": {
@@ -27,6 +30,10 @@ FILES = {
     "restaurant8k": {
         "restaurant8k_train.jsonl": (f"{RESTAURANT}train_0.json", 8198),
         "restaurant8k_test.jsonl": (f"{RESTAURANT}test.json", 3731),
+    },
+    "usaddress-kl": {
+        "general_replay.jsonl": (SEED_TASKS, 111),
+        "general_test.jsonl": (SEED_TASKS, 64),
     },
 }
 
@@ -56,7 +63,26 @@ def restaurant8k_rows(text: str) -> Iterator[dict]:
         }
 
 
-READERS = {"e2e": e2e_rows, "restaurant8k": restaurant8k_rows}
+def general_rows(text: str, count: int = 64, longer_than: int = 40) -> tuple[list, list]:
+    """Return the rows for training, and the first `count` of those with longer answers."""
+    rows = []
+    for task in map(json.loads, text.splitlines()):
+        (one,) = task["instances"]
+        parts = [task["instruction"], one["input"]]
+        prompt = "\n\n".join(part for part in parts if part)
+        rows.append({"prompt": prompt, "completion": one["output"]})
+    test = [row for row in rows if len(row["completion"]) > longer_than][:count]
+    return [row for row in rows if row not in test], test
+
+
+READERS = {
+    "e2e_valid.jsonl": e2e_rows,
+    "e2e_test.jsonl": e2e_rows,
+    "restaurant8k_train.jsonl": restaurant8k_rows,
+    "restaurant8k_test.jsonl": restaurant8k_rows,
+    "general_replay.jsonl": lambda text: general_rows(text)[0],
+    "general_test.jsonl": lambda text: general_rows(text)[1],
+}
 
 
 def fetch(recipe: str, directory: Path, base: str = GITHUB) -> None:
@@ -71,7 +97,7 @@ def fetch(recipe: str, directory: Path, base: str = GITHUB) -> None:
                 f"error: cannot fetch {base}{place}: {reason}. Without a network, put the rows "
                 f'{{"prompt": .., "completion": ..}} into {directory / name} by hand'
             )
-        rows = [json.dumps(row, ensure_ascii=False) for row in READERS[recipe](text)]
+        rows = [json.dumps(row, ensure_ascii=False) for row in READERS[name](text)]
         if len(rows) != count:
             sys.exit(f"error: {base}{place} has {len(rows):,} rows, not {count:,}: it has changed")
         directory.mkdir(parents=True, exist_ok=True)

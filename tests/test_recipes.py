@@ -1,6 +1,7 @@
 """The recipes in configs/: what they train on can be fetched, and each passes a dry run."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -38,6 +39,10 @@ MESSAGES = [
     },
     {"userInput": {"text": "Thanks"}},
 ]
+TASKS = [
+    {"instruction": "Add.", "instances": [{"input": "1 and 1", "output": "two, which is 2 " * 3}]},
+    {"instruction": "Name a city.", "instances": [{"input": "", "output": "Oslo"}]},
+]
 
 
 @pytest.fixture
@@ -45,7 +50,8 @@ def script(tmp_path):
     """`configs/fetch.py`, and an address with small files in the place of those of GitHub."""
     names = runpy.run_path(str(CONFIGS / "fetch.py"))
     texts = {"e2e": "\n".join(E2E_LINES) + "\n", "restaurant8k": json.dumps(MESSAGES)}
-    counts = {"e2e": len(E2E_LINES), "restaurant8k": len(MESSAGES)}
+    texts["usaddress-kl"] = "\n".join(map(json.dumps, TASKS)) + "\n"
+    counts = {"e2e": len(E2E_LINES), "restaurant8k": len(MESSAGES), "usaddress-kl": 1}
     for recipe, files in names["FILES"].items():
         for name, (place, _) in files.items():
             source = tmp_path / "source" / place
@@ -71,6 +77,11 @@ def test_fetched_files_become_rows(script, tmp_path):
             "completion": '{"people": "4", "date": "Sunday"}',
         },
         {"prompt": "Thanks", "context": [], "completion": "{}"},
+    ]
+    lines = [(tmp_path / f"data/general_{name}.jsonl").read_text() for name in ("replay", "test")]
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": "Name a city.", "completion": "Oslo"},
+        {"prompt": "Add.\n\n1 and 1", "completion": "two, which is 2 " * 3},
     ]
 
 
@@ -144,7 +155,7 @@ def test_every_recipe_passes_a_dry_run(recipe, script, tmp_path, monkeypatch, ca
         make_pairs()
     if recipe in names["FILES"]:
         assert train_main(command) == 2
-        assert f"data file data/{recipe}" in capsys.readouterr().err
+        assert re.search("data file data/.* does not exist", capsys.readouterr().err)
         names["fetch"](recipe, Path("data"), base)
     assert train_main(command) == 0
     printed = capsys.readouterr().out
