@@ -306,8 +306,8 @@ def tiny(tmp_path_factory):
     return home
 
 
-@pytest.mark.long_table(1)
-@pytest.mark.parametrize("name", ["rates", *(name for name in NAMES if name != "rates")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_every_study_with_small(modules, tiny, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "path", lambda name: tiny / f"{name}.jsonl")
