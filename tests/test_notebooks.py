@@ -137,6 +137,7 @@ def test_choosing_rank_targets_and_rate():
     assert "10 trials in 1 program" in text and "adapters: trial-" in text
 
 
+@pytest.mark.slow
 def test_from_laptop_to_pod():
     text = "".join(map(printed, execute(POD).cells))  # its cells hold the asserts
     assert f"{2 * 8_030_261_248 / 2**30:.2f} GiB of base" in text
