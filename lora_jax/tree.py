@@ -36,7 +36,7 @@ STACKS = (
 # Names of a module's own arrays: those that are its weight in files, and those with names of their
 # own there.
 WEIGHTS = ("kernel", "embedding", "scale", "taps")
-LEAVES = (*WEIGHTS, "bias", "sinks")
+LEAVES = (*WEIGHTS, "bias", "sinks", "A_log", "dt_bias")
 # Fused projections, and the names of their parts.
 FUSED = {
     "c_attn": ("q", "k", "v"),
@@ -179,11 +179,18 @@ def lead_axes(path: Path) -> int:
 
 
 def is_router(path: Path, leaves: Mapping[Path, Any]) -> bool:
-    """Return True for a linear that chooses among the experts of its module."""
+    """Return True for a linear that chooses among the experts of its module: it has an output for
+    each.
+    """
     *home, _, leaf = path
     experts = (*home, "experts")
-    has_siblings = any(other[: len(experts)] == experts for other in leaves)
-    return leaf == "kernel" and has_siblings and not has_experts(path)
+    if leaf != "kernel" or has_experts(path):
+        return False
+    sibling = next((other for other in leaves if other[: len(experts)] == experts), None)
+    if sibling is None:
+        return False
+    is_list = not has_experts(sibling)  # numbered experts
+    return is_list or leaves[path].shape[-1] == leaves[sibling].shape[lead_axes(sibling) - 1]
 
 
 def fused_columns(path: Path, leaves: Mapping[Path, Any]) -> dict[str, tuple[int, int]]:

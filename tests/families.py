@@ -29,6 +29,7 @@ SMOLLM2 = {
 }
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR = "linear_attention"
 # No two axes are equal: vocabulary, hidden, intermediate, queries (6 x 6 or 6 x 8), keys (2 x 6 or
 # 2 x 8), layers.
 IMPLIED = dict(
@@ -484,9 +485,38 @@ FAMILIES = {
             "attention alone, width as it is": dict(block_auto_adjust_ff_dim=False),
         },
     ),
+    "qwen3_next": Family(
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        GIVEN
+        | dict(num_hidden_layers=5, linear_key_head_dim=5, linear_value_head_dim=7)
+        | dict(linear_num_key_heads=2, linear_num_value_heads=4, num_experts=6)
+        | dict(num_experts_per_tok=2, moe_intermediate_size=12)
+        | dict(shared_expert_intermediate_size=13),
+        {
+            "biases, a layer without experts": dict(
+                layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL],
+                attention_bias=True,
+                mlp_only_layers=[0],
+                linear_conv_kernel_dim=3,
+                rms_norm_eps=0.05,
+                tie_word_embeddings=True,
+            ),
+            "experts in every other layer": dict(
+                layer_types=[LINEAR, LINEAR, FULL, LINEAR, LINEAR],
+                decoder_sparse_step=2,
+                norm_topk_prob=False,
+                hidden_act="gelu",
+                rope_parameters=theta(300.0, partial_rotary_factor=0.5),
+            ),
+            "plain": {},
+        },
+        # PEFT takes the names of other linears for those of experts.
+        targets=[*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"],
+    ),
 }
 # Families with layers that keep a state in place of keys and values.
-STATEFUL = ("lfm2",)
+STATEFUL = ("lfm2", "qwen3_next")
 
 # Families whose modules are those of another one here, with a class of their own in transformers.
 ALIASES = {
@@ -580,7 +610,7 @@ def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, s
 
 def adds_one(family: str) -> bool:
     """Return True if norms multiply by 1 + scale."""
-    return "gemma" in family or family == "nemotron"
+    return "gemma" in family or family in ("nemotron", "qwen3_next")
 
 
 def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
@@ -598,7 +628,8 @@ def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(spread(noise, name, around_zero=adds_one(family)))
+            around_zero = adds_one(family) and "linear_attn" not in name
+            parameter.copy_(spread(noise, name, around_zero))
     return model
 
 
@@ -638,7 +669,7 @@ def random_model(family: str, seed: int = 0, **fields: Any) -> Model:
     def draw(path: tree.Path, leaf: Any) -> Any:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1] in ("scale", "bias"):
-            one = path[-1] == "scale" and not adds_one(family)
+            one = path[-1] == "scale" and not (adds_one(family) and "linear_attn" not in path)
             return jnp.asarray(0.3 * noise + one)
         size = 0.3 if path[-1] == "embedding" else leaf.shape[-2] ** -0.5
         return jnp.asarray(size * noise)

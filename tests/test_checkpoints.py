@@ -203,6 +203,13 @@ PUBLISHED = {
         "gpt-oss-20b": decoder(201088, 2880, 2880, 24, 64, 8, num_local_experts=32),
         "gpt-oss-120b": decoder(201088, 2880, 2880, 36, 64, 8, num_local_experts=128),
     },
+    "qwen3_next": {
+        "Qwen3-Next-80B-A3B-Instruct": decoder(
+            *(151936, 2048, 5120, 48, 16, 2),
+            **{"head_dim": 256, "full_attention_interval": 4, "num_experts": 512},
+            **{"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+        ),
+    },
     "lfm2": {
         "LFM2-350M": tied(65536, 1024, 6656, 16, 16, 8, full_attn_idxs=[2, 5, 8, 10, 12, 14]),
         "LFM2-700M": tied(65536, 1536, 10240, 16, 24, 8, full_attn_idxs=[2, 5, 8, 10, 12, 14]),

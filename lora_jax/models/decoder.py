@@ -199,8 +199,10 @@ class Attention(nnx.Module):
         self.head_dim, self.softcap = h, softcap
         self.scale = h**-0.5 if scale is None else scale
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries (b, t, n, h), keys and values (b, t, k, h), not yet rotated."""
+    def project(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Return queries (b, t, n, h), keys and values (b, t, k, h), not yet rotated; and what else
+        `output` takes.
+        """
         return self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
 
     def heads(self, x: jax.Array) -> jax.Array:
@@ -219,7 +221,7 @@ class Attention(nnx.Module):
         """Return the score of each head's sink (n,), or None."""
         return None
 
-    def output(self, mixed: jax.Array) -> jax.Array:
+    def output(self, mixed: jax.Array, *rest: jax.Array) -> jax.Array:
         """Return the output (b, t, d) of all heads (b, t, n * h)."""
         return self.o_proj(mixed)
 
@@ -227,12 +229,12 @@ class Attention(nnx.Module):
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any]:
         """Return the output (b, t, d) for x (b, t, d), and the cache with the new tokens."""
-        q, k, v = self.project(share(x))
+        q, k, v, *rest = self.project(share(x))
         q, k = self.queries(q, inputs), self.rotate(k, inputs)
         new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         scores = (self.scale, self.softcap, self.sink_logits())
         mixed, cached = attend(q, new, kv, inputs.masks, *scores)
-        return self.output(mixed.reshape(*x.shape[:2], -1)), cached
+        return self.output(mixed.reshape(*x.shape[:2], -1), *rest), cached
 
 
 class Block(nnx.Module):

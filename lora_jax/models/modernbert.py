@@ -104,7 +104,7 @@ class Attention(decoder.Attention):
         q, k, v = jnp.split(self.Wqkv(x), 3, axis=-1)
         return self.heads(q), self.heads(k), self.heads(v)
 
-    def output(self, mixed: jax.Array) -> jax.Array:
+    def output(self, mixed: jax.Array, *rest: jax.Array) -> jax.Array:
         return self.Wo(mixed)
 
 

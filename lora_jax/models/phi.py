@@ -65,7 +65,7 @@ class Attention(decoder.Attention):
         q, k, v = super().project(x)
         return (self.q_layernorm(q), self.k_layernorm(k), v) if self.has_norms else (q, k, v)
 
-    def output(self, mixed: jax.Array) -> jax.Array:
+    def output(self, mixed: jax.Array, *rest: jax.Array) -> jax.Array:
         return self.dense(mixed)
 
 

@@ -23,9 +23,9 @@ from lora_jax.nn.modules import ACTIVATIONS, Linear, RMSNorm
 from lora_jax.sharding import whole_unless_split
 
 RULES = (  # the first that matches counts, so those of experts stand before the dense ones
-    (r"model\.layers\.mlp\.gate\.kernel", P(None, None)),
-    (r"model\.layers\.mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
-    (r"model\.layers\.mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
+    (r"model\.layers\.(.*\.)?mlp\.gate\.kernel", P(None, None)),
+    (r"model\.layers\.(.*\.)?mlp\.experts\.gate_up_proj\.kernel", P(None, "fsdp", "tensor")),
+    (r"model\.layers\.(.*\.)?mlp\.experts\.down_proj\.kernel", P(None, "tensor", "fsdp")),
     *decoder.RULES,
 )
 

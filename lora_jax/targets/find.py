@@ -36,6 +36,8 @@ from lora_jax.tree import (
     tied_embedding,
 )
 
+_RANDOM = ("default", "gaussian", "zero_a")  # inits that do not read the weight
+
 
 def as_trainable(params: Mapping, config: AdapterConfig | Trainable) -> Trainable:
     """Return what `config` trains in `params`; a `Trainable` is returned unchanged.
@@ -221,7 +223,9 @@ def _as_targets(
 
 def _rank_problems(targets: Sequence[Target], init: str) -> Iterable[str]:
     for target in targets:
-        if target.rank > min(target.shape):
+        # PEFT adapts a linear with one output, too; a rank above 1 does no harm there.
+        is_one = min(target.shape) == 1 and init in _RANDOM
+        if target.rank > min(target.shape) and not is_one:
             name = target.names[target.ranks.index(target.rank)]
             yield (
                 f"rank={target.rank} is larger than {name} allows: its shape is {target.shape}, "

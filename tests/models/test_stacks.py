@@ -87,6 +87,29 @@ def test_a_state_goes_on_in_one_text_only(tmp_path):
         settle.describe_model(config, tmp_path)
 
 
+def test_the_gate_of_a_shared_expert_is_no_router():
+    params = describe("qwen3_next", **FAMILIES["qwen3_next"].fields).params
+    leaves = tree.flatten(params)
+    routers = {path[-2] for path in leaves if tree.is_router(path, leaves)}
+    assert routers == {"gate"}
+    found = find_trainable(params, AdapterConfig(rank=3, target_modules="all-linear"))
+    names = {name for target in found.targets for name in target.names}
+    assert "model.layers.1.mlp.shared_expert_gate" in names
+    assert "model.layers.1.mlp.gate" not in names
+    with pytest.raises(UserError, match="rank=3 is larger than .*shared_expert_gate allows"):
+        find_trainable(params, AdapterConfig(rank=3, init="pissa", target_modules="all-linear"))
+
+
+def test_layers_of_three_shapes_have_a_stack_each():
+    params = describe("qwen3_next", **FAMILIES["qwen3_next"].fields).params
+    assert {*params["model"]["layers"]} == {"0-0", "1,4", "2-3"}
+
+
+def test_heads_that_do_not_share_evenly_are_refused():
+    with pytest.raises(UserError, match="linear_num_value_heads=3 is not a multiple of"):
+        describe("qwen3_next", **FAMILIES["qwen3_next"].fields | dict(linear_num_value_heads=3))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

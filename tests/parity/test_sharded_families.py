@@ -39,6 +39,7 @@ ON = {
     "qwen3_moe": "1x8x1",
     "gpt_oss, splash": "2x2x2",
     "lfm2": "2x2x2",
+    "qwen3_next": "2x2x2",
     "bert": "1x1x8",
     "roberta": "2x2x2",
     "distilbert": "1x8x1",
