@@ -45,6 +45,11 @@ IMPLIED = dict(
     eos_token_id=None,
 )
 GIVEN = IMPLIED | dict(head_dim=8)
+# Layers of a delta rule: queries and keys 2 x 11, values 4 x 7. Each layer divides its keys and its
+# output by their lengths, which multiplies rounding where they are short: by less with more
+# features of a key, and with a large epsilon.
+DELTA = GIVEN | dict(num_hidden_layers=5, linear_key_head_dim=11, linear_value_head_dim=7)
+DELTA |= dict(linear_num_key_heads=2, linear_num_value_heads=4, rms_norm_eps=0.05)
 QWEN_WINDOW = dict(use_sliding_window=True, sliding_window=7)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -488,10 +493,8 @@ FAMILIES = {
     "qwen3_next": Family(
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
-        GIVEN
-        | dict(num_hidden_layers=5, linear_key_head_dim=5, linear_value_head_dim=7)
-        | dict(linear_num_key_heads=2, linear_num_value_heads=4, num_experts=6)
-        | dict(num_experts_per_tok=2, moe_intermediate_size=12)
+        DELTA
+        | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
         | dict(shared_expert_intermediate_size=13),
         {
             "biases, a layer without experts": dict(
@@ -608,9 +611,10 @@ def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, s
     ]
 
 
-def adds_one(family: str) -> bool:
-    """Return True if norms multiply by 1 + scale."""
-    return "gemma" in family or family in ("nemotron", "qwen3_next")
+def adds_one(family: str, path: str | tree.Path) -> bool:
+    """Return True if the norm at a path multiplies by 1 + scale."""
+    adds = "gemma" in family or family in ("nemotron", "qwen3_next")
+    return adds and "linear_attn" not in path
 
 
 def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
@@ -628,8 +632,7 @@ def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            around_zero = adds_one(family) and "linear_attn" not in name
-            parameter.copy_(spread(noise, name, around_zero))
+            parameter.copy_(spread(noise, name, adds_one(family, name)))
     return model
 
 
@@ -671,7 +674,7 @@ def random_model(family: str, seed: int = 0, **fields: Any) -> Model:
     def draw(path: tree.Path, leaf: Any) -> Any:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1] in ("scale", "bias"):
-            one = path[-1] == "scale" and not (adds_one(family) and "linear_attn" not in path)
+            one = path[-1] == "scale" and not adds_one(family, path)
             return jnp.asarray(0.3 * noise + one)
         size = 0.3 if path[-1] == "embedding" else leaf.shape[-2] ** -0.5
         return jnp.asarray(size * noise)

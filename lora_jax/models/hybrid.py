@@ -32,6 +32,7 @@ RULES = (
     (r"model\.layers\..*\.(taps|A_log|dt_bias)", P(None)),
 )
 LINEAR = "linear_attention"
+NO_WEIGHTS = r".*rotary_emb\.inv_freq|mtp\..*"  # layers that predict further tokens
 _SIZES = {  # fields, and their defaults in transformers, in the order of `Sizes`
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,

@@ -29,7 +29,7 @@ RULES = (
     *sparse.RULES,
 )
 NAMES = Names(
-    no_weights=r".*rotary_emb\.inv_freq|mtp\..*",
+    no_weights=hybrid.NO_WEIGHTS,
     experts={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
 )
 
