@@ -2,16 +2,19 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import AdapterConfig, UserError, models, settle, tree
+from lora_jax import AdapterConfig, UserError, lora, models, settle, tree
 from lora_jax.audit.targets import layer_range
+from lora_jax.generate import Engine, Request, for_decoding
 from lora_jax.models import stacks
 from lora_jax.targets import find_trainable
 
-from ..families import FAMILIES, FULL, describe, random_model
+from ..engines import random_adapters
+from ..families import FAMILIES, FULL, STATEFUL, describe, random_model
 from ..train.tiny import make_config
 
 FIELDS = FAMILIES["lfm2"].fields  # conv, attention, conv, conv, attention
@@ -85,6 +88,37 @@ def test_a_state_goes_on_in_one_text_only(tmp_path):
     config = make_config(f"model={tmp_path}", "data.share_prompts=true")
     with pytest.raises(UserError, match="share_prompts=true: layers of .* pass a state"):
         settle.describe_model(config, tmp_path)
+
+
+@pytest.mark.parametrize("family", STATEFUL)
+def test_rows_of_an_engine_have_states_and_adapters_of_their_own(error, family):
+    """Two rows for five texts: a state of the text before would change the next one."""
+    model = random_model(family, **FAMILIES[family].fields)
+    ours = for_decoding(model)
+    bank = lora.bank(ours.params, slots=3, rank=3, modules="all-linear")
+    engine = Engine(ours, rows=2, max_length=48, bank=bank)
+    trees = {None: model.params}
+    for rank, name in ((2, "a"), (3, "b")):
+        config = AdapterConfig(rank=rank, alpha=1.0, target_modules="all-linear")
+        adapters = random_adapters(model, config, rank)
+        engine.publish(name, adapters, config)
+        trees[name] = lora.merge(lora.bind(model.params, adapters, config))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 97, n).tolist() for n in (20, 3, 17, 1, 6)]
+    requests = [
+        Request(prompt, 8, adapter=name, log_probs=0)
+        for prompt, name in zip(prompts, ("a", None, "b", "a", "b"), strict=True)
+    ]
+    apply = jax.jit(lambda params, text: jax.nn.log_softmax(model.apply(params, text)))
+    for request, answer in zip(requests, engine.answer(requests), strict=True):
+        text = [*request.prompt, *answer.tokens]
+        padded = np.asarray([text + [0] * (32 - len(text))], np.int32)  # behind it
+        places = np.arange(len(request.prompt) - 1, len(text) - 1)
+        own = np.asarray(apply(trees[request.adapter], padded))[0, places]
+        assert answer.tokens == own.argmax(axis=-1).tolist()
+        assert error(answer.log_probs.own, own.max(axis=-1)) < 1e-4
+        base = np.asarray(apply(model.params, padded))[0, places]
+        assert request.adapter is None or error(base, own) > 1e-2
 
 
 def test_the_gate_of_a_shared_expert_is_no_router():
