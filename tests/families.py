@@ -517,9 +517,34 @@ FAMILIES = {
         # PEFT takes the names of other linears for those of experts.
         targets=[*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"],
     ),
+    "qwen3_5_text": Family(
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        DELTA,
+        {
+            "biases, layer types, tied": dict(
+                layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL],
+                attention_bias=True,
+                linear_conv_kernel_dim=3,
+                rms_norm_eps=0.05,
+                tie_word_embeddings=True,
+            ),
+            "every other layer, sections": dict(
+                full_attention_interval=2,
+                hidden_act="gelu",
+                rope_parameters=theta(
+                    300.0,
+                    partial_rotary_factor=0.5,
+                    mrope_section=[1, 1, 0],
+                    mrope_interleaved=True,
+                ),
+            ),
+            "plain": {},
+        },
+    ),
 }
 # Families with layers that keep a state in place of keys and values.
-STATEFUL = ("lfm2", "qwen3_next")
+STATEFUL = ("lfm2", "qwen3_next", "qwen3_5_text")
 
 # Families whose modules are those of another one here, with a class of their own in transformers.
 ALIASES = {
@@ -613,7 +638,7 @@ def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, s
 
 def adds_one(family: str, path: str | tree.Path) -> bool:
     """Return True if the norm at a path multiplies by 1 + scale."""
-    adds = "gemma" in family or family in ("nemotron", "qwen3_next")
+    adds = "gemma" in family or family in ("nemotron", "qwen3_next", "qwen3_5_text", "qwen3_5")
     return adds and "linear_attn" not in path
 
 

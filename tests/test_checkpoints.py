@@ -19,6 +19,11 @@ FINE = {
     **{"mlp_only_layers": [], "norm_topk_prob": True},
 }
 
+DELTA = {
+    **{"head_dim": 256, "full_attention_interval": 4, "linear_num_key_heads": 16},
+    **{"linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+}
+
 
 def decoder(vocabulary, width, inner, layers, heads, kv_heads, **more):
     """The fields of a published config.json that decide the size of a decoder."""
@@ -208,6 +213,12 @@ PUBLISHED = {
             *(151936, 2048, 5120, 48, 16, 2),
             **{"head_dim": 256, "full_attention_interval": 4, "num_experts": 512},
             **{"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+        ),
+    },
+    "qwen3_5_text": {"Qwen3.5-9B": decoder(248320, 4096, 12288, 32, 16, 4, **DELTA)},
+    "qwen3_5": {
+        "Qwen3.5-27B": with_images(
+            decoder(248320, 5120, 17408, 64, 24, 4, **DELTA | {"linear_num_value_heads": 48})
         ),
     },
     "lfm2": {

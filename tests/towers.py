@@ -6,7 +6,7 @@ A new one is one more row of `TOWERS`.
 from dataclasses import dataclass, field
 from typing import Any
 
-from .families import FULL, GIVEN, IMPLIED, SCALED, SLIDING, theta
+from .families import DELTA, FULL, GIVEN, IMPLIED, LINEAR, SCALED, SLIDING, theta
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,22 @@ TOWERS = {
             "plain": GIVEN | dict(rope_parameters=sections(2, 1, 1, mrope_interleaved=True)),
         },
         QWEN_IMAGES | dict(num_position_embeddings=16, deepstack_visual_indexes=[0]),
+        dict(image_token_id=96, video_token_id=95, vision_start_token_id=94)
+        | dict(vision_end_token_id=93),
+    ),
+    "qwen3_5": Tower(
+        "Qwen3_5Config",
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "biases": DELTA
+            | dict(
+                layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL],
+                attention_bias=True,
+                rope_parameters=sections(1, 0, 0, partial_rotary_factor=0.25),
+            ),
+            "plain": DELTA,
+        },
+        QWEN_IMAGES | dict(num_position_embeddings=16),
         dict(image_token_id=96, video_token_id=95, vision_start_token_id=94)
         | dict(vision_end_token_id=93),
     ),

@@ -17,7 +17,7 @@ from lora_jax.models.reader import ConfigReader
 from ..towers import TOWERS
 
 ROOT = Path(importlib.util.find_spec("transformers").origin).parent
-FOLDERS = {"gemma3_text": "gemma3", "xlm-roberta": "xlm_roberta"}
+FOLDERS = {"gemma3_text": "gemma3", "qwen3_5_text": "qwen3_5", "xlm-roberta": "xlm_roberta"}
 SHARED = (
     "cache_utils.py",
     "configuration_utils.py",
@@ -47,6 +47,16 @@ OTHER_CLASSES = {
     "MtpCandidateGenerator",
     "MtpLayer",
     "MtpModel",
+    "Qwen3_5Config",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5Model",
+    "Qwen3_5VisionAttention",
+    "Qwen3_5VisionConfig",
+    "Qwen3_5VisionMLP",
+    "Qwen3_5VisionModel",
+    "Qwen3_5VisionPatchEmbed",
+    "Qwen3_5VisionPatchMerger",
+    "Qwen3_5VisionRotaryEmbedding",
 }
 
 

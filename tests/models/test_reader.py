@@ -201,6 +201,16 @@ PUBLISHED = {
         decoder_sparse_step=1, mlp_only_layers=[], max_window_layers=48, use_qk_norm=True,
         qkv_bias=False, shared_expert_intermediate_size=0, layer_types=[FULL] * 3,
     ),
+    "qwen3_next": dict(
+        decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, output_router_logits=False,
+        router_aux_loss_coef=0.001, full_attention_interval=4, partial_rotary_factor=0.25,
+        rope_scaling=None, use_sliding_window=False,
+    ),
+    "qwen3_5_text": dict(
+        attn_output_gate=True, output_gate_type="swish", mamba_ssm_dtype="float32",
+        mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False, mlp_only_layers=[],
+        partial_rotary_factor=0.25, full_attention_interval=4,
+    ),
     "bert": dict(
         directionality="bidi", pooler_fc_size=768, pooler_num_attention_heads=12,
         pooler_num_fc_layers=3, pooler_size_per_head=128, pooler_type="first_token_transform",
@@ -382,6 +392,9 @@ REFUSALS = [
     ("qwen3_moe", dict(mlp_only_layers=[1]), "mlp_only_layers=[1] is not supported, only [] or"),
     ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported, only 1"),
     ("qwen3_moe", dict(num_experts_per_tok=11), "num_experts_per_tok=11 is above the number of ex"),
+    ("qwen3_next", dict(num_experts_per_tok=7), "num_experts_per_tok=7 is above the number of exp"),
+    ("qwen3_next", dict(full_attention_interval=9), "no layer has full_attention, and a cache wit"),
+    ("qwen3_5_text", dict(output_gate_type="sigmoid"), "output_gate_type='sigmoid' is not support"),
     ("gpt_oss", dict(num_experts_per_tok=6), "num_experts_per_tok=6 is above the number of exp"),
     ("gpt_oss", dict(swiglu_limit=0), "swiglu_limit=0 is not above 0"),
     ("gpt_oss", dict(sliding_window=None), "sliding_window is null or not in use"),

@@ -172,7 +172,7 @@ def test_cache_step_by_step_equals_the_full_forward(tiny_model, error, family):
         assert error(logits[row, start:], alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "lfm2", "qwen3_next", "qwen3_5_text"])
 def test_greedy_tokens_equal_transformers(tiny_model, family):
     directory, oracle = tiny_model(family, **FAMILIES[family].fields)
     model = formats.load(directory)

@@ -40,6 +40,7 @@ ON = {
     "gpt_oss, splash": "2x2x2",
     "lfm2": "2x2x2",
     "qwen3_next": "2x2x2",
+    "qwen3_5_text": "1x8x1",
     "bert": "1x1x8",
     "roberta": "2x2x2",
     "distilbert": "1x8x1",

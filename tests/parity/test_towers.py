@@ -21,7 +21,7 @@ from lora_jax.formats import peft_tensors
 from lora_jax.targets import find_trainable
 
 from ..engines import complete
-from ..families import ATTENTION, spread
+from ..families import ATTENTION, adds_one, spread
 from ..methods import QUICK
 from ..towers import TOWERS, config_of
 
@@ -41,7 +41,7 @@ def make(name, variant=None, seed=0):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(spread(noise, key, around_zero=name == "gemma3"))
+            parameter.copy_(spread(noise, key, adds_one(name, key)))
     return model
 
 
@@ -198,11 +198,12 @@ def test_adapters_of_peft_and_the_merged_wrapper(tmp_path, error, name):
     directory = tmp_path / "model"
     oracle.save_pretrained(directory)
     tower = "text_model" if name == "smolvlm" else "language_model"
+    linears = [*ATTENTION, "up_proj", "down_proj", r"in_proj_\w+"]
     settings = peft.LoraConfig(
         r=3,
         lora_alpha=7,
         lora_dropout=0.0,
-        target_modules=rf".*\.{tower}\..*\.({'|'.join([*ATTENTION, 'up_proj', 'down_proj'])})",
+        target_modules=rf".*\.{tower}\..*\.({'|'.join(linears)})",
         task_type="CAUSAL_LM",
     )
     module = peft.get_peft_model(copy.deepcopy(oracle), settings)
@@ -296,6 +297,7 @@ REFUSED = [
     ("mistral3", {"model_type": "qwen2"}, "text_config: model_type='qwen2' is not supported, only"),
     ("gemma3", {"final_logit_softcapping": 3.0}, "text_config: final_logit_softcapping=3.0 is not"),
     ("smolvlm", {"qk_layer_norms": True}, "text_config: qk_layer_norms=True is not supported"),
+    ("qwen3_5", {"attn_output_gate": False}, "text_config: attn_output_gate=False is not support"),
     ("qwen3_vl", {"unheard_of": 2}, "text_config: unheard_of=2 is not understood"),
 ]
 
