@@ -147,16 +147,35 @@ TIED = {
 }
 
 
-def test_a_model_of_several_stacks_is_resumed_and_exported(files, tmp_path):
+# Fields of models of several stacks, of which layer 1 has attention, and a convolution of layer 3.
+STACKS = {
+    "lfm2": (
+        {
+            **{"architectures": ["Lfm2ForCausalLM"], "rms_norm_eps": None, "block_multiple_of": 8},
+            "layer_types": ["conv", "full_attention", "conv", "conv"],
+        },
+        "conv.conv",
+    ),
+    "qwen3_next": (
+        {
+            **{"architectures": ["Qwen3NextForCausalLM"], "head_dim": 8, "mlp_only_layers": [2]},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 5},
+            **{"linear_value_head_dim": 7, "num_experts": 4, "num_experts_per_tok": 2},
+            **{"moe_intermediate_size": 12, "shared_expert_intermediate_size": 10},
+            "layer_types": ["linear_attention", "full_attention"] + 2 * ["linear_attention"],
+        },
+        "linear_attn.conv1d",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_a_model_of_several_stacks_is_resumed_and_exported(files, tmp_path, family):
     """In 4 bits, with filters of convolutions that train in full."""
-    kinds = ["conv", "full_attention", "conv", "conv"]
-    model = write_model(
-        tmp_path / "model",
-        **{"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "rms_norm_eps": None},
-        **{"num_hidden_layers": 4, "layer_types": kinds, "block_multiple_of": 8},
-    )
+    fields, conv = STACKS[family]
+    model = write_model(tmp_path / "model", model_type=family, num_hidden_layers=4, **fields)
     settings = [f"model={model}", "base_dtype=nf4", "export.quantized_base=dequantized"]
-    settings += ["adapter.modules_to_save=[conv.conv]"]
+    settings += [f"adapter.modules_to_save=[{conv}]"]
     losses = train(files, tmp_path / "whole", *settings)
     assert losses[-1] < losses[0]
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -171,7 +190,7 @@ def test_a_model_of_several_stacks_is_resumed_and_exported(files, tmp_path):
     merged = formats.load(tmp_path / "whole/merged")
     assert distance(merged.apply(merged.params, tokens), live) < 1e-5
     names = load_file(tmp_path / "whole/adapter/adapter_model.safetensors").keys()
-    assert "base_model.model.model.layers.3.conv.conv.weight" in names
+    assert f"base_model.model.model.layers.3.{conv}.weight" in names
     assert "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight" in names
 
 
