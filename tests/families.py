@@ -177,6 +177,50 @@ FAMILIES = {
             "plain": {},
         },
     ),
+    "gemma4_text": Family(
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        GIVEN
+        | dict(
+            num_hidden_layers=6,
+            sliding_window=9,
+            global_head_dim=12,
+            hidden_size_per_layer_input=0,
+            vocab_size_per_layer_input=97,
+        ),
+        {
+            "keys as values, biases": dict(
+                layer_types=[SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
+                attention_k_eq_v=True,
+                num_global_key_value_heads=1,
+                attention_bias=True,
+                final_logit_softcapping=3.0,
+                rms_norm_eps=0.05,
+            ),
+            "shared keys, inputs of layers": dict(
+                layer_types=[SLIDING, FULL, SLIDING, FULL, SLIDING, FULL],
+                num_kv_shared_layers=3,
+                use_double_wide_mlp=True,
+                hidden_size_per_layer_input=5,
+                vocab_size_per_layer_input=99,
+                rope_parameters={
+                    FULL: dict(
+                        rope_type="proportional",
+                        rope_theta=500.0,
+                        partial_rotary_factor=0.6,
+                        factor=2.0,
+                    ),
+                    SLIDING: theta(100.0),
+                },
+            ),
+            "untied, heads alike": dict(
+                global_head_dim=8,
+                tie_word_embeddings=False,
+                hidden_activation="silu",
+                sliding_window=5,
+            ),
+        },
+    ),
     "gemma": Family(
         "GemmaConfig",
         "GemmaForCausalLM",
@@ -639,7 +683,7 @@ def in_turns(families: Iterable[str], forms: Iterable[str]) -> list[tuple[str, s
 def adds_one(family: str, path: str | tree.Path) -> bool:
     """Return True if the norm at a path multiplies by 1 + scale."""
     adds = "gemma" in family or family in ("nemotron", "qwen3_next", "qwen3_5_text", "qwen3_5")
-    return adds and "linear_attn" not in path
+    return adds and not family.startswith("gemma4") and "linear_attn" not in path
 
 
 def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
@@ -658,7 +702,21 @@ def torch_model(family: str, seed: int, fields: dict[str, Any]) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(spread(noise, name, adds_one(family, name)))
+        fill_scalars(model, generator)
     return model
+
+
+def scalars(model: Any) -> dict[str, Any]:
+    """Return the factors of layers, which transformers has as buffers."""
+    return {name: x for name, x in model.named_buffers() if name.endswith("layer_scalar")}
+
+
+def fill_scalars(model: Any, generator: Any) -> None:
+    """Fill the factors of layers with random numbers."""
+    import torch
+
+    for buffer in scalars(model).values():
+        buffer.copy_(1 + 0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def spread(noise: Any, name: str, around_zero: bool) -> Any:
@@ -698,8 +756,8 @@ def random_model(family: str, seed: int = 0, **fields: Any) -> Model:
 
     def draw(path: tree.Path, leaf: Any) -> Any:
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        if path[-1] in ("scale", "bias"):
-            one = path[-1] == "scale" and not adds_one(family, path)
+        if path[-1] in ("scale", "bias", "layer_scalar"):
+            one = path[-1] != "bias" and not adds_one(family, path)
             return jnp.asarray(0.3 * noise + one)
         size = 0.3 if path[-1] == "embedding" else leaf.shape[-2] ** -0.5
         return jnp.asarray(size * noise)

@@ -8,6 +8,7 @@ import pytest
 
 from lora_jax import models, tree
 
+from .families import FULL, SLIDING
 from .towers import TOWERS
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,18 @@ def tied(*sizes, **more):
 def with_images(text):
     """The fields of a model that reads images, of which the text is counted."""
     return {"text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
+
+
+def gemma4(*sizes, shared=0, full=None, every=6, **more):
+    """The fields of a model with keys as values, if `full` heads have them without a window, or of
+    a small one, whose layers have inputs of their own.
+    """
+    kinds = [FULL if layer % every == every - 1 else SLIDING for layer in range(sizes[3])]
+    return tied(*sizes, layer_types=kinds, num_kv_shared_layers=shared, **more) | {
+        **{"head_dim": 256, "global_head_dim": 512, "attention_k_eq_v": full is not None},
+        **{"num_global_key_value_heads": full, "vocab_size_per_layer_input": 262144},
+        "hidden_size_per_layer_input": 0 if full else 256,
+    }
 
 
 def encoder(vocabulary, width=768, layers=12, heads=12, **more):
@@ -116,6 +129,14 @@ PUBLISHED = {
         "gemma-3-12b-it": with_images(tied(262208, 3840, 15360, 48, 16, 8)),
         "gemma-3-27b-it": with_images(tied(262208, 5376, 21504, 62, 32, 16, head_dim=128)),
     },
+    "gemma4": {
+        "gemma-4-E2B-it": with_images(
+            gemma4(*(262144, 1536, 6144, 35, 8, 1), use_double_wide_mlp=True, shared=20, every=5)
+        ),
+        "gemma-4-E4B-it": with_images(gemma4(262144, 2560, 10240, 42, 8, 2, shared=18)),
+        "gemma-4-31B-it": with_images(gemma4(262144, 5376, 21504, 60, 32, 16, full=4)),
+    },
+    "gemma4_text": {"gemma-4-31B": gemma4(262144, 5376, 21504, 60, 32, 16, full=4)},
     "mistral3": {
         "Mistral-Small-3.1-24B-Instruct-2503": with_images(
             decoder(131072, 5120, 32768, 40, 32, 8, head_dim=128)

@@ -33,6 +33,15 @@ VISUAL = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model
 QWEN_IMAGES = dict(
     depth=1, hidden_size=16, intermediate_size=20, num_heads=2, patch_size=4, out_hidden_size=36
 )
+# Tokens of images would be among those of the tests in a vocabulary of 97.
+GEMMA4 = GIVEN | dict(
+    num_hidden_layers=5,
+    layer_types=[SLIDING, FULL, SLIDING, SLIDING, FULL],
+    sliding_window=9,
+    global_head_dim=12,
+    vocab_size_per_layer_input=97,
+    pad_token_id=0,
+)
 
 
 def sections(*numbers: int, **more: Any) -> dict[str, Any]:
@@ -59,6 +68,34 @@ TOWERS = {
         SMALL | dict(image_size=28, patch_size=14),
         dict(mm_tokens_per_image=4, image_token_index=96),
         LLAVA,
+    ),
+    "gemma4": Tower(
+        "Gemma4Config",
+        "Gemma4ForConditionalGeneration",
+        {
+            "keys as values": GEMMA4
+            | dict(
+                hidden_size_per_layer_input=0,
+                attention_k_eq_v=True,
+                num_global_key_value_heads=3,
+                use_bidirectional_attention="vision",
+            ),
+            "shared keys, inputs of layers": GEMMA4
+            | dict(num_kv_shared_layers=2, hidden_size_per_layer_input=5),
+        },
+        SMALL | dict(num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=8),
+        dict(
+            audio_config=dict(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                subsampling_conv_channels=[4, 2],
+                output_proj_dims=12,
+            ),
+            image_token_id=96,
+            video_token_id=95,
+            audio_token_id=94,
+        ),
     ),
     "mistral3": Tower(
         "Mistral3Config",

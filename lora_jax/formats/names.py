@@ -27,7 +27,7 @@ _LEAVES = {
     "scale": ("weight", False),
     "bias": ("bias", False),
     "taps": ("weight", False),
-    **{name: (name, False) for name in ("sinks", "A_log", "dt_bias")},
+    **{name: (name, False) for name in ("sinks", "A_log", "dt_bias", "layer_scalar")},
 }
 
 

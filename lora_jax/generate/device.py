@@ -206,6 +206,8 @@ def _place(tree: Any) -> Any:
         def of_layers(x: Any) -> Any:
             if isinstance(x, Layered):
                 return Layered(tuple(map(of_layer, x.layers)))
+            if isinstance(x, tuple):
+                return tuple(map(of_layers, x))
             return of_layer(x, None)
 
         keys, values, *states = map(of_layers, (cache.keys, cache.values, *cache.states))

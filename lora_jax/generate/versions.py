@@ -116,13 +116,15 @@ class Versions:
         """Return virtual tokens of zeros of each kind that can be published."""
         c = self._model.config
         shape = self._model.cache_shape
-        sizes = (shape.layers, self.most, shape.kv_heads * shape.head_dim)
+        first = shape.heads[0]
+        sizes = (first.layers, self.most, first.kv_heads * first.head_dim)
         keys, values = (np.zeros(sizes, np.float32) for _ in range(2))
         prompt = Prompt(np.zeros((self.most, c.hidden_size), np.float32))
         least = AdapterConfig(method="prompt", num_virtual_tokens=1)
         if _virtual_problem(self._model, least, self.most) is not None:
             return []
-        return [prompt] if shape.states else [prompt, Prefix(keys, values)]
+        alike = not shape.states and len(shape.heads) == 1
+        return [prompt, Prefix(keys, values)] if alike else [prompt]
 
     def withdraw(self, name: str) -> None:
         """Forget a name; its running requests go on.

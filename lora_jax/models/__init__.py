@@ -21,6 +21,8 @@ from lora_jax.models import (
     gemma2,
     gemma3,
     gemma3_text,
+    gemma4,
+    gemma4_text,
     glm4,
     gpt2,
     gpt_oss,
@@ -53,13 +55,26 @@ from lora_jax.models import (
     starcoder2,
     xlm_roberta,
 )
-from lora_jax.models.common import Model, Names
+from lora_jax.models.common import Model, Names, attention_heads
 from lora_jax.models.quantization import check_quantization
 from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
     *(arcee, bert, camembert, cohere, distilbert, electra, exaone4, gemma, gemma2, gemma3),
-    *(gemma3_text, glm4, gpt2, gpt_oss, granite, lfm2, llama, ministral, ministral3, mistral),
+    *(
+        gemma3_text,
+        gemma4,
+        gemma4_text,
+        glm4,
+        gpt2,
+        gpt_oss,
+        granite,
+        lfm2,
+        llama,
+        ministral,
+        ministral3,
+        mistral,
+    ),
     *(mistral3, mixtral, modernbert, nemotron, olmo2, olmo3, phi, phi3, qwen2, qwen2_5_vl, qwen3),
     *(qwen3_5, qwen3_5_text, qwen3_moe, qwen3_next, qwen3_vl, roberta, seed_oss, smollm3, smolvlm),
     *(starcoder2, xlm_roberta),
@@ -98,6 +113,7 @@ def describe(
         hf_config = _with_labels(hf_config, labels, family.ARCHITECTURE)
         reader = ConfigReader(hf_config, ignore)
     config, names = family.read_config(reader), getattr(family, "NAMES", Names())
+    names = names.without(getattr(config, "unread", ""))
     check_quantization(reader, names)
     reader.finish()
     if names.carried:
@@ -105,11 +121,12 @@ def describe(
             f"model_type={reader.model_type!r} reads images: only its text is loaded and trained, "
             f"without {' and '.join(names.carried)}; an export of the model copies these tensors"
         )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UserError(
-            f"config.json: num_attention_heads={config.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={config.num_key_value_heads}"
-        )
+    for kv_heads in {number: None for number, _ in attention_heads(config)}:
+        if config.num_attention_heads % kv_heads:
+            raise UserError(
+                f"config.json: num_attention_heads={config.num_attention_heads} is not a multiple "
+                f"of num_key_value_heads={kv_heads}"
+            )
     graphdef, template = nnx.split(nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0))))
     _check_size(nnx.to_pure_dict(template))
     return Model(

@@ -15,12 +15,11 @@ from jax.core import Tracer
 
 from lora_jax import weights
 from lora_jax.errors import UserError
-from lora_jax.nn.cache import Cache, CacheShape
+from lora_jax.nn.cache import ATTENTION as ATTENTION
+from lora_jax.nn.cache import Cache, CacheShape, Heads, cached_layers, kv_shapes
 from lora_jax.nn.virtual import Virtual, placeholders
 from lora_jax.sharding import Rules, constrain_stream
 from lora_jax.tree import check_parameters, dotted, flatten, summarize
-
-ATTENTION = "attention"  # what mixes the tokens in most layers
 
 
 def scan_layers(
@@ -148,6 +147,12 @@ class Names:
     moved: tuple[tuple[str, str], ...] = ()  # start of a name in other files -> start today
     carried: tuple[str, ...] = ()  # modules whose tensors are not read; an export copies them
 
+    def without(self, unread: str) -> "Names":
+        """Return the names with one more regex of tensors that are not weights; "" for none."""
+        if not unread:
+            return self
+        return dataclasses.replace(self, no_weights=f"{self.no_weights}|{unread}")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -269,10 +274,9 @@ class Model:
     def cache_shape(self) -> CacheShape:
         """Return the sizes of a cache."""
         c = self.config
-        attention = attention_layers(c)
-        others = c.num_hidden_layers - attention
-        states = c.state_shapes if others else ()
-        return CacheShape(attention, c.num_key_value_heads, c.head_dim, others, states)
+        others = c.num_hidden_layers - len(attention_heads(c))
+        heads = tuple(Heads(len(own), *shape) for shape, own in cached_layers(c).items())
+        return CacheShape(heads, others, c.state_shapes if others else ())
 
     def empty_cache(self, rows: int, slots: int, dtype: Any) -> Cache:
         """Return an empty cache for `rows` texts of up to `slots` tokens: one array per layer if
@@ -288,15 +292,18 @@ class Model:
         return dataclasses.replace(self, **changes)
 
 
-def attention_layers(config: Any) -> int:
-    """Return the number of layers with attention; the others keep a state."""
+def attention_heads(config: Any) -> list[tuple[int, int]]:
+    """Return the number of key and value heads and their size in each layer with attention; the
+    other layers keep a state.
+    """
     mixers = getattr(config, "mixers", None)  # of families over `DecoderConfig`
-    return config.num_hidden_layers if mixers is None else mixers.count(ATTENTION)
+    shapes = kv_shapes(config)
+    return [own for i, own in enumerate(shapes) if mixers is None or mixers[i] == ATTENTION]
 
 
 def has_states(config: Any) -> bool:
     """Return True if some layers pass a state from token to token."""
-    return attention_layers(config) < config.num_hidden_layers
+    return len(attention_heads(config)) < config.num_hidden_layers
 
 
 def foreign_token(tokens: np.ndarray, vocab_size: int) -> int | None:

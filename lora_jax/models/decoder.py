@@ -11,11 +11,9 @@ lm_head / kernel                                        (d, vocab), unless tied
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -28,15 +26,17 @@ from lora_jax.models.common import (
     has_states,
     scan_layers,
 )
+from lora_jax.models.layer_inputs import AttentionInputs as AttentionInputs
+from lora_jax.models.layer_inputs import KindInputs
 from lora_jax.models.reader import SLIDING, ConfigReader
 from lora_jax.models.rotary import PLAIN_ROPE, RopeRules, read_rope
 from lora_jax.models.stacks import Blocks, make_layers, run_stacks
-from lora_jax.nn.attention import KVContext, attend, mask_specs
-from lora_jax.nn.cache import Cache
+from lora_jax.nn.attention import KVContext, attend
+from lora_jax.nn.cache import Cache, SharedKV
 from lora_jax.nn.mlp import MLP as MLP
 from lora_jax.nn.mlp import PlainMLP as PlainMLP
 from lora_jax.nn.modules import ACTIVATIONS, Embed, Linear, RMSNorm
-from lora_jax.nn.rope import by_length, rope, rotate, text_lengths
+from lora_jax.nn.rope import by_length, rotate, text_lengths
 from lora_jax.nn.texts import Texts
 from lora_jax.nn.virtual import Virtual, by_layer, first_position, put_in
 from lora_jax.shared_input import share
@@ -83,6 +83,16 @@ class DecoderConfig:
     def shapes(self) -> tuple[str, ...]:
         """The kind of each layer; layers of one kind have the same modules and sizes."""
         return self.mixers
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Number of key and value heads and their size, by layer."""
+        return ((self.num_key_value_heads, self.head_dim),) * self.num_hidden_layers
+
+    @property
+    def kv_sources(self) -> tuple[int | None, ...]:
+        """The layer whose keys and values a layer has in place of its own, or None."""
+        return (None,) * self.num_hidden_layers
 
     @property
     def state_shapes(self) -> tuple[tuple[tuple[int, ...], Any], ...]:
@@ -159,18 +169,6 @@ def read_decoder(
         "sliding_window": sliding_window,
         "layer_types": layer_types,
     }
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionInputs:
-    """Inputs of a layer that depend on positions and segments only, not on hidden states."""
-
-    cos_sin: tuple[jax.Array, jax.Array]  # each (b, t, 1, h)
-    masks: Any  # (b, t, s) for each block of keys, or the `MaskSpec` of a fused kernel
-    real: jax.Array  # (b, t) bool; False for padding
-    positions: jax.Array  # (b, t), virtual tokens included
-    texts: Texts
 
 
 class Attention(nnx.Module):
@@ -316,6 +314,10 @@ class CausalLM(nnx.Module):
         """Return the input of the first layer for embeddings (b, t, d), virtual tokens included."""
         return embeddings
 
+    def per_layer(self, tokens: jax.Array, embeddings: jax.Array) -> Any:
+        """Return inputs of the layers next to the stream, with a leading layer axis, or None."""
+        return None
+
     def hidden(self, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Cache | None]:
         """Return the first two results of `hidden_and_routing`."""
         return self.hidden_and_routing(tokens, **inputs)[:2]
@@ -343,38 +345,33 @@ class CausalLM(nnx.Module):
         lengths = None if cache is None else cache.lengths
         if lengths is None and config.ropes_by_length:
             lengths = text_lengths(positions, segment_ids)
-        x, in_text = put_in(self.embed(tokens, execution.dtype), positions, prefix), positions
-        x = self.first_input(x)
-        positions = positions + first_position(prefix)
+        embedded = put_in(self.embed(tokens, execution.dtype), positions, prefix)
+        own, texts = by_layer(prefix), Texts(positions, segment_ids, seen_until)
+        moved = positions + first_position(prefix)
         lengths = None if lengths is None else lengths + first_position(prefix)
-        own = by_layer(prefix)
-        kinds = sorted(set(config.layer_types))
-        window = config.sliding_window
-        own_windows = [window if kind.startswith(SLIDING) else None for kind in kinds]
-        prefix_masks = [own.visible(positions, window) for window in own_windows] if own else []
-        texts = Texts(in_text, segment_ids, seen_until)
-        seen = mask_specs(execution.kernel, texts, cache, own_windows, prefix_masks)
-        inputs_by_kind = [
-            (rope(positions, config.head_dim, config.rope_parameters[kind], lengths), masks)
-            for kind, masks in zip(kinds, seen, strict=True)
-        ]
-        rest = (segment_ids != 0, positions, texts)
-        kind_of_layer = jnp.asarray([kinds.index(kind) for kind in config.layer_types])
-        placed = None if cache is None else (cache, cache.places(in_text, segment_ids))
+        by_kind = KindInputs.of(config, texts, moved, lengths)
+        by_kind = by_kind.with_masks(config, execution.kernel, cache, own)
+        placed = None if cache is None else (cache, cache.places(positions, segment_ids))
 
-        def block(x, layer, each, cached):
-            prefix, kind = each
-            inputs = inputs_by_kind[0]
-            if len(inputs_by_kind) > 1:
-                inputs = jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *inputs_by_kind)
-            cos_sin, masks = inputs
-            inputs = AttentionInputs(cos_sin, masks, *rest)
-            x, cached, routing = layer(x, inputs, KVContext(cached, prefix))
-            return x, routing, cached
+        def scan(run, layers, x, per_layer, shared, cache):
+            present, kind_of_layer = by_kind.kinds_of(run.layers)
 
-        run = partial(scan_layers, block, remat=execution.remat)
+            def block(x, layer, each, cached):
+                (prefix, more), kind = each
+                given = shared if shared is not None else cached
+                if run.is_source and given is None:
+                    given = SharedKV()
+                inputs = by_kind.choose(present, kind, more)
+                x, new, routing = layer(x, inputs, KVContext(given, prefix))
+                kept = SharedKV(*new.read()) if run.is_source else None
+                return x, (routing, kept), None if cached is None else new
+
+            each = (per_layer, kind_of_layer)
+            return scan_layers(block, layers, x, each, execution.remat, cache, run.cached)
+
+        per_layer = (own, self.per_layer(tokens, embedded))
         x, cache, routing = run_stacks(
-            run, self.decoder.layers, config, x, (own, kind_of_layer), placed
+            scan, self.decoder.layers, config, self.first_input(embedded), per_layer, placed
         )
         return self.final_norm(x), cache, routing
 

@@ -90,31 +90,42 @@ class Attention(decoder.Attention):
 
 
 class Block(nnx.Module):
-    """A layer with norms before and after attention and MLP; `attention` is the attention class."""
+    """A layer with norms before and after attention and MLP, of the classes given."""
 
-    def __init__(self, config: Any, *, attention: Any = Attention, rngs: nnx.Rngs):
-        def norm() -> OffsetRMSNorm:
-            return OffsetRMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
-
-        self.input_layernorm = norm()
+    def __init__(
+        self,
+        config: Any,
+        *,
+        attention: Any = Attention,
+        norm: Any = OffsetRMSNorm,
+        rngs: nnx.Rngs,
+    ):
+        size, epsilon = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = norm(size, epsilon, rngs=rngs)
         self.self_attn = attention(config, rngs=rngs)
-        self.post_attention_layernorm = norm()
-        self.pre_feedforward_layernorm = norm()
+        self.post_attention_layernorm = norm(size, epsilon, rngs=rngs)
+        self.pre_feedforward_layernorm = norm(size, epsilon, rngs=rngs)
         self.mlp = decoder.MLP(config, rngs=rngs)
-        self.post_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm(size, epsilon, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, kv: KVContext
     ) -> tuple[jax.Array, Any, Any]:
         y, cached = self.self_attn(self.input_layernorm(x), inputs, kv)
         x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(y), cached, None
+        y, routing = self.feed_forward(x, inputs)
+        return x + self.post_feedforward_layernorm(y), cached, routing
+
+    def feed_forward(self, x: jax.Array, inputs: AttentionInputs) -> tuple[jax.Array, Any]:
+        """Return the output of the MLP before its norm, and the `Routing` of experts or None."""
+        return self.mlp(self.pre_feedforward_layernorm(x)), None
 
 
 class Model(decoder.CausalLM):
-    def __init__(self, config: Any, *, block: Any = Block, rngs: nnx.Rngs):
-        super().__init__(config, block, OffsetRMSNorm, rngs=rngs)
+    def __init__(
+        self, config: Any, *, block: Any = Block, norm: Any = OffsetRMSNorm, rngs: nnx.Rngs
+    ):
+        super().__init__(config, block, norm, rngs=rngs)
 
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         x = super().embed(tokens, dtype)

@@ -247,6 +247,30 @@ class ConfigReader:
             return tuple(usual)
         return tuple(given)
 
+    def overrides(
+        self, layers: Sequence[int], count: int, known: Sequence[str]
+    ) -> dict[str, int] | None:
+        """Read `per_layer_config`: fields of `layers`, out of `count`, that differ from those of
+        other layers. They must be the same in all of them, and among `known`. None if it is absent.
+        """
+        given = self._get("per_layer_config", None, dict, "a mapping or null", nullable=True)
+        if given is None:
+            return None
+        own = {str(layer): given.get(str(layer), given.get(layer)) or {} for layer in range(count)}
+        unknown = {*map(str, given)} - own.keys()
+        one = own[str(layers[0])] if layers else {}
+        alike = all(own[str(i)] == (one if i in layers else {}) for i in range(count))
+        numbers = isinstance(one, Mapping) and all(
+            name in known and isinstance(value, int) and value > 0 for name, value in one.items()
+        )
+        if unknown or not alike or not numbers:
+            self.refuse(
+                f"per_layer_config={quoted(given)} is not supported: only {' and '.join(known)}, "
+                f"the same in all layers with {FULL}"
+            )
+            return None
+        return dict(one)
+
     def indices(self, name: str, usual: Collection[int]) -> Collection[int]:
         """Read a list of numbers of layers; null or absent means `usual`."""
         value = self._get(name, None, list, "a list of layers or null", nullable=True)

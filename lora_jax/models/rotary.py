@@ -22,7 +22,7 @@ class RopeRules:
     # Field with the theta of sliding layers, if there is one, and its default, if these layers have
     # settings of their own.
     local: tuple[str | None, float] | None = None
-    types: Container[str] = tuple(rope.FIELDS)  # supported values of rope_type
+    types: Container[str] = rope.USUAL  # supported values of rope_type
     partial: bool = False  # reads partial_rotary_factor
     share: float = 1  # default of partial_rotary_factor
     original: int | None = None  # default of original_max_position_embeddings

@@ -5,7 +5,7 @@ model / layers / 0-1,3 / conv / ...       layers of several shapes: a stack of e
 model / layers / 2,4 / self_attn / ...    names its layers (`tree.stack_key`)
 
 Several stacks run in the order of the model: each run of consecutive layers of one shape is a scan
-over a slice of its stack.
+over a slice of its stack. A layer whose keys and values later layers share is a run of its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from flax import nnx
 
 from lora_jax import tree
 from lora_jax.models.common import ATTENTION
-from lora_jax.nn.cache import Cache, States
+from lora_jax.nn.cache import Cache, States, cached_layers
 from lora_jax.weights import Layered, is_layered
 
 Blocks = Callable | Mapping[str, Callable]
@@ -33,6 +33,9 @@ class Run:
     start: int  # index of the first in its stack
     cached: int  # and in the keys or states of the cache
     has_state: bool  # in place of keys and values
+    group: int = 0  # of the layers with heads of their shape, in the cache
+    source: int | None = None  # the layer whose keys and values they share
+    is_source: bool = False  # a single layer, whose keys and values later ones share
 
 
 def stacks_of(shapes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -62,18 +65,29 @@ def make_layers(config: Any, blocks: Blocks, rngs: nnx.Rngs) -> nnx.Module:
 
 def runs(config: Any) -> Iterator[Run]:
     """Yield the runs of a model of several stacks, in their order."""
-    shapes, mixers = config.shapes, config.mixers
+    shapes, mixers, sources = config.shapes, config.mixers, config.kv_sources
     for layers in stacks_of(shapes).values():
         assert len({mixers[layer] == ATTENTION for layer in layers}) == 1
     places = {layer: own.index(layer) for own in stacks_of(shapes).values() for layer in own}
     keys = {shape: tree.stack_key(own) for shape, own in stacks_of(shapes).items()}
+    kinds = [(shapes[i], sources[i], i if i in sources else None) for i in range(len(shapes))]
+    groups = list(cached_layers(config).values())
+    states = [layer for layer, mixer in enumerate(mixers) if mixer != ATTENTION]
     first = 0
     for end in range(1, len(shapes) + 1):
-        if end < len(shapes) and shapes[end] == shapes[first]:
+        if end < len(shapes) and kinds[end] == kinds[first]:
             continue
-        has_state = mixers[first] != ATTENTION
-        cached = sum((mixer != ATTENTION) == has_state for mixer in mixers[:first])
-        yield Run((first, end), keys[shapes[first]], places[first], cached, has_state)
+        own = states if first in states else next((g for g in groups if first in g), ())
+        yield Run(
+            (first, end),
+            keys[shapes[first]],
+            places[first],
+            cached=own.index(first) if own else 0,
+            has_state=own is states,
+            group=groups.index(own) if own in groups else 0,
+            source=sources[first],
+            is_source=first in sources,
+        )
         first = end
 
 
@@ -85,22 +99,30 @@ def run_stacks(
     per_layer: Any,
     cache: tuple[Cache, jax.Array] | None,
 ) -> tuple[jax.Array, Cache | None, Any]:
-    """Run all layers by `scan(layers, x, per_layer, cache=, first=)`, which is `scan_layers` for a
-    block. Return the output of the last one, the cache with the new tokens, and what the scans put
-    out, in the order of the model.
+    """Run all layers by `scan(run, layers, x, per_layer, shared, cache)`, which is `scan_layers`
+    for a block, and puts out a pair: the `Routing`, and of a source its keys and values, which runs
+    that share them get as `shared`. Return the output of the last one, the cache with the new
+    tokens, and the `Routing` in the order of the model.
     """
     if len({*config.shapes}) == 1 and config.mixers[0] == ATTENTION:
-        x, out, own = scan(layers, x, per_layer, cache=cache)
+        everything = Run((0, config.num_hidden_layers), "", 0, 0, False)
+        x, (out, _), own = scan(everything, layers, x, per_layer, None, cache)
         return x, own, out
-    outs = []
+    outs, sources = [], {}
     for run in runs(config):
         stop = run.start + run.layers[1] - run.layers[0]
         stack = layers if len({*config.shapes}) == 1 else layers[run.key]
-        own = _slice(per_layer, *run.layers)
-        placed = None if cache is None else (_part(cache[0], run), cache[1])
-        x, out, part = scan(_slice(stack, run.start, stop), x, own, cache=placed, first=run.cached)
+        stack, own = _slice(stack, run.start, stop), _slice(per_layer, *run.layers)
+        shared = sources.get(run.source)
+        placed = None
+        if cache is not None and shared is None:
+            placed = (_part(cache[0], run), cache[1])
+        x, (out, kept), part = scan(run, stack, x, own, shared, placed)
         outs.append(out)
-        cache = None if cache is None else (_joined(cache[0], part), cache[1])
+        if run.is_source:
+            sources[run.layers[0]] = jax.tree.map(lambda each: each[0], kept)
+        if cache is not None and placed is not None:
+            cache = (_joined(cache[0], part, run), cache[1])
     outs = [out for out in outs if out is not None]
     joined = jax.tree.map(lambda *each: jnp.concatenate(each), *outs) if outs else None
     return x, None if cache is None else cache[0], joined
@@ -122,8 +144,10 @@ def _slice(stack: Any, start: int, stop: int) -> Any:
 
 def _part(cache: Cache, run: Run) -> Cache | States:
     """Return what the layers of a run read and write of the cache."""
-    return States(cache.states, cache.rows) if run.has_state else cache
+    return States(cache.states, cache.rows) if run.has_state else cache.part(run.group)
 
 
-def _joined(cache: Cache, part: Cache | States) -> Cache:
-    return replace(cache, states=part.arrays) if isinstance(part, States) else part
+def _joined(cache: Cache, part: Cache | States, run: Run) -> Cache:
+    if isinstance(part, States):
+        return replace(cache, states=part.arrays)
+    return cache.with_part(run.group, part)

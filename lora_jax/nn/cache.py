@@ -11,6 +11,7 @@ rows need no clearing, and padding leaves it as it is.
 Shape letters: b batch, t time (new tokens), s slots of a row, k kv heads, h head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,12 +20,15 @@ import jax.numpy as jnp
 
 from lora_jax.weights import Layered
 
+ATTENTION = "attention"  # what mixes the tokens in most layers
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of all rows and layers with attention, as one array or as a `Layered` of one
-    per layer; and `states` of the other layers.
+    per layer; and `states` of the other layers. Where heads differ from layer to layer, keys and
+    values are a tuple: those of the layers of each shape.
 
     The texts of a batch are all rows in their order, or those that `rows` names. With `view`,
     attention reads the first `view` slots only: no token of the batch may be at a later one.
@@ -34,7 +38,7 @@ class Cache:
     them a text ends with its last token in the batch.
     """
 
-    keys: Any  # (layers, rows, k, s, h), already rotated
+    keys: Any  # (layers, rows, k, s, h), already rotated, or a tuple of such
     values: Any  # (layers, rows, k, s, h)
     rows: jax.Array | None = None  # (b,)
     lengths: jax.Array | None = None  # (b, t), of the text of each token
@@ -44,7 +48,7 @@ class Cache:
     @property
     def slots(self) -> int:
         """Number of slots that attention reads."""
-        return self.keys.shape[3] if self.view is None else self.view
+        return _slots(self.keys) if self.view is None else self.view
 
     def with_content(self, other: "Cache") -> "Cache":
         """Return the cache with keys, values and states of `other`."""
@@ -52,7 +56,21 @@ class Cache:
 
     def places(self, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Return the slot (b, t) of each token; of padding one that no row has."""
-        return jnp.where(segment_ids != 0, positions, self.keys.shape[3])
+        return jnp.where(segment_ids != 0, positions, _slots(self.keys))
+
+    def part(self, group: int) -> "Cache":
+        """Return the cache of the layers with heads of one shape."""
+        if not isinstance(self.keys, tuple):
+            return self
+        return replace(self, keys=self.keys[group], values=self.values[group])
+
+    def with_part(self, group: int, part: "Cache") -> "Cache":
+        """Return the cache with the layers with heads of one shape replaced."""
+        if not isinstance(self.keys, tuple):
+            return part
+        keys, values = list(self.keys), list(self.values)
+        keys[group], values[group] = part.keys, part.values
+        return replace(self, keys=tuple(keys), values=tuple(values))
 
     def layer(self, index: Any, places: jax.Array) -> "LayerCache":
         """Return one layer, for new tokens at `places`; `index` is an int for a `Layered`."""
@@ -68,6 +86,10 @@ class Cache:
 
         keys = _with_layer(self.keys, index, layer.keys)
         return replace(self, keys=keys, values=_with_layer(self.values, index, layer.values))
+
+
+def _slots(keys: Any) -> int:
+    return jax.tree.leaves(keys)[0].shape[-2]
 
 
 def _with_layer(own: Layered, index: int, new: jax.Array) -> Layered:
@@ -163,24 +185,66 @@ class LayerState:
         return replace(self, arrays=tuple(map(put, self.arrays, new)))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedKV:
+    """Keys and values (b, k, s, h) that a layer made, for it and for layers that share them."""
+
+    keys: Any = None
+    values: Any = None
+
+    def write(self, keys: jax.Array, values: jax.Array) -> "SharedKV":
+        """Return the keys and values given."""
+        return SharedKV(keys, values)
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values."""
+        return self.keys, self.values
+
+
+def kv_shapes(config: Any) -> tuple[tuple[int, int], ...]:
+    """Return the number of key and value heads and their size, by layer."""
+    alike = ((config.num_key_value_heads, config.head_dim),) * config.num_hidden_layers
+    return getattr(config, "kv_shapes", alike)
+
+
+def cached_layers(config: Any) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Return the layers that have keys and values of their own, by the shape of their heads."""
+    found: dict[tuple[int, int], tuple[int, ...]] = {}
+    number = config.num_hidden_layers
+    mixers = getattr(config, "mixers", (ATTENTION,) * number)
+    sources = getattr(config, "kv_sources", (None,) * number)
+    for layer, shape in enumerate(kv_shapes(config)):
+        if mixers[layer] == ATTENTION and sources[layer] is None:
+            found[shape] = (*found.get(shape, ()), layer)
+    return found
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Layers whose heads have one shape."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """Sizes of a cache."""
 
-    layers: int  # with attention
-    kv_heads: int
-    head_dim: int
+    heads: tuple[Heads, ...]  # of layers with keys and values
     state_layers: int = 0
     # Of one row in one layer, with their dtype; None: that of the cache.
     states: tuple[tuple[tuple[int, ...], Any], ...] = ()
 
     def empty(self, rows: int, slots: int, dtype: Any) -> Cache:
         """Return a cache of zeros, as one array, for `rows` texts of up to `slots` tokens."""
-        shape = (self.layers, rows, self.kv_heads, slots, self.head_dim)
-        states = tuple(
-            jnp.zeros((self.state_layers, rows, *own), kind or dtype) for own, kind in self.states
-        )
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), states=states)
+
+        def zeros(layers: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jnp.zeros((layers, rows, *shape), dtype)
+
+        return self._filled(zeros, slots, dtype)
 
     def empty_layers(self, rows: int, slots: int, dtype: Any) -> Cache:
         """Return a cache of zeros, as one array per layer."""
@@ -188,7 +252,14 @@ class CacheShape:
         def zeros(layers: int, shape: tuple[int, ...], dtype: Any) -> Layered:
             return Layered(tuple(jnp.zeros((rows, *shape), dtype) for _ in range(layers)))
 
-        shape = (self.kv_heads, slots, self.head_dim)
-        keys, values = (zeros(self.layers, shape, dtype) for _ in range(2))
+        return self._filled(zeros, slots, dtype)
+
+    def _filled(self, zeros: Callable, slots: int, dtype: Any) -> Cache:
+        def make() -> Any:
+            each = [
+                zeros(own.layers, (own.kv_heads, slots, own.head_dim), dtype) for own in self.heads
+            ]
+            return each[0] if len(each) == 1 else tuple(each)
+
         states = tuple(zeros(self.state_layers, own, kind or dtype) for own, kind in self.states)
-        return Cache(keys, values, states=states)
+        return Cache(make(), make(), states=states)

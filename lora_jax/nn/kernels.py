@@ -96,8 +96,9 @@ def _cudnn_problem(config: Any, dtype: np.dtype, device: Any) -> str | None:
         return "it runs on NVIDIA GPUs from compute capability 8.0 on"
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, and train.compute_dtype is {dtype}"
-    if config.head_dim % 8 or config.head_dim > largest:
-        return f"it needs heads of a multiple of 8 features up to {largest}, not {config.head_dim}"
+    each = getattr(config, "kv_shapes", ((None, config.head_dim),))
+    if wrong := [size for _, size in each if size % 8 or size > largest]:
+        return f"it needs heads of a multiple of 8 features up to {largest}, not {wrong[0]}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "it has no softcap on scores (attn_logit_softcapping), which the model needs"
     if getattr(config, "attention_sinks", False):

@@ -60,12 +60,26 @@ class RMSNorm(nnx.Module):
         return normed * self.scale.get_value().astype(x.dtype)
 
     def _normed(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return _unit(x, self.epsilon)
+
+
+def _unit(x: jax.Array, epsilon: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+
+
+class UnitRMSNorm(nnx.Module):
+    """x / rms(x) in float32, without a weight."""
+
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _unit(x, self.epsilon).astype(x.dtype)
 
 
 class WideRMSNorm(RMSNorm):
-    """x / rms(x) * scale, all of it in float32: gpt-oss's."""
+    """x / rms(x) * scale, all of it in float32: gpt-oss's and Gemma 4's."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return (self._normed(x) * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)

@@ -8,6 +8,7 @@
     llama3      low frequencies divided, high ones kept, smooth between
     yarn        as llama3 by another ramp, and cosines scaled (arXiv 2309.00071)
     longrope    two lists of divisors, for short and for long texts (arXiv 2402.13753)
+    proportional  as linear, for a share of the pairs of a whole head; the others do not turn
 
 `NO_ROTATION` is for layers that do not rotate; config.json cannot name it.
 
@@ -42,7 +43,9 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
 }
+USUAL = tuple(name for name in FIELDS if name != "proportional")  # types of most families
 NO_ROTATION = {"rope_type": "none", "rope_theta": 1.0}  # every position has the angle 0
 _LISTS = ("short_factor", "long_factor")
 _ABOVE_ZERO = ("rope_theta", "factor", "partial_rotary_factor", ORIGINAL)
@@ -84,6 +87,8 @@ def _is_number(value: Any) -> bool:
 
 def rotary_features(head_dim: int, parameters: Mapping[str, Any]) -> int:
     """Return the number of rotated features of a head, which are the first ones."""
+    if parameters.get("rope_type") == "proportional":
+        return head_dim
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
@@ -176,6 +181,10 @@ def inverse_frequencies(dim: int, parameters: Mapping[str, Any], long: bool = Fa
             return np.zeros_like(periods)
         case "linear":
             return 1 / periods / np.float32(parameters["factor"])
+        case "proportional":
+            pairs = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
+            kept = 1 / periods / np.float32(parameters.get("factor", 1.0))
+            return np.where(np.arange(len(kept)) < pairs, kept, np.float32(0))
         case "llama3":
             return _llama3(1 / periods, parameters)
         case "yarn":

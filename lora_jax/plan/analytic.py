@@ -18,7 +18,7 @@ import jax
 
 from lora_jax import sharding, tree
 from lora_jax.config import AdapterConfig, Config
-from lora_jax.models.common import Model
+from lora_jax.models.common import Model, attention_heads
 from lora_jax.nn import kernels
 from lora_jax.plan.program import Program, build, device_bytes, device_numbers, host_bytes
 from lora_jax.quantize import BLOCK, GROUP
@@ -113,7 +113,7 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
 
     chosen = getattr(c, "num_experts_per_tok", 1)
     ffn = getattr(c, "moe_intermediate_size", c.intermediate_size)
-    heads = split(c.num_attention_heads)
+    heads, each = split(c.num_attention_heads), attention_heads(c)  # the widest layer counts
     targets = program.trainable.targets
     inside = tree.one_layer({target.weight: None for target in targets})
     adapted = [(one.shape[0], one.rank) for one in targets if one.weight in inside]
@@ -121,8 +121,8 @@ def sizes(program: Program, platform: str = "tpu") -> Sizes:
         number=number,
         stream=tokens * c.hidden_size * number,
         split=tokens * c.hidden_size * number // tensor,
-        queries=tokens * split(c.num_attention_heads * c.head_dim) * number,
-        keys=tokens * split(c.num_key_value_heads * c.head_dim) * number,
+        queries=tokens * split(c.num_attention_heads * max(h for _, h in each)) * number,
+        keys=tokens * split(max(k * h for k, h in each)) * number,
         ffn=tokens * split(ffn) * chosen * number,
         scores=0 if _is_fused(program, platform) else rows // parts * heads * time * time * 4,
         ranks=tokens * sum(rank for _, rank in adapted) * number,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.models.common import attention_layers
+from lora_jax.models.common import attention_heads
 from lora_jax.plan.analytic import Estimate, layer_weights, sizes
 from lora_jax.plan.chips import Chip
 from lora_jax.plan.program import Program, device_bytes, device_numbers
@@ -58,7 +58,7 @@ def count(program: Program) -> Step:
     layers, head = _products(program)
     if tree.tied_embedding(leaves) is not None:
         head += c.vocab_size * c.hidden_size
-    width = c.num_attention_heads * c.head_dim * attention_layers(c)
+    width = c.num_attention_heads * sum(head_dim for _, head_dim in attention_heads(c))
     attention = tokens * 4 * config.data.max_length * width
     tied = tree.tied_embedding(leaves) is not None
     adapters = tree.flatten(program.adapters)

@@ -9,7 +9,7 @@ from typing import Any
 from lora_jax import sharding
 from lora_jax.config import Config, MeshConfig
 from lora_jax.errors import UserError
-from lora_jax.models.common import Model
+from lora_jax.models.common import Model, attention_heads
 from lora_jax.plan.analytic import estimate
 from lora_jax.plan.chips import Chip
 from lora_jax.plan.program import Program, build, stored
@@ -84,8 +84,8 @@ def remedies(
 
 def _changes(config: Config, model: Model, devices: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the values of each setting that can be changed, cheapest setting first."""
-    heads, length = model.config.num_key_value_heads, config.data.max_length
-    tensors = [n for n in _divisors(devices) if heads % n == 0]
+    heads, length = attention_heads(model.config), config.data.max_length
+    tensors = [n for n in _divisors(devices) if all(number % n == 0 for number, _ in heads)]
     yield [{"mesh": MeshConfig(1, devices // tensor, tensor)} for tensor in tensors]
     yield [{"micro_batch_size": rows} for rows in _divisors(config.train.batch_size)]
     yield [{"remat": "full"}]

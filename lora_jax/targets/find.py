@@ -90,12 +90,18 @@ def _find_virtual(params: Mapping, config: AdapterConfig) -> dict[str, tuple[int
     embedding = _token_embedding(leaves)
     if embedding is None:
         raise UserError(f"method={config.method}: the model has no token embedding")
+    own = any("embed_tokens_per_layer" in path for path in leaves)
+    if config.trains_prompt and own:
+        raise UserError(
+            "method=prompt: layers of the model look up embeddings of the tokens, and virtual "
+            "tokens have none"
+        )
     if config.trains_prompt:
         return {"prompt_embeddings": (count, leaves[embedding].shape[1])}
     if any(stack_layers(path) is not None for path in leaves):
         raise UserError(
-            "method=prefix: layers of the model differ, and some may have no keys and values; "
-            "method=prompt works for every model"
+            "method=prefix: layers of the model differ, and some may have no keys and values"
+            + ("" if own else "; method=prompt works for this model")
         )
     for path, leaf in leaves.items():
         start, stop = fused_columns(path, leaves).get("k", (0, leaf.shape[-1]))

@@ -16,7 +16,7 @@ from lora_jax.config import Config, expand, virtual_tokens
 from lora_jax.data.sets import DataSet, check_vocabulary, training_sources
 from lora_jax.errors import UserError, raise_all
 from lora_jax.formats import fingerprint
-from lora_jax.models.common import Model
+from lora_jax.models.common import Model, attention_heads
 from lora_jax.nn import kernels
 from lora_jax.objectives.router import check_experts
 from lora_jax.report import scores
@@ -110,16 +110,17 @@ def check_attention(config: Config, model: Model, mesh: Mesh, console: Console) 
 
 def head_notes(model: Model, splits: int) -> Iterator[str]:
     """Yield a note on heads that a tensor axis of `splits` devices cannot split."""
-    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    heads = model.config.num_attention_heads
+    kv_heads = [n for n in sorted({n for n, _ in attention_heads(model.config)}) if n % splits]
     if heads % splits:
         yield (
             f"{heads} heads cannot be split over mesh.tensor={splits}; every device along it "
             "computes the attention of all of them"
         )
-    elif kv_heads % splits:
+    elif kv_heads:
         yield (
-            f"{kv_heads} key and value heads cannot be split over mesh.tensor={splits}; they "
-            "are replicated, and only the heads of queries are split"
+            f"{' or '.join(map(str, kv_heads))} key and value heads cannot be split over "
+            f"mesh.tensor={splits}; they are replicated, and only the heads of queries are split"
         )
 
 

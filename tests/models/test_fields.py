@@ -17,7 +17,10 @@ from lora_jax.models.reader import ConfigReader
 from ..towers import TOWERS
 
 ROOT = Path(importlib.util.find_spec("transformers").origin).parent
-FOLDERS = {"gemma3_text": "gemma3", "qwen3_5_text": "qwen3_5", "xlm-roberta": "xlm_roberta"}
+FOLDERS = {
+    **{"gemma3_text": "gemma3", "gemma4_text": "gemma4", "qwen3_5_text": "qwen3_5"},
+    "xlm-roberta": "xlm_roberta",
+}
 SHARED = (
     "cache_utils.py",
     "configuration_utils.py",
@@ -43,6 +46,10 @@ OTHER_CLASSES = {
     "Gemma3ForConditionalGeneration",
     "Gemma3Model",
     "Gemma3MultiModalProjector",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4Model",
+    "Gemma4MultimodalEmbedder",
+    "Gemma4PreTrainedModel",
     "GenericForTokenClassification",
     "MtpCandidateGenerator",
     "MtpLayer",
@@ -58,6 +65,7 @@ OTHER_CLASSES = {
     "Qwen3_5VisionPatchMerger",
     "Qwen3_5VisionRotaryEmbedding",
 }
+OTHER_STARTS = ("Gemma4Audio", "Gemma4Clippable", "Gemma4Vision")
 
 
 def is_config(node, in_config):
@@ -77,7 +85,7 @@ def is_config(node, in_config):
 def reads(node, in_config=False):
     """Yield (field, line) of every attribute and key that is read from a config below `node`."""
     if isinstance(node, ast.ClassDef):
-        if node.name in OTHER_CLASSES:
+        if node.name in OTHER_CLASSES or node.name.startswith(OTHER_STARTS):
             return
         in_config = node.name.endswith(("Config", "ConfigMixin"))
     match node:

@@ -22,7 +22,7 @@ from lora_jax.formats import peft_tensors
 from lora_jax.targets import find_trainable
 
 from ..engines import complete
-from ..families import ALIASES, FAMILIES, describe, torch_model
+from ..families import ALIASES, FAMILIES, describe, scalars, torch_model
 from ..methods import QUICK
 from ..towers import TOWERS
 
@@ -80,6 +80,8 @@ def altered(family, fields, source):
         for name, value in source.named_parameters():
             if name in own and own[name].shape == value.shape:
                 own[name].copy_(value)
+        for name, value in scalars(source).items():
+            scalars(model)[name].copy_(value)
     return model
 
 
@@ -172,7 +174,9 @@ def test_cache_step_by_step_equals_the_full_forward(tiny_model, error, family):
         assert error(logits[row, start:], alone) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "lfm2", "qwen3_next", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", "gemma4_text", "gpt2", "lfm2", "qwen3_next", "qwen3_5_text"]
+)
 def test_greedy_tokens_equal_transformers(tiny_model, family):
     directory, oracle = tiny_model(family, **FAMILIES[family].fields)
     model = formats.load(directory)

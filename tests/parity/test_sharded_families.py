@@ -23,6 +23,7 @@ ON = {
     "gemma": "2x2x2",
     "gemma2, splash": "2x2x2",
     "gemma3_text": "1x8x1",
+    "gemma4_text": "2x2x2",
     "granite": "1x8x1",
     "phi3, longrope": "2x2x2",
     "gpt2, DoRA, all biases": "2x2x2",

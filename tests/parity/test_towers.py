@@ -21,7 +21,7 @@ from lora_jax.formats import peft_tensors
 from lora_jax.targets import find_trainable
 
 from ..engines import complete
-from ..families import ATTENTION, adds_one, spread
+from ..families import ATTENTION, adds_one, fill_scalars, spread
 from ..methods import QUICK
 from ..towers import TOWERS, config_of
 
@@ -42,6 +42,7 @@ def make(name, variant=None, seed=0):
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(spread(noise, key, adds_one(name, key)))
+        fill_scalars(model, generator)
     return model
 
 
