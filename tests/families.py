@@ -197,7 +197,9 @@ FAMILIES = {
                 final_logit_softcapping=3.0,
                 rms_norm_eps=0.05,
             ),
+            # Norms multiply rounding where their input is short: by less with a large epsilon.
             "shared keys, inputs of layers": dict(
+                rms_norm_eps=0.3,
                 layer_types=[SLIDING, FULL, SLIDING, FULL, SLIDING, FULL],
                 num_kv_shared_layers=3,
                 use_double_wide_mlp=True,
@@ -214,6 +216,7 @@ FAMILIES = {
                 },
             ),
             "untied, heads alike": dict(
+                rms_norm_eps=0.3,
                 global_head_dim=8,
                 tie_word_embeddings=False,
                 hidden_activation="silu",

@@ -81,7 +81,7 @@ TOWERS = {
                 use_bidirectional_attention="vision",
             ),
             "shared keys, inputs of layers": GEMMA4
-            | dict(num_kv_shared_layers=2, hidden_size_per_layer_input=5),
+            | dict(num_kv_shared_layers=2, hidden_size_per_layer_input=5, rms_norm_eps=0.3),
         },
         SMALL | dict(num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=8),
         dict(

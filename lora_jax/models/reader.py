@@ -256,8 +256,9 @@ class ConfigReader:
         given = self._get("per_layer_config", None, dict, "a mapping or null", nullable=True)
         if given is None:
             return None
-        own = {str(layer): given.get(str(layer), given.get(layer)) or {} for layer in range(count)}
-        unknown = {*map(str, given)} - own.keys()
+        given = {str(key).lstrip("0") or "0": value for key, value in given.items()}  # "05" of 12
+        own = {str(layer): given.get(str(layer)) or {} for layer in range(count)}
+        unknown = given.keys() - own.keys()
         one = own[str(layers[0])] if layers else {}
         alike = all(own[str(i)] == (one if i in layers else {}) for i in range(count))
         numbers = isinstance(one, Mapping) and all(

@@ -29,9 +29,10 @@ def test_the_cache_has_arrays_for_heads_of_each_shape():
     assert [len(each) for each in shared.values] == [2, 1]
 
 
-def test_head_sizes_of_both_forms_of_config_json():
-    own = {"1": {"head_dim": 12, "num_key_value_heads": 1}}
-    other = SAME | {"per_layer_config": own | {"5": own["1"]}}
+@pytest.mark.parametrize("key", ["1", "01"])  # of 10 layers and more, transformers writes 01
+def test_head_sizes_of_both_forms_of_config_json(key):
+    own = {"head_dim": 12, "num_key_value_heads": 1}
+    other = SAME | {"per_layer_config": {key: own, "5": own}}
     other = {k: v for k, v in other.items() if "global" not in k}
     assert describe("gemma4_text", **other).config == describe("gemma4_text", **SAME).config
 
