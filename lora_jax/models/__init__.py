@@ -61,23 +61,10 @@ from lora_jax.models.reader import ConfigReader
 
 _MODULES = (
     *(arcee, bert, camembert, cohere, distilbert, electra, exaone4, gemma, gemma2, gemma3),
-    *(
-        gemma3_text,
-        gemma4,
-        gemma4_text,
-        glm4,
-        gpt2,
-        gpt_oss,
-        granite,
-        lfm2,
-        llama,
-        ministral,
-        ministral3,
-        mistral,
-    ),
-    *(mistral3, mixtral, modernbert, nemotron, olmo2, olmo3, phi, phi3, qwen2, qwen2_5_vl, qwen3),
-    *(qwen3_5, qwen3_5_text, qwen3_moe, qwen3_next, qwen3_vl, roberta, seed_oss, smollm3, smolvlm),
-    *(starcoder2, xlm_roberta),
+    *(gemma3_text, gemma4, gemma4_text, glm4, gpt2, gpt_oss, granite, lfm2, llama, ministral),
+    *(ministral3, mistral, mistral3, mixtral, modernbert, nemotron, olmo2, olmo3, phi, phi3, qwen2),
+    *(qwen2_5_vl, qwen3, qwen3_5, qwen3_5_text, qwen3_moe, qwen3_next, qwen3_vl, roberta, seed_oss),
+    *(smollm3, smolvlm, starcoder2, xlm_roberta),
 )
 _MOST_NUMBERS, _MOST_TENSORS = 10**13, 400_000  # the largest open models have 10**12 in 70,000
 FAMILIES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
