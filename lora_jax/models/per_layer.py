@@ -32,7 +32,7 @@ RULES = (
 )
 
 
-def read_sizes(reader: ConfigReader, vocabulary: int) -> dict[str, int]:
+def read_sizes(reader: ConfigReader, vocabulary: int) -> dict[str, Any]:
     """Read the sizes from config.json; a size of 0 turns the inputs off."""
     size = reader.integer("hidden_size_per_layer_input", 256, least=0)
     rows = reader.integer("vocab_size_per_layer_input", 262_144, least=0)
